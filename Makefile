@@ -1,0 +1,187 @@
+# Everything a developer does here. Each target builds what it needs: the virtual environment
+# .venv, the package in it (release build, editable), and the requirements of an extra. What has
+# not changed is not done again.
+#
+# The lanes of `make test` are told in CONTRIBUTING.md.
+
+SHELL := /bin/bash -o pipefail
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.SUFFIXES:
+
+# The interpreter of .venv, used when that is made.
+PYTHON ?= $(shell ci/find-python)
+# The interpreters of the lanes without and with the GIL that are compared.
+FREE_THREADED_PYTHON ?= $(shell ci/free-threaded)
+GIL_PYTHON ?= $(shell ci/build-cpython gil)
+# Options for every Cargo command that reads the lock file, such as --locked or --offline.
+CARGO_FLAGS ?=
+# Options for every pytest run, such as -x or -k NAME.
+PYTEST_FLAGS ?=
+# What one pytest run may take. Tests have limits of their own; this one holds when a hang is where
+# those are not, such as in a fixture after a failure, and prints the stacks of all threads too.
+PYTEST_LIMIT ?= 15m
+# Seed of the random yields in the perturbation lanes.
+SEED ?= 1
+
+# PYTHON_GIL=0 from outside would hide that the module does not allow free threading.
+unexport PYTHON_GIL
+
+ROOT := $(CURDIR)
+PYTEST := -m pytest $(PYTEST_FLAGS)
+LIMITED := timeout --foreground --signal=ABRT --kill-after=30 $(PYTEST_LIMIT)
+PIP_INSTALL := -m pip --disable-pip-version-check install --quiet
+# Validating build of .venv's interpreter, and that of the free-threaded one.
+VALIDATING := $(ROOT)/target/validating
+FREE_THREADED := $(ROOT)/target/free-threaded
+
+RUST := Cargo.toml $(wildcard Cargo.lock) $(shell find crates -name '*.rs' -o -name Cargo.toml)
+PACKAGE := pyproject.toml $(shell find python -name '*.py' -o -name '*.pyi' -o -name py.typed)
+CORE_TESTS := --workspace --exclude charioteer-python
+
+##@ Use
+.PHONY: build demo
+build: .venv/stamps/build ## The package, release build, in .venv; PYTHON= chooses the interpreter
+demo: build .venv/stamps/demo ## The main job: Gaussian-process classification as one task graph
+	.venv/bin/charioteer demo
+
+##@ Test
+.PHONY: test test-rust test-loom test-python test-perturb test-release test-ft
+test: test-rust test-python test-perturb test-release test-ft ## All lanes below but loom's
+
+test-rust: ## Rust tests, doctests and examples, state validator on; again under perturbation
+	cargo test $(CARGO_FLAGS) $(CORE_TESTS)
+	CHARIOTEER_PERTURB=$(SEED) cargo test $(CARGO_FLAGS) $(CORE_TESTS) --lib --tests
+
+# Models run far too long unoptimized. They live in modules with loom in their name: other tests are
+# compiled too and would pass for models. Where no test is chosen Cargo is content, so it is asked.
+test-loom: export RUSTFLAGS := --cfg loom
+test-loom: export LOOM_MAX_PREEMPTIONS ?= 3
+test-loom: LOOM := cargo test $(CARGO_FLAGS) -p charioteer --lib --tests --profile validate \
+	--target-dir target/loom
+test-loom: ## loom's models of the runtime's protocols
+	$(LOOM) loom -- --list | grep 'loom.*: test$$' >/dev/null || { echo 'test-loom: there is no model'; exit 1; }
+	$(LOOM) loom
+
+test-python: .venv/stamps/validating .venv/stamps/test ## The Python suite on a validating build
+	PYTHONPATH=$(VALIDATING)/site $(LIMITED) .venv/bin/python $(PYTEST)
+
+test-perturb: .venv/stamps/validating .venv/stamps/test ## The same under random yields (SEED=), and with one worker
+	CHARIOTEER_PERTURB=$(SEED) PYTHONPATH=$(VALIDATING)/site \
+		$(LIMITED) .venv/bin/python $(PYTEST) -m 'not stress'
+	CHARIOTEER_WORKERS=1 CHARIOTEER_PERTURB=$(SEED) PYTHONPATH=$(VALIDATING)/site \
+		$(LIMITED) .venv/bin/python $(PYTEST) -m 'not stress'
+
+test-release: build .venv/stamps/test ## The same on the release build
+	$(LIMITED) .venv/bin/python $(PYTEST)
+
+test-ft: .venv-ft/stamps/validating ## The same on a free-threaded interpreter, validating build
+	PYTHONPATH=$(FREE_THREADED)/site .venv-ft/bin/python -W error -c \
+		'import sys, charioteer; sys.exit(sys._is_gil_enabled() and "test-ft: the GIL is on")'
+	PYTHONPATH=$(FREE_THREADED)/site $(LIMITED) .venv-ft/bin/python $(PYTEST)
+
+##@ Measure
+.PHONY: bench bench-rust bench-taskflow bench-overhead bench-ft
+bench: bench-rust bench-taskflow bench-overhead bench-ft ## All benchmarks below
+
+bench-rust: ## Criterion benchmarks of the core
+	cargo bench $(CARGO_FLAGS) -p charioteer-bench
+
+bench-taskflow: build ## The core's peer, if its headers are installed
+	@mkdir -p benchmarks/results
+	.venv/bin/python benchmarks/peers/taskflow/run.py --json benchmarks/results/taskflow.json
+
+bench-overhead: build .venv/stamps/bench ## What a task costs, beside other runtimes
+	@mkdir -p benchmarks/results
+	.venv/bin/charioteer bench overhead --json benchmarks/results/overhead.json
+
+bench-ft: .venv-gil/stamps/build .venv-ft/stamps/build ## An empty task without the GIL and with it
+	@mkdir -p benchmarks/results
+	.venv-gil/bin/charioteer bench overhead --only free-threading --peers none \
+		--other-python .venv-ft/bin/python --json benchmarks/results/free-threading.json
+
+##@ Keep in order
+.PHONY: lint format clean help
+# Stubs are compared with the module, so that must be built. Code for release builds alone is out
+# of sight of a lint in the development profile. Cargo keeps a target directory of its own here,
+# since PyO3 would be built anew at each turn between a lint and maturin.
+lint: LINT := CARGO_TARGET_DIR=$(ROOT)/target/lint PYO3_PYTHON=$(ROOT)/.venv/bin/python
+lint: build .venv/stamps/dev ## Formatting, lints, types, stubs, documentation; changes nothing
+	cargo fmt --all --check
+	$(LINT) cargo clippy $(CARGO_FLAGS) --workspace --all-targets -- -D warnings
+	$(LINT) cargo clippy $(CARGO_FLAGS) --workspace --release -- -D warnings
+	$(LINT) RUSTDOCFLAGS='-D warnings' cargo doc $(CARGO_FLAGS) --workspace --no-deps
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+	MYPYPATH=python .venv/bin/python -m mypy.stubtest charioteer._core
+
+format: .venv/stamps/dev ## Format all sources in place
+	cargo fmt --all
+	.venv/bin/ruff check --fix-only
+	.venv/bin/ruff format
+
+clean: ## Remove all that was built here; cached interpreters stay
+	rm -rf target dist .venv .venv-ft .venv-gil .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find python tests examples -name __pycache__ -prune -exec rm -rf {} +
+	rm -f python/charioteer/_core.*.so
+
+help: ## This list
+	@awk 'BEGIN { FS = ":.*## " } \
+		/^##@/ { printf "\n%s\n", substr($$0, 5) } \
+		/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# Virtual environments. Stamps lie within them, so that whoever removes one starts afresh.
+
+.venv/stamps/venv:
+	$(if $(PYTHON),,$(error no CPython 3.11 or newer on PATH; say PYTHON=))
+	$(PYTHON) -m venv .venv
+	@mkdir -p $(@D) && touch $@
+
+.venv/stamps/build: .venv/stamps/python $(RUST) pyproject.toml
+	VIRTUAL_ENV=$(ROOT)/.venv .venv/bin/maturin develop --release $(CARGO_FLAGS)
+	@touch $@
+
+# The build backend and what the package needs at run time; the others add an extra each.
+.venv/stamps/python: .venv/stamps/venv pyproject.toml ci/requirements
+	.venv/bin/python ci/requirements build | .venv/bin/python $(PIP_INSTALL) -r /dev/stdin
+	@touch $@
+
+.venv/stamps/demo .venv/stamps/test .venv/stamps/bench .venv/stamps/dev: .venv/stamps/python
+	.venv/bin/python ci/requirements $(@F) | .venv/bin/python $(PIP_INSTALL) -r /dev/stdin
+	@touch $@
+
+.venv/stamps/validating: .venv/stamps/python $(RUST) $(PACKAGE) ci/build-validating
+	ci/build-validating .venv/bin/python $(VALIDATING) $(CARGO_FLAGS)
+	@touch $@
+
+# Free-threaded, and its counterpart with the GIL. PyO3 refuses the free-threaded 3.13, which CPython
+# calls an experiment: right for users, whose wheels begin with 3.14t, and overridden for our lane.
+# Packages come as wheels or not at all: pip would build the newest that has none, for an hour.
+ft_override = $(shell .venv-ft/bin/python -c \
+	'import sys; print("UNSAFE_PYO3_SKIP_VERSION_CHECK=1" if sys.version_info < (3, 14) else "")')
+
+.venv-ft/stamps/python: pyproject.toml ci/requirements
+	$(if $(FREE_THREADED_PYTHON),,$(error no free-threaded interpreter))
+	$(FREE_THREADED_PYTHON) -m venv .venv-ft
+	.venv-ft/bin/python ci/requirements build test | \
+		.venv-ft/bin/python $(PIP_INSTALL) --only-binary :all: -r /dev/stdin
+	@mkdir -p $(@D) && touch $@
+
+.venv-ft/stamps/validating: .venv-ft/stamps/python $(RUST) $(PACKAGE) ci/build-validating
+	$(ft_override) ci/build-validating .venv-ft/bin/python $(FREE_THREADED) $(CARGO_FLAGS)
+	@touch $@
+
+.venv-ft/stamps/build: .venv-ft/stamps/python $(RUST) pyproject.toml
+	$(ft_override) VIRTUAL_ENV=$(ROOT)/.venv-ft .venv-ft/bin/maturin develop --release \
+		--target-dir $(FREE_THREADED) $(CARGO_FLAGS)
+	@touch $@
+
+.venv-gil/stamps/build: pyproject.toml ci/requirements $(RUST)
+	$(if $(GIL_PYTHON),,$(error no interpreter to compare the free-threaded one with))
+	$(GIL_PYTHON) -m venv .venv-gil
+	.venv-gil/bin/python ci/requirements build | .venv-gil/bin/python $(PIP_INSTALL) -r /dev/stdin
+	VIRTUAL_ENV=$(ROOT)/.venv-gil .venv-gil/bin/maturin develop --release \
+		--target-dir $(ROOT)/target/gil $(CARGO_FLAGS)
+	@mkdir -p $(@D) && touch $@

@@ -1,0 +1,1 @@
+//! Benchmarks of the Charioteer core: see `benches/`.

@@ -1,0 +1,367 @@
+//! What the runtime knows of a callable before it spawns it: its name, what it captures, and whether
+//! it may be spawned at all.
+//!
+//! A function's captured variables are bound by value: the spawned body is a copy of the function
+//! with cells of its own. A cell that is still empty stays shared, so that a function may call
+//! itself. Code that assigns a captured variable is refused. Module variables cannot be bound; those
+//! whose values look like data are remembered, and the body warns if one was rebound before it ran.
+//!
+//! All this depends on the code alone, so it is analysed once a code object and kept in a cache of
+//! the spawning thread (a shared one would contend without a GIL).
+
+use std::cell::RefCell;
+use std::collections::{HashMap, HashSet};
+use std::rc::Rc;
+use std::sync::{Mutex, PoisonError};
+
+use pyo3::exceptions::PyTypeError;
+use pyo3::ffi;
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyModule, PyString, PyTuple, PyType};
+
+use crate::gateway::{Hidden, PyRef};
+use crate::interp::Watched;
+use crate::support::{error, support};
+
+/// What a code object tells.
+struct Facts {
+    /// Keeps the code alive, so that its address stays its own.
+    _code: PyRef,
+    name: &'static str,
+    /// The captured variable that it assigns.
+    assigned: Option<String>,
+    /// The module variables that it reads and does not assign.
+    globals: Vec<PyRef>,
+    /// The positional parameters, without `*args`.
+    parameters: usize,
+    /// The keyword-only parameters, without `**kwargs`.
+    keywords: usize,
+}
+
+/// How many code objects a thread remembers.
+const REMEMBERED: usize = 1024;
+
+thread_local! {
+    static FACTS: RefCell<HashMap<usize, Rc<Facts>, Hasher>> = RefCell::default();
+}
+
+/// Addresses need no better hash than a multiplication.
+#[derive(Default, Clone)]
+struct Hasher;
+
+struct Multiply(u64);
+
+impl std::hash::BuildHasher for Hasher {
+    type Hasher = Multiply;
+    fn build_hasher(&self) -> Multiply {
+        Multiply(0)
+    }
+}
+
+impl std::hash::Hasher for Multiply {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_u64(u64::from(*byte));
+        }
+    }
+    fn write_u64(&mut self, number: u64) {
+        self.0 = (self.0 ^ number)
+            .wrapping_mul(0x9E37_79B9_7F4A_7C15)
+            .rotate_left(29);
+    }
+    fn write_usize(&mut self, number: usize) {
+        self.write_u64(number as u64);
+    }
+}
+
+/// One copy of each name for ever: programs have few.
+pub fn intern(name: &str) -> &'static str {
+    static NAMES: Mutex<Option<HashSet<&'static str>>> = Mutex::new(None);
+    let mut names = NAMES.lock().unwrap_or_else(PoisonError::into_inner);
+    let names = names.get_or_insert_with(HashSet::new);
+    if let Some(name) = names.get(name) {
+        return name;
+    }
+    let name: &'static str = Box::leak(name.to_owned().into_boxed_str());
+    names.insert(name);
+    name
+}
+
+type Analysis = (String, Option<String>, Vec<Py<PyAny>>, usize, usize);
+
+fn facts(py: Python<'_>, code: *mut ffi::PyObject) -> PyResult<Rc<Facts>> {
+    let key = code as usize;
+    if let Some(facts) = FACTS.with(|facts| facts.borrow().get(&key).cloned()) {
+        return Ok(facts);
+    }
+    // SAFETY: attached; the caller's function keeps its code alive.
+    let code = unsafe { Bound::from_borrowed_ptr(py, code) };
+    let (name, assigned, globals, parameters, keywords): Analysis =
+        support(py).analyse.bind(py).call1((&code,))?.extract()?;
+    let facts = Rc::new(Facts {
+        _code: code.into(),
+        name: intern(&name),
+        assigned,
+        globals: globals.into_iter().map(PyRef::new).collect(),
+        parameters,
+        keywords,
+    });
+    let forgotten = FACTS.with(|all| {
+        let mut all = all.borrow_mut();
+        let forgotten = (all.len() >= REMEMBERED).then(|| std::mem::take(&mut *all));
+        all.insert(key, Rc::clone(&facts));
+        forgotten
+    });
+    drop(forgotten);
+    Ok(facts)
+}
+
+/// A callable that is about to be spawned.
+pub struct Prepared {
+    pub callable: Hidden,
+    pub name: &'static str,
+    pub watched: Option<Box<(PyRef, Vec<Watched>)>>,
+}
+
+fn is_function(object: &Bound<'_, PyAny>) -> bool {
+    // SAFETY: attached, the object is alive.
+    unsafe { ffi::PyFunction_Check(object.as_ptr()) != 0 }
+}
+
+/// Binds what `callable` captures. `TypeError` if it is not callable, `CaptureError` if it assigns
+/// a captured variable.
+#[inline]
+pub fn prepare(callable: &Bound<'_, PyAny>) -> PyResult<Prepared> {
+    if is_function(callable) {
+        prepare_function(callable)
+    } else {
+        prepare_other(callable)
+    }
+}
+
+/// Takes a callable as it is, late binding and all: for other people's executors.
+pub fn prepare_raw(callable: &Bound<'_, PyAny>) -> PyResult<Prepared> {
+    Ok(Prepared {
+        name: name_of(callable)?,
+        callable: Hidden::new(callable.clone()),
+        watched: None,
+    })
+}
+
+fn name_of(callable: &Bound<'_, PyAny>) -> PyResult<&'static str> {
+    let py = callable.py();
+    if !callable.is_callable() {
+        return Err(PyTypeError::new_err(format!(
+            "a body is to be callable or a coroutine, not {}",
+            callable.get_type().name()?
+        )));
+    }
+    let name = callable.getattr_opt(pyo3::intern!(py, "__name__"))?;
+    let name = match &name {
+        Some(name) => name
+            .cast::<PyString>()
+            .map(|name| name.to_string_lossy())
+            .ok(),
+        None => None,
+    };
+    Ok(match name {
+        Some(name) => intern(&name),
+        None => intern(&callable.get_type().name()?.to_string_lossy()),
+    })
+}
+
+fn prepare_other(callable: &Bound<'_, PyAny>) -> PyResult<Prepared> {
+    let py = callable.py();
+    if callable.get_type().is(support(py).method.bind(py)) {
+        let function = callable.getattr("__func__")?;
+        if !is_function(&function) {
+            return prepare_raw(callable);
+        }
+        let prepared = prepare_function(&function)?;
+        let bound = support(py)
+            .method
+            .bind(py)
+            .call1((prepared.callable.bind(py), callable.getattr("__self__")?))?;
+        return Ok(Prepared {
+            callable: Hidden::new(bound),
+            ..prepared
+        });
+    }
+    if callable.get_type().is(support(py).partial.bind(py)) {
+        let function = callable.getattr("func")?;
+        let prepared = prepare(&function)?;
+        let arguments = callable.getattr("args")?.cast_into::<PyTuple>()?;
+        let keywords = callable.getattr("keywords")?.cast_into::<PyDict>()?;
+        let mut all = vec![prepared.callable.bind(py).clone()];
+        all.extend(arguments.iter());
+        let partial = support(py)
+            .partial
+            .bind(py)
+            .call(PyTuple::new(py, all)?, Some(&keywords))?;
+        return Ok(Prepared {
+            callable: Hidden::new(partial),
+            ..prepared
+        });
+    }
+    prepare_raw(callable)
+}
+
+fn prepare_function(function: &Bound<'_, PyAny>) -> PyResult<Prepared> {
+    let py = function.py();
+    let raw = function.as_ptr();
+    // SAFETY: attached; `function` is a Python function and alive; borrowed references.
+    let (code, closure, globals) = unsafe {
+        (
+            ffi::PyFunction_GetCode(raw),
+            ffi::PyFunction_GetClosure(raw),
+            ffi::PyFunction_GetGlobals(raw),
+        )
+    };
+    let facts = facts(py, code)?;
+    if let Some(assigned) = &facts.assigned {
+        return Err(error(py, "CaptureError", (facts.name, assigned.as_str())));
+    }
+    let watched = if facts.globals.is_empty() {
+        None
+    } else {
+        watch(py, &facts.globals, globals)
+    };
+    let callable = if closure.is_null() {
+        function.clone()
+    } else {
+        // SAFETY: as above.
+        unsafe { with_own_cells(py, raw, code, closure, globals)? }
+    };
+    Ok(Prepared {
+        callable: Hidden::new(callable),
+        name: facts.name,
+        watched,
+    })
+}
+
+/// Remembers the module variables whose values look like data.
+fn watch(
+    py: Python<'_>,
+    names: &[PyRef],
+    globals: *mut ffi::PyObject,
+) -> Option<Box<(PyRef, Vec<Watched>)>> {
+    let mut watched = Vec::new();
+    for name in names {
+        // SAFETY: attached; a dict and a string, both alive; the result is borrowed, and made a
+        // reference of our own at once.
+        let value = unsafe {
+            Bound::from_borrowed_ptr_or_opt(
+                py,
+                ffi::PyDict_GetItemWithError(globals, name.as_ptr()),
+            )
+        };
+        let Some(value) = value else { continue };
+        if is_function(&value)
+            || value.is_instance_of::<PyModule>()
+            || value.is_instance_of::<PyType>()
+            || value.is_instance_of::<crate::spawn::TaskFunction>()
+        {
+            continue;
+        }
+        watched.push(Watched {
+            name: PyRef::new(name.clone_ref(py)),
+            value: value.into(),
+        });
+    }
+    if watched.is_empty() {
+        return None;
+    }
+    // SAFETY: attached, alive.
+    let globals = unsafe { Bound::from_borrowed_ptr(py, globals) };
+    Some(Box::new((globals.into(), watched)))
+}
+
+/// A copy of a function whose cells are its own.
+///
+/// # Safety
+/// `function` is a Python function with that code, closure and globals, and alive.
+unsafe fn with_own_cells<'py>(
+    py: Python<'py>,
+    function: *mut ffi::PyObject,
+    code: *mut ffi::PyObject,
+    closure: *mut ffi::PyObject,
+    globals: *mut ffi::PyObject,
+) -> PyResult<Bound<'py, PyAny>> {
+    // SAFETY: attached; every call below gives a new reference or null with an exception, except
+    // where a comment says that it is borrowed or stolen.
+    unsafe {
+        let count = ffi::PyTuple_Size(closure);
+        let cells = Bound::from_owned_ptr_or_err(py, ffi::PyTuple_New(count))?;
+        for at in 0..count {
+            let cell = ffi::PyTuple_GetItem(closure, at); // borrowed
+            let value = ffi::PyCell_Get(cell);
+            let own = if value.is_null() {
+                ffi::Py_INCREF(cell);
+                cell
+            } else {
+                let own = ffi::PyCell_New(value);
+                ffi::Py_DECREF(value);
+                own
+            };
+            if own.is_null() {
+                return Err(PyErr::fetch(py));
+            }
+            ffi::PyTuple_SetItem(cells.as_ptr(), at, own); // stolen
+        }
+        let copy = Bound::from_owned_ptr_or_err(py, ffi::PyFunction_New(code, globals))?;
+        if ffi::PyFunction_SetClosure(copy.as_ptr(), cells.as_ptr()) != 0 {
+            return Err(PyErr::fetch(py));
+        }
+        let defaults = ffi::PyFunction_GetDefaults(function); // borrowed
+        if !defaults.is_null() && ffi::PyFunction_SetDefaults(copy.as_ptr(), defaults) != 0 {
+            return Err(PyErr::fetch(py));
+        }
+        let defaults = ffi::PyFunction_GetKwDefaults(function); // borrowed
+        if !defaults.is_null() && ffi::PyFunction_SetKwDefaults(copy.as_ptr(), defaults) != 0 {
+            return Err(PyErr::fetch(py));
+        }
+        Ok(copy)
+    }
+}
+
+/// Positional defaults, and those by keyword.
+type Defaults<'py> = (Option<Bound<'py, PyTuple>>, Option<Bound<'py, PyDict>>);
+
+/// The defaults of a function, which are the arguments of an inline task: positional ones, then
+/// those by keyword. `TypeError` if a parameter has none.
+pub fn defaults<'py>(function: &Bound<'py, PyAny>) -> PyResult<Defaults<'py>> {
+    if !is_function(function) {
+        return Ok((None, None));
+    }
+    let py = function.py();
+    let raw = function.as_ptr();
+    // SAFETY: attached; a Python function, alive; borrowed references.
+    let (code, positional, keyword) = unsafe {
+        (
+            ffi::PyFunction_GetCode(raw),
+            Bound::from_borrowed_ptr_or_opt(py, ffi::PyFunction_GetDefaults(raw)),
+            Bound::from_borrowed_ptr_or_opt(py, ffi::PyFunction_GetKwDefaults(raw)),
+        )
+    };
+    let facts = facts(py, code)?;
+    let positional = positional
+        .map(|defaults| defaults.cast_into::<PyTuple>())
+        .transpose()?;
+    let keyword = keyword
+        .map(|defaults| defaults.cast_into::<PyDict>())
+        .transpose()?;
+    let given = positional.as_ref().map_or(0, |defaults| defaults.len());
+    let named = keyword.as_ref().map_or(0, |defaults| defaults.len());
+    if given < facts.parameters || named < facts.keywords {
+        return Err(PyTypeError::new_err(format!(
+            "{}: the defaults of an inline task are its arguments, and {} of its parameters have \
+             none",
+            facts.name,
+            (facts.parameters + facts.keywords).saturating_sub(given + named)
+        )));
+    }
+    Ok((positional, keyword))
+}

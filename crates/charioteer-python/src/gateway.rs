@@ -1,0 +1,361 @@
+//! The one gateway to the interpreter.
+//!
+//! # Protocol
+//!
+//! Everything in this crate that attaches to the interpreter, or detaches from it, does so through
+//! [`attach`] and [`detach`], at a named [`Site`] whose visits are counted. Both assert, in
+//! validating builds, that the thread holds no internal lock (invariant 8), since another thread
+//! may hold the interpreter and want that lock.
+//!
+//! References may be dropped by any thread: the last owner of a result can be a worker that is not
+//! attached. [`PyRef`] frees its object at once if the thread is attached, and else puts it into a
+//! queue, which the next thread that attaches empties. The queue is bounded: the thread that finds
+//! it full attaches itself.
+
+#![expect(
+    clippy::disallowed_methods,
+    reason = "everywhere else attaches and detaches through this module"
+)]
+
+use std::cell::RefCell;
+use std::mem::ManuallyDrop;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use charioteer::sync::assert_unlocked;
+use pyo3::ffi;
+use pyo3::prelude::*;
+
+/// Where the interpreter is entered or left.
+#[derive(Clone, Copy)]
+#[repr(usize)]
+pub enum Site {
+    /// A worker attaches to run Python bodies.
+    Worker,
+    /// A thread is started.
+    ThreadStart,
+    /// A callback is called by a thread that may not be attached.
+    Callback,
+    /// A failure is handed to `on_failure`.
+    Report,
+    /// A full queue of references is emptied.
+    Drop,
+    /// A waiting main thread looks for signals.
+    Signal,
+    /// A warning is given.
+    Warn,
+    /// A thread detaches to wait.
+    Wait,
+    /// The main function of a worker detaches.
+    Main,
+}
+
+const SITES: [&str; 9] = [
+    "worker",
+    "thread_start",
+    "callback",
+    "report",
+    "drop",
+    "signal",
+    "warn",
+    "wait",
+    "main",
+];
+
+/// The visits of one site, on a cache line of its own.
+#[repr(align(128))]
+struct Visits(AtomicU64);
+
+static VISITS: [Visits; SITES.len()] = [const { Visits(AtomicU64::new(0)) }; SITES.len()];
+
+fn visit(site: Site) {
+    assert_unlocked();
+    VISITS[site as usize].0.fetch_add(1, Ordering::Relaxed);
+}
+
+/// The name and the visits of every site since the process began.
+pub fn visits() -> impl Iterator<Item = (&'static str, u64)> {
+    SITES
+        .iter()
+        .zip(&VISITS)
+        .map(|(name, visits)| (*name, visits.0.load(Ordering::Relaxed)))
+}
+
+/// Calls `f` attached to the interpreter.
+#[inline]
+pub fn attach<R>(site: Site, f: impl FnOnce(Python<'_>) -> R) -> R {
+    visit(site);
+    Python::attach(|py| {
+        drop_deferred(py);
+        f(py)
+    })
+}
+
+/// Calls `f` detached from the interpreter.
+#[inline]
+pub fn detach<R>(py: Python<'_>, site: Site, f: impl FnOnce() -> R) -> R {
+    visit(site);
+    /// Says that a closure may run detached.
+    struct Stays<F>(F);
+    // SAFETY: PyO3 takes `Send` for "holds nothing that is bound to the interpreter". The closures
+    // that come here stay on this thread and hold no such thing; what else they borrow may well
+    // not be `Send`.
+    unsafe impl<F> Send for Stays<F> {}
+    impl<R, F: FnOnce() -> R> Stays<F> {
+        fn call(self) -> Stays<R> {
+            Stays((self.0)())
+        }
+    }
+    let f = Stays(f);
+    py.detach(move || f.call()).0
+}
+
+/// Whether the calling thread is attached. Unlike `PyGILState_Check` it also answers no after the
+/// interpreter ended, when the last thread-local caches are dropped.
+#[inline]
+fn is_attached() -> bool {
+    // SAFETY: both may be called at any time: they read which state is current, and which is this
+    // thread's.
+    unsafe {
+        let current = ffi::compat::PyThreadState_GetUnchecked();
+        // Before 3.12 the current state is the process's, whoever holds the GIL.
+        !current.is_null() && (cfg!(Py_3_12) || current == ffi::PyGILState_GetThisThreadState())
+    }
+}
+
+/// References that threads dropped while they were not attached.
+static DEFERRED: Mutex<Vec<usize>> = Mutex::new(Vec::new());
+static DEFERRED_LENGTH: AtomicUsize = AtomicUsize::new(0);
+
+/// How many references may wait to be dropped.
+const BOUND: usize = 4096;
+
+/// In the lowest bit of a deferred address, which alignment leaves free: the object is hidden.
+const HIDDEN: usize = 1;
+
+fn defer(object: usize) {
+    let full = {
+        let mut deferred = DEFERRED.lock().unwrap_or_else(PoisonError::into_inner);
+        deferred.push(object);
+        DEFERRED_LENGTH.store(deferred.len(), Ordering::Release);
+        deferred.len() >= BOUND
+    };
+    if full {
+        visit(Site::Drop);
+        // An interpreter that ends frees everything by itself.
+        let _ = Python::try_attach(drop_deferred);
+    }
+}
+
+/// Drops what other threads left.
+#[inline]
+pub fn drop_deferred(_: Python<'_>) {
+    if DEFERRED_LENGTH.load(Ordering::Acquire) == 0 {
+        return;
+    }
+    let deferred = {
+        let mut deferred = DEFERRED.lock().unwrap_or_else(PoisonError::into_inner);
+        DEFERRED_LENGTH.store(0, Ordering::Release);
+        std::mem::take(&mut *deferred)
+    };
+    for object in deferred {
+        let pointer = (object & !HIDDEN) as *mut ffi::PyObject;
+        // SAFETY: `defer` took over a reference, this thread is attached, and no lock is held.
+        unsafe {
+            if object & HIDDEN != 0 {
+                show(pointer);
+            }
+            ffi::Py_DECREF(pointer);
+        }
+    }
+}
+
+/// A reference that any thread may drop.
+pub struct PyRef(ManuallyDrop<Py<PyAny>>);
+
+impl PyRef {
+    #[inline]
+    pub fn new(object: Py<PyAny>) -> Self {
+        Self(ManuallyDrop::new(object))
+    }
+
+    #[inline]
+    pub fn bind<'py>(&self, py: Python<'py>) -> &Bound<'py, PyAny> {
+        self.0.bind(py)
+    }
+
+    #[inline]
+    pub fn get(&self) -> &Py<PyAny> {
+        &self.0
+    }
+
+    #[inline]
+    pub fn as_ptr(&self) -> *mut ffi::PyObject {
+        self.0.as_ptr()
+    }
+
+    #[inline]
+    pub fn clone_ref(&self, py: Python<'_>) -> Py<PyAny> {
+        self.0.clone_ref(py)
+    }
+}
+
+impl<T> From<Bound<'_, T>> for PyRef {
+    #[inline]
+    fn from(object: Bound<'_, T>) -> Self {
+        Self::new(object.into_any().unbind())
+    }
+}
+
+impl Drop for PyRef {
+    #[inline]
+    fn drop(&mut self) {
+        // SAFETY: the field is not used after this.
+        let object = unsafe { ManuallyDrop::take(&mut self.0) }.into_ptr();
+        if is_attached() {
+            assert_unlocked();
+            // SAFETY: this owned the reference and the thread is attached.
+            unsafe { ffi::Py_DECREF(object) };
+        } else {
+            defer(object as usize);
+        }
+    }
+}
+
+/// A reference to an object that only a pending task can reach, hidden from the garbage collector
+/// meanwhile.
+///
+/// The collector could never free such an object, since it does not see the task that holds it; but
+/// it would look at each one again and again, which for many pending tasks costs more than the tasks
+/// themselves. The object comes back into sight before the reference is dropped.
+pub struct Hidden(ManuallyDrop<Py<PyAny>>);
+
+impl Hidden {
+    /// Hides a function with a closure of its own, or a context.
+    #[inline]
+    pub fn new(object: Bound<'_, PyAny>) -> Self {
+        // SAFETY: attached, alive.
+        unsafe { hide(object.as_ptr()) };
+        Self(ManuallyDrop::new(object.unbind()))
+    }
+
+    #[inline]
+    pub fn as_ptr(&self) -> *mut ffi::PyObject {
+        self.0.as_ptr()
+    }
+
+    #[inline]
+    pub fn bind<'py>(&self, py: Python<'py>) -> &Bound<'py, PyAny> {
+        self.0.bind(py)
+    }
+}
+
+impl Drop for Hidden {
+    #[inline]
+    fn drop(&mut self) {
+        // SAFETY: the field is not used after this.
+        let object = unsafe { ManuallyDrop::take(&mut self.0) }.into_ptr();
+        if is_attached() {
+            assert_unlocked();
+            // SAFETY: this owned the reference and the thread is attached.
+            unsafe {
+                show(object);
+                ffi::Py_DECREF(object);
+            }
+        } else {
+            defer(object as usize | HIDDEN);
+        }
+    }
+}
+
+/// Calls `f` on `object` and, if it is a function, on its closure and the cells in it.
+///
+/// # Safety
+/// Attached; the object is alive.
+#[inline]
+unsafe fn each_part(object: *mut ffi::PyObject, f: unsafe fn(*mut ffi::PyObject)) {
+    // SAFETY: as promised; closures are tuples of cells or null; the references are borrowed.
+    unsafe {
+        if ffi::PyFunction_Check(object) != 0 {
+            let closure = ffi::PyFunction_GetClosure(object);
+            if !closure.is_null() {
+                for at in 0..ffi::PyTuple_GET_SIZE(closure) {
+                    f(ffi::PyTuple_GET_ITEM(closure, at));
+                }
+                f(closure);
+            }
+        }
+        f(object);
+    }
+}
+
+/// Takes an object, and a closure that is its own, out of the collector's sight. Parts that others
+/// know of stay.
+///
+/// # Safety
+/// Attached; the object is alive.
+#[inline]
+unsafe fn hide(object: *mut ffi::PyObject) {
+    unsafe fn one(object: *mut ffi::PyObject) {
+        // SAFETY: attached, alive. One reference means that nobody else knows the object.
+        unsafe {
+            if ffi::Py_REFCNT(object) == 1 && ffi::PyObject_GC_IsTracked(object) != 0 {
+                ffi::PyObject_GC_UnTrack(object.cast());
+            }
+        }
+    }
+    // SAFETY: as promised.
+    unsafe { each_part(object, one) }
+}
+
+/// Brings an object and its closure back into the collector's sight. Types untrack their objects
+/// when they free them, some without a look whether they are tracked.
+///
+/// # Safety
+/// Attached; the object is alive.
+#[inline]
+unsafe fn show(object: *mut ffi::PyObject) {
+    unsafe fn one(object: *mut ffi::PyObject) {
+        // SAFETY: attached, alive; only objects that can be tracked and are not may be.
+        unsafe {
+            if ffi::PyObject_IS_GC(object) != 0 && ffi::PyObject_GC_IsTracked(object) == 0 {
+                ffi::PyObject_GC_Track(object.cast());
+            }
+        }
+    }
+    // SAFETY: as promised.
+    unsafe { each_part(object, one) }
+}
+
+thread_local! {
+    /// What a wait of this thread was interrupted with.
+    static INTERRUPT: RefCell<Option<PyErr>> = const { RefCell::new(None) };
+    static MAIN: bool = is_main_thread();
+}
+
+fn is_main_thread() -> bool {
+    // SAFETY: both calls only read who we are.
+    unsafe { libc::syscall(libc::SYS_gettid) == libc::c_long::from(libc::getpid()) }
+}
+
+/// Whether this is the thread on which Python handles signals.
+pub fn handles_signals() -> bool {
+    MAIN.with(|main| *main)
+}
+
+/// Lets Python handle signals; true if that raised, and then [`take_interrupt`] has the exception.
+pub fn check_signals() -> bool {
+    attach(Site::Signal, |py| match py.check_signals() {
+        Ok(()) => false,
+        Err(error) => {
+            INTERRUPT.with(|interrupt| *interrupt.borrow_mut() = Some(error));
+            true
+        }
+    })
+}
+
+/// The exception that interrupted the last wait of this thread, once.
+pub fn take_interrupt() -> Option<PyErr> {
+    INTERRUPT.with(|interrupt| interrupt.borrow_mut().take())
+}

@@ -1,0 +1,53 @@
+//! The module `charioteer._core`: the runtime's face towards Python, and no policy.
+//!
+//! | file | what it holds |
+//! |---|---|
+//! | `gateway` | where the interpreter is entered and left, and references of detached threads |
+//! | `interp` | Python as a domain of the runtime: bodies, calls, coroutines, failures |
+//! | `callable` | what a callable captures, and whether it may be spawned |
+//! | `options` | keywords of tasks |
+//! | `spawn` | `task`, `spawn`, `spawn_many`, task functions |
+//! | `task` | `Task`, waiting and awaiting |
+//! | `space` | `TaskSpace`, `TaskList` |
+//! | `runtime` | the open runtime and the running task |
+//! | `support` | what is used from the Python side of the package |
+
+use pyo3::prelude::*;
+
+mod callable;
+mod gateway;
+mod interp;
+mod options;
+mod runtime;
+mod space;
+mod spawn;
+mod support;
+mod task;
+
+#[global_allocator]
+static GLOBAL: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// The runtime's face towards Python.
+#[pymodule(gil_used = false)]
+mod _core {
+    #[pymodule_export]
+    use super::interp::{leave_native_step, limits_changed};
+    #[pymodule_export]
+    use super::runtime::{
+        Context, PyEngine, after_fork, current_context, in_task, is_open, read_trace,
+        set_default_runtime_factory,
+    };
+    #[pymodule_export]
+    use super::space::{TaskList, TaskSpace, View};
+    #[pymodule_export]
+    use super::spawn::{
+        Spawner, TaskDecorator, TaskFunction, count_groups, finish_elsewhere, spawn, spawn_many,
+        submit, task,
+    };
+    #[pymodule_export]
+    use super::support::connect;
+    #[pymodule_export]
+    use super::task::{
+        Awaiting, PyTask, Subscription, awaiting, block, cancel_requested, is_failed,
+    };
+}

@@ -1,0 +1,245 @@
+//! The options of a task, from keywords.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use charioteer::task::{Need, Options, WHOLE_CORE};
+use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::{PyBool, PyString};
+
+use crate::gateway::PyRef;
+use crate::interp::Task;
+use crate::runtime;
+use crate::support::{error, support};
+use crate::task::{PyTask, tasks_in};
+
+/// What a task is called, or which handle it is to be.
+pub enum Target {
+    Name(Box<str>),
+    Handle(PyRef),
+}
+
+impl Clone for Target {
+    fn clone(&self) -> Self {
+        match self {
+            Self::Name(name) => Self::Name(name.clone()),
+            Self::Handle(handle) => {
+                // SAFETY: options are only read and combined in calls from Python.
+                let py = unsafe { Python::assume_attached() };
+                Self::Handle(PyRef::new(handle.clone_ref(py)))
+            }
+        }
+    }
+}
+
+impl Target {
+    /// The task of a handle.
+    pub fn task(handle: &PyRef) -> &Task {
+        let object: &Py<PyAny> = handle.get();
+        // SAFETY: only `target` makes handles, from objects of this class, and a `Py` is a
+        // transparent pointer whatever its class; what is borrowed lives as long as the object.
+        unsafe { &*std::ptr::from_ref(object).cast::<Py<PyTask>>() }
+            .get()
+            .task()
+    }
+}
+
+/// Everything that keywords can say; what was not said is `None`.
+#[derive(Clone, Default)]
+pub struct Keywords {
+    pub target: Option<Target>,
+    pub dependencies: Vec<Task>,
+    pub priority: Option<i32>,
+    pub placement: Option<Vec<u16>>,
+    pub share: Option<f64>,
+    pub timeout: Option<Duration>,
+    pub retries: Option<u32>,
+}
+
+impl Keywords {
+    /// These, and where they say nothing, `earlier`.
+    pub fn over(self, earlier: &Self) -> Self {
+        let mut dependencies = earlier.dependencies.clone();
+        dependencies.extend(self.dependencies);
+        Self {
+            target: self.target.or_else(|| earlier.target.clone()),
+            dependencies,
+            priority: self.priority.or(earlier.priority),
+            placement: self.placement.or_else(|| earlier.placement.clone()),
+            share: self.share.or(earlier.share),
+            timeout: self.timeout.or(earlier.timeout),
+            retries: self.retries.or(earlier.retries),
+        }
+    }
+
+    /// The core's options; `None` if nothing unusual was said. `PlacementError` if the cores that
+    /// the runtime has can never serve it.
+    pub fn options(&self, py: Python<'_>) -> PyResult<Option<Box<Options>>> {
+        if self.priority.is_none()
+            && self.placement.is_none()
+            && self.share.is_none()
+            && self.timeout.is_none()
+            && self.retries.is_none()
+        {
+            return Ok(None);
+        }
+        let (need, alternatives) = self.need(py)?;
+        let options = Options {
+            priority: self.priority.unwrap_or(0),
+            retries: self.retries.unwrap_or(0),
+            timeout: self.timeout,
+            need,
+            alternatives,
+        };
+        Ok((options != Options::DEFAULT).then(|| Box::new(options)))
+    }
+
+    /// What the task needs of the cores, and the sets in free choice if there are several that the
+    /// machine can serve.
+    fn need(&self, py: Python<'_>) -> PyResult<(Need, Option<Arc<[u16]>>)> {
+        let said = match &self.placement {
+            None => &[1_u16][..],
+            Some(said) => said,
+        };
+        let share = self.share.unwrap_or(1.0);
+        let cores = runtime::active(py)?.cores();
+        let every = u16::try_from(cores).unwrap_or(u16::MAX);
+        let mut feasible: Vec<u16> = said
+            .iter()
+            .map(|count| if *count == 0 { every } else { *count })
+            .filter(|count| usize::from(*count) <= cores)
+            .collect();
+        let mut seen = std::collections::HashSet::new();
+        feasible.retain(|count| seen.insert(*count));
+        let Some(first) = feasible.first().copied() else {
+            let reasons: Vec<String> = said
+                .iter()
+                .map(|count| format!("cpu * {count}: the runtime has {cores} cores"))
+                .collect();
+            return Err(error(py, "PlacementError", (reasons.join("; "),)));
+        };
+        // Between 0 and 65,536, so the cast is exact.
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+        let part = (share * f64::from(WHOLE_CORE)).ceil() as u32;
+        match part {
+            0 => Ok((Need::Share(0), None)),
+            WHOLE_CORE if feasible.len() > 1 => Ok((Need::Cores(first), Some(feasible.into()))),
+            WHOLE_CORE if first == 1 => Ok((Need::Core, None)),
+            WHOLE_CORE => Ok((Need::Cores(first), None)),
+            part if feasible.contains(&1) => Ok((Need::Share(part), None)),
+            _ => Err(error(
+                py,
+                "PlacementError",
+                (format!(
+                    "cpu * {first} with share={share}: a set of cores is taken whole, or with \
+                     share=0 not at all"
+                ),),
+            )),
+        }
+    }
+
+    /// Whether the body may get several cores.
+    pub fn may_be_wide(options: Option<&Options>) -> bool {
+        options.is_some_and(|options| matches!(options.need, Need::Cores(_)))
+    }
+}
+
+/// Reads the keywords that `task`, `spawn`, `options` and their like share.
+#[allow(clippy::too_many_arguments)]
+pub fn keywords(
+    name: Option<&Bound<'_, PyAny>>,
+    dependencies: Option<&Bound<'_, PyAny>>,
+    priority: Option<&Bound<'_, PyAny>>,
+    placement: Option<&Bound<'_, PyAny>>,
+    share: Option<&Bound<'_, PyAny>>,
+    timeout: Option<&Bound<'_, PyAny>>,
+    retries: Option<&Bound<'_, PyAny>>,
+) -> PyResult<Keywords> {
+    let mut keywords = Keywords::default();
+    if let Some(name) = name {
+        keywords.target = Some(target(name)?);
+    }
+    if let Some(dependencies) = dependencies {
+        tasks_in(dependencies, &mut keywords.dependencies)?;
+    }
+    if let Some(priority) = priority {
+        keywords.priority = Some(
+            integer(priority, "priority")?
+                .try_into()
+                .map_err(|_| PyValueError::new_err("priority is a number of 32 bits"))?,
+        );
+    }
+    if let Some(placement) = placement {
+        let py = placement.py();
+        let cores: Vec<u16> = support(py).cores.bind(py).call1((placement,))?.extract()?;
+        keywords.placement = Some(cores);
+    }
+    if let Some(share) = share {
+        let share: f64 = share
+            .extract()
+            .map_err(|_| not_a("share", "a number", share))?;
+        if !(0.0..=1.0).contains(&share) {
+            return Err(PyValueError::new_err(format!(
+                "share is a part of a core, between 0 and 1, not {share}"
+            )));
+        }
+        keywords.share = Some(share);
+    }
+    if let Some(timeout) = timeout {
+        let seconds: f64 = timeout
+            .extract()
+            .map_err(|_| not_a("timeout", "a number of seconds", timeout))?;
+        if seconds.is_nan() || seconds <= 0.0 {
+            return Err(PyValueError::new_err(format!(
+                "timeout is a positive number of seconds, not {seconds}"
+            )));
+        }
+        keywords.timeout = Duration::try_from_secs_f64(seconds).ok();
+    }
+    if let Some(retries) = retries {
+        keywords.retries = Some(
+            integer(retries, "retries")?
+                .try_into()
+                .map_err(|_| PyValueError::new_err("retries is a number that is not negative"))?,
+        );
+    }
+    Ok(keywords)
+}
+
+fn not_a(what: &str, wanted: &str, given: &Bound<'_, PyAny>) -> PyErr {
+    let name = given.get_type().name().map_or_else(
+        |_| "an object".to_owned(),
+        |name| name.to_string_lossy().into_owned(),
+    );
+    PyTypeError::new_err(format!("{what} is {wanted}, not {name}"))
+}
+
+fn integer(value: &Bound<'_, PyAny>, what: &str) -> PyResult<i64> {
+    if value.is_instance_of::<PyBool>() {
+        return Err(not_a(what, "an integer", value));
+    }
+    if value.is_instance_of::<pyo3::types::PyInt>() {
+        return value
+            .extract()
+            .map_err(|_| PyValueError::new_err(format!("{what} is out of range")));
+    }
+    value
+        .extract()
+        .map_err(|_| not_a(what, "an integer", value))
+}
+
+/// A name, or a handle that is to become the task.
+pub fn target(name: &Bound<'_, PyAny>) -> PyResult<Target> {
+    if let Ok(task) = name.cast::<PyTask>() {
+        return Ok(Target::Handle(task.clone().into()));
+    }
+    if let Ok(name) = name.cast::<PyString>() {
+        return Ok(Target::Name(name.to_string_lossy().into()));
+    }
+    Err(not_a(
+        "a task's name",
+        "a string or a handle such as T[i]",
+        name,
+    ))
+}

@@ -1,0 +1,857 @@
+//! Spawning: `task`, `spawn`, `spawn_many`, and what they return.
+
+use std::cell::Cell;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use charioteer::engine::{Handle, SpawnError};
+use charioteer::task::Options;
+use pyo3::exceptions::{PyRuntimeError, PyTypeError};
+use pyo3::ffi;
+use pyo3::gc::{PyTraverseError, PyVisit};
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList, PyTuple, PyType};
+
+use crate::callable::{self, Prepared};
+use crate::gateway::{self, Hidden, PyRef};
+use crate::interp::{Arguments, Body, Core, Held, Interp, Label, Task};
+use crate::options::{Keywords, Target, keywords};
+use crate::runtime;
+use crate::space::{TaskList, TaskSpace};
+use crate::support::{error, support};
+use crate::task::PyTask;
+
+/// What the spawner's `contextvars` are now.
+#[inline]
+fn context(py: Python<'_>) -> PyResult<Hidden> {
+    // SAFETY: attached; a new reference or null with an exception.
+    let context = unsafe { Bound::from_owned_ptr_or_err(py, ffi::PyContext_CopyCurrent()) }?;
+    Ok(Hidden::new(context))
+}
+
+/// Whether this stands for results: a handle, or several.
+fn is_handle(thing: &Bound<'_, PyAny>) -> bool {
+    thing.is_instance_of::<PyTask>()
+        || thing.is_instance_of::<TaskList>()
+        || thing.is_instance_of::<TaskSpace>()
+}
+
+/// Whether an argument is a handle or holds one, one level deep.
+fn has_handles(argument: &Bound<'_, PyAny>) -> bool {
+    if is_handle(argument) {
+        return true;
+    }
+    if let Ok(list) = argument.cast_exact::<PyList>() {
+        list.iter().any(|thing| is_handle(&thing))
+    } else if let Ok(tuple) = argument.cast_exact::<PyTuple>() {
+        tuple.iter_borrowed().any(|thing| is_handle(&thing))
+    } else if let Ok(dict) = argument.cast_exact::<PyDict>() {
+        let found = Cell::new(false);
+        // The closure refuses nothing.
+        let _ = dict.locked_for_each(|_, thing| {
+            found.set(found.get() || is_handle(&thing));
+            Ok(())
+        });
+        found.get()
+    } else {
+        false
+    }
+}
+
+/// Notes a handle as a dependency, and gives what it stands for from now on: the tasks of a space
+/// are those that were touched so far.
+fn hold_one<'py>(
+    thing: Bound<'py, PyAny>,
+    dependencies: &mut Vec<Task>,
+) -> PyResult<Bound<'py, PyAny>> {
+    if let Ok(task) = thing.cast::<PyTask>() {
+        dependencies.push(task.get().task().clone());
+    } else if let Ok(list) = thing.cast::<TaskList>() {
+        list.get().tasks(dependencies);
+    } else if let Ok(space) = thing.cast::<TaskSpace>() {
+        let list = Bound::new(thing.py(), space.get().list(thing.py()))?;
+        list.get().tasks(dependencies);
+        return Ok(list.into_any());
+    }
+    Ok(thing)
+}
+
+/// Notes the handles of an argument as dependencies, and gives what the body is to keep instead of
+/// it; `None` if there is no handle.
+fn hold<'py>(
+    argument: &Bound<'py, PyAny>,
+    dependencies: &mut Vec<Task>,
+) -> PyResult<Option<Bound<'py, PyAny>>> {
+    if !has_handles(argument) {
+        return Ok(None);
+    }
+    let py = argument.py();
+    // The caller's list or dictionary may change before the body runs: its handles are those of now.
+    let held = if let Ok(list) = argument.cast_exact::<PyList>() {
+        let things = list
+            .iter()
+            .map(|thing| hold_one(thing, dependencies))
+            .collect::<PyResult<Vec<_>>>()?;
+        PyList::new(py, things)?.into_any()
+    } else if let Ok(tuple) = argument.cast_exact::<PyTuple>() {
+        let things = tuple
+            .iter()
+            .map(|thing| hold_one(thing, dependencies))
+            .collect::<PyResult<Vec<_>>>()?;
+        PyTuple::new(py, things)?.into_any()
+    } else if let Ok(dict) = argument.cast_exact::<PyDict>() {
+        let copy = PyDict::new(py);
+        for (key, thing) in dict.copy()? {
+            copy.set_item(key, hold_one(thing, dependencies)?)?;
+        }
+        copy.into_any()
+    } else {
+        return hold_one(argument.clone(), dependencies).map(Some);
+    };
+    Ok(Some(Bound::new(py, Held(held.into()))?.into_any()))
+}
+
+/// Spawns a body with everything that is known of it.
+#[allow(clippy::too_many_arguments)]
+fn launch(
+    py: Python<'_>,
+    engine: &std::sync::Arc<Core>,
+    prepared: Prepared,
+    arguments: Arguments,
+    substitute: bool,
+    target: Option<&Target>,
+    options: Option<Box<Options>>,
+    dependencies: &[Task],
+) -> PyResult<Option<Handle<Interp>>> {
+    let body = Body {
+        wide: Keywords::may_be_wide(options.as_deref()),
+        callable: prepared.callable,
+        arguments,
+        substitute,
+        context: context(py)?,
+        watched: prepared.watched,
+        coroutine: None,
+    };
+    let result = match target {
+        None => {
+            let label = Label::Function(prepared.name);
+            engine
+                .spawn_handle(label, body, options, dependencies)
+                .map(Some)
+        }
+        Some(Target::Name(name)) => {
+            let label = Label::Name(name.clone());
+            engine
+                .spawn_handle(label, body, options, dependencies)
+                .map(Some)
+        }
+        Some(Target::Handle(handle)) => {
+            let task = Target::task(handle);
+            engine
+                .spawn_as(task, body, options, dependencies)
+                .map(|()| None)
+        }
+    };
+    if let Some(interrupt) = gateway::take_interrupt() {
+        // The spawner waited for room, and a signal's handler raised.
+        return Err(interrupt);
+    }
+    result.map_err(|why| spawn_error(py, why, target))
+}
+
+/// How many groups of tasks are open; while there is none, nobody asks for the spawner's.
+static GROUPS: AtomicUsize = AtomicUsize::new(0);
+
+/// Counts groups that are entered and left.
+#[pyfunction]
+pub fn count_groups(entered: bool) {
+    if entered {
+        GROUPS.fetch_add(1, Ordering::Relaxed);
+    } else {
+        GROUPS.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// The object of a task that was spawned just now, which belongs to the spawner's group.
+#[inline]
+fn handle_of<'py>(
+    py: Python<'py>,
+    spawned: Option<Handle<Interp>>,
+    target: Option<&Target>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let object = match (spawned, target) {
+        (Some(handle), _) => PyTask::of(handle).into_object(py)?.into_any(),
+        (None, Some(Target::Handle(handle))) => handle.bind(py).clone(),
+        (None, _) => unreachable!("what was not a handle before is one now"),
+    };
+    if GROUPS.load(Ordering::Relaxed) != 0 {
+        support(py).join_group.bind(py).call1((&object,))?;
+    }
+    Ok(object)
+}
+
+fn spawn_error(py: Python<'_>, why: SpawnError, target: Option<&Target>) -> PyErr {
+    match why {
+        SpawnError::Closed => runtime::none(py),
+        SpawnError::Duplicate => {
+            let name = match target {
+                Some(Target::Handle(handle)) => Target::task(handle).label().to_string(),
+                _ => String::new(),
+            };
+            error(py, "DuplicateTaskError", (name,))
+        }
+        SpawnError::Cycle(cycle) => error(py, "CycleError", (cycle,)),
+        SpawnError::Cores(wanted, present) => error(
+            py,
+            "PlacementError",
+            (format!("cpu * {wanted}: the runtime has {present} cores"),),
+        ),
+    }
+}
+
+/// Spawns `function(*positional, **keyword)`.
+fn spawn_call(
+    py: Python<'_>,
+    said: &Keywords,
+    options: Option<Box<Options>>,
+    prepared: Prepared,
+    positional: Option<&Bound<'_, PyTuple>>,
+    keyword: Option<&Bound<'_, PyDict>>,
+) -> PyResult<Option<Handle<Interp>>> {
+    let engine = runtime::active(py)?;
+    let keyword = keyword.filter(|keyword| !keyword.is_empty());
+    let positional = positional.filter(|positional| !positional.is_empty());
+    if positional.is_none() && keyword.is_none() {
+        return launch(
+            py,
+            &engine,
+            prepared,
+            Arguments::None,
+            false,
+            said.target.as_ref(),
+            options,
+            &said.dependencies,
+        );
+    }
+    let mut found = Vec::new();
+    let mut substitute = false;
+    let mut positional = positional.cloned();
+    if let Some(given) = &positional
+        && given.iter_borrowed().any(|argument| has_handles(&argument))
+    {
+        substitute = true;
+        let mut kept = Vec::with_capacity(given.len());
+        for argument in given {
+            kept.push(hold(&argument, &mut found)?.unwrap_or(argument));
+        }
+        positional = Some(PyTuple::new(py, kept)?);
+    }
+    let keyword = keyword.map(|keyword| keyword.copy()).transpose()?;
+    if let Some(keyword) = &keyword {
+        let mut held = Vec::new();
+        for (name, argument) in keyword {
+            if let Some(kept) = hold(&argument, &mut found)? {
+                held.push((name, kept));
+            }
+        }
+        substitute |= !held.is_empty();
+        for (name, kept) in held {
+            keyword.set_item(name, kept)?;
+        }
+    }
+    let all;
+    let dependencies = if found.is_empty() {
+        &said.dependencies
+    } else {
+        found.extend(said.dependencies.iter().cloned());
+        all = found;
+        &all
+    };
+    let arguments = match (positional, keyword) {
+        (Some(positional), None) if positional.len() == 1 => {
+            Arguments::One(positional.get_item(0)?.into())
+        }
+        (positional, keyword) => Arguments::Many(
+            positional.unwrap_or_else(|| PyTuple::empty(py)).into(),
+            keyword.map(PyRef::from),
+        ),
+    };
+    launch(
+        py,
+        &engine,
+        prepared,
+        arguments,
+        substitute,
+        said.target.as_ref(),
+        options,
+        dependencies,
+    )
+}
+
+/// Spawns an inline task: the defaults of the function are its arguments.
+fn spawn_inline(
+    py: Python<'_>,
+    said: &Keywords,
+    function: &Bound<'_, PyAny>,
+) -> PyResult<Option<Handle<Interp>>> {
+    if is_coroutine(function) {
+        return spawn_coroutine(py, said, function);
+    }
+    let prepared = callable::prepare(function)?;
+    let options = said.options(py)?;
+    let (positional, keyword) = callable::defaults(function)?;
+    let substitute = positional
+        .iter()
+        .flat_map(|positional| positional.iter())
+        .chain(
+            keyword
+                .iter()
+                .flat_map(|keyword| keyword.iter())
+                .map(|(_, argument)| argument),
+        )
+        .any(|argument| has_handles(&argument));
+    if !substitute {
+        // The function finds its defaults by itself.
+        return spawn_call(py, said, options, prepared, None, None);
+    }
+    spawn_call(
+        py,
+        said,
+        options,
+        prepared,
+        positional.as_ref(),
+        keyword.as_ref(),
+    )
+}
+
+fn is_coroutine(object: &Bound<'_, PyAny>) -> bool {
+    // SAFETY: attached, the object is alive.
+    unsafe { ffi::PyCoro_CheckExact(object.as_ptr()) != 0 }
+}
+
+/// Spawns a coroutine object, which can be run once.
+fn spawn_coroutine(
+    py: Python<'_>,
+    said: &Keywords,
+    coroutine: &Bound<'_, PyAny>,
+) -> PyResult<Option<Handle<Interp>>> {
+    if said.retries.is_some_and(|retries| retries > 0) {
+        // Nobody can have meant it for anything else, and dropped unawaited it would warn.
+        coroutine.call_method0("close")?;
+        return Err(PyTypeError::new_err(
+            "a coroutine object runs once and cannot be retried: spawn its function",
+        ));
+    }
+    let name = coroutine.getattr("__name__")?.extract::<String>()?;
+    let give = Bound::new(py, Give(coroutine.clone().into()))?;
+    let prepared = Prepared {
+        callable: Hidden::new(give.into_any()),
+        name: callable::intern(&name),
+        watched: None,
+    };
+    let options = said.options(py)?;
+    spawn_call(py, said, options, prepared, None, None)
+}
+
+/// Gives the coroutine object that it was made with.
+#[pyclass(frozen)]
+struct Give(PyRef);
+
+#[pymethods]
+impl Give {
+    fn __call__(&self, py: Python<'_>) -> Py<PyAny> {
+        self.0.clone_ref(py)
+    }
+}
+
+/// What `spawn(...)` with options gives: called with a function, it spawns it.
+#[pyclass(module = "charioteer._core", frozen, freelist = 64)]
+pub struct Spawner(Keywords);
+
+#[pymethods]
+impl Spawner {
+    #[pyo3(signature = (function, /))]
+    fn __call__<'py>(
+        &self,
+        py: Python<'py>,
+        function: &Bound<'py, PyAny>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let task = spawn_inline(py, &self.0, function)?;
+        handle_of(py, task, self.0.target.as_ref())
+    }
+}
+
+/// Runs a function as a task at once; the name that it decorates is the task.
+#[pyfunction]
+#[pyo3(signature = (
+    target=None, /, *, name=None, dependencies=None, priority=None, placement=None, share=None,
+    timeout=None, retries=None
+))]
+#[allow(clippy::too_many_arguments)]
+pub fn spawn<'py>(
+    py: Python<'py>,
+    target: Option<&Bound<'py, PyAny>>,
+    name: Option<&Bound<'py, PyAny>>,
+    dependencies: Option<&Bound<'py, PyAny>>,
+    priority: Option<&Bound<'py, PyAny>>,
+    placement: Option<&Bound<'py, PyAny>>,
+    share: Option<&Bound<'py, PyAny>>,
+    timeout: Option<&Bound<'py, PyAny>>,
+    retries: Option<&Bound<'py, PyAny>>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let said = keywords(
+        name,
+        dependencies,
+        priority,
+        placement,
+        share,
+        timeout,
+        retries,
+    )?;
+    let Some(first) = target else {
+        return Ok(Bound::new(py, Spawner(said))?.into_any());
+    };
+    if first.is_instance_of::<PyTask>() || first.is_instance_of::<pyo3::types::PyString>() {
+        if said.target.is_some() {
+            return Err(PyTypeError::new_err("the task has two names"));
+        }
+        let said = Keywords {
+            target: Some(crate::options::target(first)?),
+            ..said
+        };
+        return Ok(Bound::new(py, Spawner(said))?.into_any());
+    }
+    if let Ok(function) = first.cast::<TaskFunction>() {
+        let function = function.get();
+        let said = said.over(&function.said);
+        let task = spawn_inline(py, &said, function.function.bind(py))?;
+        return handle_of(py, task, said.target.as_ref());
+    }
+    if let Ok(list) = first.cast::<TaskList>()
+        && list.get().is_empty()
+    {
+        return Err(PyTypeError::new_err(
+            "no task has this name: its index lies below the lower bound of its space",
+        ));
+    }
+    let task = spawn_inline(py, &said, first)?;
+    handle_of(py, task, None)
+}
+
+/// A function whose calls are tasks.
+#[pyclass(module = "charioteer", frozen, dict, weakref)]
+pub struct TaskFunction {
+    function: PyRef,
+    said: Keywords,
+}
+
+#[pymethods]
+impl TaskFunction {
+    #[pyo3(signature = (*arguments, **keywords))]
+    fn __call__<'py>(
+        &self,
+        py: Python<'py>,
+        arguments: &Bound<'py, PyTuple>,
+        keywords: Option<&Bound<'py, PyDict>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let prepared = callable::prepare(self.function.bind(py))?;
+        let options = self.said.options(py)?;
+        let task = spawn_call(py, &self.said, options, prepared, Some(arguments), keywords)?;
+        handle_of(py, task, self.said.target.as_ref())
+    }
+
+    /// The undecorated function.
+    #[getter(r#fn)]
+    fn undecorated(&self, py: Python<'_>) -> Py<PyAny> {
+        self.function.clone_ref(py)
+    }
+
+    #[getter]
+    fn __wrapped__(&self, py: Python<'_>) -> Py<PyAny> {
+        self.function.clone_ref(py)
+    }
+
+    /// The function with a name and options for the next calls.
+    #[pyo3(signature = (
+        name=None, *, dependencies=None, priority=None, placement=None, share=None, timeout=None,
+        retries=None
+    ))]
+    #[allow(clippy::too_many_arguments)]
+    fn options(
+        &self,
+        py: Python<'_>,
+        name: Option<&Bound<'_, PyAny>>,
+        dependencies: Option<&Bound<'_, PyAny>>,
+        priority: Option<&Bound<'_, PyAny>>,
+        placement: Option<&Bound<'_, PyAny>>,
+        share: Option<&Bound<'_, PyAny>>,
+        timeout: Option<&Bound<'_, PyAny>>,
+        retries: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Self> {
+        let said = keywords(
+            name,
+            dependencies,
+            priority,
+            placement,
+            share,
+            timeout,
+            retries,
+        )?;
+        Ok(Self {
+            function: PyRef::new(self.function.clone_ref(py)),
+            said: said.over(&self.said),
+        })
+    }
+
+    /// Spawns one task for each element of `iterables`, taken in step as by `map`.
+    #[pyo3(signature = (*iterables))]
+    fn map(&self, py: Python<'_>, iterables: &Bound<'_, PyTuple>) -> PyResult<TaskList> {
+        if matches!(self.said.target, Some(Target::Handle(_))) {
+            return Err(PyTypeError::new_err("many tasks cannot have one handle"));
+        }
+        many(py, self.function.bind(py), &self.said, iterables)
+    }
+
+    fn __get__<'py>(
+        slf: Bound<'py, Self>,
+        instance: &Bound<'py, PyAny>,
+        owner: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let py = slf.py();
+        let this = slf.get();
+        let function = this.function.bind(py);
+        // As Python does with functions: what is a descriptor is bound, what is none stays.
+        let bound = match function.getattr_opt("__get__")? {
+            Some(get) => get.call1((instance, owner))?,
+            None => return Ok(slf.into_any()),
+        };
+        if bound.is(function) {
+            return Ok(slf.into_any());
+        }
+        let bound = Self {
+            function: bound.into(),
+            said: this.said.clone(),
+        };
+        Ok(Bound::new(py, bound)?.into_any())
+    }
+
+    fn __getattr__<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyAny>> {
+        match name {
+            "__name__" | "__qualname__" | "__annotations__" | "__signature__" | "__defaults__"
+            | "__kwdefaults__" | "__type_params__" => self.function.bind(py).getattr(name),
+            _ => Err(pyo3::exceptions::PyAttributeError::new_err(format!(
+                "a task function has no attribute {name:?}; the function itself is its .fn"
+            ))),
+        }
+    }
+
+    #[classmethod]
+    #[pyo3(signature = (item, /))]
+    fn __class_getitem__(cls: Bound<'_, PyType>, item: Bound<'_, PyAny>) -> Py<PyType> {
+        let _ = item;
+        cls.unbind()
+    }
+
+    fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
+        Ok(format!(
+            "<task function {}>",
+            self.function.bind(py).repr()?.to_string_lossy()
+        ))
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        // CPython 3.11 makes the dictionary of an instance after it has shown the instance to the
+        // collector, and that allocation may collect: then the fields are not written yet, but zero.
+        // SAFETY: the field is one pointer, whatever it holds; the read is volatile because the
+        // compiler takes a reference for never null.
+        let function = unsafe {
+            std::ptr::from_ref(&self.function)
+                .cast::<*mut ffi::PyObject>()
+                .read_volatile()
+        };
+        if function.is_null() {
+            return Ok(());
+        }
+        visit.call(self.function.get())
+    }
+
+    #[allow(clippy::unused_self)]
+    fn __clear__(&self) {
+        // The function's own dictionary and cells are cleared by the collector.
+    }
+}
+
+/// What `task(...)` with options gives: called with a function, it makes a task function.
+#[pyclass(module = "charioteer._core", frozen)]
+pub struct TaskDecorator(Keywords);
+
+#[pymethods]
+impl TaskDecorator {
+    #[pyo3(signature = (function, /))]
+    fn __call__<'py>(&self, function: &Bound<'py, PyAny>) -> PyResult<Bound<'py, TaskFunction>> {
+        make_task_function(function, self.0.clone())
+    }
+}
+
+fn make_task_function<'py>(
+    function: &Bound<'py, PyAny>,
+    said: Keywords,
+) -> PyResult<Bound<'py, TaskFunction>> {
+    let py = function.py();
+    if let Ok(earlier) = function.cast::<TaskFunction>() {
+        let earlier = earlier.get();
+        return make_task_function(earlier.function.bind(py), said.over(&earlier.said));
+    }
+    // A static or class method is no callable of its own before it is bound.
+    if !function.is_callable() && function.getattr_opt("__get__")?.is_none() {
+        return Err(PyTypeError::new_err(format!(
+            "a task function is made from a callable, not from {}",
+            function.get_type().name()?
+        )));
+    }
+    let made = TaskFunction {
+        function: function.clone().into(),
+        said,
+    };
+    let made = Bound::new(py, made)?;
+    // These two the class has as well, and would hide the function's.
+    for name in ["__doc__", "__module__"] {
+        if let Some(value) = function.getattr_opt(name)? {
+            made.setattr(name, value)?;
+        }
+    }
+    Ok(made)
+}
+
+/// Makes a task function: calling it spawns.
+#[pyfunction]
+#[pyo3(signature = (
+    function=None, /, *, name=None, dependencies=None, priority=None, placement=None, share=None,
+    timeout=None, retries=None
+))]
+#[allow(clippy::too_many_arguments)]
+pub fn task<'py>(
+    py: Python<'py>,
+    function: Option<&Bound<'py, PyAny>>,
+    name: Option<&Bound<'py, PyAny>>,
+    dependencies: Option<&Bound<'py, PyAny>>,
+    priority: Option<&Bound<'py, PyAny>>,
+    placement: Option<&Bound<'py, PyAny>>,
+    share: Option<&Bound<'py, PyAny>>,
+    timeout: Option<&Bound<'py, PyAny>>,
+    retries: Option<&Bound<'py, PyAny>>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let said = keywords(
+        name,
+        dependencies,
+        priority,
+        placement,
+        share,
+        timeout,
+        retries,
+    )?;
+    if matches!(said.target, Some(Target::Handle(_))) {
+        return Err(PyTypeError::new_err(
+            "a task function can be called more than once: give the handle to .options()",
+        ));
+    }
+    match function {
+        None => Ok(Bound::new(py, TaskDecorator(said))?.into_any()),
+        Some(function) => Ok(make_task_function(function, said)?.into_any()),
+    }
+}
+
+/// Spawns one task an element.
+fn many(
+    py: Python<'_>,
+    function: &Bound<'_, PyAny>,
+    said: &Keywords,
+    iterables: &Bound<'_, PyTuple>,
+) -> PyResult<TaskList> {
+    let handles = many_handles(py, function, said, iterables)?;
+    if GROUPS.load(Ordering::Relaxed) == 0 {
+        return Ok(TaskList::of_handles(
+            handles.into_iter().map(PyTask::of).collect(),
+        ));
+    }
+    let objects = handles
+        .into_iter()
+        .map(|handle| {
+            let object = Py::new(py, PyTask::of(handle))?;
+            support(py).join_group.bind(py).call1((&object,))?;
+            Ok(object)
+        })
+        .collect::<PyResult<Vec<_>>>()?;
+    Ok(TaskList::of_objects(objects))
+}
+
+fn many_handles(
+    py: Python<'_>,
+    function: &Bound<'_, PyAny>,
+    said: &Keywords,
+    iterables: &Bound<'_, PyTuple>,
+) -> PyResult<Vec<Handle<Interp>>> {
+    let mut handles = Vec::new();
+    if iterables.len() == 1 {
+        let options = said.options(py)?;
+        for item in iterables.get_item(0)?.try_iter()? {
+            // One element, no keywords: no tuple is needed.
+            let item = item?;
+            let engine = runtime::active(py)?;
+            let prepared = callable::prepare(function)?;
+            let mut found = Vec::new();
+            let held = hold(&item, &mut found)?;
+            let substitute = held.is_some();
+            let item = held.unwrap_or(item);
+            found.extend(said.dependencies.iter().cloned());
+            handles.extend(launch(
+                py,
+                &engine,
+                prepared,
+                Arguments::One(item.into()),
+                substitute,
+                said.target.as_ref(),
+                options.clone(),
+                &found,
+            )?);
+        }
+        return Ok(handles);
+    }
+    let iterators = iterables
+        .iter()
+        .map(|iterable| iterable.try_iter())
+        .collect::<PyResult<Vec<_>>>()?;
+    if iterators.is_empty() {
+        return Err(PyTypeError::new_err("map needs at least one iterable"));
+    }
+    let options = said.options(py)?;
+    'elements: loop {
+        let mut arguments = Vec::with_capacity(iterators.len());
+        for iterator in &iterators {
+            match iterator.clone().next() {
+                Some(argument) => arguments.push(argument?),
+                None => break 'elements,
+            }
+        }
+        let arguments = PyTuple::new(py, arguments)?;
+        let task = spawn_call(
+            py,
+            said,
+            options.clone(),
+            callable::prepare(function)?,
+            Some(&arguments),
+            None,
+        )?;
+        handles.extend(task);
+    }
+    Ok(handles)
+}
+
+/// Spawns `function(item)` for each item.
+#[pyfunction]
+#[pyo3(signature = (
+    function, iterable, /, *, name=None, dependencies=None, priority=None, placement=None,
+    share=None, timeout=None, retries=None
+))]
+#[allow(clippy::too_many_arguments)]
+pub fn spawn_many(
+    py: Python<'_>,
+    function: &Bound<'_, PyAny>,
+    iterable: &Bound<'_, PyAny>,
+    name: Option<&Bound<'_, PyAny>>,
+    dependencies: Option<&Bound<'_, PyAny>>,
+    priority: Option<&Bound<'_, PyAny>>,
+    placement: Option<&Bound<'_, PyAny>>,
+    share: Option<&Bound<'_, PyAny>>,
+    timeout: Option<&Bound<'_, PyAny>>,
+    retries: Option<&Bound<'_, PyAny>>,
+) -> PyResult<TaskList> {
+    let said = keywords(
+        name,
+        dependencies,
+        priority,
+        placement,
+        share,
+        timeout,
+        retries,
+    )?;
+    if matches!(said.target, Some(Target::Handle(_))) {
+        return Err(PyTypeError::new_err("many tasks cannot have one handle"));
+    }
+    let iterables = PyTuple::new(py, [iterable])?;
+    if let Ok(function) = function.cast::<TaskFunction>() {
+        let function = function.get();
+        let said = said.over(&function.said);
+        return many(py, function.function.bind(py), &said, &iterables);
+    }
+    many(py, function, &said, &iterables)
+}
+
+/// Spawns `function(*arguments, **keywords)`; `raw` takes the function as it is, captured variables
+/// and all.
+#[pyfunction]
+#[pyo3(signature = (function, arguments, keywords=None, raw=false))]
+pub fn submit<'py>(
+    py: Python<'py>,
+    function: &Bound<'py, PyAny>,
+    arguments: &Bound<'py, PyTuple>,
+    keywords: Option<&Bound<'py, PyDict>>,
+    raw: bool,
+) -> PyResult<Bound<'py, PyAny>> {
+    if let Ok(function) = function.cast::<TaskFunction>() {
+        let function = function.get();
+        let options = function.said.options(py)?;
+        let prepared = callable::prepare(function.function.bind(py))?;
+        let task = spawn_call(
+            py,
+            &function.said,
+            options,
+            prepared,
+            Some(arguments),
+            keywords,
+        )?;
+        return handle_of(py, task, function.said.target.as_ref());
+    }
+    if is_coroutine(function) {
+        let task = spawn_coroutine(py, &Keywords::default(), function)?;
+        return handle_of(py, task, None);
+    }
+    let prepared = if raw {
+        callable::prepare_raw(function)?
+    } else {
+        callable::prepare(function)?
+    };
+    let task = spawn_call(
+        py,
+        &Keywords::default(),
+        None,
+        prepared,
+        Some(arguments),
+        keywords,
+    )?;
+    handle_of(py, task, None)
+}
+
+/// Ends a task whose coroutine moved to the event loop's thread.
+#[pyfunction]
+#[pyo3(signature = (task, value, exception=None))]
+pub fn finish_elsewhere(
+    py: Python<'_>,
+    task: &Bound<'_, PyTask>,
+    value: Bound<'_, PyAny>,
+    exception: Option<Bound<'_, PyAny>>,
+) -> PyResult<()> {
+    let task = task.get().task();
+    let engine =
+        Core::of(task).ok_or_else(|| PyRuntimeError::new_err("the runtime of the task is gone"))?;
+    let result = match exception {
+        None => Ok(value.into()),
+        Some(exception) => Err(crate::interp::trouble(
+            py,
+            &engine,
+            task,
+            PyErr::from_value(exception),
+        )),
+    };
+    engine.finish(task, result);
+    Ok(())
+}

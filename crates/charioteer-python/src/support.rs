@@ -1,0 +1,81 @@
+//! What this module uses from the Python side of the package, imported once.
+
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::PyTuple;
+
+/// Names from `charioteer._support`; each is documented there.
+pub struct Support {
+    pub analyse: Py<PyAny>,
+    pub start_thread: Py<PyAny>,
+    pub log_callback: Py<PyAny>,
+    pub warn: Py<PyAny>,
+    pub warn_capture: Py<PyAny>,
+    pub cores: Py<PyAny>,
+    pub devices: Py<PyAny>,
+    pub limit_thread: Py<PyAny>,
+    pub limit_enter: Py<PyAny>,
+    pub limit_exit: Py<PyAny>,
+    pub refresh_limits: Py<PyAny>,
+    pub future: Py<PyAny>,
+    pub join_group: Py<PyAny>,
+    pub partial: Py<PyAny>,
+    pub method: Py<PyAny>,
+    pub cancelled_class: Py<PyAny>,
+    pub loop_: Py<PyAny>,
+    pub loaded: Py<PyAny>,
+    pub error: Py<PyAny>,
+}
+
+static SUPPORT: PyOnceLock<Support> = PyOnceLock::new();
+
+pub fn support(py: Python<'_>) -> &'static Support {
+    SUPPORT
+        .get(py)
+        .expect("the package imports its support first")
+}
+
+/// Called by the package while it is imported.
+#[pyfunction]
+pub fn connect(py: Python<'_>) -> PyResult<()> {
+    let module = py.import("charioteer._support")?;
+    let name = |name: &str| module.getattr(name).map(Bound::unbind);
+    let support = Support {
+        analyse: name("analyse")?,
+        start_thread: name("start_thread")?,
+        log_callback: name("log_callback")?,
+        warn: name("warn")?,
+        warn_capture: name("warn_capture")?,
+        cores: name("cores")?,
+        devices: name("devices")?,
+        limit_thread: name("limit_thread")?,
+        limit_enter: name("limit_enter")?,
+        limit_exit: name("limit_exit")?,
+        refresh_limits: name("refresh_limits")?,
+        future: name("future")?,
+        join_group: name("join_group")?,
+        partial: name("partial")?,
+        method: name("MethodType")?,
+        cancelled_class: name("cancelled_class")?,
+        loop_: name("loop")?,
+        loaded: name("loaded")?,
+        error: name("error")?,
+    };
+    // Imported a second time by a reload: the first is as good.
+    let _ = SUPPORT.set(py, support);
+    Ok(())
+}
+
+/// The named error `kind` of `charioteer.errors`, made from `arguments`.
+pub fn error<'py>(
+    py: Python<'py>,
+    kind: &str,
+    arguments: impl IntoPyObject<'py, Target = PyTuple, Output = Bound<'py, PyTuple>, Error = PyErr>,
+) -> PyErr {
+    let make = || -> PyResult<PyErr> {
+        let arguments = arguments.into_pyobject(py)?;
+        let error = support(py).error.bind(py).call1((kind, arguments))?;
+        Ok(PyErr::from_value(error))
+    };
+    make().unwrap_or_else(|error| error)
+}

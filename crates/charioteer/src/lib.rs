@@ -1,0 +1,39 @@
+//! Charioteer runs the tasks of one program over the cores of one machine.
+//!
+//! The crate is the runtime itself: it knows nothing of Python. Use it from Rust through
+//! [`native`]; an interpreter binds to it by implementing [`task::Domain`].
+//!
+//! ```
+//! use charioteer::native::{Runtime, TaskSpace};
+//!
+//! let runtime = Runtime::new(2)?;
+//! let squares: Vec<_> = (0..8).map(|i: u64| runtime.spawn(move || i * i)).collect();
+//! let sum: u64 = squares.iter().map(|task| *task.result().unwrap()).sum();
+//! assert_eq!(sum, 140);
+//! runtime.close()?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # Rooms
+//!
+//! | room | what lives there | whom it knows |
+//! |---|---|---|
+//! | [`task`] | identity, the state machine, outcomes, links, latches | nobody |
+//! | `graph` | dependencies, cycles | `task` |
+//! | `schedule` | ready queues, places and grants, time limits | `task` |
+//! | `work` | the threads that run tasks, and waiting | all above |
+//! | [`engine`] | the façade that joins them: spawn, wait, cancel, close | all above |
+//! | [`trace`] | event rings and trace files | nobody |
+//! | [`native`] | the Rust API: closures as tasks, typed handles, task spaces | the façade |
+
+pub mod engine;
+mod graph;
+#[cfg(not(loom))]
+pub mod native;
+mod schedule;
+pub mod sync;
+pub mod task;
+pub mod trace;
+mod work;
+
+pub use schedule::places::Grant;

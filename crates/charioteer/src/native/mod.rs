@@ -1,0 +1,709 @@
+//! The Rust API: closures and futures as tasks, typed handles, task spaces.
+//!
+//! ```
+//! use charioteer::native::{Runtime, TaskSpace};
+//!
+//! let runtime = Runtime::new(2)?;
+//! let grid = TaskSpace::<u64, 2>::new("grid");
+//! for i in 0..4_i64 {
+//!     for j in 0..4_i64 {
+//!         let mut task = runtime.task();
+//!         let above = (i > 0).then(|| grid.at([i - 1, j]));
+//!         let left = (j > 0).then(|| grid.at([i, j - 1]));
+//!         for dependency in [&above, &left].into_iter().flatten() {
+//!             task = task.after(dependency);
+//!         }
+//!         task.spawn_at(&grid.at([i, j]), move || {
+//!             let of = |task: Option<_>| task.map_or(1, |task: charioteer::native::Task<u64>| {
+//!                 *task.result().expect("it is done")
+//!             });
+//!             if i == 0 && j == 0 { 1 } else { of(above) + of(left) }
+//!         })?;
+//!     }
+//! }
+//! assert!(grid.at([3, 3]).result().is_ok());
+//! runtime.close()?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! A body fails by returning an error (from [`Spawner::try_spawn`]) or by a panic; both are an
+//! outcome of its task, travel to dependents as [`TaskError::Dependency`], and are given by
+//! [`Runtime::close`] if nobody received them.
+
+mod domain;
+mod space;
+
+use std::any::Any;
+use std::fmt;
+use std::future::{Future, IntoFuture};
+use std::marker::PhantomData;
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context as PollContext, Poll};
+use std::time::{Duration, Instant};
+
+use crate::engine::{Config, Engine, Handle};
+pub use crate::engine::{Counts, SpawnError, WaitError};
+use crate::task::{Failure, Need, Options, Outcome, TaskRef, Until, WHOLE_CORE};
+pub use domain::Cause;
+use domain::{Body, Callback, Label, Native, Wait};
+pub use space::TaskSpace;
+
+impl fmt::Display for SpawnError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Closed => f.write_str("the runtime is closed"),
+            Self::Duplicate => f.write_str("a task of this name was spawned before"),
+            Self::Cycle(names) => write!(f, "a cycle of dependencies: {}", names.join(" -> ")),
+            Self::Cores(wanted, present) => {
+                write!(
+                    f,
+                    "the task needs {wanted} cores, the runtime has {present}"
+                )
+            }
+        }
+    }
+}
+
+impl std::error::Error for SpawnError {}
+
+impl fmt::Display for WaitError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cycle(names) => {
+                write!(f, "the wait would never end: {}", names.join(" -> "))
+            }
+            Self::Threads(names) => write!(
+                f,
+                "no thread is left to run what is awaited: {}",
+                names.join(" -> ")
+            ),
+        }
+    }
+}
+
+impl std::error::Error for WaitError {}
+
+/// Why a task has no value.
+#[derive(Clone, Debug)]
+pub enum TaskError {
+    /// Its body returned an error or panicked.
+    Failed(Cause),
+    /// A predecessor, whose name this is, failed with that.
+    Dependency(String, Box<TaskError>),
+    /// It was cancelled.
+    Cancelled,
+    /// An attempt took longer than this.
+    TimedOut(Duration),
+    /// It was never spawned; the names of all such tasks.
+    Unspawned(Arc<[String]>),
+    /// Waiting for it was refused.
+    Wait(WaitError),
+}
+
+impl fmt::Display for TaskError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Failed(cause) => write!(f, "the task failed: {cause}"),
+            Self::Dependency(name, error) => write!(f, "its dependency {name} failed: {error}"),
+            Self::Cancelled => f.write_str("the task was cancelled"),
+            Self::TimedOut(limit) => write!(f, "the task took longer than {limit:?}"),
+            Self::Unspawned(names) => write!(f, "never spawned: {}", names.join(", ")),
+            Self::Wait(error) => error.fmt(f),
+        }
+    }
+}
+
+impl std::error::Error for TaskError {}
+
+/// What [`Runtime::close`] gives when tasks failed and nobody received it.
+#[derive(Debug)]
+pub struct Unreceived(
+    /// The name and the failure of each such task.
+    pub Vec<(String, TaskError)>,
+);
+
+impl fmt::Display for Unreceived {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} tasks failed and nobody received it", self.0.len())?;
+        for (name, error) in &self.0 {
+            write!(f, "\n  {name}: {error}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Unreceived {}
+
+/// What a runtime is opened with.
+#[derive(Debug, Clone, Default)]
+pub struct Builder {
+    workers: Option<usize>,
+    max_pending: Option<usize>,
+    trace: Option<PathBuf>,
+}
+
+impl Builder {
+    /// Cores to use; zero runs every body on the thread that spawns it, in a deterministic order.
+    #[must_use]
+    pub fn workers(mut self, workers: usize) -> Self {
+        self.workers = Some(workers);
+        self
+    }
+
+    /// Makes threads that spawn wait, outside of tasks, while so many tasks are unfinished.
+    #[must_use]
+    pub fn max_pending(mut self, tasks: usize) -> Self {
+        self.max_pending = Some(tasks);
+        self
+    }
+
+    /// Writes a [trace](crate::trace).
+    #[must_use]
+    pub fn trace(mut self, path: impl Into<PathBuf>) -> Self {
+        self.trace = Some(path.into());
+        self
+    }
+
+    /// Opens the runtime.
+    ///
+    /// # Errors
+    /// If the system refuses a thread or the trace file.
+    pub fn open(self) -> std::io::Result<Runtime> {
+        let workers = self
+            .workers
+            .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
+        let engine = Engine::open(
+            Native,
+            Config {
+                workers,
+                max_pending: self.max_pending,
+                trace: self.trace,
+            },
+        )?;
+        Ok(Runtime {
+            engine,
+            closed: false,
+        })
+    }
+}
+
+/// An open runtime. Dropping it waits for its tasks and forgets failures; [`Runtime::close`] gives
+/// them.
+pub struct Runtime {
+    engine: Arc<Engine<Native>>,
+    closed: bool,
+}
+
+impl Runtime {
+    /// Opens a runtime with so many workers.
+    ///
+    /// # Errors
+    /// If the system refuses a thread.
+    pub fn new(workers: usize) -> std::io::Result<Self> {
+        Self::builder().workers(workers).open()
+    }
+
+    /// A builder; unless told otherwise the runtime uses every core that the process may.
+    #[must_use]
+    pub fn builder() -> Builder {
+        Builder::default()
+    }
+
+    /// Spawns a closure. It may be called from any thread, tasks included.
+    pub fn spawn<T, F>(&self, body: F) -> Task<T>
+    where
+        T: Send + Sync + 'static,
+        F: FnOnce() -> T + Send + 'static,
+    {
+        self.handle().spawn(body)
+    }
+
+    /// Spawns a closure whose result nobody asks for: cheaper than a [`Task`].
+    pub fn spawn_detached(&self, body: impl FnOnce() + Send + 'static) {
+        self.handle().spawn_detached(body);
+    }
+
+    /// Spawns a future.
+    pub fn spawn_future<T, F>(&self, future: F) -> Task<T>
+    where
+        T: Send + Sync + 'static,
+        F: Future<Output = T> + Send + 'static,
+    {
+        self.handle().spawn_future(future)
+    }
+
+    /// A task with options.
+    pub fn task(&self) -> Spawner {
+        self.handle().task()
+    }
+
+    /// What tasks capture to spawn from inside.
+    #[must_use]
+    pub fn handle(&self) -> Spawn {
+        Spawn(Arc::clone(&self.engine))
+    }
+
+    /// What it did so far.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        self.engine.counts()
+    }
+
+    /// Waits for every task and ends the threads.
+    ///
+    /// # Errors
+    /// The failures that nobody received.
+    pub fn close(mut self) -> Result<(), Unreceived> {
+        let failures = self.shut();
+        if failures.is_empty() {
+            return Ok(());
+        }
+        Err(Unreceived(
+            failures
+                .iter()
+                .map(|task| (task.label().to_string(), error_of(task)))
+                .collect(),
+        ))
+    }
+
+    fn shut(&mut self) -> Vec<TaskRef<Native>> {
+        if std::mem::replace(&mut self.closed, true) {
+            return Vec::new();
+        }
+        self.engine.close_when_quiet(&mut || false);
+        self.engine.close()
+    }
+}
+
+impl Drop for Runtime {
+    fn drop(&mut self) {
+        self.shut();
+    }
+}
+
+/// The right to spawn in a runtime, for bodies to capture.
+#[derive(Clone)]
+pub struct Spawn(Arc<Engine<Native>>);
+
+impl Spawn {
+    /// As [`Runtime::spawn`].
+    ///
+    /// # Panics
+    /// If the runtime is closed.
+    #[inline]
+    pub fn spawn<T, F>(&self, body: F) -> Task<T>
+    where
+        T: Send + Sync + 'static,
+        F: FnOnce() -> T + Send + 'static,
+    {
+        let handle = self
+            .0
+            .spawn_handle(Label::None, Body::once(body), None, &[])
+            .unwrap_or_else(|error| panic!("{error}"));
+        Task::of(handle)
+    }
+
+    /// As [`Runtime::spawn_detached`].
+    ///
+    /// # Panics
+    /// If the runtime is closed.
+    #[inline]
+    pub fn spawn_detached(&self, body: impl FnOnce() + Send + 'static) {
+        self.0
+            .spawn_detached(Label::None, Body::once(body), None, &[])
+            .unwrap_or_else(|error| panic!("{error}"));
+    }
+
+    /// As [`Runtime::spawn_future`].
+    ///
+    /// # Panics
+    /// If the runtime is closed.
+    pub fn spawn_future<T, F>(&self, future: F) -> Task<T>
+    where
+        T: Send + Sync + 'static,
+        F: Future<Output = T> + Send + 'static,
+    {
+        let handle = self
+            .0
+            .spawn_handle(Label::None, Body::future(future), None, &[])
+            .unwrap_or_else(|error| panic!("{error}"));
+        Task::of(handle)
+    }
+
+    /// As [`Runtime::task`].
+    pub fn task(&self) -> Spawner {
+        Spawner {
+            engine: Arc::clone(&self.0),
+            label: Label::None,
+            options: Options::DEFAULT,
+            dependencies: Vec::new(),
+        }
+    }
+}
+
+/// A task that is being described.
+#[must_use = "nothing runs before one of the spawn methods is called"]
+pub struct Spawner {
+    engine: Arc<Engine<Native>>,
+    label: Label,
+    options: Options,
+    dependencies: Vec<TaskRef<Native>>,
+}
+
+impl Spawner {
+    /// Its name, for people.
+    pub fn name(mut self, name: impl Into<Arc<str>>) -> Self {
+        self.label = Label::Name(name.into());
+        self
+    }
+
+    /// It starts after `task` is done.
+    pub fn after<T>(mut self, task: &Task<T>) -> Self {
+        self.dependencies.push(Arc::clone(task.handle.task()));
+        self
+    }
+
+    /// It starts after all of `tasks` are done.
+    pub fn after_all<'a, T: 'a>(mut self, tasks: impl IntoIterator<Item = &'a Task<T>>) -> Self {
+        self.dependencies
+            .extend(tasks.into_iter().map(|task| Arc::clone(task.handle.task())));
+        self
+    }
+
+    /// Larger is sooner; zero unless said.
+    pub fn priority(mut self, priority: i32) -> Self {
+        self.options.priority = priority;
+        self
+    }
+
+    /// What one attempt may take. Then it is asked to end, and fails when it does.
+    pub fn timeout(mut self, limit: Duration) -> Self {
+        self.options.timeout = Some(limit);
+        self
+    }
+
+    /// It needs so many cores at once.
+    pub fn cores(mut self, cores: u16) -> Self {
+        self.options.need = if cores == 1 {
+            Need::Core
+        } else {
+            Need::Cores(cores)
+        };
+        self
+    }
+
+    /// It needs this part of one core, between 0 and 1.
+    ///
+    /// # Panics
+    /// If `share` is not between 0 and 1.
+    pub fn share(mut self, share: f64) -> Self {
+        assert!((0.0..=1.0).contains(&share), "a share is between 0 and 1");
+        // The cast is exact enough: the product is between 0 and 65,536.
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+        let part = (share * f64::from(WHOLE_CORE)).ceil() as u32;
+        self.options.need = if part == WHOLE_CORE {
+            Need::Core
+        } else {
+            Need::Share(part)
+        };
+        self
+    }
+
+    fn options(&self) -> Option<Box<Options>> {
+        (self.options != Options::DEFAULT).then(|| Box::new(self.options.clone()))
+    }
+
+    fn anonymous<T>(self, body: Body) -> Result<Task<T>, SpawnError> {
+        let options = self.options();
+        let handle = self
+            .engine
+            .spawn_handle(self.label, body, options, &self.dependencies)?;
+        Ok(Task::of(handle))
+    }
+
+    fn named<T>(self, task: &Task<T>, body: Body) -> Result<(), SpawnError> {
+        let options = self.options();
+        self.engine
+            .spawn_as(task.handle.task(), body, options, &self.dependencies)
+    }
+
+    /// Spawns a closure.
+    ///
+    /// # Errors
+    /// [`SpawnError`].
+    pub fn spawn<T, F>(self, body: F) -> Result<Task<T>, SpawnError>
+    where
+        T: Send + Sync + 'static,
+        F: FnOnce() -> T + Send + 'static,
+    {
+        self.anonymous(Body::once(body))
+    }
+
+    /// Spawns a closure whose error is the task's failure, and which is called up to `1 + retries`
+    /// times.
+    ///
+    /// # Errors
+    /// [`SpawnError`].
+    pub fn try_spawn<T, E, F>(mut self, retries: u32, body: F) -> Result<Task<T>, SpawnError>
+    where
+        T: Send + Sync + 'static,
+        E: std::error::Error + Send + Sync + 'static,
+        F: FnMut() -> Result<T, E> + Send + 'static,
+    {
+        self.options.retries = retries;
+        self.anonymous(Body::repeated(body))
+    }
+
+    /// Spawns a future.
+    ///
+    /// # Errors
+    /// [`SpawnError`].
+    pub fn spawn_future<T, F>(self, future: F) -> Result<Task<T>, SpawnError>
+    where
+        T: Send + Sync + 'static,
+        F: Future<Output = T> + Send + 'static,
+    {
+        self.anonymous(Body::future(future))
+    }
+
+    /// Spawns a closure as the task of a handle that a [`TaskSpace`] gave.
+    ///
+    /// # Errors
+    /// [`SpawnError`].
+    pub fn spawn_at<T, F>(self, task: &Task<T>, body: F) -> Result<(), SpawnError>
+    where
+        T: Send + Sync + 'static,
+        F: FnOnce() -> T + Send + 'static,
+    {
+        self.named(task, Body::once(body))
+    }
+
+    /// As [`Spawner::try_spawn`], as the task of a handle that a [`TaskSpace`] gave.
+    ///
+    /// # Errors
+    /// [`SpawnError`].
+    pub fn try_spawn_at<T, E, F>(
+        mut self,
+        task: &Task<T>,
+        retries: u32,
+        body: F,
+    ) -> Result<(), SpawnError>
+    where
+        T: Send + Sync + 'static,
+        E: std::error::Error + Send + Sync + 'static,
+        F: FnMut() -> Result<T, E> + Send + 'static,
+    {
+        self.options.retries = retries;
+        self.named(task, Body::repeated(body))
+    }
+
+    /// Spawns a future as the task of a handle that a [`TaskSpace`] gave.
+    ///
+    /// # Errors
+    /// [`SpawnError`].
+    pub fn spawn_future_at<T, F>(self, task: &Task<T>, future: F) -> Result<(), SpawnError>
+    where
+        T: Send + Sync + 'static,
+        F: Future<Output = T> + Send + 'static,
+    {
+        self.named(task, Body::future(future))
+    }
+}
+
+/// A handle of a task that gives a `T`. Await it, or block in [`Task::result`].
+pub struct Task<T> {
+    handle: Handle<Native>,
+    value: PhantomData<fn() -> T>,
+}
+
+impl<T> Clone for Task<T> {
+    fn clone(&self) -> Self {
+        Self {
+            handle: self.handle.clone(),
+            value: PhantomData,
+        }
+    }
+}
+
+impl<T> fmt::Debug for Task<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.handle.task().fmt(f)
+    }
+}
+
+impl<T> Task<T> {
+    fn new(task: TaskRef<Native>) -> Self {
+        Self::of(Handle::new(task))
+    }
+
+    fn of(handle: Handle<Native>) -> Self {
+        Self {
+            handle,
+            value: PhantomData,
+        }
+    }
+
+    /// Whether it has its outcome.
+    #[must_use]
+    pub fn is_done(&self) -> bool {
+        self.handle.task().is_done()
+    }
+
+    /// Cancels it if it is pending, true; else asks its body to end, false.
+    pub fn cancel(&self) -> bool {
+        Engine::cancel(self.handle.task())
+    }
+
+    /// Waits until it is done, or for so long; says whether it is.
+    ///
+    /// # Errors
+    /// [`WaitError`], for a wait inside a task that could never end.
+    pub fn wait(&self, timeout: Option<Duration>) -> Result<bool, WaitError> {
+        wait_for(std::slice::from_ref(self.handle.task()), timeout)
+    }
+
+    /// Calls `f` when it is done, at once if it is.
+    pub fn on_done(&self, f: impl FnOnce() + Send + 'static) {
+        if let Err(callback) = Engine::add_callback(self.handle.task(), Callback::new(f)) {
+            callback.call();
+        }
+    }
+}
+
+impl<T: Send + Sync + 'static> Task<T> {
+    /// Waits for the result.
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub fn result(&self) -> Result<&T, TaskError> {
+        self.wait(None).map_err(TaskError::Wait)?;
+        self.outcome()
+    }
+
+    fn outcome(&self) -> Result<&T, TaskError> {
+        let task = self.handle.task();
+        match task.outcome() {
+            Some(Outcome::Value(value)) => {
+                let value: &(dyn Any + Send + Sync) = &**value;
+                Ok(value
+                    .downcast_ref()
+                    .expect("a handle has the type of its body"))
+            }
+            _ => {
+                Engine::tell(task);
+                Err(error_of(task))
+            }
+        }
+    }
+}
+
+impl<T: Send + Sync + 'static> IntoFuture for Task<T> {
+    type Output = Result<Task<T>, TaskError>;
+    type IntoFuture = Done<T>;
+
+    fn into_future(self) -> Done<T> {
+        Done { task: self }
+    }
+}
+
+/// Awaits a [`Task`]; gives it back when it has a value.
+pub struct Done<T> {
+    task: Task<T>,
+}
+
+impl<T: Send + Sync + 'static> Future for Done<T> {
+    type Output = Result<Task<T>, TaskError>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut PollContext<'_>) -> Poll<Self::Output> {
+        let task = self.task.handle.task();
+        if !task.is_done() {
+            match domain::note_wait(task, cx.waker()) {
+                Wait::Noted => return Poll::Pending,
+                Wait::Cycle(names) => {
+                    return Poll::Ready(Err(TaskError::Wait(WaitError::Cycle(names))));
+                }
+                Wait::Foreign => {
+                    let waker = cx.waker().clone();
+                    let callback = Callback::new(move || waker.wake());
+                    if Engine::add_callback(task, callback).is_ok() {
+                        return Poll::Pending;
+                    }
+                }
+            }
+        }
+        Poll::Ready(self.task.outcome().map(|_| self.task.clone()))
+    }
+}
+
+fn wait_for(tasks: &[TaskRef<Native>], timeout: Option<Duration>) -> Result<bool, WaitError> {
+    let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+    match domain::engine_for(tasks) {
+        Some(engine) => engine.wait(tasks, Until::All, deadline),
+        None => Ok(tasks.iter().all(|task| task.is_done())),
+    }
+}
+
+/// Waits for all of `tasks`, or for so long; says whether all are done.
+///
+/// # Errors
+/// [`WaitError`], for a wait inside a task that could never end.
+pub fn wait_all<'a, T: 'a>(
+    tasks: impl IntoIterator<Item = &'a Task<T>>,
+    timeout: Option<Duration>,
+) -> Result<bool, WaitError> {
+    let tasks: Vec<_> = tasks
+        .into_iter()
+        .map(|task| Arc::clone(task.handle.task()))
+        .collect();
+    wait_for(&tasks, timeout)
+}
+
+fn error_of(task: &TaskRef<Native>) -> TaskError {
+    match task.outcome() {
+        Some(Outcome::Failed(Failure::Raised(cause))) => TaskError::Failed(cause.clone()),
+        Some(Outcome::Failed(Failure::Dependency(root))) => {
+            TaskError::Dependency(root.label().to_string(), Box::new(error_of(root)))
+        }
+        Some(Outcome::Failed(Failure::TimedOut(limit))) => TaskError::TimedOut(*limit),
+        Some(Outcome::Failed(Failure::Unspawned(names))) => TaskError::Unspawned(Arc::clone(names)),
+        Some(Outcome::Failed(Failure::Cancelled) | Outcome::Value(_)) | None => {
+            TaskError::Cancelled
+        }
+    }
+}
+
+/// The running task of this thread.
+pub struct Current {
+    task: TaskRef<Native>,
+    grant: crate::Grant,
+}
+
+impl Current {
+    /// Whether it was asked to end.
+    #[must_use]
+    pub fn cancel_requested(&self) -> bool {
+        self.task.cancel_requested()
+    }
+
+    /// The numbers of the cores that it holds.
+    #[must_use]
+    pub fn cores(&self) -> &[u16] {
+        &self.grant.cores
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> String {
+        self.task.label().to_string()
+    }
+}
+
+/// The running task of this thread, if it runs one.
+#[must_use]
+pub fn current() -> Option<Current> {
+    domain::engine_here()?
+        .current()
+        .map(|(task, grant)| Current { task, grant })
+}

@@ -1,0 +1,11 @@
+//! The schedule: which ready task is next ([`queues`]), and who may run it on which cores
+//! ([`places`]).
+//!
+//! Tasks that need one core, the ordinary case, never meet a lock: they go into a worker's own
+//! queue or the shared one, and a worker that holds a core takes them. All that is unusual (sets of
+//! cores, parts of cores, bodies that come back from a wait) goes through [`places`], whose state is
+//! one small structure under one lock, touched when threads park, wake or wait, not per task.
+
+pub(crate) mod places;
+pub(crate) mod queues;
+pub(crate) mod timer;

@@ -1,0 +1,205 @@
+//! The ready tasks that need one core.
+//!
+//! Each thread has a queue of its own for what it spawns and makes ready; others steal from it. A
+//! shared queue takes what other threads spawn. All are first in, first out. Tasks with a priority
+//! stand in two heaps beside them: those above zero are looked at first, those below zero last. The
+//! lengths of the heaps are kept in atomics, so that programs without priorities pay two loads.
+
+use std::cmp;
+use std::collections::BinaryHeap;
+use std::sync::OnceLock;
+
+use crossbeam_deque::{Injector, Steal, Stealer, Worker};
+use crossbeam_utils::CachePadded;
+
+use crate::sync::{AtomicUsize, Mutex, Ordering};
+use crate::task::{Domain, TaskRef};
+
+/// How many tasks a thread takes from its own queue before it looks at the shared one.
+const TURNS: u32 = 61;
+
+struct Ranked<D: Domain> {
+    priority: i32,
+    ticket: u64,
+    task: TaskRef<D>,
+}
+
+impl<D: Domain> PartialEq for Ranked<D> {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other) == cmp::Ordering::Equal
+    }
+}
+impl<D: Domain> Eq for Ranked<D> {}
+impl<D: Domain> PartialOrd for Ranked<D> {
+    fn partial_cmp(&self, other: &Self) -> Option<cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+impl<D: Domain> Ord for Ranked<D> {
+    fn cmp(&self, other: &Self) -> cmp::Ordering {
+        // Of equals, the one that became ready first.
+        (self.priority, other.ticket).cmp(&(other.priority, self.ticket))
+    }
+}
+
+struct Heap<D: Domain> {
+    length: CachePadded<AtomicUsize>,
+    tasks: Mutex<(u64, BinaryHeap<Ranked<D>>)>,
+}
+
+impl<D: Domain> Heap<D> {
+    fn new() -> Self {
+        Self {
+            length: CachePadded::new(AtomicUsize::new(0)),
+            tasks: Mutex::new((0, BinaryHeap::new())),
+        }
+    }
+
+    fn push(&self, task: TaskRef<D>, priority: i32) {
+        let mut tasks = self.tasks.lock();
+        let (ticket, heap) = &mut *tasks;
+        *ticket += 1;
+        heap.push(Ranked {
+            priority,
+            ticket: *ticket,
+            task,
+        });
+        self.length.store(heap.len(), Ordering::Release);
+    }
+
+    #[inline]
+    fn pop(&self) -> Option<TaskRef<D>> {
+        if self.length.load(Ordering::Acquire) == 0 {
+            return None;
+        }
+        let mut tasks = self.tasks.lock();
+        let top = tasks.1.pop();
+        self.length.store(tasks.1.len(), Ordering::Release);
+        drop(tasks);
+        top.map(|ranked| ranked.task)
+    }
+}
+
+/// A thread's own end of the queues.
+pub(crate) struct Own<D: Domain> {
+    queue: Worker<TaskRef<D>>,
+    turn: std::cell::Cell<u32>,
+    victim: std::cell::Cell<usize>,
+}
+
+pub(crate) struct Queues<D: Domain> {
+    shared: Injector<TaskRef<D>>,
+    urgent: Heap<D>,
+    lazy: Heap<D>,
+    stealers: Box<[OnceLock<Stealer<TaskRef<D>>>]>,
+    /// How many of the stealers there may be.
+    started: AtomicUsize,
+}
+
+impl<D: Domain> Queues<D> {
+    pub(crate) fn new(threads: usize) -> Self {
+        Self {
+            shared: Injector::new(),
+            urgent: Heap::new(),
+            lazy: Heap::new(),
+            stealers: (0..threads).map(|_| OnceLock::new()).collect(),
+            started: AtomicUsize::new(0),
+        }
+    }
+
+    /// Makes the own end of thread `slot`.
+    pub(crate) fn own(&self, slot: usize) -> Own<D> {
+        let queue = Worker::new_fifo();
+        if let Some(place) = self.stealers.get(slot) {
+            // A slot is given out once, so nobody has set it before.
+            let _ = place.set(queue.stealer());
+            self.started.fetch_max(slot + 1, Ordering::SeqCst);
+        }
+        Own {
+            queue,
+            turn: std::cell::Cell::new(0),
+            victim: std::cell::Cell::new(slot),
+        }
+    }
+
+    /// Adds a ready task; `own` is the calling thread's end, if it has one.
+    #[inline]
+    pub(crate) fn push(&self, task: TaskRef<D>, priority: i32, own: Option<&Own<D>>) {
+        match priority.cmp(&0) {
+            cmp::Ordering::Greater => self.urgent.push(task, priority),
+            cmp::Ordering::Less => self.lazy.push(task, priority),
+            cmp::Ordering::Equal => match own {
+                Some(own) => own.queue.push(task),
+                None => self.shared.push(task),
+            },
+        }
+    }
+
+    /// Takes the next task.
+    #[inline]
+    pub(crate) fn pop(&self, own: &Own<D>) -> Option<TaskRef<D>> {
+        if let Some(task) = self.urgent.pop() {
+            return Some(task);
+        }
+        let turn = own.turn.get().wrapping_add(1);
+        own.turn.set(turn);
+        if !turn.is_multiple_of(TURNS)
+            && let Some(task) = own.queue.pop()
+        {
+            return Some(task);
+        }
+        self.pop_shared(own)
+            .or_else(|| own.queue.pop())
+            .or_else(|| self.steal(own))
+            .or_else(|| self.lazy.pop())
+    }
+
+    fn pop_shared(&self, own: &Own<D>) -> Option<TaskRef<D>> {
+        loop {
+            match self.shared.steal_batch_and_pop(&own.queue) {
+                Steal::Success(task) => return Some(task),
+                Steal::Empty => return None,
+                Steal::Retry => std::hint::spin_loop(),
+            }
+        }
+    }
+
+    fn steal(&self, own: &Own<D>) -> Option<TaskRef<D>> {
+        let count = self.started.load(Ordering::Acquire);
+        if count == 0 {
+            return None;
+        }
+        let first = own.victim.get() % count;
+        loop {
+            let mut again = false;
+            for step in 1..=count {
+                let victim = (first + step) % count;
+                let Some(stealer) = self.stealers[victim].get() else {
+                    continue;
+                };
+                match stealer.steal_batch_and_pop(&own.queue) {
+                    Steal::Success(task) => {
+                        own.victim.set(victim);
+                        return Some(task);
+                    }
+                    Steal::Empty => {}
+                    Steal::Retry => again = true,
+                }
+            }
+            if !again {
+                return None;
+            }
+            std::hint::spin_loop();
+        }
+    }
+
+    /// Whether there may be a task.
+    pub(crate) fn has_work(&self) -> bool {
+        !self.shared.is_empty()
+            || self.urgent.length.load(Ordering::Acquire) != 0
+            || self.lazy.length.load(Ordering::Acquire) != 0
+            || self.stealers[..self.started.load(Ordering::Acquire)]
+                .iter()
+                .any(|stealer| stealer.get().is_some_and(|stealer| !stealer.is_empty()))
+    }
+}

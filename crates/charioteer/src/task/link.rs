@@ -1,0 +1,89 @@
+//! What is registered with a task to hear of its end.
+
+use std::sync::Arc;
+
+use super::{Domain, Latch, TaskRef};
+
+/// One party that hears of the end of a task.
+pub enum Link<D: Domain> {
+    /// A task that counts this one among its predecessors.
+    Dependent(TaskRef<D>),
+    /// Somebody who waits.
+    Latch(Arc<Latch<D>>),
+    /// A call.
+    Callback(D::Callback),
+}
+
+/// The links of one task. Most tasks have none or one, which needs no allocation.
+#[derive(Default)]
+pub(crate) enum List<D: Domain> {
+    #[default]
+    Empty,
+    One(Link<D>),
+    Many(Vec<Link<D>>),
+}
+
+impl<D: Domain> List<D> {
+    #[inline]
+    pub(crate) fn push(&mut self, link: Link<D>) {
+        match self {
+            Self::Empty => *self = Self::One(link),
+            Self::One(_) => {
+                let Self::One(first) = std::mem::replace(self, Self::Many(Vec::with_capacity(4)))
+                else {
+                    unreachable!("looked above")
+                };
+                let Self::Many(links) = self else {
+                    unreachable!("put there above")
+                };
+                links.push(first);
+                links.push(link);
+            }
+            Self::Many(links) => links.push(link),
+        }
+    }
+
+    #[inline]
+    pub(crate) fn pop(&mut self) -> Option<Link<D>> {
+        if let Self::Many(links) = self {
+            return links.pop();
+        }
+        match std::mem::take(self) {
+            Self::One(link) => Some(link),
+            Self::Empty | Self::Many(_) => None,
+        }
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Link<D>> {
+        match self {
+            Self::Empty => [].iter(),
+            Self::One(link) => std::slice::from_ref(link).iter(),
+            Self::Many(links) => links.iter(),
+        }
+    }
+
+    /// Takes out the links that `chosen` is true for.
+    pub(crate) fn extract(&mut self, chosen: impl Fn(&Link<D>) -> bool) -> Vec<Link<D>> {
+        let (gone, kept) = match std::mem::take(self) {
+            Self::Empty => return Vec::new(),
+            Self::One(link) if chosen(&link) => return vec![link],
+            Self::One(link) => {
+                *self = Self::One(link);
+                return Vec::new();
+            }
+            Self::Many(links) => links.into_iter().partition(chosen),
+        };
+        *self = Self::Many(kept);
+        gone
+    }
+
+    /// Calls `f` with each link.
+    #[inline]
+    pub(crate) fn for_each(self, f: impl FnMut(Link<D>)) {
+        match self {
+            Self::Empty => {}
+            Self::One(link) => Some(link).into_iter().for_each(f),
+            Self::Many(links) => links.into_iter().for_each(f),
+        }
+    }
+}

@@ -1,0 +1,580 @@
+//! The threads that run tasks.
+//!
+//! # Protocol
+//!
+//! A worker parks until [`Places`] assign it something. With an ordinary place it opens one session
+//! of its domain (attaches to the interpreter) and runs ready tasks in it until there are none or
+//! somebody is owed its place; with an unusual grant it runs the one task that the grant is for.
+//! Then it gives the grant back and parks. Between the last task and parking it looks at the queues
+//! for a few microseconds, detached: handing a task to a thread that is awake costs a fraction of a
+//! wake-up.
+//!
+//! A thread has at most one [`Worker`], found through a thread-local pointer, so that what is called
+//! from a body (a spawn, a wait) finds the queue and the grant of its thread. A body that waits for
+//! a task without a time limit runs it on the spot if it is ready, and nothing else, so that no wait
+//! takes longer than what it waits for (no contagious delay); else it gives its grant up and blocks.
+//!
+//! A body below another one on a stack goes on when that one is done: it waits for it, without a
+//! latch. That costs nothing while nothing blocks. Before a body blocks, every pair on its stack gets
+//! the latch that it did without, so that the search for cycles sees those waits like all others.
+//!
+//! In a runtime without workers the thread that spawns is the worker, for as long as something is
+//! ready. What another thread makes ready (it wakes a future, or cancels) is run by the threads that
+//! wait for tasks, which are nudged for it, or by the next spawn.
+//!
+//! [`Places`]: crate::schedule::places::Places
+
+use std::cell::{Cell, RefCell};
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::engine::{Engine, Running, WaitError};
+use crate::schedule::places::{Assignment, Grant};
+use crate::schedule::queues::Own;
+use crate::sync::{Ordering, assert_unlocked, perturb};
+use crate::task::state::{BLOCKED, CANCEL, WOKEN};
+use crate::task::{Content, Domain, End, Latch, Link, Need, Phase, Step, TaskRef, Until, Waker};
+use crate::trace::Event;
+
+/// How deep waits may run what they wait for on their own stack.
+const DEPTH: u32 = 32;
+
+/// How often a worker looks at the queues again before it parks; a few microseconds in all.
+const LOOKS: u32 = 40;
+
+thread_local! {
+    /// The engine (its number) and the worker of this thread.
+    static CURRENT: Cell<(u32, *const ())> = const { Cell::new((0, std::ptr::null())) };
+}
+
+/// A body on the stack of a thread, and the one on top of it that it waits for.
+struct Frame<D: Domain> {
+    below: *const TaskRef<D>,
+    above: *const TaskRef<D>,
+    /// What stands for the wait in the graph, once something on the stack has blocked.
+    latch: Option<Arc<Latch<D>>>,
+}
+
+/// A thread of an engine, while it runs tasks.
+pub(crate) struct Worker<D: Domain> {
+    pub(crate) engine: Arc<Engine<D>>,
+    /// Its number among the threads; threads of others, which run tasks while they wait, have none.
+    slot: Option<usize>,
+    pub(crate) own: Own<D>,
+    grant: RefCell<Grant>,
+    running: Cell<*const TaskRef<D>>,
+    depth: Cell<u32>,
+    frames: RefCell<Vec<Frame<D>>>,
+}
+
+impl<D: Domain> Worker<D> {
+    /// The main function of thread `slot`.
+    pub(crate) fn main(engine: Arc<Engine<D>>, slot: usize) {
+        let own = engine.queues.own(slot);
+        let worker = Self {
+            engine,
+            slot: Some(slot),
+            own,
+            grant: RefCell::default(),
+            running: Cell::new(std::ptr::null()),
+            depth: Cell::new(0),
+            frames: RefCell::default(),
+        };
+        let abort = AbortOnUnwind;
+        worker.enter(|| {
+            loop {
+                match worker.engine.places.assignment(slot) {
+                    Assignment::Exit => break,
+                    Assignment::Search(grant) => {
+                        worker.grant.replace(grant);
+                        worker.search(slot);
+                    }
+                    Assignment::Run(task, grant) => {
+                        worker.grant.replace(grant);
+                        worker
+                            .engine
+                            .domain
+                            .session(&mut || worker.claim_and_run(&task));
+                        drop(task);
+                        worker.retire(slot, false);
+                    }
+                }
+            }
+        });
+        std::mem::forget(abort);
+    }
+
+    /// Runs what is ready on the calling thread, which is no worker, until there is nothing.
+    pub(crate) fn drain(engine: &Arc<Engine<D>>) {
+        let worker = Self {
+            engine: Arc::clone(engine),
+            slot: None,
+            own: engine.queues.own(usize::MAX),
+            grant: RefCell::new(Grant {
+                cores: vec![0],
+                part: None,
+            }),
+            running: Cell::new(std::ptr::null()),
+            depth: Cell::new(0),
+            frames: RefCell::default(),
+        };
+        let abort = AbortOnUnwind;
+        engine.places.visit();
+        worker.enter(|| {
+            engine.domain.session(&mut || {
+                while let Some(task) = engine.queues.pop(&worker.own) {
+                    worker.claim_and_run(&task);
+                }
+            });
+        });
+        engine.places.leave();
+        engine.went_quiet();
+        std::mem::forget(abort);
+    }
+
+    fn enter(&self, run: impl FnOnce()) {
+        struct Restore((u32, *const ()));
+        impl Drop for Restore {
+            fn drop(&mut self) {
+                CURRENT.set(self.0);
+            }
+        }
+        let _restore = Restore(CURRENT.get());
+        CURRENT.set((self.engine.id, std::ptr::from_ref(self).cast()));
+        run();
+    }
+
+    /// Calls `f` with the worker that this thread is for `engine`, if it is one.
+    #[inline]
+    pub(crate) fn with<R>(engine: u32, f: impl FnOnce(Option<&Self>) -> R) -> R {
+        let (id, worker) = CURRENT.get();
+        if id != engine || worker.is_null() {
+            return f(None);
+        }
+        // SAFETY: `enter` set the pointer to a worker that lives on this thread's stack until it
+        // takes the pointer back; engines' numbers are unique in the process, so a matching number
+        // means that the worker is one of this domain.
+        f(Some(unsafe { &*worker.cast::<Self>() }))
+    }
+
+    /// The cores that this thread holds.
+    pub(crate) fn grant(&self) -> Grant {
+        self.grant.borrow().clone()
+    }
+
+    /// The task whose body runs on this thread.
+    pub(crate) fn running(&self) -> Option<&TaskRef<D>> {
+        // SAFETY: set by `run` to a reference that outlives the call of the body, and taken back
+        // before it ends; the thread is inside that call when anybody asks.
+        unsafe { self.running.get().as_ref() }
+    }
+
+    /// Takes ready tasks with an ordinary place until there are none.
+    fn search(&self, slot: usize) {
+        let mut searching = true;
+        let engine = &self.engine;
+        let mut yielded = false;
+        while !yielded && self.look() {
+            engine.domain.session(&mut || {
+                while let Some(task) = engine.queues.pop(&self.own) {
+                    if searching {
+                        searching = false;
+                        engine.places.found();
+                        // Pass the wake-up on: where one task was, more may be.
+                        engine.wake();
+                    }
+                    self.claim_and_run(&task);
+                    drop(task);
+                    if engine.places.is_owed() && engine.places.boundary() {
+                        yielded = true;
+                        break;
+                    }
+                }
+            });
+        }
+        self.retire(slot, searching);
+    }
+
+    /// Whether there is work, now or within a few microseconds.
+    fn look(&self) -> bool {
+        for _ in 0..LOOKS {
+            if self.engine.queues.has_work() {
+                return true;
+            }
+            for _ in 0..8 {
+                std::hint::spin_loop();
+            }
+        }
+        false
+    }
+
+    fn retire(&self, slot: usize, searching: bool) {
+        let engine = &self.engine;
+        let grant = self.grant.take();
+        let idle = !engine.queues.has_work();
+        let todo = engine.places.retire(slot, grant, searching, idle);
+        engine.carry_out(todo);
+        // The sleeper's half of the wake-up protocol, see `schedule::places`.
+        engine.wake();
+        engine.went_quiet();
+    }
+
+    /// Wins a ready task, unless somebody else did or it was cancelled, and runs it.
+    #[inline]
+    fn claim_and_run(&self, task: &TaskRef<D>) {
+        if task.state.advance(Phase::Ready, Phase::Running).is_ok() {
+            if self.engine.is_cancelling() && self.engine.skip_cancelled(task) {
+                return;
+            }
+            self.run(task);
+        }
+    }
+
+    /// Runs or resumes a task that this thread owns.
+    fn run(&self, task: &TaskRef<D>) {
+        let engine = &self.engine;
+        engine.record(Event::Start, task);
+        if let Some(limit) = task.options().and_then(|options| options.timeout) {
+            engine.begin_attempt(task, limit);
+        }
+        loop {
+            perturb();
+            assert_unlocked();
+            if task.state.load().has(WOKEN) {
+                task.state.clear(WOKEN);
+            }
+            let outer = self.running.replace(task);
+            let step = {
+                let running = Running::new(engine, task, self);
+                task.content.with_mut(|content| {
+                    // SAFETY: this thread owns the running task, and others look at the content
+                    // only after `Done`.
+                    match unsafe { &mut *content } {
+                        Content::Body(body) => engine.domain.run(&running, body),
+                        Content::Nothing | Content::Outcome(_) => {
+                            unreachable!("a running task has its body")
+                        }
+                    }
+                })
+            };
+            self.running.set(outer);
+            match step {
+                Step::Done(result) => {
+                    engine.end_attempt(task, result);
+                    return;
+                }
+                Step::Elsewhere => return,
+                Step::Sleep => {
+                    self.pass_on_request(task);
+                    if engine.sleep(task) {
+                        return;
+                    }
+                    // Woken, or asked to end, meanwhile.
+                }
+                Step::Await(targets, until) => {
+                    self.pass_on_request(task);
+                    if engine.suspend(task, targets, until) {
+                        return;
+                    }
+                    // Asked to end meanwhile: the body is to hear of it.
+                }
+            }
+        }
+    }
+
+    /// A body that is about to suspend while all tasks are being cancelled hears of it first.
+    fn pass_on_request(&self, task: &TaskRef<D>) {
+        if self.engine.is_cancelling() {
+            task.state.set(CANCEL);
+        }
+    }
+
+    /// Runs `task` here and now if it is ready and this thread may.
+    fn run_inline(&self, task: &TaskRef<D>) {
+        if self.depth.get() >= DEPTH || task.phase() != Phase::Ready || !self.engine.owns(task) {
+            return;
+        }
+        let ordinary = task
+            .options()
+            .is_none_or(|options| options.need == Need::Core);
+        if !ordinary || !(self.slot.is_none() || self.grant.borrow().is_ordinary()) {
+            return;
+        }
+        self.depth.set(self.depth.get() + 1);
+        self.nest(task);
+        self.depth.set(self.depth.get() - 1);
+    }
+
+    /// Runs a ready task on top of the body that waits, if one does.
+    fn nest(&self, task: &TaskRef<D>) {
+        let below = self.running.get();
+        if below.is_null() {
+            return self.claim_and_run(task);
+        }
+        self.frames.borrow_mut().push(Frame {
+            below,
+            above: std::ptr::from_ref(task),
+            latch: None,
+        });
+        self.claim_and_run(task);
+        let frame = self.frames.borrow_mut().pop();
+        if let Some(Frame {
+            latch: Some(latch), ..
+        }) = frame
+        {
+            if latch.give_up() {
+                abandon(&latch, std::slice::from_ref(task));
+            }
+            if let Some(below) = self.running() {
+                below.state.clear(BLOCKED);
+            }
+        }
+    }
+
+    /// Puts the waits on this stack into the graph.
+    fn show_frames(&self) {
+        for frame in self.frames.borrow_mut().iter_mut() {
+            if frame.latch.is_some() {
+                continue;
+            }
+            // SAFETY: both point to references that outlive the calls on this stack to which the
+            // frame belongs, and the frame is taken off before they return.
+            let (below, above) = unsafe { (&*frame.below, &*frame.above) };
+            below.state.set(BLOCKED);
+            let latch = Latch::new(1, Until::All, Waker::Thread(Some(Arc::clone(below))));
+            // A task that is done by now is waited for no more.
+            if above.link(Link::Latch(Arc::clone(&latch))).is_ok() {
+                frame.latch = Some(latch);
+            } else {
+                below.state.clear(BLOCKED);
+            }
+        }
+    }
+
+    /// The wait of a body, or of anybody in a runtime without workers.
+    pub(crate) fn wait(
+        &self,
+        tasks: &[TaskRef<D>],
+        until: Until,
+        deadline: Option<Instant>,
+    ) -> Result<bool, WaitError> {
+        let engine = &self.engine;
+        if until == Until::All && deadline.is_none() {
+            for task in tasks {
+                self.run_inline(task);
+            }
+        }
+        if engine.workers == 0 {
+            // Nobody else runs what the awaited tasks need.
+            while !is_over(tasks, until)
+                && let Some(task) = engine.queues.pop(&self.own)
+            {
+                self.nest(&task);
+            }
+        }
+        if is_over(tasks, until) {
+            return Ok(true);
+        }
+        let Some(waiting) = self.running() else {
+            return self.block(None, tasks, until, deadline);
+        };
+        waiting.state.set(BLOCKED);
+        let result = self.block(Some(waiting), tasks, until, deadline);
+        waiting.state.clear(BLOCKED);
+        result
+    }
+
+    fn block(
+        &self,
+        waiting: Option<&TaskRef<D>>,
+        tasks: &[TaskRef<D>],
+        until: Until,
+        deadline: Option<Instant>,
+    ) -> Result<bool, WaitError> {
+        let engine = &self.engine;
+        let waiter = waiting.filter(|_| deadline.is_none()).cloned();
+        let for_ever = waiter.is_some();
+        let loose = if for_ever {
+            self.show_frames();
+            engine.count_loose(tasks)
+        } else {
+            0
+        };
+        let latch = Latch::new(tasks.len(), until, Waker::Thread(waiter));
+        let mut result = engine.watch(&latch, tasks, waiting);
+        if result.is_ok() && !latch.is_open() {
+            result = self
+                .give_place_up(&latch, for_ever, deadline)
+                .map_err(|()| {
+                    let chain = waiting.into_iter().chain(tasks);
+                    WaitError::Threads(chain.map(|task| task.label().to_string()).collect())
+                });
+        }
+        let opened = !latch.give_up();
+        if !opened && latch.is_counted() {
+            engine.places.uncount_blocked();
+        }
+        if !opened || until != Until::All {
+            abandon(&latch, tasks);
+        }
+        engine.loose_waits.fetch_sub(loose, Ordering::SeqCst);
+        result.map(|()| opened)
+    }
+
+    /// Blocks on `latch`, with the grant of this thread given up. `Err` if no thread is left that
+    /// could run anything meanwhile.
+    fn give_place_up(
+        &self,
+        latch: &Arc<Latch<D>>,
+        for_ever: bool,
+        deadline: Option<Instant>,
+    ) -> Result<(), ()> {
+        let engine = &self.engine;
+        let count = || {
+            if for_ever && latch.count() {
+                engine.places.count_blocked();
+            }
+        };
+        if self.slot.is_none() {
+            count();
+            engine.went_quiet();
+            let help = || {
+                // Not stuck meanwhile, though its wait goes on.
+                engine.places.visit();
+                while !latch.is_open()
+                    && let Some(task) = engine.queues.pop(&self.own)
+                {
+                    self.nest(&task);
+                }
+                engine.places.leave();
+            };
+            block_alone(engine, latch, deadline, help);
+            return Ok(());
+        }
+        let grant = self.grant.borrow().clone();
+        let todo = engine.places.block(&grant, engine.queues.has_work())?;
+        let replaced = engine.carry_out(todo);
+        let mut granted = Grant::default();
+        engine.domain.blocking(&mut || {
+            if replaced {
+                engine.wake();
+                count();
+                engine.went_quiet();
+                latch.block(deadline, || false);
+            }
+            granted = engine.places.unblock(&grant);
+        });
+        self.grant.replace(granted);
+        if replaced { Ok(()) } else { Err(()) }
+    }
+}
+
+/// Tasks would never have an outcome, and those who wait for them wait for ever, if a thread that
+/// runs them unwound. Bodies and callbacks are the domain's to catch; what comes here is a destructor
+/// of a user's value that panicked, or a bug.
+struct AbortOnUnwind;
+
+impl Drop for AbortOnUnwind {
+    fn drop(&mut self) {
+        eprintln!("charioteer: a panic outside of a body cannot be survived");
+        std::process::abort();
+    }
+}
+
+/// The number of the engine whose tasks this thread runs, if it does.
+pub(crate) fn engine_here() -> Option<u32> {
+    let (id, worker) = CURRENT.get();
+    (!worker.is_null()).then_some(id)
+}
+
+/// Whether a wait for `tasks` is over.
+pub(crate) fn is_over<D: Domain>(tasks: &[TaskRef<D>], until: Until) -> bool {
+    match until {
+        Until::All => tasks.iter().all(|task| task.is_done()),
+        Until::Any => tasks.is_empty() || tasks.iter().any(|task| task.is_done()),
+        Until::FirstFailure => {
+            tasks.iter().any(|task| task.is_done() && task.is_failed())
+                || tasks.iter().all(|task| task.is_done())
+        }
+    }
+}
+
+/// Takes a latch off the tasks that it watches.
+pub(crate) fn abandon<D: Domain>(latch: &Arc<Latch<D>>, tasks: &[TaskRef<D>]) {
+    for task in tasks {
+        if !task.is_done() {
+            task.unlink(latch);
+        }
+    }
+}
+
+/// The wait of a thread that runs no body.
+pub(crate) fn block_outside<D: Domain>(
+    engine: &Arc<Engine<D>>,
+    tasks: &[TaskRef<D>],
+    until: Until,
+    deadline: Option<Instant>,
+) -> bool {
+    let latch = Latch::new(tasks.len(), until, Waker::Thread(None));
+    engine
+        .watch(&latch, tasks, None)
+        .expect("only the wait of a body can close a cycle");
+    if !latch.is_open() {
+        if engine.workers == 0 {
+            block_alone(engine, &latch, deadline, || Worker::drain(engine));
+        } else {
+            block_patiently(engine, &latch, deadline, || false);
+        }
+    }
+    let opened = !latch.give_up();
+    if !opened || until != Until::All {
+        abandon(&latch, tasks);
+    }
+    opened
+}
+
+/// Blocks on a latch in a runtime without workers, and runs with `help` what other threads made
+/// ready meanwhile.
+fn block_alone<D: Domain>(
+    engine: &Engine<D>,
+    latch: &Arc<Latch<D>>,
+    deadline: Option<Instant>,
+    help: impl Fn(),
+) {
+    // Known before it looks at the queues: a thread that pushes afterwards nudges it.
+    engine.helpers.lock().push(Arc::clone(latch));
+    while block_patiently(engine, latch, deadline, || engine.queues.has_work()) == End::ElseToDo {
+        help();
+    }
+    engine
+        .helpers
+        .lock()
+        .retain(|other| !Arc::ptr_eq(other, latch));
+}
+
+/// Blocks on a latch and lets the domain end the wait in between.
+fn block_patiently<D: Domain>(
+    engine: &Engine<D>,
+    latch: &Latch<D>,
+    deadline: Option<Instant>,
+    else_to_do: impl Fn() -> bool,
+) -> End {
+    let mut end = End::Late;
+    let Some(patience) = engine.domain.patience() else {
+        engine
+            .domain
+            .blocking(&mut || end = latch.block(deadline, &else_to_do));
+        return end;
+    };
+    loop {
+        let slice = Instant::now() + patience;
+        let last = deadline.is_some_and(|deadline| deadline <= slice);
+        let until = deadline.map_or(slice, |deadline| deadline.min(slice));
+        engine
+            .domain
+            .blocking(&mut || end = latch.block(Some(until), &else_to_do));
+        if end != End::Late || last || engine.domain.interrupted() {
+            return end;
+        }
+    }
+}

@@ -1,0 +1,92 @@
+"""Charioteer runs the tasks of one program over the devices of one machine.
+
+A task is a function that the runtime calls when everything it depends on is done. The scheduler is
+Rust and needs no GIL::
+
+    import charioteer as ch
+
+    with ch.Runtime():
+        T = ch.TaskSpace("squares")
+        for i in range(10):
+            @ch.spawn(T[i], dependencies=[T[i - 1]])
+            def square():
+                return i * i
+        print(T.result())
+"""
+
+from charioteer import _support as _support
+from charioteer._core import (
+    Context,
+    Task,
+    TaskFunction,
+    TaskList,
+    TaskSpace,
+    connect,
+    read_trace,
+    spawn,
+    spawn_many,
+    task,
+)
+from charioteer._futures import TaskGroup, WaitResult, as_completed, gather, wait
+from charioteer._runtime import Runtime
+from charioteer.devices import Device, DeviceSet, Kind, cpu
+from charioteer.errors import (
+    AccessError,
+    CancelledError,
+    CaptureError,
+    CaptureWarning,
+    CharioteerError,
+    CycleError,
+    DependencyError,
+    DuplicateTaskError,
+    NoRuntimeError,
+    PlacementError,
+    RuntimeActiveError,
+    TaskTimeoutError,
+    UnspawnedDependencyError,
+    WorkerLimitError,
+)
+
+connect()
+del connect
+
+from charioteer._runtime import current  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AccessError",
+    "CancelledError",
+    "CaptureError",
+    "CaptureWarning",
+    "CharioteerError",
+    "Context",
+    "CycleError",
+    "DependencyError",
+    "Device",
+    "DeviceSet",
+    "DuplicateTaskError",
+    "Kind",
+    "NoRuntimeError",
+    "PlacementError",
+    "Runtime",
+    "RuntimeActiveError",
+    "Task",
+    "TaskFunction",
+    "TaskGroup",
+    "TaskList",
+    "TaskSpace",
+    "TaskTimeoutError",
+    "UnspawnedDependencyError",
+    "WaitResult",
+    "WorkerLimitError",
+    "as_completed",
+    "cpu",
+    "current",
+    "gather",
+    "read_trace",
+    "spawn",
+    "spawn_many",
+    "task",
+    "wait",
+]

@@ -1,0 +1,492 @@
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
+from concurrent.futures import Future
+from contextvars import Context as ContextVars
+from os import PathLike
+from typing import (
+    Any,
+    Concatenate,
+    Generic,
+    ParamSpec,
+    Self,
+    SupportsIndex,
+    TypeVar,
+    final,
+    overload,
+)
+
+from charioteer._futures import Tasks
+from charioteer.devices import Device, Placement
+
+__all__ = [
+    "Awaiting",
+    "Context",
+    "Engine",
+    "Spawner",
+    "Subscription",
+    "Task",
+    "TaskDecorator",
+    "TaskFunction",
+    "TaskList",
+    "TaskSpace",
+    "View",
+    "after_fork",
+    "awaiting",
+    "block",
+    "cancel_requested",
+    "connect",
+    "count_groups",
+    "current_context",
+    "finish_elsewhere",
+    "in_task",
+    "is_failed",
+    "is_open",
+    "leave_native_step",
+    "limits_changed",
+    "read_trace",
+    "set_default_runtime_factory",
+    "spawn",
+    "spawn_many",
+    "submit",
+    "task",
+]
+
+_P = ParamSpec("_P")
+_Q = ParamSpec("_Q")
+_R = TypeVar("_R")
+_R_co = TypeVar("_R_co", covariant=True)
+_S = TypeVar("_S")
+
+# Tasks.
+
+@final
+class Task(Generic[_R_co]):
+    def result(self, timeout: float | None = None) -> _R_co: ...
+    def exception(self, timeout: float | None = None) -> BaseException | None: ...
+    def done(self) -> bool: ...
+    def running(self) -> bool: ...
+    def cancel(self) -> bool: ...
+    def cancelled(self) -> bool: ...
+    def add_done_callback(self, function: Callable[[Self], object]) -> None: ...
+    def future(self) -> Future[_R_co]: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def id(self) -> int: ...
+    def __await__(self) -> Generator[Any, Any, _R_co]: ...
+    def __bool__(self) -> bool: ...
+    def __hash__(self) -> int: ...
+    def __eq__(self, other: object, /) -> bool: ...
+    @classmethod
+    def __class_getitem__(cls, item: object, /) -> type[Self]: ...
+
+@final
+class TaskList(Generic[_R_co]):
+    def __new__(cls, tasks: Tasks, /) -> Self: ...
+    def done(self) -> bool: ...
+    def result(self, timeout: float | None = None) -> list[_R_co]: ...
+    def cancel(self) -> bool: ...
+    def __await__(self) -> Generator[Any, Any, list[_R_co]]: ...
+    def __len__(self) -> int: ...
+    @overload
+    def __getitem__(self, index: SupportsIndex, /) -> Task[_R_co]: ...
+    @overload
+    def __getitem__(self, index: slice, /) -> Self: ...
+    def __iter__(self) -> Iterator[Task[_R_co]]: ...
+    def __contains__(self, thing: object, /) -> bool: ...
+    @classmethod
+    def __class_getitem__(cls, item: object, /) -> type[Self]: ...
+
+# An index below the lower bound gives an empty list, which is of use as a dependency only; so
+# indices are typed as what they give within the bounds.
+@final
+class TaskSpace:
+    def __new__(
+        cls,
+        name: str | None = None,
+        *,
+        shape: SupportsIndex | Iterable[SupportsIndex] | None = None,
+        start: SupportsIndex | Iterable[SupportsIndex] | None = None,
+    ) -> Self: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def view(self) -> View: ...
+    def tasks(self) -> TaskList[Any]: ...
+    def clear(self, selection: Tasks | None = None) -> None: ...
+    def result(self, timeout: float | None = None) -> list[Any]: ...
+    def cancel(self) -> bool: ...
+    def __await__(self) -> Generator[Any, Any, list[Any]]: ...
+    def __len__(self) -> int: ...
+    def __bool__(self) -> bool: ...
+    @overload
+    def __getitem__(  # type: ignore[overload-overlap]
+        self, index: SupportsIndex | tuple[SupportsIndex, ...], /
+    ) -> Task[Any]: ...
+    @overload
+    def __getitem__(self, index: slice | tuple[SupportsIndex | slice, ...], /) -> TaskList[Any]: ...
+    def __iter__(self) -> Iterator[Task[Any]]: ...
+    def __contains__(self, thing: object, /) -> bool: ...
+
+@final
+class View:
+    def __getitem__(
+        self, index: SupportsIndex | slice | tuple[SupportsIndex | slice, ...], /
+    ) -> TaskList[Any]: ...
+
+# Spawning.
+
+@final
+class TaskFunction(Generic[_P, _R_co]):
+    # Any argument may be a handle of what the parameter takes.
+    @overload
+    def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> Task[_R_co]: ...
+    @overload
+    def __call__(self, *args: Any, **kwargs: Any) -> Task[_R_co]: ...
+    # Of a coroutine function the result type is the awaited one, which a plain call does not give.
+    @property
+    def fn(self) -> Callable[_P, Any]: ...
+    @property
+    def __wrapped__(self) -> Callable[_P, Any]: ...
+    def options(
+        self,
+        name: str | Task[Any] | None = None,
+        *,
+        dependencies: Tasks | None = None,
+        priority: int | None = None,
+        placement: Placement | None = None,
+        share: float | None = None,
+        timeout: float | None = None,
+        retries: int | None = None,
+    ) -> Self: ...
+    def map(self, *iterables: Iterable[Any]) -> TaskList[_R_co]: ...
+    @overload
+    def __get__(self, instance: None, owner: type | None = None, /) -> Self: ...
+    @overload
+    def __get__(
+        self: TaskFunction[Concatenate[_S, _Q], _R], instance: _S, owner: type | None = None, /
+    ) -> TaskFunction[_Q, _R]: ...
+    @overload
+    def __get__(
+        self, instance: object, owner: type | None = None, /
+    ) -> TaskFunction[..., _R_co]: ...
+    @classmethod
+    def __class_getitem__(cls, item: object, /) -> type[Self]: ...
+
+@final
+class TaskDecorator:
+    @overload
+    def __call__(self, function: TaskFunction[_P, _R], /) -> TaskFunction[_P, _R]: ...
+    @overload
+    def __call__(
+        self, function: classmethod[Any, _P, Coroutine[Any, Any, _R]], /
+    ) -> TaskFunction[_P, _R]: ...
+    @overload
+    def __call__(self, function: classmethod[Any, _P, _R], /) -> TaskFunction[_P, _R]: ...
+    @overload
+    def __call__(
+        self, function: Callable[_P, Coroutine[Any, Any, _R]], /
+    ) -> TaskFunction[_P, _R]: ...
+    @overload
+    def __call__(self, function: Callable[_P, _R], /) -> TaskFunction[_P, _R]: ...
+
+# What is spawned inline has a default for every parameter, which `Callable[[], ...]` would say, but
+# checkers refuse lambdas with defaults there.
+@final
+class Spawner:
+    @overload
+    def __call__(self, function: Coroutine[Any, Any, _R], /) -> Task[_R]: ...
+    @overload
+    def __call__(self, function: Callable[..., Coroutine[Any, Any, _R]], /) -> Task[_R]: ...
+    @overload
+    def __call__(self, function: Callable[..., _R], /) -> Task[_R]: ...
+
+@overload
+def task(
+    function: TaskFunction[_P, _R],
+    /,
+    *,
+    name: str | None = None,
+    dependencies: Tasks | None = None,
+    priority: int | None = None,
+    placement: Placement | None = None,
+    share: float | None = None,
+    timeout: float | None = None,
+    retries: int | None = None,
+) -> TaskFunction[_P, _R]: ...
+@overload
+def task(
+    function: classmethod[Any, _P, Coroutine[Any, Any, _R]],
+    /,
+    *,
+    name: str | None = None,
+    dependencies: Tasks | None = None,
+    priority: int | None = None,
+    placement: Placement | None = None,
+    share: float | None = None,
+    timeout: float | None = None,
+    retries: int | None = None,
+) -> TaskFunction[_P, _R]: ...
+@overload
+def task(
+    function: classmethod[Any, _P, _R],
+    /,
+    *,
+    name: str | None = None,
+    dependencies: Tasks | None = None,
+    priority: int | None = None,
+    placement: Placement | None = None,
+    share: float | None = None,
+    timeout: float | None = None,
+    retries: int | None = None,
+) -> TaskFunction[_P, _R]: ...
+@overload
+def task(
+    function: Callable[_P, Coroutine[Any, Any, _R]],
+    /,
+    *,
+    name: str | None = None,
+    dependencies: Tasks | None = None,
+    priority: int | None = None,
+    placement: Placement | None = None,
+    share: float | None = None,
+    timeout: float | None = None,
+    retries: int | None = None,
+) -> TaskFunction[_P, _R]: ...
+@overload
+def task(
+    function: Callable[_P, _R],
+    /,
+    *,
+    name: str | None = None,
+    dependencies: Tasks | None = None,
+    priority: int | None = None,
+    placement: Placement | None = None,
+    share: float | None = None,
+    timeout: float | None = None,
+    retries: int | None = None,
+) -> TaskFunction[_P, _R]: ...
+@overload
+def task(
+    function: None = None,
+    /,
+    *,
+    name: str | None = None,
+    dependencies: Tasks | None = None,
+    priority: int | None = None,
+    placement: Placement | None = None,
+    share: float | None = None,
+    timeout: float | None = None,
+    retries: int | None = None,
+) -> TaskDecorator: ...
+@overload
+def spawn(
+    target: TaskFunction[..., _R],
+    /,
+    *,
+    name: str | Task[Any] | None = None,
+    dependencies: Tasks | None = None,
+    priority: int | None = None,
+    placement: Placement | None = None,
+    share: float | None = None,
+    timeout: float | None = None,
+    retries: int | None = None,
+) -> Task[_R]: ...
+@overload
+def spawn(
+    target: Coroutine[Any, Any, _R],
+    /,
+    *,
+    name: str | Task[Any] | None = None,
+    dependencies: Tasks | None = None,
+    priority: int | None = None,
+    placement: Placement | None = None,
+    share: float | None = None,
+    timeout: float | None = None,
+    retries: int | None = None,
+) -> Task[_R]: ...
+@overload
+def spawn(
+    target: Callable[..., Coroutine[Any, Any, _R]],
+    /,
+    *,
+    name: str | Task[Any] | None = None,
+    dependencies: Tasks | None = None,
+    priority: int | None = None,
+    placement: Placement | None = None,
+    share: float | None = None,
+    timeout: float | None = None,
+    retries: int | None = None,
+) -> Task[_R]: ...
+@overload
+def spawn(
+    target: Callable[..., _R],
+    /,
+    *,
+    name: str | Task[Any] | None = None,
+    dependencies: Tasks | None = None,
+    priority: int | None = None,
+    placement: Placement | None = None,
+    share: float | None = None,
+    timeout: float | None = None,
+    retries: int | None = None,
+) -> Task[_R]: ...
+@overload
+def spawn(
+    target: str | Task[Any] | None = None,
+    /,
+    *,
+    name: str | Task[Any] | None = None,
+    dependencies: Tasks | None = None,
+    priority: int | None = None,
+    placement: Placement | None = None,
+    share: float | None = None,
+    timeout: float | None = None,
+    retries: int | None = None,
+) -> Spawner: ...
+@overload
+def spawn_many(
+    function: TaskFunction[..., _R],
+    iterable: Iterable[Any],
+    /,
+    *,
+    name: str | None = None,
+    dependencies: Tasks | None = None,
+    priority: int | None = None,
+    placement: Placement | None = None,
+    share: float | None = None,
+    timeout: float | None = None,
+    retries: int | None = None,
+) -> TaskList[_R]: ...
+@overload
+def spawn_many(
+    function: Callable[[Any], Coroutine[Any, Any, _R]],
+    iterable: Iterable[Any],
+    /,
+    *,
+    name: str | None = None,
+    dependencies: Tasks | None = None,
+    priority: int | None = None,
+    placement: Placement | None = None,
+    share: float | None = None,
+    timeout: float | None = None,
+    retries: int | None = None,
+) -> TaskList[_R]: ...
+@overload
+def spawn_many(
+    function: Callable[[Any], _R],
+    iterable: Iterable[Any],
+    /,
+    *,
+    name: str | None = None,
+    dependencies: Tasks | None = None,
+    priority: int | None = None,
+    placement: Placement | None = None,
+    share: float | None = None,
+    timeout: float | None = None,
+    retries: int | None = None,
+) -> TaskList[_R]: ...
+@overload
+def submit(
+    function: TaskFunction[..., _R],
+    arguments: tuple[Any, ...],
+    keywords: dict[str, Any] | None = None,
+    raw: bool = False,
+) -> Task[_R]: ...
+@overload
+def submit(
+    function: Callable[..., Coroutine[Any, Any, _R]],
+    arguments: tuple[Any, ...],
+    keywords: dict[str, Any] | None = None,
+    raw: bool = False,
+) -> Task[_R]: ...
+@overload
+def submit(
+    function: Coroutine[Any, Any, _R],
+    arguments: tuple[Any, ...],
+    keywords: dict[str, Any] | None = None,
+    raw: bool = False,
+) -> Task[_R]: ...
+@overload
+def submit(
+    function: Callable[..., _R],
+    arguments: tuple[Any, ...],
+    keywords: dict[str, Any] | None = None,
+    raw: bool = False,
+) -> Task[_R]: ...
+
+# Waiting.
+
+@final
+class Awaiting:
+    def done(self) -> bool: ...
+    def value(self) -> Any: ...
+    def call(self, function: Callable[[], object]) -> Subscription: ...
+    def cancel(self) -> None: ...
+    def __await__(self) -> Generator[Any, Any, Any]: ...
+    def __iter__(self) -> Self: ...
+    def __next__(self) -> Self: ...
+
+@final
+class Subscription:
+    def forget(self) -> None: ...
+
+def block(tasks: Tasks, until: str, timeout: float | None = None) -> bool: ...
+def awaiting(tasks: Tasks, until: str, values: bool = True) -> Awaiting: ...
+def is_failed(task: Task[Any]) -> bool: ...
+def cancel_requested(task: Task[Any]) -> bool: ...
+
+# The runtime and the running task.
+
+@final
+class Engine:
+    def __new__(
+        cls,
+        workers: int,
+        max_pending: int | None = None,
+        trace: str | PathLike[str] | None = None,
+        on_failure: Callable[[Task[Any]], object] | None = None,
+    ) -> Self: ...
+    @property
+    def workers(self) -> int: ...
+    @property
+    def cores(self) -> int: ...
+    @property
+    def forked(self) -> bool: ...
+    def drain(self, limit: float | None = None) -> bool: ...
+    def cancel_all(self) -> None: ...
+    def close(self) -> list[Task[Any]]: ...
+    def abandon(self) -> None: ...
+    def stats(self) -> dict[str, Any]: ...
+
+@final
+class Context:
+    @property
+    def task(self) -> Task[Any]: ...
+    @property
+    def cores(self) -> list[int]: ...
+    @property
+    def devices(self) -> tuple[Device, ...]: ...
+    @property
+    def device(self) -> Device: ...
+    @property
+    def cancel_requested(self) -> bool: ...
+    def check_cancelled(self) -> None: ...
+
+def current_context() -> Context: ...
+def is_open() -> bool: ...
+def in_task() -> bool: ...
+def set_default_runtime_factory(factory: Callable[[], object] | None) -> None: ...
+def read_trace(
+    path: str | PathLike[str],
+) -> tuple[int, list[tuple[int, int, str, int, int]], dict[int, str]]: ...
+
+# What the package's own parts tell the module.
+
+def connect() -> None: ...
+def after_fork() -> None: ...
+def count_groups(entered: bool) -> None: ...
+def limits_changed(modules: int) -> None: ...
+def leave_native_step() -> ContextVars | None: ...
+def finish_elsewhere(
+    task: Task[Any], value: object, exception: BaseException | None = None
+) -> None: ...

@@ -1,0 +1,430 @@
+"""``Runtime``: opens and closes the core, and decides how a block ends."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor
+from types import TracebackType
+from typing import Any, ParamSpec, Self, TypeVar
+
+from charioteer import _core, _pools
+from charioteer._core import Context, Task, TaskList
+from charioteer._executor import RuntimeExecutor
+from charioteer._support import loaded_loop
+from charioteer.errors import CancelledError, NoRuntimeError, UnspawnedDependencyError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_MOST_WORKERS = 4096
+
+_opened: Runtime | None = None
+_left_behind: list[_core.Engine] = []
+"""Those whose bodies did not end when the user insisted."""
+_registered = False
+
+
+def current() -> Context:
+    """The context of the running task.
+
+    Raises:
+        NoRuntimeError: no task runs here.
+    """
+    return _core.current_context()
+
+
+class Runtime:
+    """Owns the workers and the scheduler. One is open in a process at a time.
+
+    ``with Runtime() as rt:`` opens it; leaving the block waits for every task and raises the
+    failures that nobody received in one ``ExceptionGroup``. If the block itself raises, pending
+    tasks are cancelled, running ones are asked to end, and its exception leaves unchanged with a
+    note of the rest. ``async with`` does the same without blocking the event loop.
+
+    Args:
+        workers: the cores to use. Unless said, the environment variable ``CHARIOTEER_WORKERS``,
+            else every core that the process may use. Zero runs bodies in the thread that spawns
+            them, in a deterministic order, for a debugger.
+        max_pending: makes a thread that spawns, outside of tasks, wait while so many tasks are
+            unfinished.
+        on_failure: called with each failed task whose last handle went away unread, instead of
+            raising when the block is left; for services.
+        trace: a file to write the events of every task to. Unless said, the environment variable
+            ``CHARIOTEER_TRACE``.
+
+    Raises:
+        ValueError: a number out of range.
+        TypeError: something of the wrong type.
+    """
+
+    def __init__(
+        self,
+        workers: int | None = None,
+        *,
+        max_pending: int | None = None,
+        on_failure: Callable[[Task[Any]], object] | None = None,
+        trace: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self._workers = _worker_count(workers)
+        if max_pending is not None:
+            if isinstance(max_pending, bool) or not isinstance(max_pending, int):
+                raise TypeError(
+                    f"max_pending is a number of tasks, not {type(max_pending).__name__}"
+                )
+            if max_pending < 1:
+                raise ValueError(f"max_pending is at least 1, not {max_pending}")
+        if on_failure is not None and not callable(on_failure):
+            raise TypeError(f"on_failure is to be callable, not {type(on_failure).__name__}")
+        if trace is None:
+            trace = os.environ.get("CHARIOTEER_TRACE") or None
+        self._max_pending = max_pending
+        self._on_failure = on_failure
+        self._trace = None if trace is None else os.fsdecode(trace)
+        self._engine: _core.Engine | None = None
+        self._closed = False
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "new" if self._engine is None else "open"
+        return f"<Runtime with {self._workers} workers, {state}>"
+
+    @property
+    def workers(self) -> int:
+        """The number of workers."""
+        return self._workers
+
+    # ---- opening and closing ----------------------------------------------------------------
+
+    def open(self) -> Self:
+        """Opens the runtime, as entering its block does.
+
+        Raises:
+            RuntimeActiveError: a runtime is open.
+            RuntimeError: this one was open before.
+            OSError: the system refuses a thread or the trace file.
+        """
+        global _opened, _registered
+        if self._engine is not None:
+            if _core.is_open() and _opened is self and not self._closed:
+                from charioteer.errors import RuntimeActiveError
+
+                raise RuntimeActiveError("this runtime is open already")
+            raise RuntimeError("a runtime is opened once: make another")
+        self._engine = _core.Engine(self._workers, self._max_pending, self._trace, self._on_failure)
+        _opened = self
+        _pools.open_limits()
+        if not _registered:
+            _registered = True
+            os.register_at_fork(after_in_child=_forget)
+            # Before threads are joined, so that the workers are gone when the interpreter ends.
+            threading._register_atexit(_close_at_exit)  # type: ignore[attr-defined]
+        return self
+
+    def close(self, cancel: bool = False) -> None:
+        """Waits for every task and ends the threads; nothing if it is closed.
+
+        Args:
+            cancel: cancels pending tasks and asks running ones to end.
+
+        Raises:
+            ExceptionGroup: failures that nobody received.
+            KeyboardInterrupt: pressed meanwhile; tasks are cancelled then.
+            RuntimeError: called by a task of the runtime, which would wait for itself.
+        """
+        if self._engine is None or self._closed:
+            return
+        if _core.in_task():
+            raise RuntimeError("a task cannot close the runtime that it runs in")
+        self._end(cancel)
+        failures = self._take_failures()
+        if failures:
+            raise BaseExceptionGroup("tasks failed and nobody received it", failures)
+
+    def _end(self, cancel: bool) -> None:
+        """Waits, and ends the threads."""
+        engine = self._engine
+        assert engine is not None
+        if engine.forked:
+            # The threads are the parent's; there is nothing here to wait for.
+            self._closed = True
+            self._failures: list[Task[Any]] = []
+            return
+        interrupt: BaseException | None = None
+        if cancel:
+            self._cancel_all()
+        while True:
+            try:
+                engine.drain()
+                break
+            except BaseException as error:
+                if cancel or interrupt is not None:
+                    # The second one: whoever sends it does not want to wait any longer.
+                    self._abandon()
+                    raise
+                interrupt = error
+                self._cancel_all()
+        self._shut()
+        if interrupt is not None:
+            raise interrupt
+
+    def _cancel_all(self) -> None:
+        assert self._engine is not None
+        self._engine.cancel_all()
+        if (loop := loaded_loop()) is not None:
+            loop.loop_cancel_all()
+
+    def _shut(self) -> None:
+        global _opened
+        assert self._engine is not None
+        if (loop := loaded_loop()) is not None:
+            loop.loop_close()
+        self._failures = self._engine.close()
+        self._closed = True
+        _pools.close_limits()
+        if _opened is self:
+            _opened = None
+
+    def _abandon(self) -> None:
+        """Bodies do not end and the user insists: leaves their threads behind."""
+        global _opened
+        assert self._engine is not None
+        self._engine.abandon()
+        _left_behind.append(self._engine)
+        if (loop := loaded_loop()) is not None:
+            loop.loop_forget()
+        self._failures = []
+        self._closed = True
+        _pools.close_limits()
+        if _opened is self:
+            _opened = None
+
+    def _take_failures(self) -> list[BaseException]:
+        failed, self._failures = self._failures, []
+        failures: list[BaseException] = []
+        unspawned = False
+        for task in failed:
+            error = task.exception()
+            if error is None:
+                continue
+            if isinstance(error, UnspawnedDependencyError):
+                if unspawned:
+                    continue  # one error names all of them
+                unspawned = True
+            failures.append(error)
+        return failures
+
+    def __enter__(self) -> Self:
+        return self.open()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        if self._closed:
+            return
+        self._end(cancel=True)
+        self._note(error)
+
+    def _note(self, error: BaseException) -> None:
+        failures = self._take_failures()
+        if failures:
+            shown = ", ".join(_short(failure) for failure in failures[:5])
+            more = f" and {len(failures) - 5} more" if len(failures) > 5 else ""
+            error.add_note(f"charioteer: tasks failed as well: {shown}{more}")
+
+    async def __aenter__(self) -> Self:
+        import asyncio
+
+        return await asyncio.to_thread(self.open)
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._closed:
+            return
+        import asyncio
+
+        ending = asyncio.ensure_future(asyncio.to_thread(self._end, error is not None))
+        try:
+            await asyncio.shield(ending)
+        except asyncio.CancelledError:
+            self._cancel_all()
+            await ending
+            raise
+        finally:
+            _pools.restore_thread()
+        if error is not None:
+            self._note(error)
+            return
+        failures = self._take_failures()
+        if failures:
+            raise BaseExceptionGroup("tasks failed and nobody received it", failures)
+
+    # ---- as an executor ---------------------------------------------------------------------
+
+    def _check(self) -> None:
+        if self._engine is None or self._closed:
+            raise NoRuntimeError("this runtime is not open")
+
+    def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Task[R]:
+        """Spawns ``fn(*args, **kwargs)``.
+
+        Args:
+            fn: a callable or a coroutine object; a task function keeps its options.
+            args: its arguments; handles among them are dependencies, and replaced by results.
+            kwargs: the same by keyword.
+
+        Raises:
+            NoRuntimeError: the runtime is not open.
+            CaptureError: the function assigns a captured variable.
+            TypeError: not callable.
+        """
+        self._check()
+        return _core.submit(fn, args, kwargs)
+
+    def map(
+        self,
+        fn: Callable[..., R],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+    ) -> Iterator[R]:
+        """Spawns one task an item at once, and gives the results in order.
+
+        Args:
+            fn: called with one element of each iterable.
+            iterables: taken in step.
+            timeout: seconds, from the call on, within which each result is to be there.
+            chunksize: without meaning, as for threads in the standard library.
+
+        Raises:
+            NoRuntimeError: the runtime is not open.
+            CaptureError: the function assigns a captured variable.
+            TypeError: not callable, or no iterable.
+            TimeoutError: from the iterator, when a result is late; what is left is cancelled then.
+            ValueError: a chunk size below one.
+        """
+        self._check()
+        if chunksize < 1:
+            raise ValueError("chunksize is at least 1")
+        end = None if timeout is None else time.monotonic() + timeout
+        return _results(_core.task(fn).map(*iterables), end)
+
+    def executor(self) -> Executor:
+        """A real ``concurrent.futures.Executor``, for other libraries.
+
+        Raises:
+            NoRuntimeError: the runtime is not open.
+        """
+        self._check()
+        return RuntimeExecutor(self._check)
+
+    def stats(self) -> dict[str, Any]:
+        """Counts since the runtime opened; they stay readable after it closed.
+
+        Returns:
+            ``spawned``, ``finished`` and ``pending`` tasks, ``threads`` started, and ``gateway``:
+            how often each site of the process attached to the interpreter or detached from it.
+            A task's outcome is there before the task is counted: the counts may lag behind by the
+            tasks that are ending right now.
+
+        Raises:
+            NoRuntimeError: the runtime was never open.
+        """
+        if self._engine is None:
+            raise NoRuntimeError("this runtime was never open")
+        return self._engine.stats()
+
+
+def _results(tasks: TaskList[R], end: float | None) -> Iterator[R]:
+    left = list(reversed(list(tasks)))
+    del tasks
+    try:
+        while left:
+            timeout = None if end is None else max(0.0, end - time.monotonic())
+            yield left.pop().result(timeout)
+    finally:
+        for task in left:
+            task.cancel()
+
+
+def _short(failure: BaseException) -> str:
+    try:
+        return f"{type(failure).__name__}: {failure}"
+    except Exception:
+        return type(failure).__name__
+
+
+def _worker_count(workers: int | None) -> int:
+    if workers is None:
+        said = os.environ.get("CHARIOTEER_WORKERS")
+        if not said:
+            return len(os.sched_getaffinity(0))
+        try:
+            workers = int(said)
+        except ValueError:
+            raise ValueError(
+                f"the environment variable CHARIOTEER_WORKERS is a number, not {said!r}"
+            ) from None
+        if not 0 <= workers <= _MOST_WORKERS:
+            raise ValueError(
+                "the environment variable CHARIOTEER_WORKERS is between 0 and"
+                f" {_MOST_WORKERS}, not {workers}"
+            )
+        return workers
+    if isinstance(workers, bool) or not isinstance(workers, int):
+        raise TypeError(f"workers is a number of cores, not {type(workers).__name__}")
+    if not 0 <= workers <= _MOST_WORKERS:
+        raise ValueError(f"workers is between 0 and {_MOST_WORKERS}, not {workers}")
+    return workers
+
+
+def _close_at_exit() -> None:
+    """The interpreter ends: nobody is left to receive anything, and what is pending is not missed.
+
+    Bodies are asked to end, and have a second to do so; then an exception is raised in them. Who
+    sleeps in C through both is left behind: its thread is a daemon.
+    """
+    runtime = _opened
+    if runtime is not None and runtime._engine is not None and not runtime._engine.forked:
+        runtime._cancel_all()
+        if runtime._engine.drain(1.0):
+            runtime._shut()
+        else:
+            runtime._abandon()
+    left = [engine for engine in _left_behind if not engine.forked]
+    if left:
+        # A thread that comes back to an interpreter that has ended would take the process down.
+        _interrupt_bodies()
+        for engine in left:
+            engine.drain(0.5)
+
+
+def _interrupt_bodies() -> None:
+    import ctypes
+
+    for thread in threading.enumerate():
+        if thread.name.startswith("charioteer-") and thread.ident is not None:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                ctypes.c_ulong(thread.ident), ctypes.py_object(CancelledError)
+            )
+
+
+def _forget() -> None:
+    """In the child of a fork: the parent's runtime stays there."""
+    global _opened
+    _opened = None
+    _core.after_fork()
+    if (loop := loaded_loop()) is not None:
+        loop.loop_forget()
+    _pools.forget_limits()

@@ -1,0 +1,157 @@
+"""The other runtimes: how each runs many empty tasks.
+
+Every peer does what a user of it would write for "call this many small functions": one task a
+call, all submitted, then all awaited. Those that take closures get a new closure a task, which
+captures the loop variable; Ray, which pickles its functions once, gets the value as an argument.
+
+Peers that run in this process are called directly. Ray and ``distributed`` bring schedulers and
+processes of their own, so they run in a process that starts and ends with the run
+(:mod:`charioteer.bench.probes`) and cannot disturb the runs beside it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+from charioteer.bench.harness import Missing
+
+__all__ = ["PEERS", "THREAD_POOL", "Peer", "load"]
+
+THREAD_POOL = "ThreadPoolExecutor"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One other runtime.
+
+    Attributes:
+        name: what users choose it by.
+        runtime: what results call it.
+        empty: runs so many empty tasks on so many workers and returns the seconds it took.
+        share: which part of charioteer's number of tasks it gets, so that runs take alike.
+        own_process: whether it runs in a process of its own.
+    """
+
+    name: str
+    runtime: str
+    empty: Callable[[int, int], float]
+    share: float
+    own_process: bool = False
+
+
+def load(module: str) -> Any:
+    """Import a peer's module.
+
+    Raises:
+        Missing: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        if error.name is None or error.name.partition(".")[0] != package:
+            raise
+        raise Missing(f"{package} is not installed") from error
+
+
+def _thread_pool(tasks: int, workers: int) -> float:
+    with ThreadPoolExecutor(workers) as executor:
+        start = perf_counter()
+        for index in range(tasks):
+
+            def task() -> int:
+                return index
+
+            executor.submit(task)
+    return perf_counter() - start
+
+
+def _joblib(tasks: int, workers: int) -> float:
+    joblib = load("joblib")
+    if workers == 1:
+        raise Missing("with one worker joblib calls in a loop, without tasks")
+
+    def task(index: int) -> Callable[[], int]:
+        return lambda: index
+
+    with joblib.Parallel(n_jobs=workers, backend="threading") as parallel:
+        start = perf_counter()
+        parallel(joblib.delayed(task(index))() for index in range(tasks))
+        return perf_counter() - start
+
+
+def _dask(tasks: int, workers: int) -> float:
+    dask = load("dask")
+
+    def task(index: int) -> Callable[[], int]:
+        return lambda: index
+
+    start = perf_counter()
+    delayed = [dask.delayed(task(index), pure=False)() for index in range(tasks)]
+    dask.compute(*delayed, scheduler="threads", num_workers=workers)
+    return perf_counter() - start
+
+
+def _distributed(tasks: int, workers: int) -> float:
+    distributed = load("distributed")
+
+    def task(index: int) -> Callable[[], int]:
+        return lambda: index
+
+    with distributed.Client(
+        processes=False,
+        n_workers=1,
+        threads_per_worker=workers,
+        dashboard_address=None,
+        silence_logs=50,
+    ) as client:
+        client.submit(task(0), pure=False).result()
+        start = perf_counter()
+        futures = [client.submit(task(index), pure=False) for index in range(tasks)]
+        client.gather(futures)
+        return perf_counter() - start
+
+
+def _ray(tasks: int, workers: int) -> float:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray = load("ray")
+    ray.init(
+        num_cpus=workers,
+        include_dashboard=False,
+        logging_level="ERROR",
+        log_to_driver=False,
+        configure_logging=False,
+        # The default is a third of the machine's memory, and these tasks store next to nothing.
+        object_store_memory=100 * 2**20,
+    )
+    try:
+
+        def task(index: int) -> int:
+            return index
+
+        remote = ray.remote(task)
+        # Ray starts a worker process at the first task that needs one.
+        ray.get([remote.remote(index) for index in range(10 * workers)])
+        start = perf_counter()
+        ray.get([remote.remote(index) for index in range(tasks)])
+        return perf_counter() - start
+    finally:
+        ray.shutdown()
+
+
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Peer("threadpool", THREAD_POOL, _thread_pool, 0.2),
+        Peer("joblib", "joblib threads", _joblib, 0.1),
+        Peer("dask", "Dask threads", _dask, 0.02),
+        Peer("distributed", "Dask distributed", _distributed, 0.003, own_process=True),
+        Peer("ray", "Ray", _ray, 0.01, own_process=True),
+    )
+}

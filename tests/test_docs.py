@@ -1,0 +1,50 @@
+"""Do the examples of the documentation run?"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LIMIT = 60
+"""Seconds that an example may take, on a machine that is busy with other tests."""
+
+Example = tuple[str, str]
+
+
+def examples(name: str) -> list[Example]:
+    """The examples of a document: where each begins, and its program."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    found = []
+    for match in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        line = text.count("\n", 0, match.start()) + 1
+        found.append((f"{name}:{line}", match[1]))
+    return found
+
+
+EXAMPLES = [*examples("README.md"), *examples("docs/guide.md")]
+
+
+def test_there_are_examples() -> None:
+    assert len(EXAMPLES) >= 10
+    assert {where.partition(":")[0] for where, _ in EXAMPLES} == {"README.md", "docs/guide.md"}
+
+
+@pytest.mark.timeout(LIMIT + 30)
+@pytest.mark.parametrize(("where", "program"), EXAMPLES, ids=[where for where, _ in EXAMPLES])
+def test_an_example_runs(where: str, program: str, tmp_path: Path) -> None:
+    script = tmp_path / "example.py"
+    script.write_text(program, encoding="utf-8")
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", script],
+        cwd=tmp_path,
+        timeout=LIMIT,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, f"{where}\n{ran.stdout}{ran.stderr}"
+    assert not ran.stderr, f"{where}\n{ran.stderr}"

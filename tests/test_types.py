@@ -1,0 +1,170 @@
+"""Are the types that editors and checkers see those that the runtime gives?
+
+This file is checked by mypy as well, for which ``assert_type`` is a question; when it runs, the
+same lines show that the runtime does what the types say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any, assert_type
+
+import pytest
+
+import charioteer as ch
+
+
+@pytest.fixture
+def runtime() -> Iterator[ch.Runtime]:
+    with ch.Runtime(workers=2) as opened:
+        yield opened
+
+
+@ch.task
+def scale(x: int, factor: float = 2.0) -> float:
+    return x * factor
+
+
+@ch.task(priority=3, placement=[ch.cpu * 2, ch.cpu], retries=1)
+def spell(x: int) -> str:
+    return str(x)
+
+
+async def nap(x: int) -> int:
+    return x + 1
+
+
+@ch.task
+async def later(x: int) -> int:
+    return x + 1
+
+
+@ch.task()
+async def much_later(x: int) -> int:
+    await asyncio.sleep(0)
+    return x + 1
+
+
+class Scale:
+    factor = 3
+
+    @ch.task
+    def apply(self, x: int) -> int:
+        return self.factor * x
+
+    @ch.task
+    @staticmethod
+    def double(x: int) -> int:
+        return 2 * x
+
+    @ch.task()
+    @classmethod
+    def triple(cls, x: int) -> int:
+        return cls.factor * x
+
+
+def test_task_functions(runtime: ch.Runtime) -> None:
+    assert_type(scale(2), ch.Task[float])
+    assert_type(scale(2, factor=0.5).result(), float)
+    assert_type(spell(2).result(), str)
+    assert_type(scale.options("name", dependencies=[scale(1)], share=0.5)(2), ch.Task[float])
+    assert_type(spell.map([1, 2]), ch.TaskList[str])
+    assert spell.map([1, 2]).result() == ["1", "2"]
+    assert scale(2, factor=0.5).result() == scale.fn(2, 0.5) == 1.0
+    # Editors show the function's parameters; any of them takes a handle as well.
+    one = scale(1)
+    assert_type(scale(one, factor=one), ch.Task[float])
+    assert scale(one, factor=one).result() == 4.0
+
+
+def test_coroutine_functions(runtime: ch.Runtime) -> None:
+    assert_type(later(1), ch.Task[int])
+    assert_type(much_later(1), ch.Task[int])
+    assert_type(later.map([1]), ch.TaskList[int])
+    assert later(much_later(1)).result() == 3
+
+    @ch.spawn
+    async def total() -> int:
+        one = assert_type(await later(1), int)
+        every = assert_type(await later.map([1, 2]), list[int])
+        return one + sum(every)
+
+    assert_type(total, ch.Task[int])
+    assert_type(ch.spawn(nap(1)), ch.Task[int])
+    assert total.result() == 7
+
+
+def test_methods(runtime: ch.Runtime) -> None:
+    assert_type(Scale().apply(2), ch.Task[int])
+    assert Scale().apply(2).result() == 6
+    assert Scale.apply(Scale(), 2).result() == 6
+    assert_type(Scale.double(2), ch.Task[int])
+    assert_type(Scale().double(2), ch.Task[int])
+    assert_type(Scale.triple(2), ch.Task[int])
+    assert Scale.double(2).result() + Scale().double(2).result() == 8
+    assert Scale.triple(2).result() + Scale().triple(2).result() == 12
+
+
+def test_inline_tasks(runtime: ch.Runtime) -> None:
+    space = ch.TaskSpace("T", shape=(4, 4), start=(1, 1))
+
+    @ch.spawn
+    def plain(x: int = 1) -> int:
+        return x
+
+    @ch.spawn(space[1, 1], dependencies=[plain, space[1:1, 1], [plain]], priority=1)
+    def named(x: Any = plain) -> str:
+        return str(x)
+
+    @ch.spawn("text", dependencies=space)
+    def text() -> bytes:
+        return b""
+
+    assert_type(plain, ch.Task[int])
+    assert_type(named, ch.Task[str])
+    assert_type(text, ch.Task[bytes])
+    assert_type(ch.spawn(lambda: 1), ch.Task[int])
+    assert_type(ch.spawn(share=0)(lambda: 1.0), ch.Task[float])
+    assert_type(ch.spawn_many(lambda x: str(x), [1, 2]), ch.TaskList[str])
+    assert_type(ch.spawn_many(spell, [1, 2]), ch.TaskList[str])
+    assert_type(ch.spawn_many(nap, [1, 2]), ch.TaskList[int])
+    assert ch.spawn_many(nap, [1, 2]).result() == [2, 3]
+    assert named.result() == "1"
+    assert text.result() == b""
+
+
+def test_spaces_and_lists(runtime: ch.Runtime) -> None:
+    space = ch.TaskSpace()
+    assert_type(space[0], ch.Task[Any])
+    assert_type(space[0:2], ch.TaskList[Any])
+    assert_type(space.view[:], ch.TaskList[Any])
+    assert_type(ch.TaskSpace()[0, :2], ch.TaskList[Any])
+    assert_type(ch.TaskSpace()[0, 1], ch.Task[Any])
+    for i in range(2):
+        ch.spawn(space[i])(lambda i=i: i)
+    assert space.result() == space[0:2].result() == [0, 1]
+    tasks = spell.map([1, 2, 3])
+    assert_type(tasks[0], ch.Task[str])
+    assert_type(tasks[1:], ch.TaskList[str])
+    assert [assert_type(task, ch.Task[str]).result() for task in tasks] == tasks.result()
+
+
+def test_submit_and_context(runtime: ch.Runtime) -> None:
+    assert_type(runtime.submit(str, 1), ch.Task[str])
+    assert list(runtime.map(str, [1, 2])) == ["1", "2"]
+
+    @ch.spawn(placement=ch.cpu)
+    def here() -> tuple[str, int, str]:
+        context = ch.current()
+        assert_type(context.device, ch.Device)
+        assert_type(context.devices, tuple[ch.Device, ...])
+        return context.device.kind.name, len(context.devices), context.task.name
+
+    assert here.result() == ("cpu", 1, "here")
+
+
+def test_generic_classes_are_subscripted_at_run_time_too() -> None:
+    assert ch.Task[int] is ch.Task
+    assert ch.TaskList[int] is ch.TaskList
+    assert ch.TaskFunction[[int], str] is ch.TaskFunction
