@@ -123,6 +123,30 @@ def test_close_from_another_thread() -> None:
             ch.spawn(no_op)
 
 
+def test_close_on_a_thread_that_it_would_wait_for_is_refused() -> None:
+    heard: list[BaseException] = []
+
+    with ch.Runtime(workers=1) as rt:
+
+        def close(_: object = None) -> None:
+            try:
+                rt.close()
+            except RuntimeError as error:
+                heard.append(error)
+
+        async def on_the_loop() -> None:
+            await asyncio.sleep(0)
+            close()
+
+        gate = threading.Event()
+        rt.submit(gate.wait).add_done_callback(close)  # called by the worker
+        gate.set()
+        rt.submit(close)
+        rt.submit(on_the_loop)
+    assert len(heard) == 3
+    assert all("cannot close" in str(error) for error in heard)
+
+
 def test_close_from_many_threads_at_once() -> None:
     with ch.Runtime(workers=2) as rt:
         gate = Gate()

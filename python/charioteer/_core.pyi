@@ -37,9 +37,9 @@ __all__ = [
     "count_groups",
     "current_context",
     "finish_elsewhere",
-    "in_task",
     "is_failed",
     "is_open",
+    "is_worker",
     "leave_native_step",
     "limits_changed",
     "read_trace",
@@ -474,7 +474,7 @@ class Context:
 
 def current_context() -> Context: ...
 def is_open() -> bool: ...
-def in_task() -> bool: ...
+def is_worker() -> bool: ...
 def set_default_runtime_factory(factory: Callable[[], object] | None) -> None: ...
 def read_trace(
     path: str | PathLike[str],

@@ -241,6 +241,11 @@ def current_elsewhere() -> Task[Any] | None:
     return _current.get()
 
 
+def loop_runs_here() -> bool:
+    """Whether this is the loop's thread, inside of a coroutine or a callback."""
+    return _loop is not None and asyncio._get_running_loop() is _loop
+
+
 def loop_await(awaiting: Awaiting) -> Generator[Any, Any, Any]:
     """Awaits tasks under asyncio.
 

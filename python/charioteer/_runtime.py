@@ -48,8 +48,8 @@ class Runtime:
         workers: the cores to use. Unless said, the environment variable ``CHARIOTEER_WORKERS``,
             else every core that the process may use. Zero runs bodies in the thread that spawns
             them, in a deterministic order, for a debugger.
-        max_pending: makes a thread that spawns, outside of tasks, wait while so many tasks are
-            unfinished.
+        max_pending: makes a thread that spawns, outside of tasks and their callbacks, wait while
+            so many tasks are unfinished.
         on_failure: called with each failed task whose last handle went away unread, instead of
             raising when the block is left; for services.
         trace: a file to write the events of every task to. Unless said, the environment variable
@@ -131,11 +131,13 @@ class Runtime:
         Raises:
             ExceptionGroup: failures that nobody received.
             KeyboardInterrupt: pressed meanwhile; tasks are cancelled then.
-            RuntimeError: called by a task of the runtime, which would wait for itself.
+            RuntimeError: called by a task of the runtime, or by a callback on one of its
+                threads, which would wait for itself.
         """
         if self._engine is None or self._closed:
             return
-        if _core.in_task():
+        loop = loaded_loop()
+        if _core.is_worker() or (loop is not None and loop.loop_runs_here()):
             raise RuntimeError("a task cannot close the runtime that it runs in")
         self._end(cancel)
         failures = self._take_failures()

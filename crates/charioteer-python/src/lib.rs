@@ -34,7 +34,7 @@ mod _core {
     use super::interp::{leave_native_step, limits_changed};
     #[pymodule_export]
     use super::runtime::{
-        Context, PyEngine, after_fork, current_context, in_task, is_open, read_trace,
+        Context, PyEngine, after_fork, current_context, is_open, is_worker, read_trace,
         set_default_runtime_factory,
     };
     #[pymodule_export]

@@ -303,10 +303,10 @@ pub fn is_open() -> bool {
             .is_some()
 }
 
-/// Whether this thread runs the body of a task.
+/// Whether this thread runs tasks: it is in a body, or in a callback of a task.
 #[pyfunction]
-pub fn in_task(py: Python<'_>) -> bool {
-    active(py).is_ok_and(|engine| engine.current().is_some())
+pub fn is_worker(py: Python<'_>) -> bool {
+    active(py).is_ok_and(|engine| engine.is_worker())
 }
 
 /// The running task of this thread.

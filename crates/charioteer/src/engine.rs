@@ -510,10 +510,9 @@ impl<D: Domain> Engine<D> {
         })
     }
 
-    fn in_body(&self) -> bool {
-        Worker::with(self.id, |worker: Option<&Worker<D>>| {
-            worker.is_some_and(|worker| worker.running().is_some())
-        })
+    /// Whether this thread runs tasks of the engine: it is in a body, or in a callback of a task.
+    pub fn is_worker(&self) -> bool {
+        Worker::with(self.id, |worker: Option<&Worker<D>>| worker.is_some())
     }
 
     // ---- spawning ---------------------------------------------------------------------------
@@ -745,12 +744,12 @@ impl<D: Domain> Engine<D> {
             self.count_out();
             return Err(SpawnError::Closed);
         }
-        // Who spawns for ever must not keep the runtime open: once it closes, only bodies may, also
-        // those that go on elsewhere.
+        // Who spawns for ever must not keep the runtime open: once it closes, only bodies and
+        // callbacks of tasks may, also those bodies that go on elsewhere.
         if self.closing.load(Ordering::Relaxed)
             && self.elsewhere.load(Ordering::SeqCst) == 0
             && self.workers != 0
-            && !self.in_body()
+            && !self.is_worker()
         {
             self.count_out();
             return Err(SpawnError::Closed);
@@ -766,12 +765,12 @@ impl<D: Domain> Engine<D> {
             == Err(CLOSED)
     }
 
-    /// Makes a spawner outside of tasks wait while too many tasks are unfinished.
+    /// Makes a spawner that is no worker wait while too many tasks are unfinished.
     #[inline]
     fn make_room(self: &Arc<Self>) {
         if let Some(limit) = self.max_pending
             && self.workers != 0
-            && !self.in_body()
+            && !self.is_worker()
         {
             self.wait_for_room(limit);
         }
@@ -1565,11 +1564,11 @@ impl<D: Domain> Engine<D> {
     /// asked about every 50 ms, with no lock held.
     ///
     /// # Panics
-    /// In a body of this engine, which would wait for itself.
+    /// In a body or a callback on a thread of this engine, which would wait for itself.
     pub fn close_when_quiet(self: &Arc<Self>, interrupted: &mut dyn FnMut() -> bool) -> bool {
         assert_unlocked();
         assert!(
-            !self.in_body(),
+            !self.is_worker(),
             "a runtime cannot be closed by one of its own tasks"
         );
         self.closing.store(true, Ordering::SeqCst);
