@@ -59,12 +59,22 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     # The signal that ends a slow test needs the main thread to run Python code. If it is stuck
     # elsewhere, this watchdog, which needs nobody, shows where.
     marker = item.get_closest_marker("timeout")
-    limit = float(marker.args[0]) if marker is not None and marker.args else TIME_LIMIT
-    faulthandler.dump_traceback_later(2 * limit + 30, exit=True, file=_stderr)
+    _watch(float(marker.args[0]) if marker is not None and marker.args else TIME_LIMIT)
     try:
         return (yield)
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+def _watch(limit: float) -> None:
+    faulthandler.dump_traceback_later(2 * limit + 30, exit=True, file=_stderr)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_exception_interact() -> None:
+    # Here pytest calls the watchdog off, for debuggers; what a failed test left open is closed
+    # after this, and may hang.
+    _watch(TIME_LIMIT)
 
 
 def _close_leftover() -> bool:

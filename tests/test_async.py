@@ -714,18 +714,31 @@ def test_a_block_that_raises_ends_sleeping_bodies() -> None:
     assert all(task.cancelled() for task in tasks)
 
 
-def test_one_coroutine_object_twice(rt2: ch.Runtime) -> None:
+def test_one_coroutine_object_twice(rt_threads: ch.Runtime) -> None:
     async def body() -> int:
         await asyncio.sleep(0.001)
         return 1
 
+    for _ in range(20):
+        coroutine = body()
+        task = rt_threads.submit(coroutine)
+        with pytest.raises(RuntimeError, match="spawned before"):
+            rt_threads.submit(coroutine)
+        assert task.result() == 1
+        with pytest.raises(RuntimeError, match="spawned before"):
+            ch.spawn(coroutine)
+
+
+def test_a_coroutine_object_that_was_refused_can_be_spawned(rt: ch.Runtime) -> None:
+    async def body() -> int:
+        return 1
+
+    space = ch.TaskSpace()
+    ch.spawn(space[0])(no_op)
     coroutine = body()
-    outcomes: list[Any] = []
-    for task in [rt2.submit(coroutine), rt2.submit(coroutine)]:
-        error = task.exception()
-        outcomes.append(task.result() if error is None else type(error))
-    assert outcomes.count(1) <= 1
-    assert all(outcome in (1, RuntimeError, ValueError) for outcome in outcomes)
+    with pytest.raises(ch.DuplicateTaskError):
+        ch.spawn(space[0])(coroutine)
+    assert ch.spawn(space[1])(coroutine).result() == 1
 
 
 def test_awaitables_of_another_kind_of_loop(rt: ch.Runtime) -> None:

@@ -9,7 +9,8 @@ import functools
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Coroutine, Iterator
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -23,8 +24,10 @@ __all__ = [
     "MethodType",
     "analyse",
     "cancelled_class",
+    "claim_coroutine",
     "cores",
     "devices",
+    "disclaim_coroutine",
     "error",
     "future",
     "join_group",
@@ -67,6 +70,31 @@ def cancelled_class() -> type[BaseException] | None:
     """What asyncio throws into a coroutine that is cancelled, if asyncio is imported at all."""
     asyncio = sys.modules.get("asyncio")
     return None if asyncio is None else asyncio.CancelledError
+
+
+_claimed: dict[int, weakref.ref[Coroutine[Any, Any, Any]]] = {}
+
+
+def claim_coroutine(coroutine: Coroutine[Any, Any, Any]) -> None:
+    """Notes that a coroutine object is a task's: two that step it would disturb each other.
+
+    Raises:
+        RuntimeError: it is one's already.
+    """
+    identity = id(coroutine)
+    # The reference calls back before the memory, and so the identity, can be another object's.
+    claim = weakref.ref(coroutine, lambda _: _claimed.pop(identity, None))
+    # One operation on the dictionary, so that one of two threads is first.
+    if _claimed.setdefault(identity, claim) is not claim:
+        raise RuntimeError(
+            f"the coroutine object {coroutine.__name__!r} was spawned before, and runs once: spawn"
+            " its function, or call that again"
+        )
+
+
+def disclaim_coroutine(coroutine: Coroutine[Any, Any, Any]) -> None:
+    """Takes :func:`claim_coroutine` back: the task was not spawned after all."""
+    _claimed.pop(id(coroutine), None)
 
 
 def _log() -> Any:

@@ -349,7 +349,15 @@ fn spawn_coroutine(
         watched: None,
     };
     let options = said.options(py)?;
-    spawn_call(py, said, options, prepared, None, None)
+    support(py).claim_coroutine.bind(py).call1((coroutine,))?;
+    let spawned = spawn_call(py, said, options, prepared, None, None);
+    if spawned.is_err() {
+        support(py)
+            .disclaim_coroutine
+            .bind(py)
+            .call1((coroutine,))?;
+    }
+    spawned
 }
 
 /// Gives the coroutine object that it was made with.
