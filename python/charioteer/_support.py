@@ -10,8 +10,8 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Coroutine, Iterator
-from types import CodeType, FunctionType, MethodType
+from collections.abc import Callable, Iterator
+from types import CodeType, CoroutineType, FunctionType, MethodType
 from typing import Any
 
 from charioteer import errors
@@ -72,10 +72,10 @@ def cancelled_class() -> type[BaseException] | None:
     return None if asyncio is None else asyncio.CancelledError
 
 
-_claimed: dict[int, weakref.ref[Coroutine[Any, Any, Any]]] = {}
+_claimed: dict[int, weakref.ref[CoroutineType[Any, Any, Any]]] = {}
 
 
-def claim_coroutine(coroutine: Coroutine[Any, Any, Any]) -> None:
+def claim_coroutine(coroutine: CoroutineType[Any, Any, Any]) -> None:
     """Notes that a coroutine object is a task's: two that step it would disturb each other.
 
     Raises:
@@ -92,7 +92,7 @@ def claim_coroutine(coroutine: Coroutine[Any, Any, Any]) -> None:
         )
 
 
-def disclaim_coroutine(coroutine: Coroutine[Any, Any, Any]) -> None:
+def disclaim_coroutine(coroutine: CoroutineType[Any, Any, Any]) -> None:
     """Takes :func:`claim_coroutine` back: the task was not spawned after all."""
     _claimed.pop(id(coroutine), None)
 

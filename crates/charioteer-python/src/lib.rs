@@ -14,6 +14,7 @@
 
 use pyo3::prelude::*;
 
+mod attached;
 mod callable;
 mod gateway;
 mod interp;

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use smallvec::SmallVec;
+
 use charioteer::task::{Need, Options, WHOLE_CORE};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -49,7 +51,7 @@ impl Target {
 #[derive(Clone, Default)]
 pub struct Keywords {
     pub target: Option<Target>,
-    pub dependencies: Vec<Task>,
+    pub dependencies: SmallVec<[Task; 2]>,
     pub priority: Option<i32>,
     pub placement: Option<Vec<u16>>,
     pub share: Option<f64>,

@@ -1,18 +1,20 @@
 //! `TaskSpace` and `TaskList`.
 //!
-//! A space makes the handle of an index on first touch and keeps it. The map is under a lock that
-//! is never held while Python is called: a handle is made first and put in afterwards, and the one
+//! A space makes the handle of an index on first touch and keeps it. The map is [`Attached`], and no
+//! section calls Python: a handle is made first and put in afterwards, and the one
 //! of two threads that comes second throws its own away.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
-use charioteer::task::{Task as CoreTask, Until};
+use charioteer::engine::Handle;
+use charioteer::task::Until;
 use pyo3::exceptions::{PyIndexError, PyTypeError, PyValueError};
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::{PyInt, PyList, PySlice, PyTuple, PyType};
 
+use crate::attached::Attached;
 use crate::interp::{Core, Label, Task};
 use crate::task::{PyTask, awaiting_values, deadline, tasks_in, values, wait_for};
 
@@ -189,7 +191,7 @@ pub struct TaskSpace {
     name: Arc<str>,
     start: Option<Vec<i64>>,
     shape: Option<Vec<i64>>,
-    touched: Mutex<Touched>,
+    touched: Attached<Touched>,
 }
 
 /// What an index selects in one dimension.
@@ -200,10 +202,6 @@ enum Selector {
 }
 
 impl TaskSpace {
-    fn lock(&self) -> MutexGuard<'_, Touched> {
-        self.touched.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn lower(&self, dimension: usize) -> i64 {
         self.start
             .as_ref()
@@ -220,7 +218,7 @@ impl TaskSpace {
     fn handle(&self, py: Python<'_>, numbers: &[i64]) -> PyResult<Py<PyTask>> {
         let index = Index::of(numbers);
         {
-            let mut touched = self.lock();
+            let mut touched = self.touched.lock(py);
             match touched.dimensions {
                 None => touched.dimensions = Some(numbers.len()),
                 Some(dimensions) if dimensions != numbers.len() => {
@@ -237,9 +235,10 @@ impl TaskSpace {
             }
         }
         let label = Label::Index(Arc::clone(&self.name), index.clone());
-        let task = Arc::new(CoreTask::unspawned(label));
-        let mine = PyTask::object(py, task)?;
-        let mut touched = self.lock();
+        let mine = PyTask::of(Handle::unspawned(label))
+            .into_object(py)?
+            .unbind();
+        let mut touched = self.touched.lock(py);
         let (kept, unused) = touched.tasks.insert(&index, mine);
         let kept = kept.clone_ref(py);
         drop(touched);
@@ -281,7 +280,7 @@ impl TaskSpace {
             .as_ref()
             .or(self.start.as_ref())
             .map(Vec::len)
-            .or(self.lock().dimensions);
+            .or(self.touched.lock(index.py()).dimensions);
         if let Some(dimensions) = known {
             let all =
                 selectors.len() == 1 && matches!(selectors[0], Selector::Slice(None, None, 1));
@@ -372,7 +371,8 @@ impl TaskSpace {
     /// The handles touched so far that the selectors match, ordered by index.
     fn touched(&self, py: Python<'_>, selectors: Option<&[Selector]>) -> Vec<Py<PyTask>> {
         let mut found: Vec<(Vec<i64>, Py<PyTask>)> = self
-            .lock()
+            .touched
+            .lock(py)
             .tasks
             .iter()
             .map(|(index, task)| (index.to_vec(), task.clone_ref(py)))
@@ -403,9 +403,10 @@ impl TaskSpace {
     }
 
     /// The tasks touched so far.
-    pub fn touched_tasks(&self, into: &mut Vec<Task>) {
+    pub fn touched_tasks(&self, py: Python<'_>, into: &mut impl Extend<Task>) {
         into.extend(
-            self.lock()
+            self.touched
+                .lock(py)
                 .tasks
                 .values()
                 .map(|task| Arc::clone(task.get().task())),
@@ -483,7 +484,7 @@ impl TaskSpace {
             name: name.unwrap_or("T").into(),
             start,
             shape,
-            touched: Mutex::new(Touched {
+            touched: Attached::new(Touched {
                 dimensions: None,
                 tasks: Table::default(),
             }),
@@ -530,8 +531,8 @@ impl TaskSpace {
         Ok(Bound::new(py, TaskList::of_objects(handles))?.into_any())
     }
 
-    fn __len__(&self) -> usize {
-        self.lock().tasks.count
+    fn __len__(&self, py: Python<'_>) -> usize {
+        self.touched.lock(py).tasks.count
     }
 
     #[allow(clippy::unused_self)]
@@ -549,7 +550,8 @@ impl TaskSpace {
             return false;
         };
         let task = task.get().task();
-        self.lock()
+        self.touched
+            .lock(thing.py())
             .tasks
             .values()
             .any(|other| Arc::ptr_eq(other.get().task(), task))
@@ -568,12 +570,12 @@ impl TaskSpace {
 
     /// Forgets the finished handles of `selection`, or of all.
     #[pyo3(signature = (selection=None))]
-    fn clear(&self, selection: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+    fn clear(&self, py: Python<'_>, selection: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
         let mut chosen = Vec::new();
         if let Some(selection) = selection {
             tasks_in(selection, &mut chosen)?;
         } else {
-            self.touched_tasks(&mut chosen);
+            self.touched_tasks(py, &mut chosen);
         }
         let chosen: std::collections::HashSet<usize> = chosen
             .iter()
@@ -581,7 +583,8 @@ impl TaskSpace {
             .map(|task| Arc::as_ptr(task) as usize)
             .collect();
         let gone = self
-            .lock()
+            .touched
+            .lock(py)
             .tasks
             .take(|task| chosen.contains(&(Arc::as_ptr(task.get().task()) as usize)));
         drop(gone);
@@ -603,18 +606,18 @@ impl TaskSpace {
         self.list(py).__await__(py)
     }
 
-    fn __repr__(&self) -> String {
+    fn __repr__(&self, py: Python<'_>) -> String {
         format!(
             "<TaskSpace {} with {} tasks>",
             self.name,
-            self.lock().tasks.count
+            self.touched.lock(py).tasks.count
         )
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
-        // The lock is never held while Python is called, so only a thread that is stopped in the
-        // middle of a look-up could hold it: then the collector comes again.
-        if let Ok(touched) = self.touched.try_lock() {
+        // Only a thread that is stopped in the middle of a look-up could have it: then the collector
+        // comes again.
+        if let Some(touched) = self.touched.try_lock() {
             for task in touched.tasks.values() {
                 visit.call(task)?;
             }
@@ -622,8 +625,8 @@ impl TaskSpace {
         Ok(())
     }
 
-    fn __clear__(&self) {
-        let gone = std::mem::take(&mut self.lock().tasks);
+    fn __clear__(&self, py: Python<'_>) {
+        let gone = std::mem::take(&mut self.touched.lock(py).tasks);
         drop(gone);
     }
 }
@@ -664,7 +667,7 @@ impl TaskList {
     }
 
     /// The tasks.
-    pub fn tasks(&self, into: &mut Vec<Task>) {
+    pub fn tasks(&self, into: &mut impl Extend<Task>) {
         match &self.0 {
             Items::Objects(tasks) => {
                 into.extend(tasks.iter().map(|task| Arc::clone(task.get().task())));

@@ -259,7 +259,7 @@ fn spawn_call(
         }
     }
     let all;
-    let dependencies = if found.is_empty() {
+    let dependencies: &[Task] = if found.is_empty() {
         &said.dependencies
     } else {
         found.extend(said.dependencies.iter().cloned());
@@ -372,7 +372,7 @@ impl Give {
 }
 
 /// What `spawn(...)` with options gives: called with a function, it spawns it.
-#[pyclass(module = "charioteer._core", frozen, freelist = 64)]
+#[pyclass(module = "charioteer._core", frozen)]
 pub struct Spawner(Keywords);
 
 #[pymethods]

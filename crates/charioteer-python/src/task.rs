@@ -474,21 +474,25 @@ impl Subscription {
 }
 
 /// The tasks that `things` name: a task, a list or space of tasks, or an iterable of those.
-pub fn tasks_in(things: &Bound<'_, PyAny>, into: &mut Vec<Task>) -> PyResult<()> {
+pub fn tasks_in(things: &Bound<'_, PyAny>, into: &mut impl Extend<Task>) -> PyResult<()> {
     tasks_within(things, into, 0)
 }
 
 /// How deep iterables of tasks may nest: one that holds itself has no end.
 const DEEPEST: u32 = 100;
 
-fn tasks_within(things: &Bound<'_, PyAny>, into: &mut Vec<Task>, depth: u32) -> PyResult<()> {
+fn tasks_within(
+    things: &Bound<'_, PyAny>,
+    into: &mut impl Extend<Task>,
+    depth: u32,
+) -> PyResult<()> {
     if depth > DEEPEST {
         return Err(PyRecursionError::new_err(
             "iterables of tasks are nested too deep: does one hold itself?",
         ));
     }
     if let Ok(task) = things.cast::<PyTask>() {
-        into.push(task.get().task().clone());
+        into.extend([task.get().task().clone()]);
         return Ok(());
     }
     if let Ok(list) = things.cast_exact::<PyList>() {
@@ -502,7 +506,7 @@ fn tasks_within(things: &Bound<'_, PyAny>, into: &mut Vec<Task>, depth: u32) -> 
         return Ok(());
     }
     if let Ok(space) = things.cast::<crate::space::TaskSpace>() {
-        space.get().touched_tasks(into);
+        space.get().touched_tasks(things.py(), into);
         return Ok(());
     }
     let wrong = |what: &Bound<'_, PyAny>| -> PyErr {

@@ -16,6 +16,10 @@
 //! spawned: they fail as [`Failure::Unspawned`], which their dependents and waiters hear, and the
 //! engine ends (invariant 10).
 //!
+//! **Who tells the closer.** A worker that ends the last task has nothing to do afterwards, and says
+//! so; it does not say so at each task, which would be a system call and a wake-up that finds the
+//! next task unfinished. A thread that runs no tasks tells at each task that it settles.
+//!
 //! **Spawn against close.** The gate is open, closing or closed. A spawner counts its task and then
 //! looks at the gate; a closer that saw equal sums sets it to *closing* and then looks at the sums
 //! again. So either the closer sees the count, or the spawner sees the gate and moves it from
@@ -1509,7 +1513,8 @@ impl<D: Domain> Engine<D> {
     #[inline]
     fn count_out(&self) {
         self.shard().finished.fetch_add(1, Ordering::SeqCst);
-        if self.closing.load(Ordering::SeqCst)
+        // A worker tells those who close when it has nothing to do, see `went_quiet`.
+        if (self.closing.load(Ordering::SeqCst) && !self.is_worker())
             || (self.crowd.load(Ordering::SeqCst) != 0 && self.unfinished() <= self.enough_room())
         {
             self.notify();
@@ -1849,6 +1854,19 @@ impl<D: Domain> Handle<D> {
     pub fn new(task: TaskRef<D>) -> Self {
         task.add_handle();
         Self(task)
+    }
+
+    /// A handle of a task that is known by name before it is spawned.
+    #[must_use]
+    pub fn unspawned(label: D::Label) -> Self {
+        let content = Content::Nothing;
+        Self(Arc::new(Task::new(
+            label,
+            Phase::Unspawned,
+            content,
+            None,
+            1,
+        )))
     }
 
     /// The task.

@@ -191,6 +191,8 @@ impl<D: Domain> Worker<D> {
                     }
                 }
             });
+            // Now, and not only when it has looked for more.
+            engine.went_quiet();
         }
         self.retire(slot, searching);
     }
