@@ -85,8 +85,9 @@ test-ft: .venv-ft/stamps/validating ## The same on a free-threaded interpreter, 
 .PHONY: bench bench-rust bench-taskflow bench-overhead bench-ft
 bench: bench-rust bench-taskflow bench-overhead bench-ft ## All benchmarks below
 
-bench-rust: ## Criterion benchmarks of the core
-	cargo bench $(CARGO_FLAGS) -p charioteer-bench
+bench-rust: build ## Criterion benchmarks of the core
+	@mkdir -p benchmarks/results
+	.venv/bin/python benchmarks/core.py $(CARGO_FLAGS) --json benchmarks/results/core.json
 
 bench-taskflow: build ## The core's peer, if its headers are installed
 	@mkdir -p benchmarks/results
