@@ -363,7 +363,7 @@ impl<D: Domain> Task<D> {
         self.state.load().is_done()
     }
 
-    /// Whether it was cancelled.
+    /// Whether it was cancelled. Its outcome may be about to come.
     pub fn is_cancelled(&self) -> bool {
         self.state.load().has(state::CANCELLED)
     }
