@@ -5,9 +5,8 @@
 //! elsewhere.
 
 use std::io;
-use std::sync::Arc;
 
-use crate::engine::{Config, Engine, Registry, Running};
+use crate::engine::{Registry, Running};
 use crate::task::{Domain, Step, TaskRef, Trouble};
 
 pub(crate) struct Model;
@@ -52,17 +51,6 @@ impl Domain for Model {
     fn report_unread(&self, _task: &TaskRef<Self>) {
         unreachable!("models do not ask for it");
     }
-}
-
-/// Opens an engine. It has to be closed at the end of the model: what is left in the registry would
-/// be found by the model's next run, where loom knows nothing of it.
-pub(crate) fn open(workers: usize) -> Arc<Engine<Model>> {
-    let config = Config {
-        workers,
-        max_pending: None,
-        trace: None,
-    };
-    Engine::open(Model, config).expect("loom refuses no thread")
 }
 
 /// Explores `model` with no more preemptions than `preemptions`, and than the environment says.

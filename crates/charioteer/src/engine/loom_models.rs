@@ -4,10 +4,28 @@ use std::sync::Arc;
 
 use loom::thread;
 
-use super::{Engine, settle_orphan};
-use crate::loom_domain::{Body, Model, explore, open};
-use crate::sync::{AtomicUsize, Ordering};
-use crate::task::{Content, Link, Outcome, Phase, Task, TaskRef};
+use super::{Config, Engine, OPEN, settle_orphan};
+use crate::loom_domain::{Body, Model, explore};
+use crate::sync::{AtomicUsize, Condvar, Mutex, Ordering};
+use crate::task::{Content, Failure, Link, Outcome, Phase, Task, TaskRef};
+
+/// Opens an engine. It has to be closed at the end of the model: what is left in the registry would
+/// be found by the model's next run, where loom knows nothing of it.
+fn open(workers: usize) -> Arc<Engine<Model>> {
+    let config = Config {
+        workers,
+        max_pending: None,
+        trace: None,
+    };
+    let engine = Engine::open(Model, config).expect("loom refuses no thread");
+    // loom lets a SeqCst load overlook a SeqCst store in favour of a first value, as if they had no
+    // common order.
+    engine.gate.store(OPEN, Ordering::SeqCst);
+    engine.closing.store(false, Ordering::SeqCst);
+    engine.shards[0].spawned.store(0, Ordering::SeqCst);
+    engine.shards[0].finished.store(0, Ordering::SeqCst);
+    engine
+}
 
 fn count() -> Arc<AtomicUsize> {
     Arc::new(AtomicUsize::new(0))
@@ -145,6 +163,131 @@ fn a_handle_is_spawned_or_cancelled() {
         assert!(task.is_done());
         assert_eq!(task.is_cancelled(), cancelled);
         assert_eq!(ran.load(Ordering::Relaxed), usize::from(!cancelled));
+        assert!(engine.close_when_quiet(&mut || false));
+        engine.close();
+    });
+}
+
+/// A body that counts its runs.
+fn counting(ran: &Arc<AtomicUsize>) -> Body {
+    let ran = Arc::clone(ran);
+    Box::new(move || {
+        ran.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    })
+}
+
+/// Two predecessors complete while their dependent is spawned: it runs once, or is skipped if one of
+/// them failed, and in any case not before both are done.
+#[test]
+fn predecessors_complete_during_a_spawn() {
+    for fails in [false, true] {
+        explore(3, move || {
+            let engine = open(0);
+            let predecessors = [ready(), ready()];
+            let completers = [0, 1].map(|index| {
+                let task = Arc::clone(&predecessors[index]);
+                thread::spawn(move || {
+                    task.state.advance(Phase::Ready, Phase::Running).unwrap();
+                    let outcome = if fails && index == 0 {
+                        Outcome::Failed(Failure::Raised("on purpose"))
+                    } else {
+                        Outcome::Value(())
+                    };
+                    settle_orphan(&task, outcome);
+                })
+            });
+            let ran = count();
+            let body: Body = {
+                let mut run = counting(&ran);
+                let predecessors = predecessors.clone();
+                Box::new(move || {
+                    assert!(predecessors.iter().all(|task| task.is_done()));
+                    run()
+                })
+            };
+            let task = engine.spawn("dependent", body, None, &predecessors);
+            let task = task.unwrap();
+            for completer in completers {
+                completer.join().unwrap();
+            }
+            assert!(engine.close_when_quiet(&mut || false));
+            assert_eq!(ran.load(Ordering::Relaxed), usize::from(!fails));
+            match task.outcome().unwrap() {
+                Outcome::Value(()) => assert!(!fails),
+                Outcome::Failed(Failure::Dependency(root)) => {
+                    assert!(fails && Arc::ptr_eq(root, &predecessors[0]));
+                }
+                Outcome::Failed(_) => panic!("it failed by itself"),
+            }
+            engine.close();
+        });
+    }
+}
+
+/// A spawner against a closer: what was counted in has run when the engine is quiet, what was refused
+/// never runs and is not counted, and the closing ends.
+#[test]
+fn a_spawn_meets_a_close() {
+    explore(3, || {
+        let engine = open(0);
+        let ran = count();
+        let spawner = {
+            let engine = Arc::clone(&engine);
+            let body = counting(&ran);
+            thread::spawn(move || engine.spawn_detached("task", body, None, &[]))
+        };
+        assert!(engine.close_when_quiet(&mut || false));
+        let ran_before = ran.load(Ordering::Relaxed);
+        let counts = engine.counts();
+        let spawned = spawner.join().unwrap();
+        assert_eq!(ran_before, usize::from(spawned.is_ok()));
+        assert_eq!(ran.load(Ordering::Relaxed), ran_before);
+        assert!(counts.finished >= ran_before as u64);
+        let counts = engine.counts();
+        assert_eq!(counts.spawned, counts.finished);
+        engine.close();
+    });
+}
+
+/// A worker that retires against a thread that spawns: the task runs, for the spawner waits for it;
+/// and an engine that closes tells its worker, which ends.
+#[test]
+fn a_spawn_meets_a_worker_that_parks() {
+    explore(3, || {
+        let engine = open(1);
+        let ran = count();
+        for _ in 0..2 {
+            engine
+                .spawn_detached("task", counting(&ran), None, &[])
+                .unwrap();
+        }
+        assert!(engine.close_when_quiet(&mut || false));
+        assert_eq!(ran.load(Ordering::Relaxed), 2);
+        engine.close();
+    });
+}
+
+/// Two bodies that wait for each other, unknown to the engine: whoever is woken for the first task
+/// passes the wake-up on, so that the second worker runs the other one.
+#[test]
+fn a_wake_up_is_passed_on() {
+    explore(2, || {
+        let engine = open(2);
+        let met = Arc::new((Mutex::new(0), Condvar::new()));
+        for _ in 0..2 {
+            let met = Arc::clone(&met);
+            let body = Box::new(move || {
+                let mut bodies = met.0.lock();
+                *bodies += 1;
+                while *bodies != 2 {
+                    bodies = met.1.wait(bodies);
+                }
+                met.1.notify_all();
+                Ok(())
+            });
+            engine.spawn_detached("task", body, None, &[]).unwrap();
+        }
         assert!(engine.close_when_quiet(&mut || false));
         engine.close();
     });

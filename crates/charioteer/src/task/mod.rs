@@ -45,6 +45,8 @@
 
 mod latch;
 mod link;
+#[cfg(all(test, loom))]
+mod loom_models;
 pub(crate) mod state;
 
 use std::fmt;
