@@ -53,11 +53,15 @@ impl Domain for Model {
     }
 }
 
-/// Explores `model` with no more preemptions than `preemptions`, and than the environment says.
-pub(crate) fn explore(preemptions: usize, model: impl Fn() + Send + Sync + 'static) {
+/// Explores `model`, with as many preemptions as the environment says, or three.
+pub(crate) fn explore(model: impl Fn() + Send + Sync + 'static) {
+    explore_at_most(usize::MAX, model);
+}
+
+/// As [`explore`], of a model too large for more than `most` preemptions.
+pub(crate) fn explore_at_most(most: usize, model: impl Fn() + Send + Sync + 'static) {
     let mut builder = loom::model::Builder::new();
     builder.max_branches = 20_000;
-    let bound = builder.preemption_bound.unwrap_or(usize::MAX);
-    builder.preemption_bound = Some(bound.min(preemptions));
+    builder.preemption_bound = Some(builder.preemption_bound.unwrap_or(3).min(most));
     builder.check(model);
 }

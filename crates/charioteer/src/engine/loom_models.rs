@@ -5,7 +5,7 @@ use std::sync::Arc;
 use loom::thread;
 
 use super::{Config, Engine, OPEN, settle_orphan};
-use crate::loom_domain::{Body, Model, explore};
+use crate::loom_domain::{Body, Model, explore, explore_at_most};
 use crate::sync::{AtomicUsize, Condvar, Mutex, Ordering};
 use crate::task::{Content, Failure, Link, Outcome, Phase, Task, TaskRef};
 
@@ -56,7 +56,7 @@ fn complete(task: &TaskRef<Model>) -> bool {
 /// by who registers them, who both see the outcome then.
 #[test]
 fn a_late_link_is_handled_once() {
-    explore(3, || {
+    explore(|| {
         let task = ready();
         let calls = count();
         let register = |task: TaskRef<Model>, calls: Arc<AtomicUsize>| {
@@ -89,7 +89,7 @@ fn a_late_link_is_handled_once() {
 /// The worker's body does not listen.
 #[test]
 fn a_task_completes_or_is_cancelled() {
-    explore(3, || {
+    explore(|| {
         let task = ready();
         let canceller = {
             let task = Arc::clone(&task);
@@ -108,7 +108,7 @@ fn a_task_completes_or_is_cancelled() {
 #[test]
 fn several_cancellers_agree() {
     for contended in [false, true] {
-        explore(3, move || {
+        explore(move || {
             let task = ready();
             let cancellers = [(); 2].map(|()| {
                 let task = Arc::clone(&task);
@@ -126,7 +126,7 @@ fn several_cancellers_agree() {
 /// As above, of a handle whose task is not spawned.
 #[test]
 fn several_cancellers_of_a_handle_agree() {
-    explore(3, || {
+    explore(|| {
         let task = Arc::new(Task::unspawned("task"));
         let canceller = {
             let task = Arc::clone(&task);
@@ -142,7 +142,7 @@ fn several_cancellers_of_a_handle_agree() {
 /// that the task is cancelled.
 #[test]
 fn a_handle_is_spawned_or_cancelled() {
-    explore(3, || {
+    explore(|| {
         let engine = open(0);
         let task = Arc::new(Task::unspawned("task"));
         let canceller = {
@@ -182,7 +182,7 @@ fn counting(ran: &Arc<AtomicUsize>) -> Body {
 #[test]
 fn predecessors_complete_during_a_spawn() {
     for fails in [false, true] {
-        explore(3, move || {
+        explore(move || {
             let engine = open(0);
             let predecessors = [ready(), ready()];
             let completers = [0, 1].map(|index| {
@@ -229,7 +229,7 @@ fn predecessors_complete_during_a_spawn() {
 /// never runs and is not counted, and the closing ends.
 #[test]
 fn a_spawn_meets_a_close() {
-    explore(3, || {
+    explore(|| {
         let engine = open(0);
         let ran = count();
         let spawner = {
@@ -254,7 +254,7 @@ fn a_spawn_meets_a_close() {
 /// and an engine that closes tells its worker, which ends.
 #[test]
 fn a_spawn_meets_a_worker_that_parks() {
-    explore(3, || {
+    explore(|| {
         let engine = open(1);
         let ran = count();
         for _ in 0..2 {
@@ -272,7 +272,7 @@ fn a_spawn_meets_a_worker_that_parks() {
 /// passes the wake-up on, so that the second worker runs the other one.
 #[test]
 fn a_wake_up_is_passed_on() {
-    explore(2, || {
+    explore_at_most(2, || {
         let engine = open(2);
         let met = Arc::new((Mutex::new(0), Condvar::new()));
         for _ in 0..2 {

@@ -17,7 +17,7 @@ fn arrive(latch: &Arc<Latch<Model>>) -> thread::JoinHandle<bool> {
 /// the latch.
 #[test]
 fn a_latch_opens_once_and_wakes() {
-    explore(3, || {
+    explore(|| {
         let latch = Latch::new(2, Until::All, Waker::Thread(None));
         let arrivals = [arrive(&latch), arrive(&latch)];
         let mut opened = usize::from(latch.registered());
@@ -32,7 +32,7 @@ fn a_latch_opens_once_and_wakes() {
 /// Arrivals, any of which is enough, against a waiter that gives up: one of the three ends the wait.
 #[test]
 fn a_latch_opens_or_is_given_up() {
-    explore(3, || {
+    explore(|| {
         let latch = Latch::new(2, Until::Any, Waker::Thread(None));
         let arrivals = [arrive(&latch), arrive(&latch)];
         let mut ended = usize::from(latch.registered());
@@ -50,7 +50,7 @@ fn a_latch_opens_or_is_given_up() {
 #[test]
 fn who_is_counted_is_uncounted() {
     for blocks in [true, false] {
-        explore(3, move || {
+        explore(move || {
             let waiter = Arc::new(Task::<Model>::unspawned("waiter"));
             let latch = Latch::new(1, Until::All, Waker::Thread(Some(waiter)));
             let uncounted = Arc::new(AtomicUsize::new(0));

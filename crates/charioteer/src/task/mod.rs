@@ -392,6 +392,7 @@ impl<D: Domain> Task<D> {
     }
 
     /// Whether the body was woken since it began to run.
+    #[cfg(not(loom))] // for `native`, which models do without
     pub(crate) fn was_woken(&self) -> bool {
         self.state.load().has(state::WOKEN)
     }

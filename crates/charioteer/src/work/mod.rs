@@ -483,6 +483,7 @@ impl Drop for AbortOnUnwind {
 }
 
 /// The number of the engine whose tasks this thread runs, if it does.
+#[cfg(not(loom))] // for `native`, which models do without
 pub(crate) fn engine_here() -> Option<u32> {
     let (id, worker) = CURRENT.with(Cell::get);
     (!worker.is_null()).then_some(id)
