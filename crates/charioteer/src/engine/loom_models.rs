@@ -7,7 +7,7 @@ use loom::thread;
 use super::{Config, Engine, OPEN, settle_orphan};
 use crate::loom_domain::{Body, Model, explore, explore_at_most};
 use crate::sync::{AtomicUsize, Condvar, Mutex, Ordering};
-use crate::task::{Content, Failure, Link, Outcome, Phase, Task, TaskRef};
+use crate::task::{Content, Failure, Link, Outcome, Phase, Task, TaskRef, Until};
 
 /// Opens an engine. It has to be closed at the end of the model: what is left in the registry would
 /// be found by the model's next run, where loom knows nothing of it.
@@ -289,6 +289,37 @@ fn a_wake_up_is_passed_on() {
             engine.spawn_detached("task", body, None, &[]).unwrap();
         }
         assert!(engine.close_when_quiet(&mut || false));
+        engine.close();
+    });
+}
+
+/// A body waits, on the only worker, for a task that another thread completes, while the engine
+/// closes: another thread has its place meanwhile, its wait ends, it gets a place again, and the
+/// engine closes after it.
+#[test]
+fn a_body_waits_in_an_engine_that_closes() {
+    explore_at_most(1, || {
+        let engine = open(1);
+        let awaited = ready();
+        let ran = count();
+        let body: Body = {
+            let mut run = counting(&ran);
+            let engine = Arc::clone(&engine);
+            let awaited = Arc::clone(&awaited);
+            Box::new(move || {
+                let tasks = std::slice::from_ref(&awaited);
+                assert_eq!(engine.wait(tasks, Until::All, None), Ok(true));
+                run()
+            })
+        };
+        engine.spawn_detached("task", body, None, &[]).unwrap();
+        engine
+            .spawn_detached("other", counting(&ran), None, &[])
+            .unwrap();
+        let completer = thread::spawn(move || assert!(complete(&awaited)));
+        assert!(engine.close_when_quiet(&mut || false));
+        assert_eq!(ran.load(Ordering::Relaxed), 2);
+        completer.join().unwrap();
         engine.close();
     });
 }
