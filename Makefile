@@ -48,7 +48,7 @@ demo: build .venv/stamps/demo ## The main job: Gaussian-process classification a
 
 ##@ Test
 .PHONY: test test-rust test-loom test-python test-perturb test-release test-ft
-test: test-rust test-python test-perturb test-release test-ft ## All lanes below but loom's
+test: test-rust test-loom test-python test-perturb test-release test-ft ## All lanes below
 
 test-rust: ## Rust tests, doctests and examples, state validator on; again under perturbation
 	cargo test $(CARGO_FLAGS) $(CORE_TESTS)

@@ -38,7 +38,8 @@ use crate::schedule::places::{Grant, Places, Todo};
 use crate::schedule::queues::Queues;
 use crate::schedule::timer::Timer;
 use crate::sync::{
-    AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Condvar, Mutex, Ordering, assert_unlocked, fence,
+    AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Condvar, Mutex, Ordering, assert_unlocked,
+    fence, yield_now,
 };
 use crate::task::state::{
     BLOCKED, CANCEL, CANCELLED, DELIVERED, DIRTY, FAILED, LINKED, LOOSE_WAIT, POISONED, REPORTED,
@@ -50,6 +51,9 @@ use crate::task::{
 };
 use crate::trace::{Event, Trace};
 use crate::work::{self, Worker};
+
+#[cfg(all(test, loom))]
+mod loom_models;
 
 /// Threads beyond the workers that stand in for bodies that wait.
 const SPARE_THREADS: usize = 62;
@@ -1362,7 +1366,7 @@ impl<D: Domain> Engine<D> {
     // ---- ending tasks -----------------------------------------------------------------------
 
     /// Cancels a pending task, true; or asks a running one, false. True also for one that was
-    /// cancelled before.
+    /// cancelled before, or is being cancelled by another thread, which may not be done yet.
     pub fn cancel(task: &TaskRef<D>) -> bool {
         loop {
             let state = task.state.load();
@@ -1373,7 +1377,7 @@ impl<D: Domain> Engine<D> {
                     let engines = D::engines().all();
                     let _moving: Vec<_> =
                         engines.iter().map(|engine| Moving::new(engine)).collect();
-                    if task.state.advance(Phase::Unspawned, Phase::Running).is_ok() {
+                    if claim_to_cancel(task, Phase::Unspawned) {
                         settle_orphan(task, Outcome::Failed(Failure::Cancelled));
                         return true;
                     }
@@ -1381,7 +1385,7 @@ impl<D: Domain> Engine<D> {
                 phase @ (Phase::Waiting | Phase::Ready) => {
                     let engine = Self::of(task);
                     let _moving = engine.as_ref().map(Moving::new);
-                    if task.state.advance(phase, Phase::Running).is_ok() {
+                    if claim_to_cancel(task, phase) {
                         let outcome = Outcome::Failed(Failure::Cancelled);
                         match &engine {
                             Some(engine) => engine.settle(task, outcome),
@@ -1393,12 +1397,15 @@ impl<D: Domain> Engine<D> {
                 Phase::Running | Phase::Suspended => {
                     let before = task.state.set(CANCEL);
                     match before.phase() {
+                        // No body runs: another canceller has claimed the task, or its spawner has,
+                        // who sees the request and cancels it before it can become ready.
+                        Phase::Running if before.has(CANCELLED | DIRTY) => return true,
                         Phase::Suspended | Phase::Running => {
                             Self::ask(task, before);
                             return false;
                         }
                         Phase::Done => return before.has(CANCELLED),
-                        // It was a spawner's or comes again: it is pending, and cancelled as such.
+                        // It came back meanwhile: it is pending, and cancelled as such.
                         Phase::Unspawned | Phase::Waiting | Phase::Ready => {}
                     }
                 }
@@ -1585,7 +1592,7 @@ impl<D: Domain> Engine<D> {
             if self.is_stuck() && !self.fail_missing() {
                 // Nothing is ready, nobody runs, nothing is missing, and still tasks are
                 // unfinished: a spawner is about to move them.
-                std::thread::yield_now();
+                yield_now();
             }
             let mut quiet = self.quiet.lock();
             if self.unfinished() != 0 && !self.is_stuck_hint() {
@@ -1763,6 +1770,13 @@ fn expire<D: Domain>(task: &TaskRef<D>, attempt: u32) {
     }
 }
 
+/// Claims a pending task to cancel it, in a way that tells another canceller what it is claimed for.
+fn claim_to_cancel<D: Domain>(task: &Task<D>, from: Phase) -> bool {
+    task.state
+        .advance_when(from, Phase::Running, |_| true, CANCELLED, 0)
+        .is_ok()
+}
+
 /// Publishes the outcome of a task that this thread owns and works through who waits for it.
 fn publish<D: Domain>(
     task: &TaskRef<D>,
@@ -1773,7 +1787,8 @@ fn publish<D: Domain>(
     assert_unlocked();
     let flags = match &outcome {
         Outcome::Value(_) => 0,
-        Outcome::Failed(Failure::Cancelled) => FAILED | CANCELLED,
+        // Who claimed it to cancel it has said so already.
+        Outcome::Failed(Failure::Cancelled) if !task.is_cancelled() => FAILED | CANCELLED,
         Outcome::Failed(_) => FAILED,
     };
     let body = task.content.with_mut(|content| {

@@ -28,6 +28,8 @@
 
 pub mod engine;
 mod graph;
+#[cfg(all(test, loom))]
+mod loom_domain;
 #[cfg(not(loom))]
 pub mod native;
 mod schedule;

@@ -1,8 +1,8 @@
 //! The synchronisation primitives that the whole crate uses, behind one facade.
 //!
-//! Every atomic, lock and shared cell of the lock-free parts comes from here, so that the same code
-//! runs on the standard library in production and on `loom`'s permuting scheduler in the models
-//! (`RUSTFLAGS="--cfg loom"`).
+//! Every atomic, lock, shared cell and thread-local of the lock-free parts comes from here, so that
+//! the same code runs on the standard library in production and on `loom`'s permuting scheduler in
+//! the models (`RUSTFLAGS="--cfg loom"`).
 //!
 //! `Mutex` counts the locks that the current thread holds in builds that validate (debug builds
 //! and the feature `validate`). Invariant 8 says that nothing may call into the user's world (the
@@ -22,6 +22,22 @@ pub(crate) use std::sync::atomic::{
 pub(crate) use loom::sync::atomic::{
     AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence,
 };
+
+#[cfg(not(loom))]
+pub(crate) use std::{thread::yield_now, thread_local};
+
+#[cfg(loom)]
+pub(crate) use loom::thread::yield_now;
+
+/// `loom`'s macro knows no constant initialisers.
+#[cfg(loom)]
+macro_rules! loom_thread_local {
+    ($(#[$attribute:meta])* static $name:ident: $type:ty = const $init:block;) => {
+        loom::thread_local! { $(#[$attribute])* static $name: $type = $init; }
+    };
+}
+#[cfg(loom)]
+pub(crate) use loom_thread_local as thread_local;
 
 #[cfg(not(loom))]
 use std::sync as imp;
@@ -65,7 +81,7 @@ impl<T> Cell<T> {
 
 #[cfg(any(debug_assertions, feature = "validate"))]
 mod held {
-    thread_local! {
+    super::thread_local! {
         static HELD: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
     }
     pub(super) fn add() {

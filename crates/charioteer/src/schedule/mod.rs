@@ -6,6 +6,8 @@
 //! cores, parts of cores, bodies that come back from a wait) goes through [`places`], whose state is
 //! one small structure under one lock, touched when threads park, wake or wait, not per task.
 
+#[cfg(loom)]
+mod loom_deque;
 pub(crate) mod places;
 pub(crate) mod queues;
 pub(crate) mod timer;

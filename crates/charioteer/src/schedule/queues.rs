@@ -9,8 +9,12 @@ use std::cmp;
 use std::collections::BinaryHeap;
 use std::sync::OnceLock;
 
+#[cfg(not(loom))]
 use crossbeam_deque::{Injector, Steal, Stealer, Worker};
 use crossbeam_utils::CachePadded;
+
+#[cfg(loom)]
+use super::loom_deque::{Injector, Steal, Stealer, Worker};
 
 use crate::sync::{AtomicUsize, Mutex, Ordering};
 use crate::task::{Domain, TaskRef};

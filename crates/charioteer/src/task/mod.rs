@@ -45,6 +45,8 @@
 
 mod latch;
 mod link;
+#[cfg(all(test, loom))]
+mod loom_models;
 pub(crate) mod state;
 
 use std::fmt;
@@ -363,7 +365,7 @@ impl<D: Domain> Task<D> {
         self.state.load().is_done()
     }
 
-    /// Whether it was cancelled.
+    /// Whether it was cancelled. Its outcome may be about to come.
     pub fn is_cancelled(&self) -> bool {
         self.state.load().has(state::CANCELLED)
     }
@@ -390,6 +392,7 @@ impl<D: Domain> Task<D> {
     }
 
     /// Whether the body was woken since it began to run.
+    #[cfg(not(loom))] // for `native`, which models do without
     pub(crate) fn was_woken(&self) -> bool {
         self.state.load().has(state::WOKEN)
     }

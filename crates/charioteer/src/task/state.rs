@@ -6,7 +6,7 @@
 //! bit   4       CANCEL      somebody asked the running body to end
 //! bit   5       TIMED_OUT   the current attempt ran longer than it may, which asks its body to end
 //! bit   6       FAILED      done, without a value
-//! bit   7       CANCELLED   done, because it was cancelled
+//! bit   7       CANCELLED   done, because it was cancelled; or claimed by somebody who cancels it
 //! bit   8       TOLD        somebody received the failure
 //! bit   9       BLOCKED     the running body waits for other tasks
 //! bit  10       DIRTY       an unspawned task was among the predecessors, or behind them; or a

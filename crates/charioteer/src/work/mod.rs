@@ -39,10 +39,11 @@ use crate::trace::Event;
 /// How deep waits may run what they wait for on their own stack.
 const DEPTH: u32 = 32;
 
-/// How often a worker looks at the queues again before it parks; a few microseconds in all.
-const LOOKS: u32 = 40;
+/// How often a worker looks at the queues again before it parks; a few microseconds in all. A model
+/// gains nothing by a second look.
+const LOOKS: u32 = if cfg!(loom) { 1 } else { 40 };
 
-thread_local! {
+crate::sync::thread_local! {
     /// The engine (its number) and the worker of this thread.
     static CURRENT: Cell<(u32, *const ())> = const { Cell::new((0, std::ptr::null())) };
 }
@@ -136,18 +137,18 @@ impl<D: Domain> Worker<D> {
         struct Restore((u32, *const ()));
         impl Drop for Restore {
             fn drop(&mut self) {
-                CURRENT.set(self.0);
+                CURRENT.with(|current| current.set(self.0));
             }
         }
-        let _restore = Restore(CURRENT.get());
-        CURRENT.set((self.engine.id, std::ptr::from_ref(self).cast()));
+        let _restore = Restore(CURRENT.with(Cell::get));
+        CURRENT.with(|current| current.set((self.engine.id, std::ptr::from_ref(self).cast())));
         run();
     }
 
     /// Calls `f` with the worker that this thread is for `engine`, if it is one.
     #[inline]
     pub(crate) fn with<R>(engine: u32, f: impl FnOnce(Option<&Self>) -> R) -> R {
-        let (id, worker) = CURRENT.get();
+        let (id, worker) = CURRENT.with(Cell::get);
         if id != engine || worker.is_null() {
             return f(None);
         }
@@ -484,8 +485,9 @@ impl Drop for AbortOnUnwind {
 }
 
 /// The number of the engine whose tasks this thread runs, if it does.
+#[cfg(not(loom))] // for `native`, which models do without
 pub(crate) fn engine_here() -> Option<u32> {
-    let (id, worker) = CURRENT.get();
+    let (id, worker) = CURRENT.with(Cell::get);
     (!worker.is_null()).then_some(id)
 }
 

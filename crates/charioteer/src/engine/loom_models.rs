@@ -1,0 +1,325 @@
+//! Models of what a task goes through, and of the engine's end.
+
+use std::sync::Arc;
+
+use loom::thread;
+
+use super::{Config, Engine, OPEN, settle_orphan};
+use crate::loom_domain::{Body, Model, explore, explore_at_most};
+use crate::sync::{AtomicUsize, Condvar, Mutex, Ordering};
+use crate::task::{Content, Failure, Link, Outcome, Phase, Task, TaskRef, Until};
+
+/// Opens an engine. It has to be closed at the end of the model: what is left in the registry would
+/// be found by the model's next run, where loom knows nothing of it.
+fn open(workers: usize) -> Arc<Engine<Model>> {
+    let config = Config {
+        workers,
+        max_pending: None,
+        trace: None,
+    };
+    let engine = Engine::open(Model, config).expect("loom refuses no thread");
+    // loom lets a SeqCst load overlook a SeqCst store in favour of a first value, as if they had no
+    // common order.
+    engine.gate.store(OPEN, Ordering::SeqCst);
+    engine.closing.store(false, Ordering::SeqCst);
+    engine.shards[0].spawned.store(0, Ordering::SeqCst);
+    engine.shards[0].finished.store(0, Ordering::SeqCst);
+    engine
+}
+
+fn count() -> Arc<AtomicUsize> {
+    Arc::new(AtomicUsize::new(0))
+}
+
+/// A task that is ready and belongs to no engine.
+fn ready() -> TaskRef<Model> {
+    let body: Body = Box::new(|| Ok(()));
+    Arc::new(Task::new(
+        "task",
+        Phase::Ready,
+        Content::Body(body),
+        None,
+        0,
+    ))
+}
+
+/// What a worker does with a ready task, if it wins it.
+fn complete(task: &TaskRef<Model>) -> bool {
+    let won = task.state.advance(Phase::Ready, Phase::Running).is_ok();
+    if won {
+        settle_orphan(task, Outcome::Value(()));
+    }
+    won
+}
+
+/// Links that are registered while their task completes are handled once each, by the completer or
+/// by who registers them, who both see the outcome then.
+#[test]
+fn a_late_link_is_handled_once() {
+    explore(|| {
+        let task = ready();
+        let calls = count();
+        let register = |task: TaskRef<Model>, calls: Arc<AtomicUsize>| {
+            move || {
+                let handled: Box<dyn FnOnce() + Send> = {
+                    let task = Arc::clone(&task);
+                    Box::new(move || {
+                        assert!(matches!(task.outcome(), Some(Outcome::Value(()))));
+                        calls.fetch_add(1, Ordering::Relaxed);
+                    })
+                };
+                if let Err(Link::Callback(handled)) = task.link(Link::Callback(handled)) {
+                    handled();
+                }
+            }
+        };
+        let threads = [
+            thread::spawn(register(Arc::clone(&task), Arc::clone(&calls))),
+            thread::spawn(register(Arc::clone(&task), Arc::clone(&calls))),
+        ];
+        assert!(complete(&task));
+        for thread in threads {
+            thread.join().unwrap();
+        }
+        assert_eq!(calls.load(Ordering::Relaxed), 2);
+    });
+}
+
+/// A task that a worker and a canceller want has one outcome, and the canceller's answer says which.
+/// The worker's body does not listen.
+#[test]
+fn a_task_completes_or_is_cancelled() {
+    explore(|| {
+        let task = ready();
+        let canceller = {
+            let task = Arc::clone(&task);
+            thread::spawn(move || Engine::cancel(&task))
+        };
+        let completed = complete(&task);
+        let cancelled = canceller.join().unwrap();
+        assert_ne!(completed, cancelled);
+        assert_eq!(task.is_cancelled(), cancelled);
+        assert!(task.is_done());
+    });
+}
+
+/// Of several that cancel a pending task at once, each is told that it is cancelled; if a worker
+/// won it, none is.
+#[test]
+fn several_cancellers_agree() {
+    for contended in [false, true] {
+        explore(move || {
+            let task = ready();
+            let cancellers = [(); 2].map(|()| {
+                let task = Arc::clone(&task);
+                thread::spawn(move || Engine::cancel(&task))
+            });
+            let completed = contended && complete(&task);
+            for canceller in cancellers {
+                assert_eq!(canceller.join().unwrap(), !completed);
+            }
+            assert_eq!(task.is_cancelled(), !completed);
+        });
+    }
+}
+
+/// As above, of a handle whose task is not spawned.
+#[test]
+fn several_cancellers_of_a_handle_agree() {
+    explore(|| {
+        let task = Arc::new(Task::unspawned("task"));
+        let canceller = {
+            let task = Arc::clone(&task);
+            thread::spawn(move || Engine::<Model>::cancel(&task))
+        };
+        assert!(Engine::cancel(&task));
+        assert!(canceller.join().unwrap());
+        assert!(task.is_done() && task.is_cancelled());
+    });
+}
+
+/// A spawner and a canceller want the same handle: either the body runs or the canceller is told
+/// that the task is cancelled.
+#[test]
+fn a_handle_is_spawned_or_cancelled() {
+    explore(|| {
+        let engine = open(0);
+        let task = Arc::new(Task::unspawned("task"));
+        let canceller = {
+            let task = Arc::clone(&task);
+            thread::spawn(move || Engine::cancel(&task))
+        };
+        let ran = count();
+        let body = {
+            let ran = Arc::clone(&ran);
+            Box::new(move || {
+                ran.fetch_add(1, Ordering::Relaxed);
+                Ok(())
+            })
+        };
+        let spawned = engine.spawn_as(&task, body, None, &[]);
+        let cancelled = canceller.join().unwrap();
+        assert!(spawned.is_ok() || cancelled);
+        assert!(task.is_done());
+        assert_eq!(task.is_cancelled(), cancelled);
+        assert_eq!(ran.load(Ordering::Relaxed), usize::from(!cancelled));
+        assert!(engine.close_when_quiet(&mut || false));
+        engine.close();
+    });
+}
+
+/// A body that counts its runs.
+fn counting(ran: &Arc<AtomicUsize>) -> Body {
+    let ran = Arc::clone(ran);
+    Box::new(move || {
+        ran.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    })
+}
+
+/// Two predecessors complete while their dependent is spawned: it runs once, or is skipped if one of
+/// them failed, and in any case not before both are done.
+#[test]
+fn predecessors_complete_during_a_spawn() {
+    for fails in [false, true] {
+        explore(move || {
+            let engine = open(0);
+            let predecessors = [ready(), ready()];
+            let completers = [0, 1].map(|index| {
+                let task = Arc::clone(&predecessors[index]);
+                thread::spawn(move || {
+                    task.state.advance(Phase::Ready, Phase::Running).unwrap();
+                    let outcome = if fails && index == 0 {
+                        Outcome::Failed(Failure::Raised("on purpose"))
+                    } else {
+                        Outcome::Value(())
+                    };
+                    settle_orphan(&task, outcome);
+                })
+            });
+            let ran = count();
+            let body: Body = {
+                let mut run = counting(&ran);
+                let predecessors = predecessors.clone();
+                Box::new(move || {
+                    assert!(predecessors.iter().all(|task| task.is_done()));
+                    run()
+                })
+            };
+            let task = engine.spawn("dependent", body, None, &predecessors);
+            let task = task.unwrap();
+            for completer in completers {
+                completer.join().unwrap();
+            }
+            assert!(engine.close_when_quiet(&mut || false));
+            assert_eq!(ran.load(Ordering::Relaxed), usize::from(!fails));
+            match task.outcome().unwrap() {
+                Outcome::Value(()) => assert!(!fails),
+                Outcome::Failed(Failure::Dependency(root)) => {
+                    assert!(fails && Arc::ptr_eq(root, &predecessors[0]));
+                }
+                Outcome::Failed(_) => panic!("it failed by itself"),
+            }
+            engine.close();
+        });
+    }
+}
+
+/// A spawner against a closer: what was counted in has run when the engine is quiet, what was refused
+/// never runs and is not counted, and the closing ends.
+#[test]
+fn a_spawn_meets_a_close() {
+    explore(|| {
+        let engine = open(0);
+        let ran = count();
+        let spawner = {
+            let engine = Arc::clone(&engine);
+            let body = counting(&ran);
+            thread::spawn(move || engine.spawn_detached("task", body, None, &[]))
+        };
+        assert!(engine.close_when_quiet(&mut || false));
+        let ran_before = ran.load(Ordering::Relaxed);
+        let counts = engine.counts();
+        let spawned = spawner.join().unwrap();
+        assert_eq!(ran_before, usize::from(spawned.is_ok()));
+        assert_eq!(ran.load(Ordering::Relaxed), ran_before);
+        assert!(counts.finished >= ran_before as u64);
+        let counts = engine.counts();
+        assert_eq!(counts.spawned, counts.finished);
+        engine.close();
+    });
+}
+
+/// A worker that retires against a thread that spawns: the task runs, for the spawner waits for it;
+/// and an engine that closes tells its worker, which ends.
+#[test]
+fn a_spawn_meets_a_worker_that_parks() {
+    explore(|| {
+        let engine = open(1);
+        let ran = count();
+        for _ in 0..2 {
+            engine
+                .spawn_detached("task", counting(&ran), None, &[])
+                .unwrap();
+        }
+        assert!(engine.close_when_quiet(&mut || false));
+        assert_eq!(ran.load(Ordering::Relaxed), 2);
+        engine.close();
+    });
+}
+
+/// Two bodies that wait for each other, unknown to the engine: whoever is woken for the first task
+/// passes the wake-up on, so that the second worker runs the other one.
+#[test]
+fn a_wake_up_is_passed_on() {
+    explore_at_most(2, || {
+        let engine = open(2);
+        let met = Arc::new((Mutex::new(0), Condvar::new()));
+        for _ in 0..2 {
+            let met = Arc::clone(&met);
+            let body = Box::new(move || {
+                let mut bodies = met.0.lock();
+                *bodies += 1;
+                while *bodies != 2 {
+                    bodies = met.1.wait(bodies);
+                }
+                met.1.notify_all();
+                Ok(())
+            });
+            engine.spawn_detached("task", body, None, &[]).unwrap();
+        }
+        assert!(engine.close_when_quiet(&mut || false));
+        engine.close();
+    });
+}
+
+/// A body waits, on the only worker, for a task that another thread completes, while the engine
+/// closes: another thread has its place meanwhile, its wait ends, it gets a place again, and the
+/// engine closes after it.
+#[test]
+fn a_body_waits_in_an_engine_that_closes() {
+    explore_at_most(1, || {
+        let engine = open(1);
+        let awaited = ready();
+        let ran = count();
+        let body: Body = {
+            let mut run = counting(&ran);
+            let engine = Arc::clone(&engine);
+            let awaited = Arc::clone(&awaited);
+            Box::new(move || {
+                let tasks = std::slice::from_ref(&awaited);
+                assert_eq!(engine.wait(tasks, Until::All, None), Ok(true));
+                run()
+            })
+        };
+        engine.spawn_detached("task", body, None, &[]).unwrap();
+        engine
+            .spawn_detached("other", counting(&ran), None, &[])
+            .unwrap();
+        let completer = thread::spawn(move || assert!(complete(&awaited)));
+        assert!(engine.close_when_quiet(&mut || false));
+        assert_eq!(ran.load(Ordering::Relaxed), 2);
+        completer.join().unwrap();
+        engine.close();
+    });
+}
