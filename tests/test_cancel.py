@@ -164,6 +164,21 @@ def test_cancel_at_an_await_of_a_done_task(rt: ch.Runtime) -> None:
         body.result()
 
 
+def test_cancel_at_an_await_of_a_done_task_on_the_loops_thread(rt: ch.Runtime) -> None:
+    done = rt.submit(no_op)
+    done.result()
+
+    @ch.spawn
+    async def body() -> None:
+        await asyncio.sleep(0)
+        ch.current().task.cancel()
+        await done
+        raise AssertionError("the next await did not raise")
+
+    with pytest.raises(ch.CancelledError):
+        body.result()
+
+
 def test_dependents_of_a_cancelled_task(rt_any: ch.Runtime) -> None:
     ran: list[int] = []
     with Latch() as latch:

@@ -255,6 +255,9 @@ def loop_await(awaiting: Awaiting) -> Generator[Any, Any, Any]:
     """
     if not awaiting.done():
         yield from _arrival(awaiting)
+    elif (task := _current.get()) is not None and _core.cancel_requested(task):
+        # asyncio tells it at its next suspension: an await is one, also of what is there.
+        yield
     try:
         return awaiting.value()
     except CancelledError as error:

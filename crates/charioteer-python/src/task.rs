@@ -381,10 +381,12 @@ impl Awaiting {
 
     fn __next__<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, Self>> {
         let this = slf.get();
-        if !this.is_over() {
+        let py = slf.py();
+        // A request to end is heard at the next await, also at one that has nothing to wait for.
+        if !this.is_over() || runtime::active(py).is_ok_and(|engine| engine.is_asked()) {
             return Ok(slf.clone());
         }
-        let value = this.value(slf.py())?;
+        let value = this.value(py)?;
         Err(PyStopIteration::new_err((value,)))
     }
 

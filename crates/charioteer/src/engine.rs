@@ -1444,6 +1444,17 @@ impl<D: Domain> Engine<D> {
         task.cancel_requested() || self.is_cancelling()
     }
 
+    /// Whether the body that runs on this thread is to hear of a request to end at its next wait.
+    pub fn is_asked(&self) -> bool {
+        Worker::with(self.id, |worker: Option<&Worker<D>>| {
+            let Some(task) = worker.and_then(Worker::running) else {
+                return false;
+            };
+            let state = task.state.load();
+            state.is_asked() || (self.is_cancelling() && !state.has(DELIVERED))
+        })
+    }
+
     /// A task that this thread won the right to run, while all are cancelled: cancels it, unless
     /// its body has begun; then it is asked.
     pub(crate) fn skip_cancelled(self: &Arc<Self>, task: &TaskRef<D>) -> bool {
