@@ -66,8 +66,13 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         faulthandler.cancel_dump_traceback_later()
 
 
+_watchdogs: set[int] = set()
+
+
 def _watch(limit: float) -> None:
+    before = set(threads_of_process())
     faulthandler.dump_traceback_later(2 * limit + 30, exit=True, file=_stderr)
+    _watchdogs.update(set(threads_of_process()) - before)
 
 
 @pytest.hookimpl(trylast=True)
@@ -98,7 +103,8 @@ def _nothing_left_behind() -> Iterator[None]:
     assert not _close_leftover(), "the test left a runtime open"
     end = time.monotonic() + 10
     while True:
-        left = {i: name for i, name in threads_of_process().items() if i not in before}
+        known = before | _watchdogs
+        left = {i: name for i, name in threads_of_process().items() if i not in known}
         python_left = [t for t in threading.enumerate() if t not in python_before]
         if not left and not python_left:
             return

@@ -472,7 +472,7 @@ def test_long_chains_have_no_chain_of_causes(rt: ch.Runtime) -> None:
     assert error.__cause__.__cause__ is None
 
 
-def test_a_block_that_raises_what_takes_no_notes() -> None:
+def test_a_block_that_raises_what_takes_no_notes(caplog: pytest.LogCaptureFixture) -> None:
     @dataclasses.dataclass(frozen=True)
     class Frozen(Exception):
         x: int
@@ -490,6 +490,7 @@ def test_a_block_that_raises_what_takes_no_notes() -> None:
             ch.wait([rt.submit(boom)])
             raise Frozen(2)
     assert info.value.x == 2
+    assert "tasks failed as well" in caplog.text
 
 
 def test_texts_that_cannot_be_encoded(rt: ch.Runtime) -> None:

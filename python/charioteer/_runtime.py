@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, Self, TypeVar
 from charioteer import _core, _pools
 from charioteer._core import Context, Task, TaskList
 from charioteer._executor import RuntimeExecutor
-from charioteer._support import loaded_loop
+from charioteer._support import loaded_loop, warn
 from charioteer.errors import CancelledError, NoRuntimeError, UnspawnedDependencyError
 
 P = ParamSpec("P")
@@ -239,7 +239,11 @@ class Runtime:
         if failures:
             shown = ", ".join(_short(failure) for failure in failures[:5])
             more = f" and {len(failures) - 5} more" if len(failures) > 5 else ""
-            error.add_note(f"charioteer: tasks failed as well: {shown}{more}")
+            note = f"charioteer: tasks failed as well: {shown}{more}"
+            try:
+                error.add_note(note)
+            except Exception:  # what refuses attributes; the exception leaves unchanged
+                warn(note)
 
     async def __aenter__(self) -> Self:
         import asyncio
