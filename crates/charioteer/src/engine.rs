@@ -34,16 +34,17 @@ use std::time::{Duration, Instant};
 use crossbeam_utils::CachePadded;
 
 use crate::graph;
+use crate::schedule::gate::Gate;
 use crate::schedule::places::{Grant, Places, Todo};
-use crate::schedule::queues::Queues;
+use crate::schedule::queues::{Lane, Queues};
 use crate::schedule::timer::Timer;
 use crate::sync::{
     AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Condvar, Mutex, Ordering, assert_unlocked,
     fence, yield_now,
 };
 use crate::task::state::{
-    BLOCKED, CANCEL, CANCELLED, DELIVERED, DIRTY, FAILED, LINKED, LOOSE_WAIT, POISONED, REPORTED,
-    SLEEPING, Snapshot, TIMED_OUT, TOLD, WOKEN, validate,
+    BLOCKED, CANCEL, CANCELLED, DELIVERED, DIRTY, FAILED, LINKED, LOOSE_WAIT, OUTSIDE, POISONED,
+    REPORTED, SLEEPING, Snapshot, TIMED_OUT, TOLD, WOKEN, validate,
 };
 use crate::task::{
     Awaits, Content, Domain, Failure, Latch, Link, Need, Options, Outcome, Phase, Task, TaskRef,
@@ -308,6 +309,7 @@ pub struct Engine<D: Domain> {
     cores: usize,
     pub(crate) queues: Queues<D>,
     pub(crate) places: Places<D>,
+    pub(crate) sessions: Gate,
     timer: Arc<Timer<D>>,
     shards: Box<[CachePadded<Shard>]>,
     max_pending: Option<usize>,
@@ -355,6 +357,7 @@ impl<D: Domain> Engine<D> {
             cores,
             queues: Queues::new(threads),
             places: Places::new(config.workers, threads),
+            sessions: Gate::new(),
             timer: Timer::new(),
             shards: (0..SHARDS)
                 .map(|_| {
@@ -504,10 +507,30 @@ impl<D: Domain> Engine<D> {
     /// Wakes a thread for what was pushed, if none is on its way.
     #[inline]
     pub(crate) fn wake(self: &Arc<Self>) {
-        if self.places.wants_waking() && self.queues.has_work() {
+        if self.places.wants_waking() && self.is_runnable() {
             let todo = self.places.wake();
             self.carry_out(todo);
         }
+    }
+
+    /// Whether there is a task that another thread could take now.
+    #[inline]
+    pub(crate) fn is_runnable(&self) -> bool {
+        self.queues.has_work_in(Lane::Outside)
+            || (self.sessions.has_room() && self.queues.has_work_in(Lane::Inside))
+    }
+
+    /// Lets at most `width` workers be in sessions of the domain from now on, but for bodies that
+    /// come back from a wait and tasks on sets or parts of cores. Every worker, unless said; at
+    /// least one. Workers that are too many leave between two tasks.
+    pub fn set_width(self: &Arc<Self>, width: usize) {
+        self.sessions.set_width(width);
+        self.wake();
+    }
+
+    /// How many workers are in sessions of the domain.
+    pub fn sessions(&self) -> usize {
+        self.sessions.inside()
     }
 
     /// Calls `f` with the running task of this thread and its grant.
@@ -594,9 +617,23 @@ impl<D: Domain> Engine<D> {
         } else {
             Phase::Waiting
         };
+        let outside = self.outside(&body);
         let task = Task::new(label, phase, Content::Body(body), options, handles);
+        if outside != 0 {
+            task.state.set(outside);
+        }
         task.engine.store(self.id, Ordering::Relaxed);
         Ok(Arc::new(task))
+    }
+
+    /// The flag of a task with this body.
+    #[inline]
+    fn outside(&self, body: &D::Body) -> u32 {
+        if self.domain.needs_session(body) {
+            0
+        } else {
+            OUTSIDE
+        }
     }
 
     /// Lets a task go that nobody else knows yet. So nothing leads on from it, and it cannot close
@@ -651,6 +688,7 @@ impl<D: Domain> Engine<D> {
             task.links.lock().rare().predecessors = dependencies.to_vec();
         }
         task.engine.store(self.id, Ordering::Relaxed);
+        let outside = self.outside(&body);
         task.content.with_mut(|content| {
             // SAFETY: this thread owns the task.
             unsafe { *content = Content::Body(body) };
@@ -668,10 +706,10 @@ impl<D: Domain> Engine<D> {
                 Phase::Running,
                 Phase::Waiting,
                 |state| dependencies.is_empty() || !state.has(LINKED),
-                0,
+                outside,
                 clean,
             )
-            .or_else(|_| self.publish_linked(task, dependencies, done, clean))?;
+            .or_else(|_| self.publish_linked(task, dependencies, done, clean | outside))?;
         self.record_spawn(time, task, dependencies);
         if before.has(CANCEL) {
             // Somebody asked while the spawn was under way.
@@ -689,13 +727,13 @@ impl<D: Domain> Engine<D> {
         task: &TaskRef<D>,
         dependencies: &[TaskRef<D>],
         done: u32,
-        clean: u32,
+        flips: u32,
     ) -> Result<Snapshot, SpawnError> {
         let guard = self.graph.lock();
         let backward_decides = self.loose_waits.load(Ordering::SeqCst) == 0;
         let found = graph::search(task, dependencies, backward_decides);
         if found.cycle.is_none() {
-            let before = task.state.leave_running(Phase::Waiting, clean);
+            let before = task.state.leave_running(Phase::Waiting, flips);
             drop(guard);
             drop(found);
             return Ok(before);
@@ -923,11 +961,12 @@ impl<D: Domain> Engine<D> {
             .options()
             .map_or((Need::Core, 0), |options| (options.need, options.priority));
         if need == Need::Core || self.workers == 0 {
+            let lane = Lane::of(&task);
             Worker::with(self.id, |worker: Option<&Worker<D>>| {
-                self.queues
-                    .push(task, priority, worker.map(|worker| &worker.own));
+                let own = worker.map(|worker| &worker.own);
+                self.queues.push(task, lane, priority, own);
             });
-            if self.places.wants_waking() {
+            if self.places.wants_waking() && (lane == Lane::Outside || self.sessions.has_room()) {
                 let todo = self.places.wake();
                 self.carry_out(todo);
             }

@@ -5,7 +5,10 @@
 //! queue or the shared one, and a worker that holds a core takes them. All that is unusual (sets of
 //! cores, parts of cores, bodies that come back from a wait) goes through [`places`], whose state is
 //! one small structure under one lock, touched when threads park, wake or wait, not per task.
+//! Where bodies need a session of their domain, such as being attached to an interpreter, the
+//! [`gate`] says how many threads may be in one.
 
+pub(crate) mod gate;
 #[cfg(loom)]
 mod loom_deque;
 pub(crate) mod places;

@@ -79,6 +79,11 @@ pub trait Domain: Send + Sync + Sized + 'static {
     /// The engines of this domain that are open.
     fn engines() -> &'static crate::engine::Registry<Self>;
 
+    /// Whether a body is to be run in a session; one that is not may be run in one all the same.
+    fn needs_session(&self, _body: &Self::Body) -> bool {
+        true
+    }
+
     /// Runs or resumes a body on the current thread.
     ///
     /// # Errors
@@ -92,7 +97,7 @@ pub trait Domain: Send + Sync + Sized + 'static {
     }
 
     /// Calls `run` with the domain's surroundings in place (attached to the interpreter); a worker
-    /// runs as many tasks in it as it finds.
+    /// runs as many tasks in it as it finds. See [`Engine::set_width`](crate::engine::Engine::set_width).
     fn session(&self, run: &mut dyn FnMut());
 
     /// Calls `wait`, which blocks the thread, with the surroundings given up meanwhile.
@@ -395,6 +400,12 @@ impl<D: Domain> Task<D> {
     #[cfg(not(loom))] // for `native`, which models do without
     pub(crate) fn was_woken(&self) -> bool {
         self.state.load().has(state::WOKEN)
+    }
+
+    /// Whether its body needs a session of the domain.
+    #[inline]
+    pub(crate) fn needs_session(&self) -> bool {
+        !self.state.load().has(state::OUTSIDE)
     }
 
     /// The outcome, if there is one.

@@ -17,6 +17,7 @@
 //! bit  14       POISONED    a predecessor failed
 //! bit  15       WOKEN       the body was woken since it began to run
 //! bit  16       SLEEPING    the suspended body is woken by a call, not by tasks
+//! bit  17       OUTSIDE     the body needs no session of its domain
 //! ```
 //!
 //! The legal moves are those of [`Phase::may_become`]. A move to `Running` is a compare-and-swap, so
@@ -90,6 +91,7 @@ pub(crate) const LOOSE_WAIT: u32 = 1 << 13;
 pub(crate) const POISONED: u32 = 1 << 14;
 pub(crate) const WOKEN: u32 = 1 << 15;
 pub(crate) const SLEEPING: u32 = 1 << 16;
+pub(crate) const OUTSIDE: u32 = 1 << 17;
 
 /// A reading of the word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -3,8 +3,9 @@
 //! # Protocol
 //!
 //! A worker parks until [`Places`] assign it something. With an ordinary place it opens one session
-//! of its domain (attaches to the interpreter) and runs ready tasks in it until there are none or
-//! somebody is owed its place; with an unusual grant it runs the one task that the grant is for.
+//! of its domain (attaches to the interpreter), if the gate has room, and runs ready tasks in it until
+//! there are none, the gate is crowded or somebody is owed its place; tasks that need no session it
+//! runs between sessions. With an unusual grant it runs the one task that the grant is for.
 //! Then it gives the grant back and parks. Between the last task and parking it looks at the queues
 //! for a few microseconds, detached: handing a task to a thread that is awake costs a fraction of a
 //! wake-up.
@@ -30,7 +31,7 @@ use std::time::Instant;
 
 use crate::engine::{Engine, Running, WaitError};
 use crate::schedule::places::{Assignment, Grant};
-use crate::schedule::queues::Own;
+use crate::schedule::queues::{Lane, Own};
 use crate::sync::{Ordering, assert_unlocked, perturb};
 use crate::task::state::{BLOCKED, CANCEL, WOKEN};
 use crate::task::{Content, Domain, End, Latch, Link, Need, Phase, Step, TaskRef, Until, Waker};
@@ -42,6 +43,9 @@ const DEPTH: u32 = 32;
 /// How often a worker looks at the queues again before it parks; a few microseconds in all. A model
 /// gains nothing by a second look.
 const LOOKS: u32 = if cfg!(loom) { 1 } else { 40 };
+
+/// How many tasks of one lane a thread runs before it looks at the other.
+const TURN: u32 = 32;
 
 crate::sync::thread_local! {
     /// The engine (its number) and the worker of this thread.
@@ -63,6 +67,8 @@ pub(crate) struct Worker<D: Domain> {
     slot: Option<usize>,
     pub(crate) own: Own<D>,
     grant: RefCell<Grant>,
+    /// Whether it counts among the sessions of its engine.
+    inside: Cell<bool>,
     running: Cell<*const TaskRef<D>>,
     depth: Cell<u32>,
     frames: RefCell<Vec<Frame<D>>>,
@@ -77,6 +83,7 @@ impl<D: Domain> Worker<D> {
             slot: Some(slot),
             own,
             grant: RefCell::default(),
+            inside: Cell::new(false),
             running: Cell::new(std::ptr::null()),
             depth: Cell::new(0),
             frames: RefCell::default(),
@@ -92,10 +99,13 @@ impl<D: Domain> Worker<D> {
                     }
                     Assignment::Run(task, grant) => {
                         worker.grant.replace(grant);
-                        worker
-                            .engine
-                            .domain
-                            .session(&mut || worker.claim_and_run(&task));
+                        if task.needs_session() {
+                            worker.engine.sessions.return_to();
+                            worker.in_session(|| worker.claim_and_run(&task));
+                            worker.engine.sessions.leave();
+                        } else {
+                            worker.claim_and_run(&task);
+                        }
                         drop(task);
                         worker.retire(slot, false);
                     }
@@ -115,6 +125,7 @@ impl<D: Domain> Worker<D> {
                 cores: vec![0],
                 part: None,
             }),
+            inside: Cell::new(false),
             running: Cell::new(std::ptr::null()),
             depth: Cell::new(0),
             frames: RefCell::default(),
@@ -123,7 +134,7 @@ impl<D: Domain> Worker<D> {
         engine.places.visit();
         worker.enter(|| {
             engine.domain.session(&mut || {
-                while let Some(task) = engine.queues.pop(&worker.own) {
+                while let Some(task) = engine.queues.pop_any(&worker.own) {
                     worker.claim_and_run(&task);
                 }
             });
@@ -173,35 +184,80 @@ impl<D: Domain> Worker<D> {
     /// Takes ready tasks with an ordinary place until there are none.
     fn search(&self, slot: usize) {
         let mut searching = true;
-        let engine = &self.engine;
         let mut yielded = false;
         while !yielded && self.look() {
-            engine.domain.session(&mut || {
-                while let Some(task) = engine.queues.pop(&self.own) {
-                    if searching {
-                        searching = false;
-                        engine.places.found();
-                        // Pass the wake-up on: where one task was, more may be.
-                        engine.wake();
-                    }
-                    self.claim_and_run(&task);
-                    drop(task);
-                    if engine.places.is_owed() && engine.places.boundary() {
-                        yielded = true;
-                        break;
-                    }
-                }
-            });
+            yielded = self.take_outside(&mut searching) || self.take_inside(&mut searching);
             // Now, and not only when it has looked for more.
-            engine.went_quiet();
+            self.engine.went_quiet();
         }
         self.retire(slot, searching);
     }
 
-    /// Whether there is work, now or within a few microseconds.
+    /// Runs some of the tasks that need no session. True if the place is to be given up.
+    fn take_outside(&self, searching: &mut bool) -> bool {
+        let queues = &self.engine.queues;
+        for _ in 0..TURN {
+            let Some(task) = queues.pop(&self.own, Lane::Outside) else {
+                return false;
+            };
+            if self.take(task, searching) {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Runs the tasks that need a session in one, if there is room. True if the place is to be given
+    /// up.
+    fn take_inside(&self, searching: &mut bool) -> bool {
+        let Engine {
+            queues, sessions, ..
+        } = &*self.engine;
+        if !queues.has_work_in(Lane::Inside) || !sessions.enter() {
+            return false;
+        }
+        let mut yielded = false;
+        self.in_session(|| {
+            let mut turns = 0;
+            while let Some(task) = queues.pop(&self.own, Lane::Inside) {
+                yielded = self.take(task, searching);
+                turns += 1;
+                let others = (turns >= TURN && queues.has_work_in(Lane::Outside))
+                    || queues.has_urgent(Lane::Outside);
+                if yielded || others || sessions.is_crowded() {
+                    break;
+                }
+            }
+        });
+        sessions.leave();
+        yielded
+    }
+
+    fn in_session(&self, mut run: impl FnMut()) {
+        self.inside.set(true);
+        self.engine.domain.session(&mut run);
+        self.inside.set(false);
+    }
+
+    /// Runs a task from the queues. True if the place is to be given up.
+    #[inline]
+    fn take(&self, task: TaskRef<D>, searching: &mut bool) -> bool {
+        let engine = &self.engine;
+        if *searching {
+            *searching = false;
+            engine.places.found();
+            // Pass the wake-up on: where one task was, more may be.
+            engine.wake();
+        }
+        self.claim_and_run(&task);
+        drop(task);
+        engine.places.is_owed() && engine.places.boundary()
+    }
+
+    /// Whether there is a task to take, now or within a few microseconds.
     fn look(&self) -> bool {
         for _ in 0..LOOKS {
-            if self.engine.queues.has_work() {
+            if self.engine.is_runnable() {
                 return true;
             }
             for _ in 0..8 {
@@ -370,7 +426,7 @@ impl<D: Domain> Worker<D> {
         if engine.workers == 0 {
             // Nobody else runs what the awaited tasks need.
             while !is_over(tasks, until)
-                && let Some(task) = engine.queues.pop(&self.own)
+                && let Some(task) = engine.queues.pop_any(&self.own)
             {
                 self.nest(&task);
             }
@@ -445,7 +501,7 @@ impl<D: Domain> Worker<D> {
                 // Not stuck meanwhile, though its wait goes on.
                 engine.places.visit();
                 while !latch.is_open()
-                    && let Some(task) = engine.queues.pop(&self.own)
+                    && let Some(task) = engine.queues.pop_any(&self.own)
                 {
                     self.nest(&task);
                 }
@@ -458,14 +514,22 @@ impl<D: Domain> Worker<D> {
         let todo = engine.places.block(&grant, engine.queues.has_work())?;
         let replaced = engine.carry_out(todo);
         let mut granted = Grant::default();
+        let inside = self.inside.get();
         engine.domain.blocking(&mut || {
             if replaced {
+                // Its session is another's, as long as it waits.
+                if inside {
+                    engine.sessions.leave();
+                }
                 engine.wake();
                 count();
                 engine.went_quiet();
                 latch.block(deadline, || false);
             }
             granted = engine.places.unblock(&grant);
+            if replaced && inside {
+                engine.sessions.return_to();
+            }
         });
         self.grant.replace(granted);
         if replaced { Ok(()) } else { Err(()) }
