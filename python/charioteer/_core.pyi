@@ -445,6 +445,7 @@ class Engine:
         max_pending: int | None = None,
         trace: str | PathLike[str] | None = None,
         on_failure: Callable[[Task[Any]], object] | None = None,
+        gil: int | None = None,
     ) -> Self: ...
     @property
     def workers(self) -> int: ...

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from types import TracebackType
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import Any, Literal, ParamSpec, Self, TypeVar
 
 from charioteer import _core, _pools
 from charioteer._core import Context, Task, TaskList
@@ -52,6 +52,10 @@ class Runtime:
             so many tasks are unfinished.
         on_failure: called with each failed task whose last handle went away unread, instead of
             raising when the block is left; for services.
+        gil: how many workers may be attached to the interpreter, and so compete for the GIL, at
+            once. ``"auto"`` measures it: all of them where bodies release the GIL, few where they
+            hold it, and all on an interpreter without one. Bodies that go on after a wait, and
+            those on sets or parts of cores, are never held back.
         trace: a file to write the events of every task to. Unless said, the environment variable
             ``CHARIOTEER_TRACE``.
 
@@ -67,6 +71,7 @@ class Runtime:
         max_pending: int | None = None,
         on_failure: Callable[[Task[Any]], object] | None = None,
         trace: str | os.PathLike[str] | None = None,
+        gil: int | Literal["auto"] = "auto",
     ) -> None:
         self._workers = _worker_count(workers)
         if max_pending is not None:
@@ -80,6 +85,12 @@ class Runtime:
             raise TypeError(f"on_failure is to be callable, not {type(on_failure).__name__}")
         if trace is None:
             trace = os.environ.get("CHARIOTEER_TRACE") or None
+        if gil != "auto":
+            if isinstance(gil, bool) or not isinstance(gil, int):
+                raise TypeError(f'gil is "auto" or a number of workers, not {gil!r}')
+            if gil < 1:
+                raise ValueError(f"gil lets at least 1 worker in, not {gil}")
+        self._gil = None if gil == "auto" else gil
         self._max_pending = max_pending
         self._on_failure = on_failure
         self._trace = None if trace is None else os.fsdecode(trace)
@@ -112,7 +123,9 @@ class Runtime:
 
                 raise RuntimeActiveError("this runtime is open already")
             raise RuntimeError("a runtime is opened once: make another")
-        self._engine = _core.Engine(self._workers, self._max_pending, self._trace, self._on_failure)
+        self._engine = _core.Engine(
+            self._workers, self._max_pending, self._trace, self._on_failure, self._gil
+        )
         _opened = self
         _pools.open_limits()
         if not _registered:
@@ -339,8 +352,13 @@ class Runtime:
         """Counts since the runtime opened; they stay readable after it closed.
 
         Returns:
-            ``spawned``, ``finished`` and ``pending`` tasks, ``threads`` started, and ``gateway``:
-            how often each site of the process attached to the interpreter or detached from it.
+            ``spawned``, ``finished`` and ``pending`` tasks, ``threads`` started;
+            ``sessions``: how many workers are attached (``inside``), how many may be (``width``,
+            ``None`` for all) and how often that changed (``changes``);
+            ``gateway``: for each site of the process that attaches to the interpreter or detaches
+            from it, its ``visits``, how many had to wait for the interpreter (``waits``), the
+            seconds that took (``waited``) and those from there to the end of the visit
+            (``inside``), since the process began.
             A task's outcome is there before the task is counted: the counts may lag behind by the
             tasks that are ending right now.
 

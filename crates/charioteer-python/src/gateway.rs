@@ -3,8 +3,8 @@
 //! # Protocol
 //!
 //! Everything in this crate that attaches to the interpreter, or detaches from it, does so through
-//! [`attach`] and [`detach`], at a named [`Site`] whose visits are counted. Both assert, in
-//! validating builds, that the thread holds no internal lock (invariant 8), since another thread
+//! [`attach`] and [`detach`], at a named [`Site`] whose visits are counted, with the time that they
+//! waited for the interpreter and the time until they left again. Both assert, in validating builds, that the thread holds no internal lock (invariant 8), since another thread
 //! may hold the interpreter and want that lock.
 //!
 //! References may be dropped by any thread: the last owner of a result can be a worker that is not
@@ -22,6 +22,7 @@ use std::mem::ManuallyDrop;
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use charioteer::sync::assert_unlocked;
 use pyo3::ffi;
@@ -47,11 +48,13 @@ pub enum Site {
     Warn,
     /// A thread detaches to wait.
     Wait,
+    /// A thread that spawns detaches, for others to get on.
+    StandBack,
     /// The main function of a worker detaches.
     Main,
 }
 
-const SITES: [&str; 9] = [
+const SITES: [&str; 10] = [
     "worker",
     "thread_start",
     "callback",
@@ -60,35 +63,87 @@ const SITES: [&str; 9] = [
     "signal",
     "warn",
     "wait",
+    "stand_back",
     "main",
 ];
 
-/// The visits of one site, on a cache line of its own.
+/// The counts of one site, on a cache line of its own. Times are in nanoseconds.
 #[repr(align(128))]
-struct Visits(AtomicU64);
+struct Counts {
+    visits: AtomicU64,
+    waits: AtomicU64,
+    waited: AtomicU64,
+    inside: AtomicU64,
+}
 
-static VISITS: [Visits; SITES.len()] = [const { Visits(AtomicU64::new(0)) }; SITES.len()];
+static COUNTS: [Counts; SITES.len()] = [const {
+    Counts {
+        visits: AtomicU64::new(0),
+        waits: AtomicU64::new(0),
+        waited: AtomicU64::new(0),
+        inside: AtomicU64::new(0),
+    }
+}; SITES.len()];
+
+/// To attach takes less where nobody is in the way.
+const NO_WAIT: Duration = Duration::from_micros(5);
 
 fn visit(site: Site) {
     assert_unlocked();
-    VISITS[site as usize].0.fetch_add(1, Ordering::Relaxed);
+    COUNTS[site as usize].visits.fetch_add(1, Ordering::Relaxed);
 }
 
-/// The name and the visits of every site since the process began.
-pub fn visits() -> impl Iterator<Item = (&'static str, u64)> {
-    SITES
-        .iter()
-        .zip(&VISITS)
-        .map(|(name, visits)| (*name, visits.0.load(Ordering::Relaxed)))
+/// Counts a visit that waited for the interpreter, and was at the site for so long.
+fn count(site: Site, waited: Duration, inside: Duration) {
+    let counts = &COUNTS[site as usize];
+    let nanoseconds = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+    if waited > NO_WAIT {
+        counts.waits.fetch_add(1, Ordering::Relaxed);
+    }
+    counts
+        .waited
+        .fetch_add(nanoseconds(waited), Ordering::Relaxed);
+    counts
+        .inside
+        .fetch_add(nanoseconds(inside), Ordering::Relaxed);
+}
+
+/// What was counted at a site since the process began.
+pub struct Visits {
+    pub visits: u64,
+    /// Visits that found the interpreter taken.
+    pub waits: u64,
+    /// The time until the thread was attached, or attached again.
+    pub waited: Duration,
+    /// The time that it was attached, or detached, in between.
+    pub inside: Duration,
+}
+
+/// The name of every site and what was counted there.
+pub fn visits() -> impl Iterator<Item = (&'static str, Visits)> {
+    let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+    SITES.iter().zip(&COUNTS).map(move |(name, counts)| {
+        let visits = Visits {
+            visits: load(&counts.visits),
+            waits: load(&counts.waits),
+            waited: Duration::from_nanos(load(&counts.waited)),
+            inside: Duration::from_nanos(load(&counts.inside)),
+        };
+        (*name, visits)
+    })
 }
 
 /// Calls `f` attached to the interpreter.
 #[inline]
 pub fn attach<R>(site: Site, f: impl FnOnce(Python<'_>) -> R) -> R {
     visit(site);
+    let asked = Instant::now();
     Python::attach(|py| {
+        let attached = Instant::now();
         drop_deferred(py);
-        f(py)
+        let result = f(py);
+        count(site, attached - asked, attached.elapsed());
+        result
     })
 }
 
@@ -108,7 +163,18 @@ pub fn detach<R>(py: Python<'_>, site: Site, f: impl FnOnce() -> R) -> R {
         }
     }
     let f = Stays(f);
-    py.detach(move || f.call()).0
+    let detached = Instant::now();
+    let (result, asked) = py.detach(move || (f.call(), Instant::now()));
+    count(site, asked.elapsed(), asked - detached);
+    result.0
+}
+
+/// Whether this interpreter has a GIL, and it is on.
+pub fn has_gil(py: Python<'_>) -> PyResult<bool> {
+    if cfg!(Py_GIL_DISABLED) {
+        return py.import("sys")?.call_method0("_is_gil_enabled")?.extract();
+    }
+    Ok(true)
 }
 
 /// Whether the calling thread is attached. Unlike `PyGILState_Check` it also answers no after the

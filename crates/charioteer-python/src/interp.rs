@@ -20,6 +20,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple};
 
 use crate::gateway::{self, Hidden, PyRef, Site};
+use crate::gil::Gil;
 use crate::support::{error, support};
 use crate::task::{Awaiting, PyTask};
 
@@ -31,11 +32,12 @@ static ENGINES: Registry<Interp> = Registry::new();
 /// The domain of Python.
 pub struct Interp {
     on_failure: Option<PyRef>,
+    pub gil: Gil,
 }
 
 impl Interp {
-    pub fn new(on_failure: Option<PyRef>) -> Self {
-        Self { on_failure }
+    pub fn new(on_failure: Option<PyRef>, gil: Gil) -> Self {
+        Self { on_failure, gil }
     }
 }
 
@@ -628,7 +630,8 @@ impl Domain for Interp {
 
     #[inline]
     fn session(&self, run: &mut dyn FnMut()) {
-        gateway::attach(Site::Worker, |_| run());
+        self.gil
+            .session(|| gateway::attach(Site::Worker, |_| run()));
     }
 
     fn blocking(&self, wait: &mut dyn FnMut()) {

@@ -17,6 +17,7 @@ use pyo3::prelude::*;
 mod attached;
 mod callable;
 mod gateway;
+mod gil;
 mod interp;
 mod options;
 mod runtime;

@@ -16,6 +16,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 
 use crate::gateway::{self, PyRef, Site};
+use crate::gil::Gil;
 use crate::interp::{Core, Interp, Task};
 use crate::support::{error, support};
 use crate::task::PyTask;
@@ -144,13 +145,14 @@ pub struct PyEngine {
 impl PyEngine {
     /// Opens a runtime. `RuntimeActiveError` if one is open.
     #[new]
-    #[pyo3(signature = (workers, max_pending=None, trace=None, on_failure=None))]
+    #[pyo3(signature = (workers, max_pending=None, trace=None, on_failure=None, gil=None))]
     fn open(
         py: Python<'_>,
         workers: usize,
         max_pending: Option<usize>,
         trace: Option<std::path::PathBuf>,
         on_failure: Option<Bound<'_, PyAny>>,
+        gil: Option<usize>,
     ) -> PyResult<Self> {
         let process = std::process::id();
         let taken = !is_forked()
@@ -165,8 +167,9 @@ impl PyEngine {
                 ("a runtime is open already: one at a time in a process",),
             ));
         }
+        let observed = gil.is_none() && workers > 1 && gateway::has_gil(py)?;
         let engine = CoreEngine::open(
-            Interp::new(on_failure.map(PyRef::from)),
+            Interp::new(on_failure.map(PyRef::from), Gil::new(workers, observed)),
             Config {
                 workers,
                 max_pending,
@@ -178,6 +181,10 @@ impl PyEngine {
             Some(number) => PyOSError::new_err((number, error.to_string(), trace)),
             None => PyOSError::new_err(error.to_string()),
         })?;
+        engine.domain().gil.observe(&engine);
+        if let Some(width) = gil {
+            engine.set_width(width);
+        }
         // Another thread may have opened one meanwhile: starting threads let go of the interpreter.
         let lost = {
             let mut active = ACTIVE.lock().unwrap_or_else(PoisonError::into_inner);
@@ -250,6 +257,9 @@ impl PyEngine {
     /// Ends the threads; gives the tasks whose failures nobody received. Every task is done.
     fn close(&self, py: Python<'_>) -> PyResult<Vec<Py<PyTask>>> {
         set_active(None);
+        if !self.forked() {
+            self.engine.domain().gil.close(py);
+        }
         let failures = self.engine.close();
         forget_mine();
         failures
@@ -261,6 +271,9 @@ impl PyEngine {
     /// Leaves the threads behind: bodies do not end, and the user insisted.
     fn abandon(&self) {
         set_active(None);
+        if !self.forked() {
+            self.engine.domain().gil.abandon();
+        }
         self.engine.abandon();
         forget_mine();
     }
@@ -273,11 +286,22 @@ impl PyEngine {
         stats.set_item("finished", counts.finished)?;
         stats.set_item("pending", counts.spawned.wrapping_sub(counts.finished))?;
         stats.set_item("threads", counts.threads)?;
-        let gil = PyDict::new(py);
-        for (site, visits) in gateway::visits() {
-            gil.set_item(site, visits)?;
+        let sessions = PyDict::new(py);
+        let width = self.engine.width();
+        sessions.set_item("inside", self.engine.sessions())?;
+        sessions.set_item("width", (width != usize::MAX).then_some(width))?;
+        sessions.set_item("changes", self.engine.domain().gil.changes())?;
+        stats.set_item("sessions", sessions)?;
+        let sites = PyDict::new(py);
+        for (name, counted) in gateway::visits() {
+            let site = PyDict::new(py);
+            site.set_item("visits", counted.visits)?;
+            site.set_item("waits", counted.waits)?;
+            site.set_item("waited", counted.waited.as_secs_f64())?;
+            site.set_item("inside", counted.inside.as_secs_f64())?;
+            sites.set_item(name, site)?;
         }
-        stats.set_item("gateway", gil)?;
+        stats.set_item("gateway", sites)?;
         Ok(stats)
     }
 }

@@ -155,6 +155,7 @@ fn launch(
         // The spawner waited for room, and a signal's handler raised.
         return Err(interrupt);
     }
+    engine.domain().gil.spawned(py, engine);
     result.map_err(|why| spawn_error(py, why, target))
 }
 

@@ -528,6 +528,11 @@ impl<D: Domain> Engine<D> {
         self.wake();
     }
 
+    /// What was [set](Engine::set_width); `usize::MAX` before.
+    pub fn width(&self) -> usize {
+        self.sessions.width()
+    }
+
     /// How many workers are in sessions of the domain.
     pub fn sessions(&self) -> usize {
         self.sessions.inside()

@@ -20,7 +20,7 @@
 //! |---|---|---|
 //! | [`task`] | identity, the state machine, outcomes, links, latches | nobody |
 //! | `graph` | dependencies, cycles | `task` |
-//! | `schedule` | ready queues, places and grants, time limits | `task` |
+//! | `schedule` | ready queues, places and grants, sessions and their width, time limits | `task` |
 //! | `work` | the threads that run tasks, and waiting | all above |
 //! | [`engine`] | the façade that joins them: spawn, wait, cancel, close | all above |
 //! | [`trace`] | event rings and trace files | nobody |
@@ -39,3 +39,4 @@ pub mod trace;
 mod work;
 
 pub use schedule::places::Grant;
+pub use schedule::width::Width;

@@ -68,6 +68,10 @@ impl Gate {
         self.inside.load(Ordering::Relaxed)
     }
 
+    pub(crate) fn width(&self) -> usize {
+        self.width.load(Ordering::Relaxed)
+    }
+
     /// Lets `width` threads in from now on, at least one; the caller looks at the queues afterwards.
     pub(crate) fn set_width(&self, width: usize) {
         self.width.store(width.max(1), Ordering::SeqCst);

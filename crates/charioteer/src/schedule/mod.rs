@@ -14,3 +14,4 @@ mod loom_deque;
 pub(crate) mod places;
 pub(crate) mod queues;
 pub(crate) mod timer;
+pub(crate) mod width;

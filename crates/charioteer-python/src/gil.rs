@@ -1,0 +1,355 @@
+//! The GIL: how many workers compete for it, and when a spawner stands back.
+//!
+//! # Workers
+//!
+//! Bodies that release the GIL most of the time run side by side, and then there can hardly be too
+//! many workers. Bodies that hold it run one at a time, whatever their number, and each worker more
+//! only adds hand-overs. The core lets no more workers into sessions than a width says
+//! ([`Engine::set_width`](charioteer::engine::Engine::set_width)), and [`Width`] finds the width from the processor time that the workers in
+//! sessions use up. This module measures it: a thread, the *observer*, reads the processor clock of
+//! each worker's thread every [`TICK`]. It never attaches to the interpreter.
+//!
+//! The observer starts with the first session beside another one, and sleeps again when no session
+//! was seen for a while, with the gate wide open. So a runtime that is idle or runs one task after
+//! another has none (invariant 7), and a burst of tasks begins with all workers.
+//!
+//! # Spawners
+//!
+//! A thread that spawns without pause is attached all the time. A body that releases the GIL for a
+//! moment gets it back only after CPython's switch interval of 5 ms, each time. So a spawner that
+//! sees sessions and no task finished since it looked last, a millisecond ago or more, detaches for a
+//! while that is long enough for the others to wake: a shorter one would restart their 5 ms, and the
+//! spawner would be back before them. As long as that does not help, it looks after longer times and
+//! waits longer, in the same proportion, so that it keeps most of its rate in any case.
+//!
+//! Without a GIL none of this is done.
+
+use std::cell::{Cell, RefCell};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use charioteer::Width;
+use pyo3::prelude::*;
+
+use crate::gateway::{self, Site};
+use crate::interp::Core;
+
+/// The time between two looks of the observer.
+const TICK: Duration = Duration::from_millis(2);
+/// How many looks without a session let the observer sleep.
+const QUIET: u32 = 10;
+/// How many spawns pass between two looks of a spawner at the clock.
+const SPAWNS: u32 = 32;
+/// What passes between two looks of a spawner at what is finished, at first and at most.
+const LOOK: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(2));
+/// The part of that for which it stands back.
+const BACK: f64 = 0.5;
+
+static NUMBERS: AtomicU64 = AtomicU64::new(1);
+
+thread_local! {
+    /// The clock of this worker's thread, and the number of the observer that knows it.
+    static CLOCK: RefCell<Option<(u64, Arc<Clock>)>> = const { RefCell::new(None) };
+    static SPAWNER: Cell<Spawner> = const { Cell::new(Spawner { spawns: 0, looked: None, finished: 0, pace: LOOK.0 }) };
+}
+
+/// The processor clock of a thread.
+struct Clock {
+    id: libc::clockid_t,
+    inside: AtomicBool,
+}
+
+impl Clock {
+    fn of_this_thread() -> Option<Self> {
+        let mut id = 0;
+        // SAFETY: the calling thread exists, and the place for the clock is valid.
+        let error = unsafe { libc::pthread_getcpuclockid(libc::pthread_self(), &raw mut id) };
+        (error == 0).then_some(Self {
+            id,
+            inside: AtomicBool::new(false),
+        })
+    }
+
+    /// The processor time that the thread used up; nothing if it has ended.
+    fn now(&self) -> Option<Duration> {
+        let mut time = libc::timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        // SAFETY: the place for the time is valid; a clock of a thread that has ended is refused.
+        let error = unsafe { libc::clock_gettime(self.id, &raw mut time) };
+        let seconds = u64::try_from(time.tv_sec).ok()?;
+        let nanoseconds = u32::try_from(time.tv_nsec).ok()?;
+        (error == 0).then(|| Duration::new(seconds, nanoseconds))
+    }
+}
+
+/// What a thread that spawns remembers.
+#[derive(Clone, Copy)]
+struct Spawner {
+    spawns: u32,
+    looked: Option<Instant>,
+    finished: u64,
+    pace: Duration,
+}
+
+/// See the module.
+pub struct Gil(Option<Arc<Observer>>);
+
+struct Observer {
+    number: u64,
+    workers: usize,
+    engine: Mutex<Weak<Core>>,
+    clocks: Mutex<Vec<Arc<Clock>>>,
+    inside: AtomicUsize,
+    awake: AtomicBool,
+    width: AtomicUsize,
+    changes: AtomicU64,
+    closed: Mutex<bool>,
+    bell: Condvar,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Gil {
+    /// `observed`: there is a GIL, and nobody said how many of the `workers` may compete for it.
+    pub fn new(workers: usize, observed: bool) -> Self {
+        Self(observed.then(|| {
+            Arc::new(Observer {
+                number: NUMBERS.fetch_add(1, Ordering::Relaxed),
+                workers,
+                engine: Mutex::new(Weak::new()),
+                clocks: Mutex::new(Vec::new()),
+                inside: AtomicUsize::new(0),
+                awake: AtomicBool::new(false),
+                width: AtomicUsize::new(workers),
+                changes: AtomicU64::new(0),
+                closed: Mutex::new(false),
+                bell: Condvar::new(),
+                thread: Mutex::new(None),
+            })
+        }))
+    }
+
+    /// The engine whose workers are observed.
+    pub fn observe(&self, engine: &Arc<Core>) {
+        if let Some(observer) = &self.0 {
+            *lock(&observer.engine) = Arc::downgrade(engine);
+        }
+    }
+
+    /// How often the width changed.
+    pub fn changes(&self) -> u64 {
+        self.0
+            .as_ref()
+            .map_or(0, |observer| observer.changes.load(Ordering::Relaxed))
+    }
+
+    /// Calls `run`, which is a session of this thread.
+    #[inline]
+    pub fn session(&self, run: impl FnOnce()) {
+        let Some(observer) = self.0.as_ref().filter(|observer| observer.workers > 1) else {
+            return run();
+        };
+        let clock = observer.clock();
+        let set = |inside| {
+            if let Some(clock) = &clock {
+                clock.inside.store(inside, Ordering::Relaxed);
+            }
+        };
+        set(true);
+        if observer.inside.fetch_add(1, Ordering::SeqCst) != 0
+            && !observer.awake.load(Ordering::SeqCst)
+        {
+            observer.awaken();
+        }
+        run();
+        observer.inside.fetch_sub(1, Ordering::Relaxed);
+        set(false);
+    }
+
+    /// A task was spawned by this thread, which is attached and may stand back now.
+    #[inline]
+    pub fn spawned(&self, py: Python<'_>, engine: &Arc<Core>) {
+        if self.0.is_none() {
+            return;
+        }
+        let mut spawner = SPAWNER.get();
+        spawner.spawns = spawner.spawns.wrapping_add(1);
+        if spawner.spawns.is_multiple_of(SPAWNS) {
+            spawner.look(py, engine);
+        }
+        SPAWNER.set(spawner);
+    }
+
+    /// Tells the observer to end.
+    pub fn abandon(&self) {
+        if let Some(observer) = &self.0 {
+            *lock(&observer.closed) = true;
+            observer.bell.notify_all();
+        }
+    }
+
+    /// Ends the observer.
+    pub fn close(&self, py: Python<'_>) {
+        self.abandon();
+        let Some(observer) = &self.0 else { return };
+        let thread = lock(&observer.thread).take();
+        if let Some(thread) = thread {
+            // It may be about to start a thread, for which it attaches.
+            let ended = gateway::detach(py, Site::Wait, || thread.join());
+            if ended.is_err() {
+                eprintln!("charioteer: the observer of the GIL panicked");
+            }
+        }
+    }
+}
+
+impl Spawner {
+    fn look(&mut self, py: Python<'_>, engine: &Arc<Core>) {
+        let now = Instant::now();
+        let rested = self.looked.map(|looked| now.duration_since(looked));
+        if rested.is_some_and(|rested| rested < self.pace) {
+            return;
+        }
+        let finished = engine.counts().finished;
+        // Its own session, if it is a body.
+        let others = engine.sessions() - usize::from(engine.is_worker()).min(engine.sessions());
+        if others != 0
+            && finished == self.finished
+            && rested.is_some_and(|rested| rested < 8 * self.pace)
+        {
+            let back = self.pace.mul_f64(BACK);
+            gateway::detach(py, Site::StandBack, || std::thread::sleep(back));
+            self.pace = (2 * self.pace).min(LOOK.1);
+        } else {
+            self.pace = LOOK.0;
+        }
+        self.finished = finished;
+        self.looked = Some(Instant::now());
+    }
+}
+
+impl Observer {
+    /// The clock of this thread, which the observer knows from now on.
+    fn clock(&self) -> Option<Arc<Clock>> {
+        CLOCK.with(|known| {
+            let mut known = known.borrow_mut();
+            match &*known {
+                Some((number, clock)) if *number == self.number => Some(Arc::clone(clock)),
+                _ => {
+                    let clock = Arc::new(Clock::of_this_thread()?);
+                    lock(&self.clocks).push(Arc::clone(&clock));
+                    *known = Some((self.number, Arc::clone(&clock)));
+                    Some(clock)
+                }
+            }
+        })
+    }
+
+    #[cold]
+    fn awaken(self: &Arc<Self>) {
+        let closed = lock(&self.closed);
+        if *closed || self.awake.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        let mut thread = lock(&self.thread);
+        if thread.is_none() {
+            let observer = Arc::clone(self);
+            // Without the thread the width stays as it is, and all tasks run as well.
+            *thread = std::thread::Builder::new()
+                .name("charioteer-gil".to_owned())
+                .spawn(move || observer.main())
+                .ok();
+        }
+        drop(thread);
+        drop(closed);
+        self.bell.notify_all();
+    }
+
+    fn main(&self) {
+        let mut closed = lock(&self.closed);
+        while !*closed {
+            if self.awake.load(Ordering::Relaxed) {
+                closed = self.watch(closed);
+            } else {
+                closed = self
+                    .bell
+                    .wait(closed)
+                    .unwrap_or_else(PoisonError::into_inner);
+            }
+        }
+    }
+
+    /// Finds the width, until nothing is left to observe.
+    fn watch<'a>(&'a self, mut closed: MutexGuard<'a, bool>) -> MutexGuard<'a, bool> {
+        let mut width = Width::new(self.workers);
+        let mut clocks: Vec<(Arc<Clock>, Option<Duration>)> = Vec::new();
+        let mut quiet = 0;
+        let mut before = (Instant::now(), 0);
+        while quiet < QUIET {
+            (closed, _) = self
+                .bell
+                .wait_timeout(closed, TICK)
+                .unwrap_or_else(PoisonError::into_inner);
+            if *closed {
+                return closed;
+            }
+            drop(closed);
+            let Some(engine) = lock(&self.engine).upgrade() else {
+                return lock(&self.closed);
+            };
+            let now = Instant::now();
+            let used = self.used(&mut clocks);
+            let rate = used.as_secs_f64() / now.duration_since(before.0).as_secs_f64();
+            let inside = engine.sessions();
+            let between = (before.1.min(inside), before.1.max(inside));
+            let wanted = width.measured(rate, between);
+            if wanted != self.width.swap(wanted, Ordering::Relaxed) {
+                self.changes.fetch_add(1, Ordering::Relaxed);
+                engine.set_width(wanted);
+            }
+            before = (now, inside);
+            quiet = if inside == 0 { quiet + 1 } else { 0 };
+            closed = lock(&self.closed);
+        }
+        self.width.store(self.workers, Ordering::Relaxed);
+        self.awake.store(false, Ordering::SeqCst);
+        if self.inside.load(Ordering::SeqCst) > 1 {
+            // Somebody came while it looked away, and took it for awake.
+            self.awake.store(true, Ordering::SeqCst);
+        }
+        drop(closed);
+        if let Some(engine) = lock(&self.engine).upgrade() {
+            engine.set_width(self.workers);
+        }
+        lock(&self.closed)
+    }
+
+    /// The processor time that threads in sessions used up since the last call.
+    fn used(&self, clocks: &mut Vec<(Arc<Clock>, Option<Duration>)>) -> Duration {
+        let known = lock(&self.clocks);
+        for clock in &known[clocks.len()..] {
+            clocks.push((Arc::clone(clock), None));
+        }
+        drop(known);
+        let mut used = Duration::ZERO;
+        for (clock, before) in clocks {
+            let now = clock
+                .inside
+                .load(Ordering::Relaxed)
+                .then(|| clock.now())
+                .flatten();
+            if let (Some(before), Some(now)) = (*before, now) {
+                used += now.saturating_sub(before);
+            }
+            *before = now;
+        }
+        used
+    }
+}

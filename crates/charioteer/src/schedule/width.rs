@@ -1,0 +1,315 @@
+//! How wide the [`gate`](super::gate) should be: a controller for domains whose sessions exclude
+//! each other in part, as threads that are attached to a Python with a GIL do.
+//!
+//! # What is measured
+//!
+//! The *rate*: how many seconds of processor time the threads in sessions use up in a second, all
+//! together. It is known without a look into bodies, also in the middle of long ones, and it is
+//! progress: a thread that waits for the GIL uses no processor time. (Hand-overs use some, a few per
+//! cent; the thresholds leave room for that.)
+//!
+//! # How it decides
+//!
+//! A measurement counts if the gate was full all the time: as many threads inside as may be. With
+//! width `w` and rate `r`:
+//!
+//! * `r` well below `w`: the threads wait for something. If that is the GIL, `r` threads' worth of
+//!   bodies is all that it lets through, and a width a little above `r` lets just as much through,
+//!   with fewer hand-overs and shorter queues. So the width shrinks to [`SLACK`] times `r`, and not
+//!   below a quarter at once; where it is as narrow as that, by one. If the rate falls by that, it
+//!   was not the GIL that they waited for (they sleep, or wait for a socket): the width goes back,
+//!   the next try has to wait, and meanwhile it may grow.
+//! * `r` below one half: nobody holds the GIL for long, and the gate is opened.
+//! * `r` close to `w`: every thread makes progress, and more might as well. The width grows, and
+//!   faster as long as that pays off. If the rate does not grow with it, the width goes back, and
+//!   the next try has to wait.
+//!
+//! # Why it does not oscillate
+//!
+//! Every change is a trial against the rate before it, and one that does not pay off is taken back
+//! after one measurement. After that the width rests for a number of measurements that doubles with
+//! each failure, and is halved by a success. So what wrong trials cost is bounded: one part in
+//! [`PATIENCE`] at worst, and that only as much as the trial's width is worse. A narrower gate has to
+//! give as much as the one before, a wider one more; what gives the same stays narrow.
+//!
+//! That a limit on the threads in a critical section raises its throughput is from Dice and Kogan,
+//! *Malthusian Locks* (EuroSys 2017); climbing by trials of the measured throughput is what thread
+//! pools do, as in Hellerstein et al., *Optimizing concurrency levels in the .NET ThreadPool* (2008).
+
+/// Threads to a unit of rate that keep the GIL busy although they are not in step.
+const SLACK: f64 = 1.45;
+/// Below this part of the width, the threads inside wait for something.
+const WAITING: f64 = 0.85;
+/// Above this part of the width, every thread inside makes progress.
+const BUSY: f64 = 0.9;
+/// Below this rate it is not the GIL that threads wait for: who holds it uses a processor up. What
+/// little there is to measure then would be noise.
+const IDLE: f64 = 0.5;
+/// What has to be left of the rate when the width shrinks.
+const KEPT: f64 = 0.93;
+/// The gain in rate, relative to the growth of the width, that is worth a wider gate.
+const WORTH: f64 = 0.15;
+/// The gain at which the next growth is larger.
+const WELL_WORTH: f64 = 0.7;
+/// How many measurements rest after trials that failed, at most.
+const PATIENCE: u32 = 16;
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Trial {
+    from: usize,
+    rate: f64,
+    /// The rate that is worth a narrower gate.
+    kept: f64,
+}
+
+/// See the module.
+#[derive(Clone, Debug)]
+pub struct Width {
+    most: usize,
+    width: usize,
+    trial: Option<Trial>,
+    /// How much the next growth adds.
+    step: usize,
+    /// Measurements left before the width may shrink or grow, and how many it will be next time.
+    shrink_rest: (u32, u32),
+    grow_rest: (u32, u32),
+}
+
+impl Width {
+    /// Starts with `most` threads, and lets never more in.
+    #[must_use]
+    pub fn new(most: usize) -> Self {
+        let most = most.max(1);
+        Self {
+            most,
+            width: most,
+            trial: None,
+            step: 1,
+            shrink_rest: (0, 1),
+            grow_rest: (0, 1),
+        }
+    }
+
+    /// The width now.
+    #[must_use]
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Takes a measurement, and gives the width from now on. `rate`: seconds of processor time in a
+    /// second; `inside`: the least and the most threads that were seen inside meanwhile.
+    pub fn measured(&mut self, rate: f64, inside: (usize, usize)) -> usize {
+        if inside.1 > self.width {
+            // Some have still to leave.
+            return self.width;
+        }
+        if inside.0 < self.width {
+            // Too few tasks for this width: nothing can be said of it.
+            if let Some(trial) = self.trial.take() {
+                self.width = self.width.max(trial.from);
+            }
+            return self.width;
+        }
+        if rate < IDLE {
+            self.trial = None;
+            self.width = self.most;
+            return self.width;
+        }
+        self.shrink_rest.0 = self.shrink_rest.0.saturating_sub(1);
+        self.grow_rest.0 = self.grow_rest.0.saturating_sub(1);
+        // After one that failed the rate of the width that it is again has to be measured anew.
+        if self
+            .trial
+            .take()
+            .is_none_or(|trial| self.judge(trial, rate))
+        {
+            self.try_another(rate);
+        }
+        self.width
+    }
+
+    /// Whether a trial paid off; takes it back if not.
+    fn judge(&mut self, trial: Trial, rate: f64) -> bool {
+        let rest = |(_, next): (u32, u32)| (next, (2 * next).min(PATIENCE));
+        let eased = |(_, next): (u32, u32)| (0, (next / 2).max(1));
+        if self.width < trial.from {
+            let paid = rate >= trial.kept;
+            if paid {
+                self.shrink_rest = eased(self.shrink_rest);
+            } else {
+                self.width = trial.from;
+                self.shrink_rest = rest(self.shrink_rest);
+            }
+            return paid;
+        }
+        let growth = self.width as f64 / trial.from as f64 - 1.0;
+        let gain = rate / trial.rate - 1.0;
+        let paid = gain >= WORTH * growth;
+        if !paid {
+            self.width = trial.from;
+            self.grow_rest = rest(self.grow_rest);
+            self.step = 1;
+        } else {
+            self.grow_rest = eased(self.grow_rest);
+            self.step = if gain < WELL_WORTH * growth {
+                1
+            } else {
+                2 * self.step
+            };
+        }
+        paid
+    }
+
+    fn try_another(&mut self, rate: f64) {
+        let from = self.width;
+        let waiting = rate < WAITING * from as f64;
+        let mut kept = KEPT * rate;
+        if waiting && self.shrink_rest.0 == 0 {
+            // Widths are small numbers, so the casts are exact enough.
+            #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+            let enough = (SLACK * rate).round() as usize;
+            self.width = enough.max(from / 4).max(1);
+            if self.width >= from {
+                // Fewer than should be needed: not for less.
+                self.width = (from - 1).max(1);
+                kept = rate;
+            }
+        }
+        // Also what waits, where narrower is worse or cannot be: if it is not the GIL that it waits
+        // for, there can never be too many.
+        if self.width == from
+            && (waiting || from == 1 || rate > BUSY * from as f64)
+            && self.grow_rest.0 == 0
+        {
+            self.width = (from + self.step).min(self.most);
+        }
+        if self.width != from {
+            self.trial = Some(Trial { from, rate, kept });
+        }
+    }
+}
+
+#[cfg(test)]
+#[cfg(not(loom))]
+mod tests {
+    use super::*;
+
+    /// Rates by width, of bodies of 1 ms of which a share holds the GIL, in slices: measured on 16
+    /// cores with CPython 3.12.3, as the efficiency of 1,000 tasks times the ideal.
+    const WIDTHS: [f64; 10] = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0];
+    const FREE: Rates = [1.00, 1.98, 2.96, 3.92, 4.90, 5.88, 7.76, 9.76, 11.60, 14.88];
+    const SHARE_5_SLICES_1: Rates = [0.99, 1.97, 2.93, 3.89, 4.83, 5.78, 7.68, 9.44, 11.36, 13.76];
+    const SHARE_5_SLICES_10: Rates = [0.98, 1.92, 2.88, 3.84, 4.64, 5.60, 6.88, 6.40, 6.56, 6.40];
+    const SHARE_20_SLICES_1: Rates = [1.00, 1.95, 2.90, 3.85, 4.54, 4.20, 4.05, 4.05, 4.05, 3.95];
+    const SHARE_20_SLICES_10: Rates = [0.98, 1.90, 2.85, 3.25, 3.15, 3.15, 3.10, 2.70, 2.65, 2.60];
+    const SHARE_20_SLICES_100: Rates = [0.90, 1.50, 1.05, 0.95, 0.90, 1.00, 0.95, 0.85, 1.00, 0.90];
+    const SHARE_50_SLICES_1: Rates = [1.00, 1.92, 1.80, 1.80, 1.80, 1.80, 1.78, 1.76, 1.76, 1.78];
+    const SHARE_50_SLICES_10: Rates = [0.98, 1.60, 1.62, 1.60, 1.42, 1.40, 1.30, 1.28, 1.24, 1.18];
+    const HELD: Rates = [0.99, 1.01, 1.01, 1.01, 1.01, 1.01, 1.01, 1.01, 1.01, 1.01];
+    const ASLEEP: Rates = [
+        0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.06, 0.08,
+    ];
+    type Rates = [f64; 10];
+
+    fn at(rates: &Rates, width: usize) -> f64 {
+        let width = width as f64;
+        let next = WIDTHS.iter().position(|other| *other >= width).unwrap();
+        if next == 0 {
+            return rates[0];
+        }
+        let (low, high) = (WIDTHS[next - 1], WIDTHS[next]);
+        let part = (width - low) / (high - low);
+        rates[next - 1] + part * (rates[next] - rates[next - 1])
+    }
+
+    fn best(rates: &Rates) -> f64 {
+        rates.iter().copied().fold(0.0, f64::max)
+    }
+
+    /// The mean rate of `measurements`, each with up to `noise` of error.
+    fn run(width: &mut Width, rates: &Rates, measurements: u32, noise: f64) -> f64 {
+        let mut random = 1_u64;
+        let mut sum = 0.0;
+        for _ in 0..measurements {
+            let now = width.width();
+            let rate = at(rates, now);
+            sum += rate;
+            random = random
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            let error = noise * ((random >> 33) as f64 / f64::from(1_u32 << 30) - 1.0);
+            width.measured(rate * (1.0 + error), (now, now));
+        }
+        sum / f64::from(measurements)
+    }
+
+    const ALL: [(&str, &Rates); 10] = [
+        ("free", &FREE),
+        ("5 %, 1 slice", &SHARE_5_SLICES_1),
+        ("5 %, 10 slices", &SHARE_5_SLICES_10),
+        ("20 %, 1 slice", &SHARE_20_SLICES_1),
+        ("20 %, 10 slices", &SHARE_20_SLICES_10),
+        ("20 %, 100 slices", &SHARE_20_SLICES_100),
+        ("50 %, 1 slice", &SHARE_50_SLICES_1),
+        ("50 %, 10 slices", &SHARE_50_SLICES_10),
+        ("held", &HELD),
+        ("asleep", &ASLEEP),
+    ];
+
+    #[test]
+    fn it_comes_close_to_the_best_width() {
+        for (name, rates) in ALL {
+            for noise in if name == "asleep" {
+                [0.0, 1.0, 4.0]
+            } else {
+                [0.0, 0.02, 0.05]
+            } {
+                let mut width = Width::new(16);
+                run(&mut width, rates, 20, noise);
+                let mean = run(&mut width, rates, 1000, noise);
+                let part = mean / best(rates);
+                assert!(part > 0.95, "{name}, noise {noise}: {part:.3} of the best");
+            }
+        }
+    }
+
+    #[test]
+    fn it_gets_there_fast_from_anywhere() {
+        for (_, before) in ALL {
+            for (name, rates) in ALL {
+                let mut width = Width::new(16);
+                run(&mut width, before, 200, 0.0);
+                run(&mut width, rates, 25, 0.0);
+                let mean = run(&mut width, rates, 50, 0.0);
+                let part = mean / best(rates);
+                assert!(part > 0.9, "{name} after {before:?}: {part:.3}");
+            }
+        }
+    }
+
+    #[test]
+    fn too_few_tasks_say_nothing() {
+        let mut width = Width::new(8);
+        for _ in 0..100 {
+            assert_eq!(width.measured(0.5, (3, 5)), 8);
+        }
+    }
+
+    #[test]
+    fn threads_that_have_still_to_leave_say_nothing() {
+        let mut width = Width::new(8);
+        assert_eq!(width.measured(1.0, (8, 8)), 2);
+        for _ in 0..100 {
+            assert_eq!(width.measured(1.0, (2, 8)), 2);
+        }
+        assert_eq!(width.measured(1.0, (2, 2)), 1);
+    }
+
+    #[test]
+    fn one_worker_is_let_in_whatever_is_measured() {
+        let mut width = Width::new(1);
+        for rate in [0.0, 0.5, 1.0, 2.0, f64::NAN] {
+            assert_eq!(width.measured(rate, (1, 1)), 1);
+        }
+    }
+}
