@@ -49,9 +49,11 @@ pub enum Site {
     Wait,
     /// The main function of a worker detaches.
     Main,
+    /// An attached thread detaches to call a native body.
+    Native,
 }
 
-const SITES: [&str; 9] = [
+const SITES: [&str; 10] = [
     "worker",
     "thread_start",
     "callback",
@@ -61,6 +63,7 @@ const SITES: [&str; 9] = [
     "warn",
     "wait",
     "main",
+    "native",
 ];
 
 /// The visits of one site, on a cache line of its own.
@@ -114,7 +117,7 @@ pub fn detach<R>(py: Python<'_>, site: Site, f: impl FnOnce() -> R) -> R {
 /// Whether the calling thread is attached. Unlike `PyGILState_Check` it also answers no after the
 /// interpreter ended, when the last thread-local caches are dropped.
 #[inline]
-fn is_attached() -> bool {
+pub fn is_attached() -> bool {
     // SAFETY: both may be called at any time: they read which state is current, and which is this
     // thread's.
     unsafe {

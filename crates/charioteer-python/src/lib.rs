@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `gateway` | where the interpreter is entered and left, and references of detached threads |
 //! | `interp` | Python as a domain of the runtime: bodies, calls, coroutines, failures |
+//! | `native` | C functions as bodies: what they take, how they are called, what they fail with |
 //! | `callable` | what a callable captures, and whether it may be spawned |
 //! | `options` | keywords of tasks |
 //! | `spawn` | `task`, `spawn`, `spawn_many`, task functions |
@@ -18,6 +19,7 @@ mod attached;
 mod callable;
 mod gateway;
 mod interp;
+mod native;
 mod options;
 mod runtime;
 mod space;
@@ -33,6 +35,8 @@ static GLOBAL: mimalloc::MiMalloc = mimalloc::MiMalloc;
 mod _core {
     #[pymodule_export]
     use super::interp::{leave_native_step, limits_changed};
+    #[pymodule_export]
+    use super::native::NativeFunction;
     #[pymodule_export]
     use super::runtime::{
         Context, PyEngine, after_fork, current_context, is_open, is_worker, read_trace,
