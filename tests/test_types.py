@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import charioteer as ch
+from charioteer import blas
 
 
 @pytest.fixture
@@ -187,6 +188,16 @@ def _reads_and_writes(a: ch.In[int], b: ch.InOut[str]) -> ch.Out[bytes]:
 def test_modes_are_annotations() -> None:
     assert_type(_reads_and_writes(1, "a"), bytes)
     assert _reads_and_writes(1, "a") == b"\x01a"
+
+
+def test_blas(runtime: ch.Runtime) -> None:
+    pytest.importorskip("scipy")
+    a = np.eye(2)
+    assert_type(blas.potrf(a), ch.Task[None])
+    assert_type(blas.gemm.options(priority=1)(a, a, a.copy(), trans_b="T"), ch.Task[None])
+    assert_type(blas.potrf.map([np.eye(2), np.eye(3)]), ch.TaskList[None])
+    assert_type(blas.routine("dgemm"), ch.TaskFunction[..., None])
+    blas.trsm.fn(a, np.ones((2, 1)), lower=True)
 
 
 def test_generic_classes_are_subscripted_at_run_time_too() -> None:

@@ -41,6 +41,7 @@ __all__ = [
     "is_failed",
     "is_open",
     "is_worker",
+    "lapack_adapters",
     "leave_native_step",
     "limits_changed",
     "read_trace",
@@ -456,6 +457,8 @@ class NativeFunction:
     def __name__(self) -> str: ...
     @property
     def __qualname__(self) -> str: ...
+
+def lapack_adapters() -> tuple[int, int]: ...
 
 # The runtime and the running task.
 
