@@ -21,7 +21,7 @@ import scipy.linalg
 
 import charioteer as ch
 from charioteer import demo
-from charioteer.demo import command, gp, kernels, serial
+from charioteer.demo import command, gp, kernels, native, serial
 from charioteer.demo.kernels import Tile
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -156,21 +156,29 @@ def test_kernels_run_without_the_gil() -> None:
     pytest.fail("nothing else ran while a kernel did")
 
 
-def _run(work: gp.Workspace) -> np.ndarray[Any, np.dtype[np.intp]]:
-    labels = gp.spawn_graph(work, T := gp.Spaces())
+BODIES = [None, native.Kernels()]
+
+
+def _run(
+    work: gp.Workspace, factor: native.Kernels | None = None
+) -> np.ndarray[Any, np.dtype[np.intp]]:
+    labels = gp.spawn_graph(work, T := gp.Spaces(), factor=factor)
     T.backward[0].result()
     answers = labels.result()
     return np.concatenate(answers) if answers else np.empty(0, np.intp)
 
 
+@pytest.mark.parametrize("bodies", BODIES, ids=["python", "native"])
 @pytest.mark.parametrize(("n", "tile"), [(1, 4), (6, 6), (13, 4), (60, 16), (101, 9)])
-def test_graph_equals_the_serial_run(rt_any: ch.Runtime, n: int, tile: int) -> None:
+def test_graph_equals_the_serial_run(
+    rt_any: ch.Runtime, n: int, tile: int, bodies: native.Kernels | None
+) -> None:
     work = gp.Workspace(gp.synthetic(n, classes=3), tile)
     serial.run(work)
     factor, weights = work.lower(), work.solution()
     for _ in range(3):
         work.clear()
-        _run(work)
+        _run(work, bodies)
         np.testing.assert_array_equal(work.lower(), factor)
         np.testing.assert_array_equal(work.solution(), weights)
 
@@ -206,6 +214,27 @@ def test_a_failed_factorization_reaches_the_answer() -> None:
         with pytest.raises(ch.DependencyError) as caught:
             graph.backward[0].result()
         assert isinstance(caught.value.__cause__, np.linalg.LinAlgError)
+    with ch.Runtime(workers=2):
+        graph = gp.Spaces()
+        gp.spawn_graph(work, graph, factor=native.Kernels())
+        with pytest.raises(ch.DependencyError) as caught:
+            graph.backward[0].result()
+        assert isinstance(caught.value.__cause__, ch.NativeError)
+
+
+def test_empty_native_kernels_touch_nothing(rt_any: ch.Runtime) -> None:
+    tiles = [Tile(_random(3, 3, seed)) for seed in range(3)]
+    before = [tile.array.copy() for tile in tiles]
+    op = native.Kernels(empty=True)
+    for function, arguments in [
+        op.potrf(tiles[0]),
+        op.trsm(tiles[0], tiles[1]),
+        op.syrk(tiles[0], tiles[1]),
+        op.gemm(*tiles),
+    ]:
+        function(*arguments).result()
+    for tile, array in zip(tiles, before, strict=True):
+        np.testing.assert_array_equal(tile.array, array)
 
 
 @pytest.mark.parametrize("sizes", [(0, 16), (-1, 16), (16, 0)])
@@ -216,7 +245,16 @@ def test_sizes_must_be_positive(sizes: tuple[int, int]) -> None:
         command.measure(gp.synthetic(8), 4, runs=0)
 
 
-@pytest.mark.parametrize("extra", [[], ["--factor-only"], ["--compare"]])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        [],
+        ["--factor-only"],
+        ["--compare"],
+        ["--native"],
+        ["--bodies", "native", "--factor-only", "--compare"],
+    ],
+)
 def test_command(extra: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "records.json"
     arguments = ["--size", "90", "--tile", "32", "--workers", "2", "--runs", "2"]
@@ -229,7 +267,12 @@ def test_command(extra: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
     entries = json.loads(path.read_text())
     metrics = {entry["metric"] for entry in entries}
     assert metrics >= {"makespan", "efficiency", "overhead per task", "relative error"}
-    assert ("speed-up" in metrics) == ("--compare" in extra)
+    assert ("speed-up" in metrics) == ("native gain" in metrics) == ("--compare" in extra)
+    makespans = [entry for entry in entries if entry["metric"] == "makespan"]
+    kinds = {"native" if {"--native", "native"} & set(extra) else "python"}
+    assert {entry["params"]["bodies"] for entry in makespans} == (
+        {"python", "native"} if "--compare" in extra else kinds
+    )
     for entry in entries:
         assert entry["benchmark"] == "demo"
         assert entry["min"] <= entry["median"] <= entry["max"]
@@ -278,6 +321,7 @@ def test_a_wrong_result_fails_the_check(
         ["--runs", "0"],
         ["--workers", "-1"],
         ["--size", "8", "--json", "/no/such/directory/records.json"],
+        ["--bodies", "cuda"],
         ["--colour"],
     ],
 )

@@ -7,12 +7,15 @@ same lines show that the runtime does what the types say.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 from collections.abc import Iterator
 from typing import Any, assert_type
 
+import numpy as np
 import pytest
 
 import charioteer as ch
+from charioteer import blas
 
 
 @pytest.fixture
@@ -162,6 +165,39 @@ def test_submit_and_context(runtime: ch.Runtime) -> None:
         return context.device.kind.name, len(context.devices), context.task.name
 
     assert here.result() == ("cpu", 1, "here")
+
+
+def test_native_tasks(runtime: ch.Runtime) -> None:
+    library = ctypes.CDLL("libm.so.6")
+    power = ch.native(library.pow, ("f8", "f8"), returns="f8", priority=1)
+    assert_type(power, ch.TaskFunction[..., Any])
+    assert_type(power(2.0, 3.0), ch.Task[Any])
+    assert power.options("named")(2.0, 3.0).result() == power.fn(2.0, 3.0) == 8.0
+    memcpy = ctypes.CDLL(None).memcpy
+    params = (ch.Out[np.float64], ch.In[np.ndarray[Any, Any]], "u8")
+    copy = ch.native(memcpy, params, order="A")
+    target = np.zeros(2)
+    copy(target, np.ones(2), 16).result()
+    assert target.sum() == 2
+
+
+def _reads_and_writes(a: ch.In[int], b: ch.InOut[str]) -> ch.Out[bytes]:
+    return assert_type(a, int).to_bytes() + assert_type(b, str).encode()
+
+
+def test_modes_are_annotations() -> None:
+    assert_type(_reads_and_writes(1, "a"), bytes)
+    assert _reads_and_writes(1, "a") == b"\x01a"
+
+
+def test_blas(runtime: ch.Runtime) -> None:
+    pytest.importorskip("scipy")
+    a = np.eye(2)
+    assert_type(blas.potrf(a), ch.Task[None])
+    assert_type(blas.gemm.options(priority=1)(a, a, a.copy(), trans_b="T"), ch.Task[None])
+    assert_type(blas.potrf.map([np.eye(2), np.eye(3)]), ch.TaskList[None])
+    assert_type(blas.routine("dgemm"), ch.TaskFunction[..., None])
+    blas.trsm.fn(a, np.ones((2, 1)), lower=True)
 
 
 def test_generic_classes_are_subscripted_at_run_time_too() -> None:

@@ -28,6 +28,7 @@ from charioteer._core import (
     task,
 )
 from charioteer._futures import TaskGroup, WaitResult, as_completed, gather, wait
+from charioteer._native import In, InOut, Out, native
 from charioteer._runtime import Runtime
 from charioteer.devices import Device, DeviceSet, Kind, cpu
 from charioteer.errors import (
@@ -39,6 +40,7 @@ from charioteer.errors import (
     CycleError,
     DependencyError,
     DuplicateTaskError,
+    NativeError,
     NoRuntimeError,
     PlacementError,
     RuntimeActiveError,
@@ -66,8 +68,12 @@ __all__ = [
     "Device",
     "DeviceSet",
     "DuplicateTaskError",
+    "In",
+    "InOut",
     "Kind",
+    "NativeError",
     "NoRuntimeError",
+    "Out",
     "PlacementError",
     "Runtime",
     "RuntimeActiveError",
@@ -84,6 +90,7 @@ __all__ = [
     "cpu",
     "current",
     "gather",
+    "native",
     "read_trace",
     "spawn",
     "spawn_many",

@@ -21,6 +21,7 @@ __all__ = [
     "Awaiting",
     "Context",
     "Engine",
+    "NativeFunction",
     "Spawner",
     "Subscription",
     "Task",
@@ -40,6 +41,7 @@ __all__ = [
     "is_failed",
     "is_open",
     "is_worker",
+    "lapack_adapters",
     "leave_native_step",
     "limits_changed",
     "read_trace",
@@ -434,6 +436,29 @@ def block(tasks: Tasks, until: str, timeout: float | None = None) -> bool: ...
 def awaiting(tasks: Tasks, until: str, values: bool = True) -> Awaiting: ...
 def is_failed(task: Task[Any]) -> bool: ...
 def cancel_requested(task: Task[Any]) -> bool: ...
+
+# Native tasks.
+
+@final
+class NativeFunction:
+    def __new__(
+        cls,
+        name: str,
+        address: int,
+        owner: object,
+        parameters: list[tuple[str, str]],
+        order: str,
+        returns: str,
+        check: str | None,
+        signature: str,
+    ) -> Self: ...
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any: ...
+    @property
+    def __name__(self) -> str: ...
+    @property
+    def __qualname__(self) -> str: ...
+
+def lapack_adapters() -> tuple[int, int]: ...
 
 # The runtime and the running task.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import os
 from collections.abc import Sequence
 
 
@@ -139,6 +140,29 @@ class CancelledError(CharioteerError, concurrent.futures.CancelledError):
 
     def __str__(self) -> str:
         return f"{self.name} was cancelled"
+
+
+class NativeError(CharioteerError, RuntimeError):
+    """A native task's function said that it failed.
+
+    Args:
+        function: its name.
+        code: what it said.
+        how: by its return value (``"returned"``), by ``"errno"``, or by its parameter ``"info"``.
+    """
+
+    def __init__(self, function: str, code: int, how: str) -> None:
+        super().__init__(function, code, how)
+        self.function = function
+        self.code = code
+        self.how = how
+
+    def __str__(self) -> str:
+        if self.how == "errno":
+            return f"{self.function} failed with errno {self.code}: {os.strerror(self.code)}"
+        if self.how == "info":
+            return f"{self.function} failed with info = {self.code}"
+        return f"{self.function} failed: it returned {self.code}"
 
 
 class NoRuntimeError(CharioteerError, RuntimeError):

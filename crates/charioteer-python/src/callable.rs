@@ -12,7 +12,7 @@
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use pyo3::exceptions::PyTypeError;
 use pyo3::ffi;
@@ -21,6 +21,7 @@ use pyo3::types::{PyDict, PyModule, PyString, PyTuple, PyType};
 
 use crate::gateway::{Hidden, PyRef};
 use crate::interp::Watched;
+use crate::native::{self, NativeFunction};
 use crate::support::{error, support};
 
 /// What a code object tells.
@@ -121,9 +122,28 @@ fn facts(py: Python<'_>, code: *mut ffi::PyObject) -> PyResult<Rc<Facts>> {
 
 /// A callable that is about to be spawned.
 pub struct Prepared {
-    pub callable: Hidden,
+    pub callable: Callable,
     pub name: &'static str,
-    pub watched: Option<Box<(PyRef, Vec<Watched>)>>,
+}
+
+/// What is to be called.
+pub enum Callable {
+    /// A Python callable, and the module variables to look at before it is called.
+    Python(Hidden, Option<Box<(PyRef, Vec<Watched>)>>),
+    Native(Arc<native::Function>),
+}
+
+impl Prepared {
+    /// The same with another object in the place of the Python callable.
+    fn wrap<'py>(self, f: impl FnOnce(Hidden) -> PyResult<Bound<'py, PyAny>>) -> PyResult<Self> {
+        let callable = match self.callable {
+            Callable::Python(callable, watched) => {
+                Callable::Python(Hidden::new(f(callable)?), watched)
+            }
+            native @ Callable::Native(_) => native,
+        };
+        Ok(Self { callable, ..self })
+    }
 }
 
 fn is_function(object: &Bound<'_, PyAny>) -> bool {
@@ -144,10 +164,16 @@ pub fn prepare(callable: &Bound<'_, PyAny>) -> PyResult<Prepared> {
 
 /// Takes a callable as it is, late binding and all: for other people's executors.
 pub fn prepare_raw(callable: &Bound<'_, PyAny>) -> PyResult<Prepared> {
+    if let Ok(native) = callable.cast::<NativeFunction>() {
+        let function = native.get().function();
+        return Ok(Prepared {
+            name: function.name(),
+            callable: Callable::Native(Arc::clone(function)),
+        });
+    }
     Ok(Prepared {
         name: name_of(callable)?,
-        callable: Hidden::new(callable.clone()),
-        watched: None,
+        callable: Callable::Python(Hidden::new(callable.clone()), None),
     })
 }
 
@@ -181,13 +207,12 @@ fn prepare_other(callable: &Bound<'_, PyAny>) -> PyResult<Prepared> {
             return prepare_raw(callable);
         }
         let prepared = prepare_function(&function)?;
-        let bound = support(py)
-            .method
-            .bind(py)
-            .call1((prepared.callable.bind(py), callable.getattr("__self__")?))?;
-        return Ok(Prepared {
-            callable: Hidden::new(bound),
-            ..prepared
+        let instance = callable.getattr("__self__")?;
+        return prepared.wrap(|function| {
+            support(py)
+                .method
+                .bind(py)
+                .call1((function.bind(py), instance))
         });
     }
     if callable.get_type().is(support(py).partial.bind(py)) {
@@ -195,15 +220,20 @@ fn prepare_other(callable: &Bound<'_, PyAny>) -> PyResult<Prepared> {
         let prepared = prepare(&function)?;
         let arguments = callable.getattr("args")?.cast_into::<PyTuple>()?;
         let keywords = callable.getattr("keywords")?.cast_into::<PyDict>()?;
-        let mut all = vec![prepared.callable.bind(py).clone()];
-        all.extend(arguments.iter());
-        let partial = support(py)
-            .partial
-            .bind(py)
-            .call(PyTuple::new(py, all)?, Some(&keywords))?;
-        return Ok(Prepared {
-            callable: Hidden::new(partial),
-            ..prepared
+        if matches!(prepared.callable, Callable::Native(_)) {
+            // Nothing of it is to be bound, and the object calls the native function by itself.
+            return Ok(Prepared {
+                callable: Callable::Python(Hidden::new(callable.clone()), None),
+                name: prepared.name,
+            });
+        }
+        return prepared.wrap(|function| {
+            let mut all = vec![function.bind(py).clone()];
+            all.extend(arguments.iter());
+            support(py)
+                .partial
+                .bind(py)
+                .call(PyTuple::new(py, all)?, Some(&keywords))
         });
     }
     prepare_raw(callable)
@@ -236,9 +266,8 @@ fn prepare_function(function: &Bound<'_, PyAny>) -> PyResult<Prepared> {
         unsafe { with_own_cells(py, raw, code, closure, globals)? }
     };
     Ok(Prepared {
-        callable: Hidden::new(callable),
+        callable: Callable::Python(Hidden::new(callable), watched),
         name: facts.name,
-        watched,
     })
 }
 

@@ -52,6 +52,8 @@ pub enum Site {
     StandBack,
     /// The main function of a worker detaches.
     Main,
+    /// An attached thread detaches to call a native body.
+    Native,
 }
 
 const SITES: [&str; 10] = [
@@ -65,6 +67,7 @@ const SITES: [&str; 10] = [
     "wait",
     "stand_back",
     "main",
+    "native",
 ];
 
 /// The counts of one site, on a cache line of its own. Times are in nanoseconds.
@@ -180,7 +183,7 @@ pub fn has_gil(py: Python<'_>) -> PyResult<bool> {
 /// Whether the calling thread is attached. Unlike `PyGILState_Check` it also answers no after the
 /// interpreter ended, when the last thread-local caches are dropped.
 #[inline]
-fn is_attached() -> bool {
+pub fn is_attached() -> bool {
     // SAFETY: both may be called at any time: they read which state is current, and which is this
     // thread's.
     unsafe {

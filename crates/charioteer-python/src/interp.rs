@@ -4,6 +4,9 @@
 //! task goes on with it: each step runs on a worker until the coroutine awaits a task
 //! ([`crate::task::Awaiting`]), which costs no thread, or touches the event loop for the first time;
 //! then it moves to the loop's thread for good (see `charioteer/_loop.py`).
+//!
+//! A native body ([`crate::native`]) has no context, and its value and its failure are plain data,
+//! so that nothing of it needs the interpreter until somebody receives them.
 
 use std::cell::Cell;
 use std::fmt;
@@ -21,6 +24,7 @@ use pyo3::types::{PyDict, PyList, PyTuple};
 
 use crate::gateway::{self, Hidden, PyRef, Site};
 use crate::gil::Gil;
+use crate::native;
 use crate::support::{error, support};
 use crate::task::{Awaiting, PyTask};
 
@@ -55,7 +59,13 @@ pub struct Watched {
 }
 
 /// What a task runs.
-pub struct Body {
+pub enum Body {
+    Python(PythonBody),
+    Native(native::Call),
+}
+
+/// A call of a Python callable.
+pub struct PythonBody {
     pub callable: Hidden,
     pub arguments: Arguments,
     /// The arguments hold handles, which are replaced by results.
@@ -68,33 +78,70 @@ pub struct Body {
     pub wide: bool,
 }
 
-/// What a body raised, and the traceback that it had then: raising it again, for each who receives
-/// it, would make that longer and keep the receivers' frames alive.
-pub struct Raised {
-    pub exception: PyRef,
-    traceback: Option<PyRef>,
+/// What a body gave.
+pub enum Value {
+    Object(PyRef),
+    /// What a native body gave; each who receives it gets an object of its own.
+    Plain(native::Plain),
+}
+
+impl Value {
+    /// The value as whoever receives it sees it.
+    #[inline]
+    pub fn object(&self, py: Python<'_>) -> Py<PyAny> {
+        match self {
+            Self::Object(object) => object.clone_ref(py),
+            Self::Plain(plain) => plain.object(py),
+        }
+    }
+
+    pub fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
+        match self {
+            Self::Object(object) => visit.call(object.get()),
+            Self::Plain(_) => Ok(()),
+        }
+    }
+}
+
+/// What a body failed with.
+pub enum Raised {
+    /// An exception, and the traceback that it had then: raising it again, for each who receives
+    /// it, would make that longer and keep the receivers' frames alive.
+    Exception(PyRef, Option<PyRef>),
+    /// A native body's failure; each who receives it gets an exception of its own.
+    Native(native::Failure),
+}
+
+impl From<Bound<'_, PyAny>> for Value {
+    fn from(object: Bound<'_, PyAny>) -> Self {
+        Self::Object(object.into())
+    }
 }
 
 impl Raised {
     fn new(py: Python<'_>, error: PyErr) -> Self {
-        Self {
-            traceback: error.traceback(py).map(PyRef::from),
-            exception: PyRef::new(error.into_value(py).into_any()),
-        }
+        let traceback = error.traceback(py).map(PyRef::from);
+        Self::Exception(PyRef::new(error.into_value(py).into_any()), traceback)
     }
 
-    pub fn traceback(&self) -> Option<&PyRef> {
-        self.traceback.as_ref()
+    pub fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
+        if let Self::Exception(exception, traceback) = self {
+            visit.call(exception.get())?;
+            if let Some(traceback) = traceback {
+                visit.call(traceback.get())?;
+            }
+        }
+        Ok(())
     }
 
     fn receive(&self, py: Python<'_>) -> PyErr {
-        let exception = self.exception.bind(py);
+        let (exception, traceback) = match self {
+            Self::Exception(exception, traceback) => (exception.bind(py), traceback),
+            Self::Native(failure) => return failure.error(py),
+        };
         // SAFETY: attached; an exception, and a traceback or nothing.
         unsafe {
-            let traceback = self
-                .traceback
-                .as_ref()
-                .map_or(ffi::Py_None(), PyRef::as_ptr);
+            let traceback = traceback.as_ref().map_or(ffi::Py_None(), PyRef::as_ptr);
             if ffi::PyException_SetTraceback(exception.as_ptr(), traceback) != 0 {
                 PyErr::fetch(py).write_unraisable(py, None);
             }
@@ -175,7 +222,7 @@ pub fn limits_changed(modules: usize) {
 impl Interp {
     /// Holds BLAS and OpenMP on this thread to what tasks may use.
     #[inline]
-    fn follow_limits(py: Python<'_>) {
+    pub fn follow_limits(py: Python<'_>) {
         // SAFETY: attached; the result is borrowed and alive as long as the interpreter.
         let modules = unsafe { ffi::PyDict_Size(ffi::PyImport_GetModuleDict()) };
         let modules = usize::try_from(modules).unwrap_or(0);
@@ -190,7 +237,7 @@ impl Interp {
         }
     }
 
-    fn call(py: Python<'_>, running: &Running<'_, Self>, body: &mut Body) -> PyResult<Py<PyAny>> {
+    fn call(py: Python<'_>, running: &Running<'_, Self>, body: &PythonBody) -> PyResult<Py<PyAny>> {
         if body.watched.is_some() {
             warn_rebound(py, running.task, body)?;
         }
@@ -225,7 +272,7 @@ impl Interp {
         result: PyResult<Py<PyAny>>,
     ) -> Step<Self> {
         Step::Done(match result {
-            Ok(value) => Ok(PyRef::new(value)),
+            Ok(value) => Ok(Value::Object(PyRef::new(value))),
             Err(error) => Err(trouble(py, running.engine, running.task, error)),
         })
     }
@@ -233,7 +280,7 @@ impl Interp {
     fn step_coroutine(
         py: Python<'_>,
         running: &Running<'_, Self>,
-        body: &mut Body,
+        body: &mut PythonBody,
     ) -> Result<Step<Self>, (Py<PyAny>, StepEnd)> {
         let coroutine = body
             .coroutine
@@ -302,6 +349,84 @@ impl Interp {
             });
         }
         Err((coroutine, end))
+    }
+
+    #[inline]
+    fn run_python(running: &Running<'_, Self>, body: &mut PythonBody) -> Step<Self> {
+        // SAFETY: workers run bodies in `session`, other threads call us from Python.
+        let py = unsafe { Python::assume_attached() };
+        Self::follow_limits(py);
+        let cores = if body.wide {
+            running.grant().cores.len()
+        } else {
+            1
+        };
+        if cores > 1 {
+            report(py, support(py).limit_enter.bind(py).call1((cores,)));
+        }
+        // A body that runs on the stack of one that waits must not take over what that one handles.
+        let _handled = Handled::set_aside();
+        let context = body.context.as_ptr();
+        // SAFETY: attached; the body owns its context, which nobody else enters.
+        if unsafe { ffi::PyContext_Enter(context) } != 0 {
+            return Self::done(py, running, Err(PyErr::fetch(py)));
+        }
+        let mut first = None;
+        if body.coroutine.is_none() {
+            match Self::call(py, running, body) {
+                // SAFETY: attached, the object is alive.
+                Ok(value) if unsafe { ffi::PyCoro_CheckExact(value.as_ptr()) } != 0 => {
+                    body.coroutine = Some(PyRef::new(value));
+                }
+                result => first = Some(Self::done(py, running, result)),
+            }
+        }
+        let step = match first {
+            Some(step) => Ok(step),
+            None => Self::step_coroutine(py, running, body),
+        };
+        // SAFETY: attached; entered above.
+        if unsafe { ffi::PyContext_Exit(context) } != 0 {
+            PyErr::fetch(py).write_unraisable(py, None);
+        }
+        if cores > 1 {
+            report(py, support(py).limit_exit.bind(py).call1((cores,)));
+        }
+        match step {
+            Ok(step) => step,
+            Err((coroutine, end)) => {
+                // The step touched the loop: this thread holds it until one of these calls.
+                let support = support(py);
+                match end {
+                    StepEnd::Yielded(yielded) => {
+                        running.engine.leave();
+                        let task = PyTask::object(py, running.task.clone());
+                        body.coroutine = None;
+                        report(
+                            py,
+                            task.and_then(|task| {
+                                support.loop_.bind(py).call1((
+                                    "loop_hand_over",
+                                    coroutine,
+                                    yielded,
+                                    task,
+                                    body.context.bind(py),
+                                ))
+                            }),
+                        );
+                        Step::Elsewhere
+                    }
+                    StepEnd::Returned(value) => {
+                        report(py, support.loop_.bind(py).call1(("loop_end_step",)));
+                        Self::done(py, running, Ok(value))
+                    }
+                    StepEnd::Raised(error) => {
+                        report(py, support.loop_.bind(py).call1(("loop_end_step",)));
+                        Self::done(py, running, Err(error))
+                    }
+                }
+            }
+        }
     }
 }
 
@@ -394,13 +519,13 @@ fn is_cancelled_error(py: Python<'_>, error: &PyErr) -> bool {
 }
 
 /// Shows an exception of our own support code, which has no caller to go to.
-fn report<T>(py: Python<'_>, result: PyResult<T>) {
+pub fn report<T>(py: Python<'_>, result: PyResult<T>) {
     if let Err(error) = result {
         error.write_unraisable(py, None);
     }
 }
 
-fn warn_rebound(py: Python<'_>, task: &Task, body: &Body) -> PyResult<()> {
+fn warn_rebound(py: Python<'_>, task: &Task, body: &PythonBody) -> PyResult<()> {
     let Some((globals, names)) = body.watched.as_deref() else {
         return Ok(());
     };
@@ -421,7 +546,7 @@ fn warn_rebound(py: Python<'_>, task: &Task, body: &Body) -> PyResult<()> {
 }
 
 /// The arguments with handles replaced by results, also one level deep.
-fn substitute<'py>(
+pub fn substitute<'py>(
     py: Python<'py>,
     arguments: &Arguments,
 ) -> PyResult<(Bound<'py, PyTuple>, Option<Bound<'py, PyDict>>)> {
@@ -470,7 +595,7 @@ impl Held {
 fn result_of<'py>(py: Python<'py>, thing: Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
     if let Ok(task) = thing.cast::<PyTask>() {
         return match task.get().task().outcome() {
-            Some(Outcome::Value(value)) => Ok(value.bind(py).clone()),
+            Some(Outcome::Value(value)) => Ok(value.object(py).into_bound(py)),
             _ => unreachable!("a handle among the arguments is a dependency and has a value now"),
         };
     }
@@ -537,7 +662,7 @@ pub fn exception_of(py: Python<'_>, task: &Task) -> Option<PyErr> {
 
 impl Domain for Interp {
     type Body = Body;
-    type Value = PyRef;
+    type Value = Value;
     type Error = Raised;
     type Callback = Callback;
     type Label = Label;
@@ -548,84 +673,23 @@ impl Domain for Interp {
 
     #[inline]
     fn run(&self, running: &Running<'_, Self>, body: &mut Body) -> Step<Self> {
-        // SAFETY: workers run bodies in `session`, other threads call us from Python.
-        let py = unsafe { Python::assume_attached() };
-        Self::follow_limits(py);
-        let cores = if body.wide {
-            running.grant().cores.len()
-        } else {
-            1
-        };
-        if cores > 1 {
-            report(py, support(py).limit_enter.bind(py).call1((cores,)));
+        match body {
+            Body::Python(body) => Self::run_python(running, body),
+            Body::Native(call) => call.run(running),
         }
-        // A body that runs on the stack of one that waits must not take over what that one handles.
-        let _handled = Handled::set_aside();
-        let context = body.context.as_ptr();
-        // SAFETY: attached; the body owns its context, which nobody else enters.
-        if unsafe { ffi::PyContext_Enter(context) } != 0 {
-            return Self::done(py, running, Err(PyErr::fetch(py)));
-        }
-        let mut first = None;
-        if body.coroutine.is_none() {
-            match Self::call(py, running, body) {
-                // SAFETY: attached, the object is alive.
-                Ok(value) if unsafe { ffi::PyCoro_CheckExact(value.as_ptr()) } != 0 => {
-                    body.coroutine = Some(PyRef::new(value));
-                }
-                result => first = Some(Self::done(py, running, result)),
-            }
-        }
-        let step = match first {
-            Some(step) => Ok(step),
-            None => Self::step_coroutine(py, running, body),
-        };
-        // SAFETY: attached; entered above.
-        if unsafe { ffi::PyContext_Exit(context) } != 0 {
-            PyErr::fetch(py).write_unraisable(py, None);
-        }
-        if cores > 1 {
-            report(py, support(py).limit_exit.bind(py).call1((cores,)));
-        }
-        match step {
-            Ok(step) => step,
-            Err((coroutine, end)) => {
-                // The step touched the loop: this thread holds it until one of these calls.
-                let support = support(py);
-                match end {
-                    StepEnd::Yielded(yielded) => {
-                        running.engine.leave();
-                        let task = PyTask::object(py, running.task.clone());
-                        body.coroutine = None;
-                        report(
-                            py,
-                            task.and_then(|task| {
-                                support.loop_.bind(py).call1((
-                                    "loop_hand_over",
-                                    coroutine,
-                                    yielded,
-                                    task,
-                                    body.context.bind(py),
-                                ))
-                            }),
-                        );
-                        Step::Elsewhere
-                    }
-                    StepEnd::Returned(value) => {
-                        report(py, support.loop_.bind(py).call1(("loop_end_step",)));
-                        Self::done(py, running, Ok(value))
-                    }
-                    StepEnd::Raised(error) => {
-                        report(py, support.loop_.bind(py).call1(("loop_end_step",)));
-                        Self::done(py, running, Err(error))
-                    }
-                }
-            }
+    }
+
+    /// A native body whose arguments were all there when it was spawned is not attached.
+    #[inline]
+    fn needs_session(&self, body: &Body) -> bool {
+        match body {
+            Body::Python(_) => true,
+            Body::Native(call) => call.needs_session(),
         }
     }
 
     fn has_begun(&self, body: &Body) -> bool {
-        body.coroutine.is_some()
+        matches!(body, Body::Python(body) if body.coroutine.is_some())
     }
 
     #[inline]

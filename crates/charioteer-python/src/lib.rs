@@ -4,6 +4,8 @@
 //! |---|---|
 //! | `gateway` | where the interpreter is entered and left, and references of detached threads |
 //! | `interp` | Python as a domain of the runtime: bodies, calls, coroutines, failures |
+//! | `native` | C functions as bodies: what they take, how they are called, what they fail with |
+//! | `blas` | LAPACK's routines with what a C pointer alone cannot say |
 //! | `callable` | what a callable captures, and whether it may be spawned |
 //! | `options` | keywords of tasks |
 //! | `spawn` | `task`, `spawn`, `spawn_many`, task functions |
@@ -15,10 +17,12 @@
 use pyo3::prelude::*;
 
 mod attached;
+mod blas;
 mod callable;
 mod gateway;
 mod gil;
 mod interp;
+mod native;
 mod options;
 mod runtime;
 mod space;
@@ -33,7 +37,11 @@ static GLOBAL: mimalloc::MiMalloc = mimalloc::MiMalloc;
 #[pymodule(gil_used = false)]
 mod _core {
     #[pymodule_export]
+    use super::blas::lapack_adapters;
+    #[pymodule_export]
     use super::interp::{leave_native_step, limits_changed};
+    #[pymodule_export]
+    use super::native::NativeFunction;
     #[pymodule_export]
     use super::runtime::{
         Context, PyEngine, after_fork, current_context, is_open, is_worker, read_trace,

@@ -11,9 +11,10 @@ use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple, PyType};
 
-use crate::callable::{self, Prepared};
+use crate::callable::{self, Callable, Prepared};
 use crate::gateway::{self, Hidden, PyRef};
-use crate::interp::{Arguments, Body, Core, Held, Interp, Label, Task};
+use crate::interp::{Arguments, Body, Core, Held, Interp, Label, PythonBody, Task};
+use crate::native;
 use crate::options::{Keywords, Target, keywords};
 use crate::runtime;
 use crate::space::{TaskList, TaskSpace};
@@ -122,14 +123,20 @@ fn launch(
     options: Option<Box<Options>>,
     dependencies: &[Task],
 ) -> PyResult<Option<Handle<Interp>>> {
-    let body = Body {
-        wide: Keywords::may_be_wide(options.as_deref()),
-        callable: prepared.callable,
-        arguments,
-        substitute,
-        context: context(py)?,
-        watched: prepared.watched,
-        coroutine: None,
+    let wide = Keywords::may_be_wide(options.as_deref());
+    let body = match prepared.callable {
+        Callable::Python(callable, watched) => Body::Python(PythonBody {
+            wide,
+            callable,
+            arguments,
+            substitute,
+            context: context(py)?,
+            watched,
+            coroutine: None,
+        }),
+        Callable::Native(function) => Body::Native(native::Call::new(
+            py, function, arguments, substitute, wide,
+        )?),
     };
     let result = match target {
         None => {
@@ -298,6 +305,9 @@ fn spawn_inline(
         return spawn_coroutine(py, said, function);
     }
     let prepared = callable::prepare(function)?;
+    if let Callable::Native(function) = &prepared.callable {
+        function.check_inline()?;
+    }
     let options = said.options(py)?;
     let (positional, keyword) = callable::defaults(function)?;
     let substitute = positional
@@ -345,9 +355,8 @@ fn spawn_coroutine(
     let name = coroutine.getattr("__name__")?.extract::<String>()?;
     let give = Bound::new(py, Give(coroutine.clone().into()))?;
     let prepared = Prepared {
-        callable: Hidden::new(give.into_any()),
+        callable: Callable::Python(Hidden::new(give.into_any()), None),
         name: callable::intern(&name),
-        watched: None,
     };
     let options = said.options(py)?;
     support(py).claim_coroutine.bind(py).call1((coroutine,))?;
@@ -384,8 +393,16 @@ impl Spawner {
         py: Python<'py>,
         function: &Bound<'py, PyAny>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let task = spawn_inline(py, &self.0, function)?;
-        handle_of(py, task, self.0.target.as_ref())
+        let (function, said) = match function.cast::<TaskFunction>() {
+            Ok(function) => {
+                let function = function.get();
+                let said = self.0.clone().over(&function.said);
+                (function.function.bind(py), said)
+            }
+            Err(_) => (function, self.0.clone()),
+        };
+        let task = spawn_inline(py, &said, function)?;
+        handle_of(py, task, said.target.as_ref())
     }
 }
 

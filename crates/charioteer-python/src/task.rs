@@ -133,7 +133,7 @@ pub fn wait_for(
 /// The value of a task that is done, or the exception that stands for it.
 pub fn value_of(py: Python<'_>, task: &Task) -> PyResult<Py<PyAny>> {
     match task.outcome() {
-        Some(Outcome::Value(value)) => Ok(value.clone_ref(py)),
+        Some(Outcome::Value(value)) => Ok(value.object(py)),
         _ => {
             Core::tell(task);
             Err(exception_of(py, task).expect("a task that is done and has no value failed"))
@@ -286,12 +286,9 @@ impl PyTask {
         let task = self.task();
         if Arc::strong_count(task) == 1 && Arc::weak_count(task) == 0 {
             match task.outcome() {
-                Some(Outcome::Value(value)) => visit.call(value.get())?,
+                Some(Outcome::Value(value)) => value.traverse(&visit)?,
                 Some(Outcome::Failed(charioteer::task::Failure::Raised(raised))) => {
-                    visit.call(raised.exception.get())?;
-                    if let Some(traceback) = raised.traceback() {
-                        visit.call(traceback.get())?;
-                    }
+                    raised.traverse(&visit)?;
                 }
                 _ => {}
             }

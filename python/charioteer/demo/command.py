@@ -5,6 +5,8 @@ A round makes one run of each kind, so that drift of the machine falls on all of
 * ``serial``: the plain loops, BLAS at one thread. Its time is the work there is to spread.
 * ``one``: the task graph on one worker (with ``--compare``).
 * ``graph``: the task graph on all workers. The clock runs from the first spawn to the last result.
+* ``other``: the same with bodies of the other kind (with ``--compare``): those of the factorization
+  are called by Python, or are native tasks.
 * ``empty``: the same graph with kernels that do nothing, which is what the tasks themselves cost.
 
 Ratios are formed within a round, and medians are shown. The first round warms up and does not
@@ -22,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +37,7 @@ from threadpoolctl import threadpool_limits
 import charioteer as ch
 from charioteer.bench import records
 
-from . import gp, kernels, serial
+from . import gp, kernels, native, serial
 
 __all__ = ["Report", "measure", "run"]
 
@@ -45,6 +47,9 @@ LIMIT = 1e-10
 Matrix = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.intp]
 Tick = Callable[[float], None]
+Bodies = Literal["python", "native"]
+
+_OTHER: dict[Bodies, Bodies] = {"python": "native", "native": "python"}
 
 _EMPTY = SimpleNamespace(**{name: lambda *_: None for name in kernels.__all__ if name != "Tile"})
 
@@ -54,16 +59,19 @@ class Report:
     """What the rounds gave: times in seconds, a value a round, and the checks over all of them.
 
     ``accuracy`` is None where there is nothing to predict. ``factor_error`` and ``weights_error``
-    are relative, in the Frobenius norm, the largest of all runs. ``one`` is empty unless asked for.
+    are relative, in the Frobenius norm, the largest of all runs. ``one`` and ``other`` are empty
+    unless asked for.
     """
 
     n: int
     tile: int
     workers: int
+    bodies: Bodies = "python"
     tasks: int = 0
     serial: list[float] = field(default_factory=list)
     one: list[float] = field(default_factory=list)
     graph: list[float] = field(default_factory=list)
+    other: list[float] = field(default_factory=list)
     empty: list[float] = field(default_factory=list)
     accuracy: float | None = None
     factor_error: float = 0.0
@@ -87,6 +95,14 @@ class Report:
         """The makespan on one worker over that on all, round by round; empty unless asked for."""
         return [o / g for o, g in zip(self.one, self.graph, strict=True)] if self.one else []
 
+    @property
+    def native_gain(self) -> list[float]:
+        """The makespan with bodies in Python over that with native ones; empty unless asked for."""
+        native, python = self.graph, self.other
+        if self.bodies == "python":
+            native, python = python, native
+        return [p / n for p, n in zip(python, native, strict=True)] if self.other else []
+
     def worst(self, name: str, error: float) -> None:
         """Keep ``error`` under ``name`` if it is larger than what is there, or not a number."""
         setattr(self, name, float(np.maximum(getattr(self, name), error)))
@@ -106,6 +122,7 @@ def measure(
     runs: int = 5,
     compare: bool = False,
     factor_only: bool = False,
+    bodies: Bodies = "python",
     tick: Tick = lambda _: None,
 ) -> Report:
     """Run the job in rounds and check every run.
@@ -115,8 +132,9 @@ def measure(
         tile: rows and columns of a tile.
         workers: as for :class:`charioteer.Runtime`.
         runs: rounds that count; one more warms up.
-        compare: whether to run on one worker too.
+        compare: whether to run on one worker too, and with the other kind of bodies.
         factor_only: whether to time and run the factorization alone.
+        bodies: whether the tasks of the factorization call their kernel in Python or are native.
         tick: called now and then with the part that is done, from 0 to 1.
 
     Raises:
@@ -126,8 +144,10 @@ def measure(
         raise ValueError(f"the number of runs must be positive, not {runs}")
     work = gp.Workspace(problem, tile)
     reference = _reference(work)
-    report = Report(len(problem.points), tile, _workers(workers))
-    kinds = ["serial", "one", "graph", "empty"] if compare else ["serial", "graph", "empty"]
+    report = Report(len(problem.points), tile, _workers(workers), bodies)
+    kinds = ["serial", "graph", "empty"]
+    if compare:
+        kinds[1:2] = ["one", "graph", "other"]
     expected_weights, expected_labels = np.empty((0, 0)), np.empty(0, np.intp)
 
     steps = len(kinds) * (runs + 1)
@@ -146,10 +166,15 @@ def measure(
             seconds, expected_labels = _serial(work, factor_only)
             expected_weights = work.solution()
         elif kind == "empty":
-            seconds, _, _ = _graph(work, report.workers, factor_only, _EMPTY)
+            factor = native.Kernels(empty=True) if bodies == "native" else None
+            seconds, _, _ = _graph(work, report.workers, factor_only, _EMPTY, factor)
         else:
             taking = 1 if kind == "one" else report.workers
-            seconds, labels, report.tasks = _graph(work, taking, factor_only, kernels, within)
+            which = _OTHER[bodies] if kind == "other" else bodies
+            factor = native.Kernels() if which == "native" else None
+            seconds, labels, report.tasks = _graph(
+                work, taking, factor_only, kernels, factor, within
+            )
             report.worst("factor_error", _factor_error(work, reference))
             if not factor_only:
                 error = _relative_error(work.solution(), expected_weights)
@@ -208,6 +233,7 @@ def _graph(
     workers: int,
     factor_only: bool,
     op: Any,
+    factor: native.Kernels | None,
     tick: Tick = lambda _: None,
 ) -> tuple[float, Labels, int]:
     """One run of the graph: its makespan, the labels and the number of tasks."""
@@ -218,13 +244,16 @@ def _graph(
             spaces.kernel.result()
             built = len(spaces)
             start = time.perf_counter()
-            gp.spawn_cholesky(work, spaces, op)
+            if factor is None:
+                gp.spawn_cholesky(work, spaces, op)
+            else:
+                gp.spawn_cholesky_native(work, spaces, factor)
             last = spaces.potrf[steps - 1]
             answers = spaces.classify[:0]
         else:
             built = 0
             start = time.perf_counter()
-            answers = gp.spawn_graph(work, spaces, op)
+            answers = gp.spawn_graph(work, spaces, op, factor)
             last = spaces.backward[0]
         if op is kernels:
             # Three quarters of the work that is left when half of the columns are done are done.
@@ -258,6 +287,7 @@ def run(argv: Sequence[str]) -> int:
             runs=options.runs,
             compare=options.compare,
             factor_only=options.factor_only,
+            bodies=options.bodies,
             tick=tick,
         )
     _print(report, problem, options.factor_only)
@@ -295,7 +325,19 @@ def _parser() -> argparse.ArgumentParser:
         "--runs", type=_positive, default=5, metavar="R", help="rounds that count (default: 5)"
     )
     parser.add_argument(
-        "--compare", action="store_true", help="run on one worker too, and print the speed-up"
+        "--compare",
+        action="store_true",
+        help="run on one worker too, and with the other kind of bodies, and print the ratios",
+    )
+    parser.add_argument(
+        "--bodies",
+        choices=list(_OTHER),
+        default="python",
+        help="whether the tasks of the factorization call their kernel in Python, or are native "
+        "tasks, which need no GIL (default: python)",
+    )
+    parser.add_argument(
+        "--native", action="store_const", const="native", dest="bodies", help="--bodies native"
     )
     parser.add_argument(
         "--factor-only",
@@ -393,7 +435,7 @@ def _print(report: Report, problem: gp.Problem, factor_only: bool) -> None:
     row("data", data)
     row("matrix", f"{report.n:,} x {report.n:,}, tiles of {report.tile}")
     row("workers", str(report.workers), "" if report.workers else "inline")
-    row("tasks", f"{report.tasks:,}")
+    row("tasks", f"{report.tasks:,}", f"bodies of the factorization: {report.bodies}")
     row("serial", _duration(median(report.serial)), "the same kernels in plain loops, one thread")
     if report.one:
         row("makespan, 1 worker", _duration(median(report.one)))
@@ -401,6 +443,10 @@ def _print(report: Report, problem: gp.Problem, factor_only: bool) -> None:
     row("efficiency", f"{median(report.efficiency):.3f}", "serial / (makespan x workers)")
     if report.speedup:
         row("speed-up", f"{median(report.speedup):.2f}", "over 1 worker")
+    if report.other:
+        other = _OTHER[report.bodies]
+        row(f"makespan, {other} bodies", _duration(median(report.other)), _spread(report.other))
+        row("native bodies", f"{median(report.native_gain):.2f}", "times as fast")
     overhead = f"{median(report.overhead) * 1e6:.2f} µs a task"
     row("overhead", overhead, "the graph with empty kernels")
     if report.accuracy is not None:
@@ -431,12 +477,17 @@ def _spread(seconds: Sequence[float]) -> str:
 
 def _records(report: Report, problem: gp.Problem, factor_only: bool) -> list[records.Record]:
     case = "cholesky" if factor_only else f"gp {problem.name}"
-    common = {"n": report.n, "tile": report.tile, "tasks": report.tasks}
+    common = {"n": report.n, "tile": report.tile, "tasks": report.tasks, "bodies": report.bodies}
 
     def entry(
-        metric: str, unit: str, values: Sequence[float], workers: int, runtime: str = "charioteer"
+        metric: str,
+        unit: str,
+        values: Sequence[float],
+        workers: int,
+        runtime: str = "charioteer",
+        **others: str,
     ) -> records.Record:
-        params = {**common, "workers": workers}
+        params = {**common, "workers": workers, **others}
         return records.record("demo", runtime, case, params, metric, unit, values)
 
     entries = [
@@ -449,6 +500,10 @@ def _records(report: Report, problem: gp.Problem, factor_only: bool) -> list[rec
     if report.one:
         entries.append(entry("makespan", "s", report.one, 1))
         entries.append(entry("speed-up", "1", report.speedup, report.workers))
+    if report.other:
+        other = _OTHER[report.bodies]
+        entries.append(entry("makespan", "s", report.other, report.workers, bodies=other))
+        entries.append(entry("native gain", "1", report.native_gain, report.workers))
     if report.accuracy is not None:
         entries.append(entry("accuracy", "1", [report.accuracy], report.workers))
     return entries

@@ -40,7 +40,7 @@ import numpy.typing as npt
 
 import charioteer as ch
 
-from . import kernels
+from . import kernels, native
 from .kernels import Tile
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "digits",
     "load_targets",
     "spawn_cholesky",
+    "spawn_cholesky_native",
     "spawn_classify",
     "spawn_graph",
     "spawn_kernel",
@@ -270,6 +271,39 @@ def spawn_cholesky(work: Workspace, T: Spaces, op: Any = kernels) -> None:
                     op.gemm(a, b, c)
 
 
+def spawn_cholesky_native(work: Workspace, T: Spaces, op: native.Kernels) -> None:
+    """The same tasks as :func:`spawn_cholesky`, whose bodies are the C functions themselves."""
+    A, n = work.matrix, len(work.matrix)
+    for k in range(n):
+        potrf, arguments = op.potrf(A[k][k])
+        potrf.options(T.potrf[k], dependencies=[T.kernel[k, k], T.syrk[k, k - 1]], priority=n - k)(
+            *arguments
+        )
+        for i in range(k + 1, n):
+            trsm, arguments = op.trsm(A[k][k], A[i][k])
+            trsm.options(
+                T.trsm[i, k],
+                dependencies=[T.kernel[i, k], T.potrf[k], T.gemm[i, k, k - 1]],
+                priority=n - k,
+            )(*arguments)
+        for j in range(k + 1, n):
+            syrk, arguments = op.syrk(A[j][k], A[j][j])
+            syrk.options(
+                T.syrk[j, k],
+                dependencies=[T.kernel[j, j], T.trsm[j, k], T.syrk[j, k - 1]],
+                priority=n - j,
+            )(*arguments)
+            for i in range(j + 1, n):
+                gemm, arguments = op.gemm(A[i][k], A[j][k], A[i][j])
+                gemm.options(
+                    T.gemm[i, j, k],
+                    dependencies=[
+                        T.kernel[i, j], T.trsm[i, k], T.trsm[j, k], T.gemm[i, j, k - 1]
+                    ],
+                    priority=n - j,
+                )(*arguments)  # fmt: skip
+
+
 def spawn_solve(work: Workspace, T: Spaces, op: Any = kernels) -> None:
     """Spawn the tasks that overwrite the targets with the weights: forward, then backward."""
     A, Y, n = work.matrix, work.weights, len(work.matrix)
@@ -331,13 +365,19 @@ def spawn_classify(work: Workspace, T: Spaces, op: Any = kernels) -> ch.TaskList
     return T.classify[: len(work.scores)]
 
 
-def spawn_graph(work: Workspace, T: Spaces, op: Any = kernels) -> ch.TaskList[Labels]:
+def spawn_graph(
+    work: Workspace, T: Spaces, op: Any = kernels, factor: native.Kernels | None = None
+) -> ch.TaskList[Labels]:
     """Spawn the whole job. The result of the tasks returned is the labels of the test points.
 
     ``op`` is where the tile kernels are taken from: the module ``kernels``, or a stand-in.
+    ``factor`` makes the tasks of the factorization native ones.
     """
     load_targets(work)
     spawn_kernel(work, T, op)
-    spawn_cholesky(work, T, op)
+    if factor is None:
+        spawn_cholesky(work, T, op)
+    else:
+        spawn_cholesky_native(work, T, factor)
     spawn_solve(work, T, op)
     return spawn_classify(work, T, op)
