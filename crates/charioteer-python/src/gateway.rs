@@ -49,9 +49,11 @@ pub enum Site {
     Wait,
     /// The main function of a worker detaches.
     Main,
+    /// A kernel of the benchmarks detaches.
+    Kernel,
 }
 
-const SITES: [&str; 9] = [
+const SITES: [&str; 10] = [
     "worker",
     "thread_start",
     "callback",
@@ -61,6 +63,7 @@ const SITES: [&str; 9] = [
     "warn",
     "wait",
     "main",
+    "kernel",
 ];
 
 /// The visits of one site, on a cache line of its own.

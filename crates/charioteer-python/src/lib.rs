@@ -10,6 +10,7 @@
 //! | `task` | `Task`, waiting and awaiting |
 //! | `space` | `TaskSpace`, `TaskList` |
 //! | `runtime` | the open runtime and the running task |
+//! | `kernels` | bodies of a known duration, for benchmarks |
 //! | `support` | what is used from the Python side of the package |
 
 use pyo3::prelude::*;
@@ -18,6 +19,7 @@ mod attached;
 mod callable;
 mod gateway;
 mod interp;
+mod kernels;
 mod options;
 mod runtime;
 mod space;
@@ -33,6 +35,8 @@ static GLOBAL: mimalloc::MiMalloc = mimalloc::MiMalloc;
 mod _core {
     #[pymodule_export]
     use super::interp::{leave_native_step, limits_changed};
+    #[pymodule_export]
+    use super::kernels::{spin_address, work};
     #[pymodule_export]
     use super::runtime::{
         Context, PyEngine, after_fork, current_context, is_open, is_worker, read_trace,
