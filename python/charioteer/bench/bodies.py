@@ -1,8 +1,8 @@
 """Bodies of a known duration for the GIL study.
 
 :func:`spinning` is the paper's kernel: the body spins in C, a part of it holding the GIL, in
-slices. :func:`pure` is a loop of bytecode. Both last so long on a thread that nobody disturbs; what they
-take beyond that in a run is what the runtime and the GIL cost.
+slices. :func:`pure` is a loop of bytecode. Both last so long on a thread that nobody disturbs; what
+they take beyond that in a run is what the runtime and the GIL cost.
 """
 
 from __future__ import annotations
@@ -63,9 +63,8 @@ def _timed(rounds: int) -> float:
     return perf_counter() - start
 
 
-def pure(seconds: float) -> Callable[[], None]:
-    """A body of bytecode that takes so long alone."""
-    rounds = rounds_in(seconds)
+def pure(rounds: int) -> Callable[[], None]:
+    """A body of bytecode: so many rounds of :func:`count`."""
 
     def body() -> None:
         count(rounds)

@@ -1,10 +1,10 @@
 """``charioteer bench gil``: what the GIL costs a task runtime, and what a Python without it gives.
 
 The *sweep* runs graphs of bodies of which a known part holds the GIL. A cell of it is one graph,
-one kind of body and one number of workers; whoever is compared in a cell runs in the same rounds. The
-other measures are single questions: bodies of bytecode, a thread that spawns without pause, work
-that changes its nature, a thread that does not let go, many threads that spawn. The methods are
-told in ``benchmarks/README.md``.
+one kind of body and one number of workers; whoever is compared in a cell runs in the same rounds.
+The other measures are single questions: bodies of bytecode, a thread that spawns without pause,
+work that changes its nature, a thread that does not let go, many threads that spawn. The methods
+are told in ``benchmarks/README.md``.
 
 With another interpreter each contestant runs under both, in processes of their own and in the same
 rounds; then the case says which.
@@ -14,11 +14,15 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
+import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import charioteer as ch
 from charioteer.bench import bodies, gil_runs, graphs, probes, records
 from charioteer.bench.command import (
     Conduct,
@@ -67,6 +71,7 @@ TIME = "time"
 HELD_PHASES = "GIL-bound phases"
 FREE_PHASES = "GIL-free phases"
 SPAWN_RATE = "spawn rate"
+PER_ROUND = "time per round"
 
 WITH_GIL, WITHOUT_GIL = "GIL", "free-threaded"
 
@@ -104,12 +109,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="write all results to FILE as records")
     parser.add_argument(
+        "--report", metavar="FILE", help="write tables and plots to FILE, .html or .md"
+    )
+    parser.add_argument(
+        "--from",
+        dest="sources",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="report records of an earlier run instead of measuring; may be repeated",
+    )
+    parser.add_argument(
         "--check", action="store_true", help="exit with 1 if a bar is not met or not measured"
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Make the chosen measures, print them, write records.
+    """Make the chosen measures, print them, write records and report.
 
     Returns:
         0; 1 if a run of charioteer itself failed, or with ``--check`` if a bar does not hold.
@@ -122,8 +138,16 @@ def run(options: argparse.Namespace) -> int:
     from charioteer.bench import gil_report, report
 
     console = Console(highlight=False)
-    if options.json is not None:
-        check_writable(options.json)
+    for path in filter(None, (options.json, options.report)):
+        check_writable(path)
+    if options.report is not None and Path(options.report).suffix not in gil_report.SUFFIXES:
+        raise OptionError(f"a report ends in .html or .md, not as {options.report}")
+    if options.sources:
+        if options.report is None:
+            raise OptionError("--from needs --report")
+        gil_report.write(options.report, _read(options.sources))
+        console.print(f"report in {options.report}")
+        return 0
     settings = Settings.of(options)
     chosen = measures(settings, choice("measure", options.only, NAMES) or NAMES)
     print_machine(console, BENCHMARK)
@@ -136,11 +160,28 @@ def run(options: argparse.Namespace) -> int:
             cells.add(measure, result)
             return
         report.print_measure(console, measure, result, verdicts)
-        for line in contended(measure, result):
+        for line in remarks(measure, result):
             console.print(f"  {line}")
 
     conduct.run(chosen, show, _extra)
-    return conduct.end(console, check=options.check)
+    status = conduct.end(console, check=options.check)
+    if options.report is not None:
+        gil_report.write(options.report, [dict(vars(entry)) for entry in conduct.entries])
+        console.print(f"report in {options.report}")
+    return status
+
+
+def _read(paths: Sequence[str]) -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = []
+    for path in paths:
+        try:
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            entries += [entry for entry in found if entry["benchmark"] == BENCHMARK]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise OptionError(f"--from {path}: no records: {error}") from error
+    if not entries:
+        raise OptionError(f"--from: no records of bench {BENCHMARK} in {', '.join(paths)}")
+    return entries
 
 
 def _duration(seconds: float) -> str:
@@ -269,7 +310,8 @@ class Settings:
                 else:
                     run = functools.partial(_sample, spec)
                 start = 4.0 if spec.runtime in OWN_PROCESS else 0.3 if apart else 0.01
-                self.estimate += (1 + self.runs) * (spec.seconds + start)
+                if _is_there(spec.runtime):
+                    self.estimate += (1 + self.runs) * (spec.seconds + start)
                 params = {
                     name: value
                     for name, value in spec.given.items()
@@ -279,6 +321,17 @@ class Settings:
                 params["interpreter"] = flavour
                 made.append(Contestant(spec.runtime, case, run, spec.workers, params))
         return made
+
+
+_PACKAGES = {DASK: "dask", JOBLIB: "joblib", RAY: "ray", PARLA_2: "parla", PARLA_3: "parla"}
+
+
+def _is_there(runtime: str) -> bool:
+    """Whether it looks as if the runtime could run; for the estimate, a run itself finds out."""
+    if runtime == NATIVE:
+        return hasattr(ch, "native")
+    package = _PACKAGES.get(runtime)
+    return package is None or importlib.util.find_spec(package) is not None
 
 
 def _sample(spec: Spec) -> Sample:
@@ -342,7 +395,7 @@ def _width(width: int) -> str:
 
 
 def _widths(settings: Settings, workers: int) -> list[int]:
-    if settings.other_python is None and not graphs.takes_widths():
+    if not graphs.takes_widths():
         return []
     return ladder(workers) if not settings.quick else sorted({1, workers})
 
@@ -665,7 +718,7 @@ def _single(settings: Settings) -> list[Measure]:
             name="single",
             title="Code of one thread",
             contestants=settings.contestants(specs),
-            units={"time per round": "ns"},
+            units={PER_ROUND: "ns"},
         )
     ]
 
@@ -674,7 +727,7 @@ def _shared(settings: Settings) -> list[Measure]:
     cores = records.usable_cores()
     threads = max(2, cores // 2)
     workers = max(1, cores - threads)
-    tasks = 2_000 if settings.quick else 10_000
+    tasks = 5_000 if settings.quick else 20_000
     sharings: list[tuple[str, list[str]]] = [
         (f"{threads} threads, {_sharing(names)}", names)
         for names in ([], *([name] for name in SHARED), list(SHARED))
@@ -740,36 +793,66 @@ def _sharing_costs(measure: Measure, result: Result) -> list[tuple[str, str, lis
     return found
 
 
-def contended(measure: Measure, result: Result) -> list[str]:
-    """Which shared things made spawning threads slower by more than a tenth, in words."""
-    if measure.name != "shared":
-        return []
+def _build_costs(measure: Measure, result: Result) -> list[tuple[str, list[float]]]:
+    """How much longer code of one thread takes without the GIL, where both were measured."""
+    keys: dict[str, dict[str, Key]] = {}
+    for contestant in measure.contestants:
+        flavours = keys.setdefault(contestant.params["what"], {})
+        flavours[contestant.params["interpreter"]] = contestant.key
+    return [
+        (what, list(ratio(of[WITHOUT_GIL], of[WITH_GIL], PER_ROUND)(result)))
+        for what, of in keys.items()
+        if len(of) == 2
+    ]
+
+
+def remarks(measure: Measure, result: Result) -> list[str]:
+    """What follows from a measure besides its bars, in lines.
+
+    Which shared things made spawning threads slower by more than a tenth; what the free-threaded
+    build costs code of one thread.
+    """
     lines = []
-    costs = _sharing_costs(measure, result)
-    for flavour in dict.fromkeys(flavour for flavour, *_ in costs):
-        slow = [
-            f"the {name} ({statistics.median(values):.2f} x slower)"
-            for of, name, values in costs
-            if of == flavour and values and statistics.median(values) > 1.1
+    if measure.name == "shared":
+        costs = _sharing_costs(measure, result)
+        for flavour in dict.fromkeys(flavour for flavour, *_ in costs):
+            slow = [
+                f"the {name} ({statistics.median(values):.2f} x slower)"
+                for of, name, values in costs
+                if of == flavour and values and statistics.median(values) > 1.1
+            ]
+            lines.append(f"contended, {flavour}: {', '.join(slow) or 'nothing'}")
+    if measure.name == "single":
+        lines += [
+            f"{what}, free-threaded / GIL: {statistics.median(values):.2f} x"
+            for what, values in _build_costs(measure, result)
+            if values
         ]
-        lines.append(f"contended, {flavour}: {', '.join(slow) or 'nothing'}")
     return lines
 
 
 def _extra(measure: Measure, result: Result) -> list[records.Record]:
-    if measure.name != "shared":
-        return []
+    """The records of what :func:`remarks` tells."""
+    found: list[tuple[str, dict[str, Any], str, list[float]]] = []
+    if measure.name == "shared":
+        found += [
+            (
+                f"sharing the {name}, {flavour}",
+                {"interpreter": flavour, "shared": name},
+                "slower than with nothing shared",
+                values,
+            )
+            for flavour, name, values in _sharing_costs(measure, result)
+        ]
+    if measure.name == "single":
+        found += [
+            (what, {"what": what}, "free-threaded / GIL", values)
+            for what, values in _build_costs(measure, result)
+        ]
     return [
-        records.record(
-            BENCHMARK,
-            OURS,
-            f"sharing the {name}, {flavour}",
-            {"interpreter": flavour, "shared": name},
-            "slower than with nothing shared",
-            "x",
-            values,
-        )
-        for flavour, name, values in _sharing_costs(measure, result)
+        records.record(BENCHMARK, OURS, case, params, metric, "x", values)
+        for case, params, metric, values in found
+        if values
     ]
 
 

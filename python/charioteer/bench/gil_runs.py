@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from statistics import median
 from time import perf_counter
 from types import CodeType, FunctionType
@@ -111,10 +111,7 @@ def pure(
     runtime: str, tasks: int, rounds: int, workers: int, width: int | None = None
 ) -> dict[str, float]:
     """Bodies of bytecode alone: a loop of so many rounds."""
-
-    def body() -> None:
-        bodies.count(rounds)
-
+    body = bodies.pure(rounds)
     if runtime == LOOP:
         start = perf_counter()
         for _ in range(tasks):
@@ -209,12 +206,7 @@ def changes(
 
     A phase of either kind takes 40 times ``seconds`` at best.
     """
-    free_body = bodies.spinning(seconds, 0.0, 1)
-
-    def held_body() -> None:
-        bodies.count(rounds)
-
-    kinds = ((held_body, 40), (free_body, 40 * workers))
+    kinds = ((bodies.pure(rounds), 40), (bodies.spinning(seconds, 0.0, 1), 40 * workers))
     times: tuple[list[float], list[float]] = ([], [])
 
     def run(launch: Callable[[Callable[[], None]], Any], complete: Callable[[Any], object]) -> None:
@@ -371,20 +363,25 @@ def shared(threads: int, workers: int, tasks: int, sharing: list[str]) -> dict[s
         function, space, argument = own["function"], own["space"], own["argument"]
         first = me * tasks
         try:
+            # A function's first task pays for a look at its code.
+            function(argument)
             meeting.wait()
             for index in range(first, first + tasks):
                 function.options(space[index])(argument)
+            meeting.wait()
         except BaseException as failure:
             failures.append(failure)
-        meeting.wait()
+            meeting.abort()  # Nobody waits for this thread.
 
     with ch.Runtime(workers=workers):
         spawners = [threading.Thread(target=spawn, args=(me,)) for me in range(threads)]
         for thread in spawners:
             thread.start()
-        meeting.wait()
         start = perf_counter()
-        meeting.wait()
+        with suppress(threading.BrokenBarrierError):
+            meeting.wait()
+            start = perf_counter()
+            meeting.wait()
         spawned = perf_counter() - start
         for thread in spawners:
             thread.join()
