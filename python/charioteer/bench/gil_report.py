@@ -496,16 +496,19 @@ def _draw(caption: str, panels: Sequence[Panel], *, across: str, up: str) -> lis
             axis.set_xticks(range(len(places)), places)
         axis.set_ylim(bottom=0)
         axis.grid(axis="y", alpha=0.3)
+        axis.set_axisbelow(True)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel(across)
         axis.set_ylabel(up)
         axis.tick_params(labelsize=8)
     for axis in list(axes)[len(panels) :]:
         axis.set_visible(False)
-    first = figure.axes[0]
-    figure.legend(
-        *first.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8
-    )
+    # Not every panel has every line.
+    handles: dict[str, Any] = {}
+    for axis in figure.axes:
+        for handle, head in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(head, handle)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=8)
     stream = io.StringIO()
     # The same records give the same file.
     with matplotlib.rc_context({"svg.hashsalt": caption, "svg.fonttype": "none"}):
