@@ -252,6 +252,14 @@ def test_the_wait_for_the_gil_is_the_sum_of_all_sites() -> None:
     assert graphs.gil_waited({}) is None
 
 
+def test_the_wait_is_that_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The counts are the process's: what others waited before is not this run's.
+    readings = iter([5.0, 5.25])
+    monkeypatch.setattr(graphs, "gil_waited", lambda _: next(readings))
+    values = gil_runs.cell(OURS, "independent", 2, 1e-5, 0.0, 1, 1)
+    assert values["waited for the GIL"] == 250.0
+
+
 # Runs
 
 TINY = {"shape": "steps", "tasks": 8, "seconds": 1e-4, "held": 0.1, "slices": 2, "workers": 2}
@@ -493,9 +501,11 @@ def entry(**given: Any) -> dict[str, Any]:
     return {**base, **given}
 
 
-def sweep(runtime: str, efficiency: float, time: float, **params: Any) -> list[dict[str, Any]]:
+def sweep(
+    runtime: str, efficiency: float, time: float, python: str = "CPython 3", **params: Any
+) -> list[dict[str, Any]]:
     return [
-        entry(runtime=runtime, metric=metric, median=value, params=params)
+        entry(runtime=runtime, metric=metric, median=value, params=params, python=python)
         for metric, value in (("efficiency", efficiency), ("time", time))
     ]
 
@@ -520,14 +530,14 @@ def test_reports_are_written(tmp_path: Path, suffix: str) -> None:
     entries = [
         *sweep(OURS, 0.9, 0.2, workers=4),
         *sweep(OURS, 0.8, 0.3, workers=2, cores=2),
-        *sweep(OURS, 0.95, 0.1, workers=4, interpreter="free-threaded"),
+        *sweep(OURS, 0.95, 0.1, workers=4, python="CPython 3 free-threaded"),
         *sweep(THREAD_POOL, 0.6, 0.5, workers=2),
         entry(runtime="Ray", median=None, min=None, max=None, runs=0, params={"missing": "<no>"}),
     ]
     path = tmp_path / f"report{suffix}"
     gil_report.write(str(path), entries)
     text = path.read_text()
-    for words in ("0.900", "0.600 @2", "side by side", "4 workers"):
+    for words in ("0.900", "0.600 @2", "side by side", "4 workers", "CPython 3 free-threaded"):
         assert words in text
     plots = text.count("<svg") if suffix == ".html" else len(list(tmp_path.glob("*.svg")))
     try:

@@ -217,7 +217,7 @@ def cells(entries: Sequence[Entry]) -> dict[Cell, dict[str, Best]]:
             params["slices"],
             params["held"],
             params["cores"],
-            params["interpreter"],
+            entry["python"],
         )
         tasks[cell] = params["tasks"]
         key = (cell, entry["runtime"], params["workers"])
@@ -328,7 +328,7 @@ def _pure_blocks(entries: Sequence[Entry]) -> list[Block]:
         params = entry["params"]
         if "rounds" not in params or "tasks" not in params or not entry["runs"]:
             continue
-        interpreter = params["interpreter"]
+        interpreter = entry["python"]
         if entry["runtime"] == LOOP:
             loops[interpreter] = entry["median"]
         else:
@@ -397,6 +397,7 @@ def _on(text: str, params: dict[str, Any]) -> str:
 
 # Plots.
 
+IDEAL = "ideal"
 STYLES = {
     OURS: "#0b6e4f",
     FIXED: "#73c2a5",
@@ -429,6 +430,8 @@ def _plots(name: str, found: dict[Cell, dict[str, Best]], columns: Sequence[str]
             if cell.seconds == usual:
                 line = by_workers.setdefault(kind, {}).setdefault(head, {})
                 line[cell.cores] = best.speedup
+                ideal = by_workers[kind].setdefault(IDEAL, {})
+                ideal[cell.cores] = best.speedup / best.efficiency
                 if cell.cores == most:
                     bars.setdefault(head, {})[kind] = best.efficiency
             if cell.cores == most:
@@ -473,7 +476,7 @@ def _draw(caption: str, panels: Sequence[Panel], *, across: str, up: str) -> lis
     high = -(-len(panels) // wide)
     size = (9.0, 4.0) if len(panels) == 1 else (3.4 * wide, 2.8 * high)
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(high, wide, squeeze=False).flat
+    axes = list(figure.subplots(high, wide, squeeze=False).flat)
     colours = {head: STYLES[key] for key, (head, _) in COLUMNS.items()}
     for axis, (title, lines) in zip(axes, panels, strict=False):
         places = list(dict.fromkeys(place for line in lines.values() for place in line))
@@ -482,7 +485,8 @@ def _draw(caption: str, panels: Sequence[Panel], *, across: str, up: str) -> lis
             colour = colours.get(head)
             if numbers:
                 xs = sorted(line)
-                axis.plot(xs, [line[x] for x in xs], "o-", label=head, color=colour, ms=3)
+                style, colour = (":", "#000000") if head == IDEAL else ("o-", colour)
+                axis.plot(xs, [line[x] for x in xs], style, label=head, color=colour, ms=3)
             else:
                 width = 0.8 / len(lines)
                 middle = (index - (len(lines) - 1) / 2) * width
@@ -501,7 +505,7 @@ def _draw(caption: str, panels: Sequence[Panel], *, across: str, up: str) -> lis
         axis.set_xlabel(across)
         axis.set_ylabel(up)
         axis.tick_params(labelsize=8)
-    for axis in list(axes)[len(panels) :]:
+    for axis in axes[len(panels) :]:
         axis.set_visible(False)
     # Not every panel has every line.
     handles: dict[str, Any] = {}

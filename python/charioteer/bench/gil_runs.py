@@ -101,9 +101,8 @@ def _metrics(
         "efficiency": graph.ideal(seconds, held, cores) / outcome.seconds,
         "of the cores": graph.ideal(seconds, held, cores, gil=False) / outcome.seconds,
     }
-    waited = graphs.gil_waited(outcome.stats)
-    if waited is not None:
-        values["waited for the GIL"] = 1e3 * waited
+    if outcome.waited is not None:
+        values["waited for the GIL"] = 1e3 * outcome.waited
     return values
 
 

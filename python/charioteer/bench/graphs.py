@@ -18,7 +18,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from time import perf_counter
 from typing import Any
@@ -133,10 +133,10 @@ def make(shape: str, tasks: int) -> Graph:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a graph ran: its seconds, and what else the runtime told."""
+    """How a graph ran: its seconds, and those that threads waited for the GIL, where known."""
 
     seconds: float
-    stats: Mapping[str, Any] = field(default_factory=dict)
+    waited: float | None = None
 
 
 Body = Callable[[], object]
@@ -159,6 +159,7 @@ def charioteer(graph: Graph, body: Body, workers: int, width: int | None = None)
             raise Missing("Runtime takes no gil=")
         options["gil"] = width
     with ch.Runtime(workers=workers, **options) as runtime:
+        waited = gil_waited(runtime.stats())
         start = perf_counter()
         if graph.edges:
             space = ch.TaskSpace(graph.name)
@@ -167,7 +168,7 @@ def charioteer(graph: Graph, body: Body, workers: int, width: int | None = None)
         else:
             for _ in graph.before:
                 ch.spawn(body)
-    return Outcome(perf_counter() - start, runtime.stats())
+    return Outcome(perf_counter() - start, _since(waited, runtime))
 
 
 def native(graph: Graph, seconds: float, workers: int) -> Outcome:
@@ -184,6 +185,7 @@ def native(graph: Graph, seconds: float, workers: int) -> Outcome:
     address = ch._core.spin_address()
     spin = make_native(ctypes.CFUNCTYPE(None, ctypes.c_double)(address), params=("f8",))
     with ch.Runtime(workers=workers) as runtime:
+        waited = gil_waited(runtime.stats())
         start = perf_counter()
         if graph.edges:
             space = ch.TaskSpace(graph.name)
@@ -193,7 +195,7 @@ def native(graph: Graph, seconds: float, workers: int) -> Outcome:
         else:
             for _ in graph.before:
                 spin(seconds)
-    return Outcome(perf_counter() - start, runtime.stats())
+    return Outcome(perf_counter() - start, _since(waited, runtime))
 
 
 def thread_pool(graph: Graph, body: Body, workers: int) -> Outcome:
@@ -350,7 +352,15 @@ def parla(graph: Graph, body: Body, workers: int, version: str) -> Outcome:
 
 
 def gil_waited(stats: Mapping[str, Any]) -> float | None:
-    """Seconds that threads waited for the interpreter, if the runtime's counts tell them."""
+    """Seconds that threads waited for the interpreter, if the runtime's counts tell them.
+
+    The sites of the gateway count for the whole process, so a run is the difference of two.
+    """
     sites = stats.get("gateway", {}).values()
     waited = [site["waited"] for site in sites if isinstance(site, Mapping) and "waited" in site]
     return float(sum(waited)) if waited else None
+
+
+def _since(before: float | None, runtime: ch.Runtime) -> float | None:
+    after = gil_waited(runtime.stats())
+    return None if before is None or after is None else after - before
