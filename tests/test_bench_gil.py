@@ -238,6 +238,63 @@ def test_what_is_not_there_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         graphs.charioteer(graph, int, 1, width=1)
 
 
+PARLA = """
+import threading
+class Handle:
+    def __init__(self): self.ended = False
+    def __await__(self):
+        assert self.ended
+        return iter(())
+class TaskSpace(dict):
+    def __init__(self, name): pass
+    def __missing__(self, index): return self.setdefault(index, Handle())
+def spawn(handle=None, dependencies=(), *, placement, vcus):
+    assert placement == "cpu" and all(before.ended for before in dependencies)
+    def decorate(function):
+        made = function()
+        if made is not None:
+            try: made.send(None)
+            except StopIteration: pass
+        if handle is not None: handle.ended = True
+    return decorate
+"""
+
+
+@pytest.mark.parametrize("version", ["0.2", "0.3"])
+def test_parla_gets_every_task_with_its_dependencies(
+    version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "parla"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "given = []\n"
+        "class Parla:\n"
+        "    def __init__(self, **options): given.append(options)\n"
+        "    def __enter__(self): pass\n"
+        "    def __exit__(self, *_): pass\n"
+    )
+    (package / "tasks.py").write_text(PARLA)
+    (package / ("cpu.py" if version == "0.2" else "devices.py")).write_text("cpu = 'cpu'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(graphs.os, "cpu_count", lambda: 4)
+    try:
+        graph = graphs.steps(40, width=4)
+        ran: list[int] = []
+        assert graphs.parla(graph, lambda: ran.append(1), 4, version).seconds > 0
+        assert len(ran) == 40
+        given = sys.modules["parla"].given
+        assert given == [{} if version == "0.2" else {"n_workers": 4}]
+        other = {"0.2": "0.3", "0.3": "0.2"}[version]
+        with pytest.raises(Missing, match=f"installed as {version}"):
+            graphs.parla(graph, int, 4, other)
+        if version == "0.2":
+            with pytest.raises(Missing, match="every core"):
+                graphs.parla(graph, int, 2, version)
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "parla"]:
+            del sys.modules[name]
+
+
 def test_native_bodies_run() -> None:
     if not hasattr(ch, "native"):
         pytest.skip("charioteer has no native tasks")
