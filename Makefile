@@ -82,8 +82,8 @@ test-ft: .venv-ft/stamps/validating ## The same on a free-threaded interpreter, 
 	PYTHONPATH=$(FREE_THREADED)/site $(LIMITED) .venv-ft/bin/python $(PYTEST)
 
 ##@ Measure
-.PHONY: bench bench-rust bench-taskflow bench-overhead bench-ft
-bench: bench-rust bench-taskflow bench-overhead bench-ft ## All benchmarks below
+.PHONY: bench bench-rust bench-taskflow bench-overhead bench-gil bench-ft
+bench: bench-rust bench-taskflow bench-overhead bench-gil bench-ft ## All benchmarks below
 
 bench-rust: build ## Criterion benchmarks of the core
 	@mkdir -p benchmarks/results
@@ -96,6 +96,11 @@ bench-taskflow: build ## The core's peer, if its headers are installed
 bench-overhead: build .venv/stamps/bench ## What a task costs, beside other runtimes
 	@mkdir -p benchmarks/results
 	.venv/bin/charioteer bench overhead --json benchmarks/results/overhead.json
+
+bench-gil: build .venv/stamps/bench ## What the GIL costs tasks, beside other runtimes
+	@mkdir -p benchmarks/results
+	.venv/bin/charioteer bench gil --json benchmarks/results/gil.json \
+		--report benchmarks/results/gil.html
 
 bench-ft: .venv-gil/stamps/build .venv-ft/stamps/build ## An empty task without the GIL and with it
 	@mkdir -p benchmarks/results

@@ -333,6 +333,11 @@ def test_the_native_body_lasts_about_as_long_as_asked() -> None:
         ("anonymous", {"tasks": 20_000}, "growth"),
         ("rotating", {"tasks": 20_000}, "growth"),
         ("idle", {"workers": 4, "seconds": 0.1}, "processor time"),
+        (
+            "gil",
+            {"run": "single", "given": {"what": "a loop", "rounds": 10}},
+            "time per round",
+        ),
         ("peer", {"peer": "threadpool", "workers": 1, "tasks": 10}, "time per task"),
     ],
 )

@@ -48,8 +48,10 @@ __all__ = [
     "set_default_runtime_factory",
     "spawn",
     "spawn_many",
+    "spin_address",
     "submit",
     "task",
+    "work",
 ]
 
 _P = ParamSpec("_P")
@@ -516,3 +518,8 @@ def leave_native_step() -> ContextVars | None: ...
 def finish_elsewhere(
     task: Task[Any], value: object, exception: BaseException | None = None
 ) -> None: ...
+
+# Bodies of a known duration, for benchmarks.
+
+def spin_address() -> int: ...
+def work(seconds: float, held: float = 0.0, slices: int = 1) -> None: ...

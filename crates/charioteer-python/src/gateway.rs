@@ -54,9 +54,11 @@ pub enum Site {
     Main,
     /// An attached thread detaches to call a native body.
     Native,
+    /// A kernel of the benchmarks detaches.
+    Kernel,
 }
 
-const SITES: [&str; 10] = [
+const SITES: [&str; 12] = [
     "worker",
     "thread_start",
     "callback",
@@ -68,6 +70,7 @@ const SITES: [&str; 10] = [
     "stand_back",
     "main",
     "native",
+    "kernel",
 ];
 
 /// The counts of one site, on a cache line of its own. Times are in nanoseconds.

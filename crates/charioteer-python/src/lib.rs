@@ -12,6 +12,7 @@
 //! | `task` | `Task`, waiting and awaiting |
 //! | `space` | `TaskSpace`, `TaskList` |
 //! | `runtime` | the open runtime and the running task |
+//! | `kernels` | bodies of a known duration, for benchmarks |
 //! | `support` | what is used from the Python side of the package |
 
 use pyo3::prelude::*;
@@ -22,6 +23,7 @@ mod callable;
 mod gateway;
 mod gil;
 mod interp;
+mod kernels;
 mod native;
 mod options;
 mod runtime;
@@ -40,6 +42,8 @@ mod _core {
     use super::blas::lapack_adapters;
     #[pymodule_export]
     use super::interp::{leave_native_step, limits_changed};
+    #[pymodule_export]
+    use super::kernels::{spin_address, work};
     #[pymodule_export]
     use super::native::NativeFunction;
     #[pymodule_export]

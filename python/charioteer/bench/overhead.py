@@ -10,23 +10,20 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from charioteer.bench import native, probes, records, workloads
-from charioteer.bench.harness import (
-    OURS,
-    Bar,
-    Contestant,
-    Key,
-    Measure,
-    Sample,
-    Verdict,
-    interleave,
-    ratio,
+from charioteer.bench.command import (
+    Conduct,
+    OptionError,
+    check_other_python,
+    check_writable,
+    choice,
+    positive,
+    print_machine,
 )
+from charioteer.bench.harness import OURS, Bar, Contestant, Key, Measure, Sample, ratio
 from charioteer.bench.peers import PEERS, THREAD_POOL
 
 __all__ = ["DESCRIPTION", "SUMMARY", "OptionError", "add_arguments", "measures", "run"]
@@ -42,8 +39,6 @@ Each measure runs its contestants in turn, round after round, and reports median
 the bar that the project sets itself. A peer that is not installed is shown as missing.
 """
 
-BUSY = 0.3
-"""The load average a core above which other programs are likely to disturb the runs."""
 WORKERS = (1, 2)
 PER_TASK = "time per task"
 EMPTY = "empty task"
@@ -53,16 +48,12 @@ MAP = "Runtime.map"
 LATENCIES = ("spawn to start", "result() round trip")
 
 
-class OptionError(ValueError):
-    """Options that do not fit together or name what does not exist."""
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the benchmark's options."""
-    parser.add_argument("--runs", type=_positive, metavar="N", help="counted rounds (default: 5)")
+    parser.add_argument("--runs", type=positive, metavar="N", help="counted rounds (default: 5)")
     parser.add_argument(
         "--tasks",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="tasks in one run of the cost of a task (default: 100000); peers run a part of it",
     )
@@ -106,47 +97,14 @@ def run(options: argparse.Namespace) -> int:
     from charioteer.bench import report
 
     settings = Settings.of(options)
-    chosen = measures(settings, _choice("measure", options.only, NAMES) or NAMES)
+    chosen = measures(settings, choice("measure", options.only, NAMES) or NAMES)
     if options.json is not None:
-        _check_writable(options.json)
+        check_writable(options.json)
     console = Console(highlight=False)
-    console.print(f"charioteer bench overhead: {records.machine()}", soft_wrap=True)
-    console.print(f"{records.python_version()}, commit {records.commit()}")
-    load = os.getloadavg()[0]
-    if load > BUSY * records.usable_cores():
-        console.print(
-            f"[yellow]the machine is busy (load average {load:.1f}): expect wide ranges[/]"
-        )
-    total = sum(measure.steps(settings.runs) for measure in chosen)
-    done = 0
-    entries: list[records.Record] = []
-    verdicts: list[tuple[Measure, Verdict]] = []
-    failed = False
-    for measure in chosen:
-        with report.progress(measure.name, done, total) as step:
-            result = interleave(
-                measure.contestants,
-                measure.runs or settings.runs,
-                warmup=measure.warmup,
-                step=step,
-            )
-        done += measure.steps(settings.runs)
-        held = measure.verdicts(result)
-        report.print_measure(console, measure, result, held)
-        verdicts += [(measure, verdict) for verdict in held]
-        entries += measure.records(BENCHMARK, result)
-        failed |= any(
-            series.failure is not None and runtime.startswith(OURS)
-            for (runtime, *_), series in result.items()
-        )
-        if options.json is not None:
-            # After every measure: an interrupted run keeps what it has.
-            records.write_json(options.json, entries)
-    report.print_summary(console, verdicts)
-    if options.json is not None:
-        console.print(f"{len(entries)} records in {options.json}")
-    unmet = options.check and any(verdict.met is not True for _, verdict in verdicts)
-    return 1 if failed or unmet else 0
+    print_machine(console, BENCHMARK)
+    conduct = Conduct(BENCHMARK, settings.runs, options.json)
+    conduct.run(chosen, functools.partial(report.print_measure, console))
+    return conduct.end(console, check=options.check)
 
 
 class Settings:
@@ -186,21 +144,13 @@ class Settings:
             OptionError: an unknown peer; an other interpreter that cannot be run, or is of the
                 same kind as this one.
         """
-        python = options.other_python
-        if python is not None:
-            try:
-                other_has_gil = probes.gil_enabled(python)
-            except probes.ProbeError as error:
-                raise OptionError(f"--other-python: {error}") from error
-            if other_has_gil == records.gil_enabled():
-                kind = "have the GIL" if other_has_gil else "are free-threaded"
-                raise OptionError(f"--other-python: this interpreter and {python} both {kind}")
+        check_other_python(options.other_python)
         return cls(
             quick=options.quick,
             runs=options.runs,
             tasks=options.tasks,
-            peers=_choice("peer", options.peers, tuple(PEERS)),
-            other_python=python,
+            peers=choice("peer", options.peers, tuple(PEERS)),
+            other_python=options.other_python,
         )
 
 
@@ -564,38 +514,3 @@ def _peer(name: str, tasks: int, workers: int) -> Contestant:
 def _probe(case: str, probe: str, params: dict[str, Any], workers: int | None = None) -> Contestant:
     given = params if workers is None else {"workers": workers, **params}
     return Contestant(OURS, case, functools.partial(probes.call, probe, **given), workers, params)
-
-
-def _choice(what: str, text: str | None, known: Sequence[str]) -> tuple[str, ...] | None:
-    """The names in a comma-separated list.
-
-    Raises:
-        OptionError: one of them is not known.
-    """
-    if text is None:
-        return None
-    if what == "peer" and text in ("all", "none"):
-        return tuple(known) if text == "all" else ()
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
-    for name in names:
-        if name not in known:
-            raise OptionError(f"there is no {what} {name!r}; known: {', '.join(known)}")
-    return names
-
-
-def _positive(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return number
-
-
-def _check_writable(path: str) -> None:
-    target = Path(path)
-    if target.is_dir():
-        raise OptionError(f"cannot write {path}: it is a directory")
-    if not target.absolute().parent.is_dir():
-        raise OptionError(f"cannot write {path}: its directory does not exist")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import charioteer as ch
-from charioteer.bench import peers, records, workloads
+from charioteer.bench import gil_runs, peers, records, workloads
 from charioteer.bench.harness import Missing, Sample
 
 __all__ = ["PROBES", "ProbeError", "call", "gil_enabled", "import_time"]
@@ -189,6 +189,20 @@ def _idle(workers: int, seconds: float) -> dict[str, float]:
     return {"processor time": 1e3 * used * 10 / seconds}
 
 
+def _gil(run: str, given: dict[str, Any]) -> dict[str, float]:
+    """A run of the GIL study, after one that is not counted.
+
+    That is a small one where the tasks last long, and else a whole one, which leaves memory behind
+    that the tasks of the other can use.
+    """
+    function = gil_runs.RUNS[run]
+    if run == "shared":
+        function(**given)
+    elif "tasks" in given:
+        function(**given | {"tasks": min(given["tasks"], 20)})
+    return function(**given)
+
+
 def _resident() -> int:
     """Bytes of physical memory that this process holds.
 
@@ -205,6 +219,7 @@ def _resident() -> int:
 PROBES: dict[str, Callable[..., dict[str, float]]] = {
     "anonymous": _anonymous,
     "empty": _empty,
+    "gil": _gil,
     "idle": _idle,
     "peer": _peer,
     "pending": _pending,

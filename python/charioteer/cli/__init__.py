@@ -35,6 +35,7 @@ examples:
   charioteer run --stats script.py 100   run a script and count what the runtime did
   charioteer demo                        a real job: Gaussian-process classification of digits
   charioteer bench overhead --quick      what a task costs here, beside other runtimes
+  charioteer bench gil --quick           what the GIL costs tasks here
 
 environment:
   CHARIOTEER_WORKERS   workers of a runtime that does not say how many (default: usable cores)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BENCHMARKS", "add_parser", "run"]
 
-BENCHMARKS = {"overhead": "charioteer.bench.overhead"}
+BENCHMARKS = {"overhead": "charioteer.bench.overhead", "gil": "charioteer.bench.gil"}
 
 
 def add_parser(commands: Subparsers) -> None:

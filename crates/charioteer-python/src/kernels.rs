@@ -1,0 +1,69 @@
+//! Bodies of a known duration, for the study of the GIL.
+//!
+//! What a kernel does is spin until a monotonic clock has moved on, so that its duration is elapsed
+//! time and does not depend on the processor. The clock of a part starts when the part does: the
+//! time that a thread waits to be attached again belongs to no part, and that is what the study
+//! measures.
+//!
+//! [`work`] alternates an attached part and a detached one. Where nothing is to be done detached it
+//! stays attached, and where nothing is to be done attached it detaches once. [`charioteer_spin`]
+//! is the same spin for callers that know nothing of Python, such as native bodies.
+
+use std::time::{Duration, Instant};
+
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+
+use crate::gateway::{self, Site};
+
+/// Seconds longer than this would be a mistake, and a spinning thread hears no signal.
+const LONGEST: f64 = 60.0;
+
+fn spin(time: Duration) {
+    let start = Instant::now();
+    while start.elapsed() < time {
+        std::hint::spin_loop();
+    }
+}
+
+/// Spins for so many seconds, without Python. Nothing at all for what is no duration.
+#[unsafe(no_mangle)]
+pub extern "C" fn charioteer_spin(seconds: f64) {
+    spin(Duration::try_from_secs_f64(seconds).unwrap_or_default());
+}
+
+/// The address of `charioteer_spin`, a C function that takes a double and returns nothing.
+#[pyfunction]
+pub fn spin_address() -> usize {
+    charioteer_spin as extern "C" fn(f64) as usize
+}
+
+/// Spins for `seconds`, the part `held` of it attached, in `slices` turns: attached, then detached.
+#[pyfunction]
+#[pyo3(signature = (seconds, held = 0.0, slices = 1))]
+pub fn work(py: Python<'_>, seconds: f64, held: f64, slices: u32) -> PyResult<()> {
+    if !(0.0..=LONGEST).contains(&seconds) {
+        return Err(PyValueError::new_err(format!(
+            "seconds is from 0 to {LONGEST}, not {seconds}"
+        )));
+    }
+    if !(0.0..=1.0).contains(&held) {
+        return Err(PyValueError::new_err(format!(
+            "held is a share from 0 to 1, not {held}"
+        )));
+    }
+    if slices == 0 {
+        return Err(PyValueError::new_err("slices is at least 1, not 0"));
+    }
+    let turns = if held == 0.0 { 1 } else { slices };
+    let turn = seconds / f64::from(turns);
+    let attached = Duration::from_secs_f64(turn * held);
+    let detached = Duration::from_secs_f64(turn * (1.0 - held));
+    for _ in 0..turns {
+        spin(attached);
+        if held < 1.0 {
+            gateway::detach(py, Site::Kernel, || spin(detached));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,366 @@
+"""Task graphs of the GIL study, and how each runtime runs one.
+
+A :class:`Graph` is a list of tasks in the order in which a program would spawn them, each with the
+earlier tasks that it depends on. Its body is the same for all tasks. A *runner* runs a graph on one
+runtime and returns the seconds from the first spawn until every task is complete and the runtime
+has let go of its workers, which are started before the clock is.
+
+Each runner is what a user of that runtime would write. ``ThreadPoolExecutor`` knows no
+dependencies, so a task that ends submits those that it was the last to hold up; joblib knows none
+and has no futures either, so it runs one level of the graph after the other.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from time import perf_counter
+from typing import Any
+
+import charioteer as ch
+from charioteer.bench.harness import Missing
+from charioteer.bench.peers import load
+
+__all__ = [
+    "SHAPES",
+    "Graph",
+    "Outcome",
+    "cholesky",
+    "gil_waited",
+    "independent",
+    "make",
+    "steps",
+    "takes_widths",
+]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Tasks in the order of their spawning; ``before[i]`` are the tasks that ``i`` depends on."""
+
+    name: str
+    before: tuple[tuple[int, ...], ...]
+
+    def __len__(self) -> int:
+        return len(self.before)
+
+    @cached_property
+    def edges(self) -> int:
+        """How many dependencies there are."""
+        return sum(map(len, self.before))
+
+    @cached_property
+    def levels(self) -> list[list[int]]:
+        """The tasks by the length of the longest chain that ends in them."""
+        level: list[int] = []
+        for before in self.before:
+            level.append(1 + max((level[index] for index in before), default=-1))
+        levels: list[list[int]] = [[] for _ in range(max(level, default=-1) + 1)]
+        for index, at in enumerate(level):
+            levels[at].append(index)
+        return levels
+
+    def ideal(self, seconds: float, held: float, workers: int, *, gil: bool = True) -> float:
+        """The least seconds it can take with tasks of ``seconds``, the part ``held`` attached.
+
+        No machine does more than ``workers`` tasks at once, no interpreter with a GIL more than
+        one attached part, and no order ends before the longest chain has.
+        """
+        serial = len(self) * seconds
+        bounds = [serial / workers, len(self.levels) * seconds]
+        if gil:
+            bounds.append(serial * held)
+        return max(bounds)
+
+
+def independent(tasks: int) -> Graph:
+    """So many tasks without dependencies."""
+    return Graph("independent", ((),) * tasks)
+
+
+def cholesky(tasks: int) -> Graph:
+    """The tiled Cholesky factorization with the most tiles that has at most so many tasks."""
+    tiles = 1
+    while (tiles + 1) * (tiles + 2) * (tiles + 3) // 6 <= tasks:
+        tiles += 1
+    before: list[tuple[int, ...]] = []
+    # The task that wrote a tile last; tiles are (row, column) of the lower triangle.
+    wrote: dict[tuple[int, int], int] = {}
+
+    def add(target: tuple[int, int], *read: tuple[int, int]) -> None:
+        before.append(tuple(dict.fromkeys(wrote[at] for at in (target, *read) if at in wrote)))
+        wrote[target] = len(before) - 1
+
+    for k in range(tiles):
+        add((k, k))
+        for row in range(k + 1, tiles):
+            add((row, k), (k, k))
+        for row in range(k + 1, tiles):
+            add((row, row), (row, k))
+            for column in range(k + 1, row):
+                add((row, column), (row, k), (column, k))
+    return Graph("cholesky", tuple(before))
+
+
+def steps(tasks: int, width: int = 32) -> Graph:
+    """A stencil over time: every point of a step after its neighbours in the step before."""
+    width = min(width, tasks)
+    before: list[tuple[int, ...]] = []
+    for step in range(max(1, tasks // width)):
+        for x in range(width):
+            near = range(max(0, x - 1), min(width, x + 2)) if step else ()
+            before.append(tuple((step - 1) * width + at for at in near))
+    return Graph("steps", tuple(before))
+
+
+SHAPES: Mapping[str, Callable[[int], Graph]] = {
+    "independent": independent,
+    "cholesky": cholesky,
+    "steps": steps,
+}
+
+
+def make(shape: str, tasks: int) -> Graph:
+    """The graph of that shape with about so many tasks."""
+    return SHAPES[shape](tasks)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a graph ran: its seconds, and those that threads waited for the GIL, where known."""
+
+    seconds: float
+    waited: float | None = None
+
+
+Body = Callable[[], object]
+
+
+def takes_widths() -> bool:
+    """Whether this charioteer's runtime can be told how many workers compete for the GIL."""
+    return "gil" in inspect.signature(ch.Runtime).parameters
+
+
+def charioteer(graph: Graph, body: Body, workers: int, width: int | None = None) -> Outcome:
+    """Run it on charioteer; ``width`` fixes how many workers compete for the GIL.
+
+    Raises:
+        Missing: a width is given and this charioteer does not take any.
+    """
+    options: dict[str, Any] = {}
+    if width is not None:
+        if not takes_widths():
+            raise Missing("Runtime takes no gil=")
+        options["gil"] = width
+    with ch.Runtime(workers=workers, **options) as runtime:
+        waited = gil_waited(runtime.stats())
+        start = perf_counter()
+        if graph.edges:
+            space = ch.TaskSpace(graph.name)
+            for index, before in enumerate(graph.before):
+                ch.spawn(space[index], dependencies=[space[at] for at in before])(body)
+        else:
+            for _ in graph.before:
+                ch.spawn(body)
+    return Outcome(perf_counter() - start, _since(waited, runtime))
+
+
+def native(graph: Graph, seconds: float, workers: int) -> Outcome:
+    """Run it on charioteer with a body in C that knows nothing of Python.
+
+    Raises:
+        Missing: this charioteer has no native tasks.
+    """
+    make_native = getattr(ch, "native", None)
+    if make_native is None:
+        raise Missing("charioteer has no native tasks")
+    import ctypes
+
+    address = ch._core.spin_address()
+    spin = make_native(ctypes.CFUNCTYPE(None, ctypes.c_double)(address), params=("f8",))
+    with ch.Runtime(workers=workers) as runtime:
+        waited = gil_waited(runtime.stats())
+        start = perf_counter()
+        if graph.edges:
+            space = ch.TaskSpace(graph.name)
+            for index, before in enumerate(graph.before):
+                needs = [space[at] for at in before]
+                spin.options(space[index], dependencies=needs)(seconds)
+        else:
+            for _ in graph.before:
+                spin(seconds)
+    return Outcome(perf_counter() - start, _since(waited, runtime))
+
+
+def thread_pool(graph: Graph, body: Body, workers: int) -> Outcome:
+    """Run it on the standard library's thread pool."""
+    with ThreadPoolExecutor(workers) as executor:
+        _start_threads(executor, workers)
+        start = perf_counter()
+        if graph.edges:
+            _submit_in_order(executor, graph, body)
+        else:
+            for _ in graph.before:
+                executor.submit(body)
+    return Outcome(perf_counter() - start)
+
+
+def _start_threads(executor: ThreadPoolExecutor, workers: int) -> None:
+    meeting = threading.Barrier(workers)
+    for future in [executor.submit(meeting.wait) for _ in range(workers)]:
+        future.result()
+
+
+def _submit_in_order(executor: ThreadPoolExecutor, graph: Graph, body: Body) -> None:
+    """Submit each task once what it depends on is complete; returns when all are."""
+    after: list[list[int]] = [[] for _ in graph.before]
+    for index, before in enumerate(graph.before):
+        for at in before:
+            after[at].append(index)
+    held_up = [len(before) for before in graph.before]
+    left = len(graph)
+    lock = threading.Lock()
+    complete = threading.Event()
+
+    def submit(index: int) -> None:
+        executor.submit(body).add_done_callback(lambda future: ended(index, future))
+
+    def ended(index: int, future: Future[object]) -> None:
+        nonlocal left
+        future.result()
+        ready = []
+        with lock:
+            left -= 1
+            for later in after[index]:
+                held_up[later] -= 1
+                if not held_up[later]:
+                    ready.append(later)
+            if not left:
+                complete.set()
+        for later in ready:
+            submit(later)
+
+    for index, before in enumerate(graph.before):
+        if not before:
+            submit(index)
+    complete.wait()
+
+
+def dask(graph: Graph, body: Body, workers: int) -> Outcome:
+    """Run it on Dask's threads."""
+    module = load("dask")
+    delayed = module.delayed(lambda *_: body(), pure=False)
+    # A pool of its own: Dask never ends the threads of those that it makes.
+    with ThreadPoolExecutor(workers) as executor:
+        _start_threads(executor, workers)
+        start = perf_counter()
+        tasks: list[Any] = []
+        for before in graph.before:
+            tasks.append(delayed(*(tasks[at] for at in before)))
+        module.compute(*tasks, scheduler="threads", pool=executor, optimize_graph=False)
+    return Outcome(perf_counter() - start)
+
+
+def joblib(graph: Graph, body: Body, workers: int) -> Outcome:
+    """Run it on joblib's threads, level by level."""
+    module = load("joblib")
+    with module.Parallel(n_jobs=workers, backend="threading") as parallel:
+        start = perf_counter()
+        for level in graph.levels:
+            parallel(module.delayed(body)() for _ in level)
+    return Outcome(perf_counter() - start)
+
+
+def ray(graph: Graph, body: Body, workers: int) -> Outcome:
+    """Run it on Ray, whose workers are processes with a GIL each."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    module = load("ray")
+    module.init(
+        num_cpus=workers,
+        include_dashboard=False,
+        logging_level="ERROR",
+        log_to_driver=False,
+        configure_logging=False,
+        object_store_memory=100 * 2**20,
+    )
+    try:
+
+        def task(*_: object) -> None:
+            body()
+
+        remote = module.remote(task)
+        # Ray starts a worker process at the first task that needs one.
+        module.get([remote.remote() for _ in range(10 * workers)])
+        start = perf_counter()
+        tasks: list[Any] = []
+        for before in graph.before:
+            tasks.append(remote.remote(*(tasks[at] for at in before)))
+        module.get(tasks)
+        return Outcome(perf_counter() - start)
+    finally:
+        module.shutdown()
+
+
+def parla(graph: Graph, body: Body, workers: int, version: str) -> Outcome:
+    """Run it on Parla of the given version, ``"0.2"`` or ``"0.3"``.
+
+    Raises:
+        Missing: that version is not installed, or cannot run on so many workers.
+    """
+    module = load("parla")
+    # The pure-Python predecessor alone has a module for each kind of device.
+    found = "0.2" if importlib.util.find_spec("parla.cpu") is not None else "0.3"
+    if found != version:
+        raise Missing(f"parla is installed as {found}")
+    options: dict[str, Any] = {}
+    if version == "0.2":
+        if workers != (os.cpu_count() or 1):
+            raise Missing("Parla 0.2 always runs on every core")
+        place = load("parla.cpu").cpu
+    else:
+        place = load("parla.devices").cpu
+        options["n_workers"] = workers
+    tasks_module = load("parla.tasks")
+    spawn: Callable[..., Callable[[Any], Any]] = tasks_module.spawn
+    space = tasks_module.TaskSpace("graph")
+    seconds = 0.0
+
+    def program() -> None:
+        @spawn(placement=place, vcus=0)
+        async def top() -> None:
+            nonlocal seconds
+            start = perf_counter()
+            for index, before in enumerate(graph.before):
+
+                @spawn(space[index], [space[at] for at in before], placement=place, vcus=0)
+                def task() -> None:
+                    body()
+
+            for index in range(len(graph)):
+                await space[index]
+            seconds = perf_counter() - start
+
+    with module.Parla(**options):
+        program()
+    return Outcome(seconds)
+
+
+def gil_waited(stats: Mapping[str, Any]) -> float | None:
+    """Seconds that threads waited for the interpreter, if the runtime's counts tell them.
+
+    The sites of the gateway count for the whole process, so a run is the difference of two.
+    """
+    sites = stats.get("gateway", {}).values()
+    waited = [site["waited"] for site in sites if isinstance(site, Mapping) and "waited" in site]
+    return float(sum(waited)) if waited else None
+
+
+def _since(before: float | None, runtime: ch.Runtime) -> float | None:
+    after = gil_waited(runtime.stats())
+    return None if before is None or after is None else after - before
