@@ -34,7 +34,6 @@ def kernel_visits() -> int:
     """How often the kernel has detached in this process."""
     with ch.Runtime(workers=0) as runtime:
         visits = runtime.stats()["gateway"]["kernel"]
-    # A count alone, or one of several figures of the site.
     return int(visits["visits"])
 
 
@@ -659,7 +658,7 @@ def test_the_command_runs_both_interpreters(tmp_path: Path, monkeypatch: Any) ->
     found = {
         item["params"]["interpreter"]
         for item in entries
-        if item["runs"] and item["runtime"] == OURS and item["unit"] != "x"
+        if item["runs"] and item["runtime"] == OURS and "interpreter" in item["params"]
     }
     assert found == {"GIL", "free-threaded"}
 

@@ -653,9 +653,20 @@ def test_a_waiting_body_runs_a_native_one_on_its_own_stack(rt1: ch.Runtime) -> N
 
 def test_the_gateway_counts_detached_calls() -> None:
     with ch.Runtime(workers=0) as runtime:
-        before = runtime.stats()["gateway"]["native"]
+        before = runtime.stats()["gateway"]["native"]["visits"]
         power.map([1.0] * 10, [1.0] * 10).result()
-        assert runtime.stats()["gateway"]["native"] == before + 10
+        assert runtime.stats()["gateway"]["native"]["visits"] == before + 10
+
+
+def test_workers_do_not_attach_for_native_bodies() -> None:
+    with ch.Runtime(workers=2) as runtime:
+        before = {name: site["visits"] for name, site in runtime.stats()["gateway"].items()}
+        tasks = power.map([2.0] * 200, [3.0] * 200)
+        while not tasks.done():  # nobody detaches meanwhile, or attaches
+            pass
+        after = {name: site["visits"] for name, site in runtime.stats()["gateway"].items()}
+    assert {name for name in after if after[name] != before[name]} <= {"stand_back", "drop"}
+    assert tasks.result() == [8.0] * 200
 
 
 def test_callbacks_into_python_find_the_interpreter(rt_any: ch.Runtime) -> None:

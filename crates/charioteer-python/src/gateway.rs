@@ -9,8 +9,8 @@
 //!
 //! References may be dropped by any thread: the last owner of a result can be a worker that is not
 //! attached. [`PyRef`] frees its object at once if the thread is attached, and else puts it into a
-//! queue, which the next thread that attaches empties. The queue is bounded: the thread that finds
-//! it full attaches itself.
+//! queue, which the next thread that attaches empties, or the main thread between two bytecodes,
+//! whoever comes first. The queue is bounded: the thread that finds it full attaches itself.
 
 #![expect(
     clippy::disallowed_methods,
@@ -207,17 +207,29 @@ const BOUND: usize = 4096;
 const HIDDEN: usize = 1;
 
 fn defer(object: usize) {
-    let full = {
+    let (first, full) = {
         let mut deferred = DEFERRED.lock().unwrap_or_else(PoisonError::into_inner);
         deferred.push(object);
         DEFERRED_LENGTH.store(deferred.len(), Ordering::Release);
-        deferred.len() >= BOUND
+        (deferred.len() == 1, deferred.len() >= BOUND)
     };
+    // SAFETY: both may be called by any thread, attached or not.
+    if first && unsafe { ffi::Py_IsInitialized() } != 0 {
+        // If the interpreter has too many of these to take another, it empties the queue later.
+        let _ = unsafe { ffi::Py_AddPendingCall(Some(drop_pending), std::ptr::null_mut()) };
+    }
     if full {
         visit(Site::Drop);
         // An interpreter that ends frees everything by itself.
         let _ = Python::try_attach(drop_deferred);
     }
+}
+
+/// The main thread empties the queue between two of its bytecodes.
+extern "C" fn drop_pending(_: *mut std::ffi::c_void) -> std::ffi::c_int {
+    // SAFETY: the interpreter calls this, on a thread that is attached.
+    drop_deferred(unsafe { Python::assume_attached() });
+    0
 }
 
 /// Drops what other threads left.
