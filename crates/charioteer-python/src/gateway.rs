@@ -9,8 +9,9 @@
 //!
 //! References may be dropped by any thread: the last owner of a result can be a worker that is not
 //! attached. [`PyRef`] frees its object at once if the thread is attached, and else puts it into a
-//! queue, which the next thread that attaches empties. The queue is bounded: the thread that finds
-//! it full attaches itself.
+//! queue. Threads empty it when they attach, when they spawn a native task, whose kind leaves most of
+//! what is in it, and when they look at a task that is done: what it kept is in the queue by then.
+//! The queue is bounded: the thread that finds it full attaches itself.
 
 #![expect(
     clippy::disallowed_methods,
@@ -95,7 +96,8 @@ pub fn attach<R>(site: Site, f: impl FnOnce(Python<'_>) -> R) -> R {
     })
 }
 
-/// Calls `f` detached from the interpreter.
+/// Calls `f` detached from the interpreter. Attached again, the thread drops what others left, so
+/// that who waited for a task finds its arguments released.
 #[inline]
 pub fn detach<R>(py: Python<'_>, site: Site, f: impl FnOnce() -> R) -> R {
     visit(site);
@@ -111,7 +113,9 @@ pub fn detach<R>(py: Python<'_>, site: Site, f: impl FnOnce() -> R) -> R {
         }
     }
     let f = Stays(f);
-    py.detach(move || f.call()).0
+    let result = py.detach(move || f.call()).0;
+    drop_deferred(py);
+    result
 }
 
 /// Whether the calling thread is attached. Unlike `PyGILState_Check` it also answers no after the

@@ -765,6 +765,7 @@ impl Call {
         substitute: bool,
         wide: bool,
     ) -> PyResult<Self> {
+        gateway::drop_deferred(py);
         let state = if substitute {
             State::Held(arguments)
         } else {
