@@ -9,8 +9,9 @@
 //!
 //! References may be dropped by any thread: the last owner of a result can be a worker that is not
 //! attached. [`PyRef`] frees its object at once if the thread is attached, and else puts it into a
-//! queue, which the next thread that attaches empties, or the main thread between two bytecodes,
-//! whoever comes first. The queue is bounded: the thread that finds it full attaches itself.
+//! queue. Who attaches empties it, who comes back from a wait, and who asks for the result of a task,
+//! so that what a task kept is free when it is known to be done; else the main thread does, between
+//! two bytecodes. The queue is bounded: the thread that finds it full attaches itself.
 
 #![expect(
     clippy::disallowed_methods,
@@ -153,7 +154,8 @@ pub fn attach<R>(site: Site, f: impl FnOnce(Python<'_>) -> R) -> R {
     })
 }
 
-/// Calls `f` detached from the interpreter.
+/// Calls `f` detached from the interpreter. Attached again, the thread drops what others left, so
+/// that who waited for a task finds its arguments released.
 #[inline]
 pub fn detach<R>(py: Python<'_>, site: Site, f: impl FnOnce() -> R) -> R {
     visit(site);
@@ -172,6 +174,7 @@ pub fn detach<R>(py: Python<'_>, site: Site, f: impl FnOnce() -> R) -> R {
     let detached = Instant::now();
     let (result, asked) = py.detach(move || (f.call(), Instant::now()));
     count(site, asked.elapsed(), asked - detached);
+    drop_deferred(py);
     result.0
 }
 
@@ -213,10 +216,14 @@ fn defer(object: usize) {
         DEFERRED_LENGTH.store(deferred.len(), Ordering::Release);
         (deferred.len() == 1, deferred.len() >= BOUND)
     };
-    // SAFETY: both may be called by any thread, attached or not.
-    if first && unsafe { ffi::Py_IsInitialized() } != 0 {
-        // If the interpreter has too many of these to take another, it empties the queue later.
-        let _ = unsafe { ffi::Py_AddPendingCall(Some(drop_pending), std::ptr::null_mut()) };
+    if first {
+        // SAFETY: both may be called by any thread, attached or not; the call takes no argument.
+        unsafe {
+            if ffi::Py_IsInitialized() != 0 {
+                // One that has too many of these to take another empties the queue some other time.
+                let _ = ffi::Py_AddPendingCall(Some(drop_pending), std::ptr::null_mut());
+            }
+        }
     }
     if full {
         visit(Site::Drop);

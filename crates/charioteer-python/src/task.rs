@@ -132,6 +132,7 @@ pub fn wait_for(
 
 /// The value of a task that is done, or the exception that stands for it.
 pub fn value_of(py: Python<'_>, task: &Task) -> PyResult<Py<PyAny>> {
+    gateway::drop_deferred(py);
     match task.outcome() {
         Some(Outcome::Value(value)) => Ok(value.object(py)),
         _ => {
