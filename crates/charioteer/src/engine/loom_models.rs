@@ -293,6 +293,25 @@ fn a_wake_up_is_passed_on() {
     });
 }
 
+/// Two workers of which one at a time may be inside: whoever leaves finds what the other, who had no
+/// room, left behind.
+#[test]
+fn a_full_gate_loses_no_task() {
+    explore_at_most(1, || {
+        let engine = open(2);
+        engine.set_width(1);
+        let ran = count();
+        for _ in 0..2 {
+            engine
+                .spawn_detached("task", Box::new(counting(&ran)), None, &[])
+                .unwrap();
+        }
+        assert!(engine.close_when_quiet(&mut || false));
+        engine.close();
+        assert_eq!(ran.load(Ordering::Relaxed), 2);
+    });
+}
+
 /// A body waits, on the only worker, for a task that another thread completes, while the engine
 /// closes: another thread has its place meanwhile, its wait ends, it gets a place again, and the
 /// engine closes after it.
