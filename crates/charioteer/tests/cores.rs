@@ -337,3 +337,41 @@ fn the_limit_does_not_stop_a_spawner_that_all_wait_for() {
         runtime.close().unwrap();
     });
 }
+
+/// After a set of cores ordinary tasks may pass the next unusual one, but not keep it from a core
+/// that is free, however long they run.
+#[test]
+fn a_long_task_keeps_nobody_from_a_free_core() {
+    within(20, || {
+        let runtime = Runtime::new(2).unwrap();
+        let (busy, go) = (Arc::new(Barrier::new(3)), Arc::new(Barrier::new(3)));
+        for _ in 0..2 {
+            let (busy, go) = (Arc::clone(&busy), Arc::clone(&go));
+            runtime.spawn_detached(move || {
+                busy.wait();
+                go.wait();
+            });
+        }
+        busy.wait();
+        let wide = runtime.task().cores(2).spawn(|| ()).unwrap();
+        let meet = Arc::new(Barrier::new(2));
+        let long = runtime.spawn({
+            let meet = Arc::clone(&meet);
+            move || {
+                meet.wait();
+            }
+        });
+        let part = runtime
+            .task()
+            .share(0.5)
+            .spawn(move || {
+                meet.wait();
+            })
+            .unwrap();
+        go.wait();
+        wide.result().unwrap();
+        long.result().unwrap();
+        part.result().unwrap();
+        runtime.close().unwrap();
+    });
+}

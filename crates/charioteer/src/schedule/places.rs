@@ -15,8 +15,9 @@
 //!   came back. Then the unusual tasks, by priority and then age, all or nothing (invariant 4): when
 //!   the head does not fit, workers give their places up at their next boundary until it does, so a
 //!   wide task waits for no more than the tasks that run. After a grant to an unusual task as many
-//!   ordinary tasks as there are places may start before the next one is considered, so that
-//!   neither kind starves the other.
+//!   ordinary tasks as there are places may start before the next one is considered, or all that are
+//!   ready if those are fewer, so that neither kind starves the other. They are counted when they
+//!   start: one that runs for long keeps nobody from a core that is free.
 //! * Parts of cores share a place: the first takes a free place, others join it while their parts
 //!   fit, the last one gives it back.
 //!
@@ -467,17 +468,25 @@ impl<D: Domain> Places<D> {
         self.demand.load(Ordering::Relaxed) != 0
     }
 
+    /// An ordinary task is about to start. `idle`: it was the last that was ready, so that no unusual
+    /// one has to let others pass.
+    pub(crate) fn starts(&self, idle: bool) -> Todo<D> {
+        let mut book = self.book.lock();
+        book.credit = if idle {
+            0
+        } else {
+            book.credit.saturating_sub(1)
+        };
+        let mut todo = Todo::none();
+        self.serve(&mut book, &mut todo);
+        self.publish(&book);
+        todo
+    }
+
     /// A worker is between two ordinary tasks. True if it has to give its place up.
     pub(crate) fn boundary(&self) -> bool {
-        let mut book = self.book.lock();
-        if !book.returns.is_empty() {
-            return true;
-        }
-        if book.unusual.is_empty() {
-            return false;
-        }
-        book.credit = book.credit.saturating_sub(1);
-        book.credit == 0
+        let book = self.book.lock();
+        !book.returns.is_empty() || (!book.unusual.is_empty() && book.credit == 0)
     }
 
     /// The searcher found a task.

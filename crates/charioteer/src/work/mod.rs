@@ -249,6 +249,10 @@ impl<D: Domain> Worker<D> {
             // Pass the wake-up on: where one task was, more may be.
             engine.wake();
         }
+        if engine.places.is_owed() {
+            let todo = engine.places.starts(!engine.queues.has_work());
+            engine.carry_out(todo);
+        }
         self.claim_and_run(&task);
         drop(task);
         engine.places.is_owed() && engine.places.boundary()
