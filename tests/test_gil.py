@@ -57,13 +57,30 @@ def test_without_a_width_all_workers_are() -> None:
         assert rt.stats()["sessions"]["inside"] <= 4
 
 
-def test_bodies_that_only_sleep_are_never_held_back() -> None:
+def test_bodies_that_only_sleep_run_side_by_side() -> None:
     # For long enough that a gate that narrows would have done so.
     crowd = Crowd()
-    with ch.Runtime(workers=4) as rt:
+    with ch.Runtime(workers=4):
         ch.spawn_many(lambda _: doze(crowd), range(200)).result()
-        assert rt.stats()["sessions"]["changes"] == 0
+        crowd.most = 0
+        ch.spawn_many(lambda _: doze(crowd), range(200)).result()
     assert crowd.most == 4
+
+
+@pytest.mark.parametrize("spins", [False, True])
+def test_bodies_that_wait_for_each_other_all_get_in(spins: bool) -> None:
+    # The gate narrows for those that hold the GIL; what comes then needs every worker.
+    arrived: list[int] = []
+
+    def meet(i: int) -> None:
+        arrived.append(i)
+        while len(arrived) < 4:
+            if not spins:
+                time.sleep(0.001)
+
+    with ch.Runtime(workers=4):
+        ch.spawn_many(lambda _: sum(range(50_000)), range(100)).result()
+        ch.spawn_many(meet, range(4)).result(timeout=50)
 
 
 def test_a_wider_gate_than_workers_is_no_gate() -> None:

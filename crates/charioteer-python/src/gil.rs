@@ -40,6 +40,9 @@ use crate::interp::Core;
 const TICK: Duration = Duration::from_millis(2);
 /// How many looks without a session let the observer sleep.
 const QUIET: u32 = 10;
+/// How many looks without a task that finished open the gate: bodies may wait for one that has no
+/// room, in ways that use processor time.
+const STUCK: u32 = 50;
 /// How many spawns pass between two looks of a spawner at the clock.
 const SPAWNS: u32 = 32;
 /// What passes between two looks of a spawner at what is finished, at first and at most.
@@ -291,6 +294,7 @@ impl Observer {
         let mut width = Width::new(self.workers);
         let mut clocks: Vec<(Arc<Clock>, Option<Duration>)> = Vec::new();
         let mut quiet = 0;
+        let mut stuck = (0, 0);
         let mut before = (Instant::now(), 0);
         while quiet < QUIET {
             (closed, _) = self
@@ -309,7 +313,19 @@ impl Observer {
             let rate = used.as_secs_f64() / now.duration_since(before.0).as_secs_f64();
             let inside = engine.sessions();
             let between = (before.1.min(inside), before.1.max(inside));
-            let wanted = width.measured(rate, between);
+            let finished = engine.counts().finished;
+            stuck = if finished == stuck.1 {
+                (stuck.0 + 1, finished)
+            } else {
+                (0, finished)
+            };
+            let wanted = if stuck.0 == STUCK {
+                stuck.0 = 0;
+                width = Width::new(self.workers);
+                width.width()
+            } else {
+                width.measured(rate, between)
+            };
             if wanted != self.width.swap(wanted, Ordering::Relaxed) {
                 self.changes.fetch_add(1, Ordering::Relaxed);
                 engine.set_width(wanted);

@@ -99,6 +99,12 @@ impl Width {
     /// Takes a measurement, and gives the width from now on. `rate`: seconds of processor time in a
     /// second; `inside`: the least and the most threads that were seen inside meanwhile.
     pub fn measured(&mut self, rate: f64, inside: (usize, usize)) -> usize {
+        if rate < IDLE && inside.1 >= self.width {
+            // Also where some have still to leave: they may wait for somebody who has no room.
+            self.trial = None;
+            self.width = self.most;
+            return self.width;
+        }
         if inside.1 > self.width {
             // Some have still to leave.
             return self.width;
@@ -108,11 +114,6 @@ impl Width {
             if let Some(trial) = self.trial.take() {
                 self.width = self.width.max(trial.from);
             }
-            return self.width;
-        }
-        if rate < IDLE {
-            self.trial = None;
-            self.width = self.most;
             return self.width;
         }
         self.shrink_rest.0 = self.shrink_rest.0.saturating_sub(1);
@@ -303,6 +304,13 @@ mod tests {
             assert_eq!(width.measured(1.0, (2, 8)), 2);
         }
         assert_eq!(width.measured(1.0, (2, 2)), 1);
+    }
+
+    #[test]
+    fn bodies_that_wait_for_one_that_has_no_room_get_it() {
+        let mut width = Width::new(8);
+        assert_eq!(width.measured(1.0, (8, 8)), 2);
+        assert_eq!(width.measured(0.01, (3, 3)), 8);
     }
 
     #[test]
