@@ -5,9 +5,10 @@
 //! Bodies that release the GIL most of the time run side by side, and then there can hardly be too
 //! many workers. Bodies that hold it run one at a time, whatever their number, and each worker more
 //! only adds hand-overs. The core lets no more workers into sessions than a width says
-//! ([`Engine::set_width`](charioteer::engine::Engine::set_width)), and [`Width`] finds the width from the processor time that the workers in
+//! (`Engine::set_width`), and [`Width`] finds the width from the processor time that the workers in
 //! sessions use up. This module measures it: a thread, the *observer*, reads the processor clock of
-//! each worker's thread every [`TICK`]. It never attaches to the interpreter.
+//! each worker's thread every [`TICK`]. It attaches to the interpreter only where a wider gate needs
+//! another worker thread to be started.
 //!
 //! The observer starts with the first session beside another one, and sleeps again when no session
 //! was seen for a while, with the gate wide open. So a runtime that is idle or runs one task after
@@ -108,7 +109,6 @@ struct Observer {
     clocks: Mutex<Vec<Arc<Clock>>>,
     inside: AtomicUsize,
     awake: AtomicBool,
-    width: AtomicUsize,
     changes: AtomicU64,
     closed: Mutex<bool>,
     bell: Condvar,
@@ -120,7 +120,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Gil {
-    /// `observed`: there is a GIL, and nobody said how many of the `workers` may compete for it.
+    /// `observed`: there is a GIL, and nobody said how many of the `workers`, two or more, may
+    /// compete for it.
     pub fn new(workers: usize, observed: bool) -> Self {
         Self(observed.then(|| {
             Arc::new(Observer {
@@ -130,7 +131,6 @@ impl Gil {
                 clocks: Mutex::new(Vec::new()),
                 inside: AtomicUsize::new(0),
                 awake: AtomicBool::new(false),
-                width: AtomicUsize::new(workers),
                 changes: AtomicU64::new(0),
                 closed: Mutex::new(false),
                 bell: Condvar::new(),
@@ -156,7 +156,7 @@ impl Gil {
     /// Calls `run`, which is a session of this thread.
     #[inline]
     pub fn session(&self, run: impl FnOnce()) {
-        let Some(observer) = self.0.as_ref().filter(|observer| observer.workers > 1) else {
+        let Some(observer) = &self.0 else {
             return run();
         };
         let clock = observer.clock();
@@ -319,6 +319,7 @@ impl Observer {
             } else {
                 (0, finished)
             };
+            let former = width.width();
             let wanted = if stuck.0 == STUCK {
                 stuck.0 = 0;
                 width = Width::new(self.workers);
@@ -326,7 +327,7 @@ impl Observer {
             } else {
                 width.measured(rate, between)
             };
-            if wanted != self.width.swap(wanted, Ordering::Relaxed) {
+            if wanted != former {
                 self.changes.fetch_add(1, Ordering::Relaxed);
                 engine.set_width(wanted);
             }
@@ -334,7 +335,6 @@ impl Observer {
             quiet = if inside == 0 { quiet + 1 } else { 0 };
             closed = lock(&self.closed);
         }
-        self.width.store(self.workers, Ordering::Relaxed);
         self.awake.store(false, Ordering::SeqCst);
         if self.inside.load(Ordering::SeqCst) > 1 {
             // Somebody came while it looked away, and took it for awake.

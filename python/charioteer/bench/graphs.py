@@ -25,7 +25,7 @@ from typing import Any
 
 import charioteer as ch
 from charioteer.bench.harness import Missing
-from charioteer.bench.peers import load
+from charioteer.bench.peers import load, started_ray
 
 __all__ = [
     "SHAPES",
@@ -279,17 +279,7 @@ def joblib(graph: Graph, body: Body, workers: int) -> Outcome:
 
 def ray(graph: Graph, body: Body, workers: int) -> Outcome:
     """Run it on Ray, whose workers are processes with a GIL each."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    module = load("ray")
-    module.init(
-        num_cpus=workers,
-        include_dashboard=False,
-        logging_level="ERROR",
-        log_to_driver=False,
-        configure_logging=False,
-        object_store_memory=100 * 2**20,
-    )
-    try:
+    with started_ray(workers) as module:
 
         def task(*_: object) -> None:
             body()
@@ -303,8 +293,6 @@ def ray(graph: Graph, body: Body, workers: int) -> Outcome:
             tasks.append(remote.remote(*(tasks[at] for at in before)))
         module.get(tasks)
         return Outcome(perf_counter() - start)
-    finally:
-        module.shutdown()
 
 
 def parla(graph: Graph, body: Body, workers: int, version: str) -> Outcome:

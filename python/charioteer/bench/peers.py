@@ -11,9 +11,10 @@ processes of their own, so they run in a process that starts and ends with the r
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from time import perf_counter
@@ -21,7 +22,7 @@ from typing import Any
 
 from charioteer.bench.harness import Missing
 
-__all__ = ["PEERS", "THREAD_POOL", "Peer", "load"]
+__all__ = ["PEERS", "THREAD_POOL", "Peer", "load", "started_ray"]
 
 THREAD_POOL = "ThreadPoolExecutor"
 
@@ -118,7 +119,13 @@ def _distributed(tasks: int, workers: int) -> float:
         return perf_counter() - start
 
 
-def _ray(tasks: int, workers: int) -> float:
+@contextlib.contextmanager
+def started_ray(workers: int) -> Iterator[Any]:
+    """Ray's module, with that many workers while the block runs.
+
+    Raises:
+        Missing: Ray is not installed.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray = load("ray")
     ray.init(
@@ -131,6 +138,13 @@ def _ray(tasks: int, workers: int) -> float:
         object_store_memory=100 * 2**20,
     )
     try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _ray(tasks: int, workers: int) -> float:
+    with started_ray(workers) as ray:
 
         def task(index: int) -> int:
             return index
@@ -141,8 +155,6 @@ def _ray(tasks: int, workers: int) -> float:
         start = perf_counter()
         ray.get([remote.remote(index) for index in range(tasks)])
         return perf_counter() - start
-    finally:
-        ray.shutdown()
 
 
 PEERS = {
