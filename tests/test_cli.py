@@ -373,11 +373,11 @@ def test_run_ends_at_an_interrupt(script: Script) -> None:
         @ch.spawn
         def patient():
             context = ch.current()
+            print("ready", flush=True)
             while not context.cancel_requested:
                 time.sleep(0.005)
             print("asked", flush=True)
 
-        print("ready", flush=True)
         time.sleep(30)
         """
     )
