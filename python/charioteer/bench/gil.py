@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import charioteer as ch
 from charioteer.bench import bodies, gil_runs, graphs, probes, records
 from charioteer.bench.command import (
     Conduct,
@@ -34,7 +33,18 @@ from charioteer.bench.command import (
     print_machine,
 )
 from charioteer.bench.gil_runs import DASK, JOBLIB, LOOP, NATIVE, PARLA_2, PARLA_3, RAY, SHARED
-from charioteer.bench.harness import OURS, Bar, Contestant, Key, Measure, Result, Sample, ratio
+from charioteer.bench.harness import (
+    OURS,
+    Bar,
+    Contestant,
+    Key,
+    Measure,
+    Result,
+    Sample,
+    absolute,
+    ratio,
+    values_of,
+)
 from charioteer.bench.peers import THREAD_POOL
 
 __all__ = ["DESCRIPTION", "SUMMARY", "OptionError", "add_arguments", "measures", "run"]
@@ -293,6 +303,10 @@ class Settings:
         """The peers by the names that results have."""
         return [PEERS[name] for name in self.peers]
 
+    def pool(self) -> list[str]:
+        """The thread pool, if it is among the peers: the only one that every measure knows."""
+        return [name for name in self.runtimes() if name == THREAD_POOL]
+
     def case(self, text: str, flavour: str) -> str:
         """A case's name; it says which interpreter where there are two."""
         return text if self.other_python is None else f"{text}, {flavour}"
@@ -328,8 +342,6 @@ _PACKAGES = {DASK: "dask", JOBLIB: "joblib", RAY: "ray", PARLA_2: "parla", PARLA
 
 def _is_there(runtime: str) -> bool:
     """Whether it looks as if the runtime could run; for the estimate, a run itself finds out."""
-    if runtime == NATIVE:
-        return hasattr(ch, "native")
     package = _PACKAGES.get(runtime)
     return package is None or importlib.util.find_spec(package) is not None
 
@@ -395,8 +407,6 @@ def _width(width: int) -> str:
 
 
 def _widths(settings: Settings, workers: int) -> list[int]:
-    if not graphs.takes_widths():
-        return []
     return ladder(workers) if not settings.quick else sorted({1, workers})
 
 
@@ -461,25 +471,15 @@ def _cell(
             WITH_GIL,
         )
         if limit is not None and bounded:
-            bars.append(_absolute(case, "efficiency", "", limit, workers, at_least=True))
+            bars.append(absolute(case, "efficiency", "", limit, workers, at_least=True))
         widths = [Key(_width(width), case, workers) for width in ladder(workers)]
         pools = [Key(THREAD_POOL, case, width) for width in ladder(workers)]
         for metric, keys, least, lacking in (
             ("of our best fixed width", widths, 0.97, "Runtime(gil=)"),
             ("of the best ThreadPoolExecutor", pools, 1.1, THREAD_POOL),
         ):
-            bars.append(
-                Bar(
-                    case=case,
-                    workers=workers,
-                    metric=f"speed {metric}",
-                    unit="x",
-                    values=over_best(keys, ours, TIME),
-                    limit=least,
-                    at_least=True,
-                    lacking=lacking,
-                )
-            )
+            values = over_best(keys, ours, TIME)
+            bars.append(_speed(case, workers, f"speed {metric}", values, least, lacking))
         native = Key(NATIVE, case, workers)
         bars.append(
             Bar(
@@ -487,10 +487,10 @@ def _cell(
                 workers=workers,
                 metric="native bodies, of the cores",
                 unit="",
-                values=_values_of(native, "of the cores"),
+                values=values_of(native, "of the cores"),
                 limit=0.95,
                 at_least=True,
-                lacking="native tasks",
+                lacking=NATIVE,
             )
         )
     return Measure(
@@ -502,24 +502,24 @@ def _cell(
     )
 
 
-def _values_of(key: Key, metric: str) -> Callable[[Result], Sequence[float]]:
-    return lambda result: result[key].values.get(metric, []) if key in result else []
-
-
-def _absolute(
-    case: str, metric: str, unit: str, limit: float, workers: int, *, at_least: bool = False
+def _speed(
+    case: str,
+    workers: int,
+    metric: str,
+    values: Callable[[Result], Sequence[float]],
+    limit: float,
+    lacking: str = "both",
 ) -> Bar:
-    """A bar on what one of our own contestants measured."""
+    """A bar on how many times as fast one of our own is as something else."""
     return Bar(
         case=case,
         workers=workers,
         metric=metric,
-        unit=unit,
-        values=_values_of(Key(OURS, case, workers), metric),
+        unit="x",
+        values=values,
         limit=limit,
-        at_least=at_least,
-        derived=False,
-        lacking="a run without failure",
+        at_least=True,
+        lacking=lacking,
     )
 
 
@@ -529,7 +529,7 @@ def _pure(settings: Settings) -> list[Measure]:
     rounds = bodies.rounds_in(seconds)
     widths = ladder(settings.most)
     text = f"{tasks:,} times 1 ms of bytecode"
-    runtimes = [OURS, *(name for name in settings.runtimes() if name == THREAD_POOL)]
+    runtimes = [OURS, *settings.pool()]
 
     def specs(flavour: str) -> list[Spec]:
         given = {"tasks": tasks, "rounds": rounds}
@@ -552,32 +552,12 @@ def _pure(settings: Settings) -> list[Measure]:
     for flavour in settings.flavours:
         case = settings.case(text, flavour)
         if flavour == WITH_GIL:
-            bars += [
-                Bar(
-                    case=case,
-                    workers=workers,
-                    metric="speed of the loop",
-                    unit="x",
-                    values=ratio(Key(LOOP, case), Key(OURS, case, workers), TIME),
-                    limit=0.97,
-                    at_least=True,
-                    lacking="both",
-                )
-                for workers in widths
-            ]
+            for workers in widths:
+                values = ratio(Key(LOOP, case), Key(OURS, case, workers), TIME)
+                bars.append(_speed(case, workers, "speed of the loop", values, 0.97))
         elif settings.most >= TABLE_WORKERS:
-            bars.append(
-                Bar(
-                    case=case,
-                    workers=TABLE_WORKERS,
-                    metric="speed of one worker",
-                    unit="x",
-                    values=ratio(Key(OURS, case, 1), Key(OURS, case, TABLE_WORKERS), TIME),
-                    limit=15.0,
-                    at_least=True,
-                    lacking="both",
-                )
-            )
+            values = ratio(Key(OURS, case, 1), Key(OURS, case, TABLE_WORKERS), TIME)
+            bars.append(_speed(case, TABLE_WORKERS, "speed of one worker", values, 15.0))
     return [
         Measure(
             name="pure",
@@ -596,7 +576,7 @@ def _starve(settings: Settings) -> list[Measure]:
 
     def specs(_: str) -> list[Spec]:
         given = {"workers": workers, "slices": 100, "piece": 20e-6, "window": window}
-        names = [OURS, *(n for n in settings.runtimes() if n == THREAD_POOL), gil_runs.BARE]
+        names = [OURS, *settings.pool(), gil_runs.BARE]
         return [
             Spec(name, text, workers, "starve", given | {"runtime": name}, 2 * window + 0.5)
             for name in names
@@ -606,8 +586,8 @@ def _starve(settings: Settings) -> list[Measure]:
     for flavour in settings.flavours:
         case = settings.case(text, flavour)
         bars += [
-            _absolute(case, "body", "ms", 50.0, workers),
-            _absolute(case, "rate kept", "", 0.5, workers, at_least=True),
+            absolute(case, "body", "ms", 50.0, workers),
+            absolute(case, "rate kept", "", 0.5, workers, at_least=True),
         ]
     return [
         Measure(
@@ -626,25 +606,26 @@ def _changes(settings: Settings) -> list[Measure]:
     phases = 4 if settings.quick else 20
     rounds = bodies.rounds_in(seconds)
     text = f"{phases} phases"
+    # One that competes suits the one kind of phases, all suit the other.
+    widths = sorted({1, 2, workers})
 
     def specs(_: str) -> list[Spec]:
         given = {"workers": workers, "phases": phases, "seconds": seconds, "rounds": rounds}
         best_case = 40 * seconds * phases
         found = [Spec(OURS, text, workers, "changes", given | {"runtime": OURS}, best_case)]
-        # One that competes suits the one kind of phases, all suit the other.
-        for width in sorted({1, 2, workers}) if _widths(settings, workers) else ():
+        for width in widths:
             run = given | {"runtime": OURS, "width": width}
             about = best_case * (1 + workers / width) / 2
             found.append(Spec(_width(width), text, workers, "changes", run, about))
-        if THREAD_POOL in settings.runtimes():
-            run = given | {"runtime": THREAD_POOL}
-            found.append(Spec(THREAD_POOL, text, workers, "changes", run, 1.5 * best_case))
+        for pool in settings.pool():
+            run = given | {"runtime": pool}
+            found.append(Spec(pool, text, workers, "changes", run, 1.5 * best_case))
         return found
 
     bars = []
     for flavour in settings.flavours:
         case = settings.case(text, flavour)
-        fixed = [Key(_width(width), case, workers) for width in sorted({1, 2, workers})]
+        fixed = [Key(_width(width), case, workers) for width in widths]
         bars += [
             Bar(
                 case=case,
@@ -677,7 +658,7 @@ def _disturb(settings: Settings) -> list[Measure]:
     def specs(_: str) -> list[Spec]:
         found = []
         for thread in outside:
-            for runtime in (OURS, NATIVE, *(n for n in settings.runtimes() if n == THREAD_POOL)):
+            for runtime in (OURS, NATIVE, *settings.pool()):
                 given = {
                     "runtime": runtime,
                     "outside": thread,
@@ -747,18 +728,8 @@ def _shared(settings: Settings) -> list[Measure]:
         one = Key(OURS, settings.case("1 thread", WITHOUT_GIL), workers)
         for text, limit in ((sharings[0][0], 4.0), (sharings[-1][0], 2.0)):
             case = settings.case(text, WITHOUT_GIL)
-            bars.append(
-                Bar(
-                    case=case,
-                    workers=workers,
-                    metric="rate of one thread",
-                    unit="x",
-                    values=ratio(Key(OURS, case, workers), one, SPAWN_RATE),
-                    limit=limit,
-                    at_least=True,
-                    lacking="both",
-                )
-            )
+            values = ratio(Key(OURS, case, workers), one, SPAWN_RATE)
+            bars.append(_speed(case, workers, "rate of one thread", values, limit))
     return [
         Measure(
             name="shared",

@@ -20,7 +20,7 @@ from typing import Any
 import charioteer as ch
 from charioteer import _core
 from charioteer.bench import bodies, graphs
-from charioteer.bench.harness import OURS, Missing
+from charioteer.bench.harness import OURS
 from charioteer.bench.peers import THREAD_POOL
 
 __all__ = [
@@ -153,8 +153,7 @@ def _launcher(runtime: str, workers: int, width: int | None) -> Iterator[Launch]
         return None
 
     if runtime == OURS:
-        options: dict[str, Any] = {} if width is None else {"gil": width}
-        with ch.Runtime(workers=workers, **options):
+        with ch.Runtime(workers=workers, gil=width or "auto"):
             yield lambda body: ch.spawn(body or empty)
     elif runtime == THREAD_POOL:
         with ThreadPoolExecutor(workers) as executor:
@@ -216,12 +215,7 @@ def changes(
             times[phase % 2].append(perf_counter() - start)
 
     if runtime == OURS:
-        options: dict[str, Any] = {}
-        if width is not None:
-            if not graphs.takes_widths():
-                raise Missing("Runtime takes no gil=")
-            options["gil"] = width
-        with ch.Runtime(workers=workers, **options):
+        with ch.Runtime(workers=workers, gil=width or "auto"):
             run(ch.spawn, ch.wait)
     else:
         with ThreadPoolExecutor(workers) as executor:

@@ -13,7 +13,6 @@ and has no futures either, so it runs one level of the graph after the other.
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -36,7 +35,6 @@ __all__ = [
     "independent",
     "make",
     "steps",
-    "takes_widths",
 ]
 
 
@@ -133,7 +131,7 @@ def make(shape: str, tasks: int) -> Graph:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a graph ran: its seconds, and those that threads waited for the GIL, where known."""
+    """How a graph ran: its seconds, and those that charioteer's threads waited for the GIL."""
 
     seconds: float
     waited: float | None = None
@@ -142,24 +140,10 @@ class Outcome:
 Body = Callable[[], object]
 
 
-def takes_widths() -> bool:
-    """Whether this charioteer's runtime can be told how many workers compete for the GIL."""
-    return "gil" in inspect.signature(ch.Runtime).parameters
-
-
 def charioteer(graph: Graph, body: Body, workers: int, width: int | None = None) -> Outcome:
-    """Run it on charioteer; ``width`` fixes how many workers compete for the GIL.
-
-    Raises:
-        Missing: a width is given and this charioteer does not take any.
-    """
-    options: dict[str, Any] = {}
-    if width is not None:
-        if not takes_widths():
-            raise Missing("Runtime takes no gil=")
-        options["gil"] = width
-    with ch.Runtime(workers=workers, **options) as runtime:
-        waited = gil_waited(runtime.stats())
+    """Run it on charioteer; ``width`` fixes how many workers compete for the GIL."""
+    with ch.Runtime(workers=workers, gil=width or "auto") as runtime:
+        waited = gil_waited(runtime)
         start = perf_counter()
         if graph.edges:
             space = ch.TaskSpace(graph.name)
@@ -168,24 +152,14 @@ def charioteer(graph: Graph, body: Body, workers: int, width: int | None = None)
         else:
             for _ in graph.before:
                 ch.spawn(body)
-    return Outcome(perf_counter() - start, _since(waited, runtime))
+    return Outcome(perf_counter() - start, gil_waited(runtime) - waited)
 
 
 def native(graph: Graph, seconds: float, workers: int) -> Outcome:
-    """Run it on charioteer with a body in C that knows nothing of Python.
-
-    Raises:
-        Missing: this charioteer has no native tasks.
-    """
-    make_native = getattr(ch, "native", None)
-    if make_native is None:
-        raise Missing("charioteer has no native tasks")
-    import ctypes
-
-    address = ch._core.spin_address()
-    spin = make_native(ctypes.CFUNCTYPE(None, ctypes.c_double)(address), params=("f8",))
+    """Run it on charioteer with a body in C that knows nothing of Python."""
+    spin = ch.native(ch._core.spin_address(), ("f8",), name="spin")
     with ch.Runtime(workers=workers) as runtime:
-        waited = gil_waited(runtime.stats())
+        waited = gil_waited(runtime)
         start = perf_counter()
         if graph.edges:
             space = ch.TaskSpace(graph.name)
@@ -195,7 +169,7 @@ def native(graph: Graph, seconds: float, workers: int) -> Outcome:
         else:
             for _ in graph.before:
                 spin(seconds)
-    return Outcome(perf_counter() - start, _since(waited, runtime))
+    return Outcome(perf_counter() - start, gil_waited(runtime) - waited)
 
 
 def thread_pool(graph: Graph, body: Body, workers: int) -> Outcome:
@@ -339,16 +313,9 @@ def parla(graph: Graph, body: Body, workers: int, version: str) -> Outcome:
     return Outcome(seconds)
 
 
-def gil_waited(stats: Mapping[str, Any]) -> float | None:
-    """Seconds that threads waited for the interpreter, if the runtime's counts tell them.
+def gil_waited(runtime: ch.Runtime) -> float:
+    """Seconds that threads of this process have waited for the interpreter.
 
     The sites of the gateway count for the whole process, so a run is the difference of two.
     """
-    sites = stats.get("gateway", {}).values()
-    waited = [site["waited"] for site in sites if isinstance(site, Mapping) and "waited" in site]
-    return float(sum(waited)) if waited else None
-
-
-def _since(before: float | None, runtime: ch.Runtime) -> float | None:
-    after = gil_waited(runtime.stats())
-    return None if before is None or after is None else after - before
+    return sum(site["waited"] for site in runtime.stats()["gateway"].values())

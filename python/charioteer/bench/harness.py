@@ -36,8 +36,10 @@ __all__ = [
     "Sample",
     "Series",
     "Verdict",
+    "absolute",
     "interleave",
     "ratio",
+    "values_of",
 ]
 
 
@@ -252,6 +254,34 @@ def ratio(
         return [scale * a / b if b > 0 else math.inf for a, b in zip(above, below, strict=False)]
 
     return values
+
+
+def values_of(key: Key, metric: str) -> Callable[[Result], Sequence[float]]:
+    """The values of one contestant; none if it was not measured."""
+    return lambda result: result[key].values.get(metric, []) if key in result else []
+
+
+def absolute(
+    case: str,
+    metric: str,
+    unit: str,
+    limit: float,
+    workers: int | None = None,
+    *,
+    at_least: bool = False,
+) -> Bar:
+    """A bar on what one of our own contestants measured."""
+    return Bar(
+        case=case,
+        workers=workers,
+        metric=metric,
+        unit=unit,
+        values=values_of(Key(OURS, case, workers), metric),
+        limit=limit,
+        at_least=at_least,
+        derived=False,
+        lacking="a run without failure",
+    )
 
 
 def interleave(

@@ -23,7 +23,7 @@ from charioteer.bench.command import (
     positive,
     print_machine,
 )
-from charioteer.bench.harness import OURS, Bar, Contestant, Key, Measure, Sample, ratio
+from charioteer.bench.harness import OURS, Bar, Contestant, Key, Measure, Sample, absolute, ratio
 from charioteer.bench.peers import PEERS, THREAD_POOL
 
 __all__ = ["DESCRIPTION", "SUMMARY", "OptionError", "add_arguments", "measures", "run"]
@@ -211,7 +211,7 @@ def _tasks(settings: Settings) -> Measure:
                 )
             )
     for case in ("spawn_many", ".map"):
-        bars += [_absolute(case, PER_TASK, "µs", 0.6, workers) for workers in WORKERS]
+        bars += [absolute(case, PER_TASK, "µs", 0.6, workers) for workers in WORKERS]
     return Measure(
         name="tasks",
         title="Cost of one task",
@@ -329,7 +329,7 @@ def _memory(settings: Settings) -> Measure:
     for case, keep in (("handles dropped", False), ("handles kept", True)):
         name = f"{tasks:,} pending, {case}"
         contestants.append(_probe(name, "pending", {"tasks": tasks, "keep": keep}))
-        bars.append(_absolute(name, "memory per task", "B", 1024))
+        bars.append(absolute(name, "memory per task", "B", 1024))
     return Measure(
         name="memory",
         title="Memory of a pending task",
@@ -347,7 +347,7 @@ def _flat(settings: Settings) -> Measure:
     for case, probe in (("anonymous", "anonymous"), ("rotating spaces", "rotating")):
         name = f"{tasks:,} tasks, {case}"
         contestants.append(_probe(name, probe, {"tasks": tasks}))
-        bars.append(_absolute(name, "growth", "MiB", 4))
+        bars.append(absolute(name, "growth", "MiB", 4))
     return Measure(
         name="flat",
         title="Memory while many tasks run",
@@ -368,7 +368,7 @@ def _idle(settings: Settings) -> Measure:
         title="Processor time of an idle runtime",
         contestants=[_probe(name, "idle", params, workers=16)],
         units={"processor time": "ms"},
-        bars=[_absolute(name, "processor time", "ms", 50.0, workers=16)],
+        bars=[absolute(name, "processor time", "ms", 50.0, workers=16)],
         warmup=0,
     )
 
@@ -389,7 +389,7 @@ def _start(settings: Settings) -> Measure:
             )
         ],
         units={"time": "ms"},
-        bars=[_absolute(name, "time", "ms", 2.0, workers)],
+        bars=[absolute(name, "time", "ms", 2.0, workers)],
     )
 
 
@@ -472,20 +472,6 @@ _MEASURES: dict[str, Callable[[Settings], Measure]] = {
 }
 
 NAMES = tuple(_MEASURES)
-
-
-def _absolute(case: str, metric: str, unit: str, limit: float, workers: int | None = None) -> Bar:
-    """A bar on what one of our own contestants measured."""
-    return Bar(
-        case=case,
-        workers=workers,
-        metric=metric,
-        unit=unit,
-        values=lambda result: result[Key(OURS, case, workers)].values.get(metric, []),
-        limit=limit,
-        derived=False,
-        lacking="a run without failure",
-    )
 
 
 def _per_task(

@@ -337,9 +337,6 @@ def _parser() -> argparse.ArgumentParser:
         "tasks, which need no GIL (default: python)",
     )
     parser.add_argument(
-        "--native", action="store_const", const="native", dest="bodies", help="--bodies native"
-    )
-    parser.add_argument(
         "--factor-only",
         action="store_true",
         help="time the Cholesky factorization alone; the matrix is built before the clock starts",
