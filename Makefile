@@ -154,8 +154,9 @@ help: ## This list
 	.venv/bin/python ci/requirements build | .venv/bin/python $(PIP_INSTALL) -r /dev/stdin
 	@touch $@
 
+.venv/stamps/test: EXTRAS := test test-native
 .venv/stamps/demo .venv/stamps/test .venv/stamps/bench .venv/stamps/dev: .venv/stamps/python
-	.venv/bin/python ci/requirements $(@F) | .venv/bin/python $(PIP_INSTALL) -r /dev/stdin
+	.venv/bin/python ci/requirements $(or $(EXTRAS),$(@F)) | .venv/bin/python $(PIP_INSTALL) -r /dev/stdin
 	@touch $@
 
 .venv/stamps/validating: .venv/stamps/python $(RUST) $(PACKAGE) ci/build-validating

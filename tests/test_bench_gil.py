@@ -183,8 +183,6 @@ RUNNERS: dict[str, Callable[..., graphs.Outcome]] = {
 @pytest.mark.parametrize("shape", graphs.SHAPES)
 @pytest.mark.parametrize("name", RUNNERS)
 def test_runners_run_every_task_once(name: str, shape: str, workers: int) -> None:
-    if name not in (OURS, THREAD_POOL):
-        pytest.importorskip(name)
     graph = graphs.make(shape, 40)
     ran: list[int] = []
     outcome = RUNNERS[name](graph, lambda: ran.append(1), workers)

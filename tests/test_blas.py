@@ -6,6 +6,7 @@ either order, and every combination of its flags.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import charioteer as ch
 
 scipy_linalg = pytest.importorskip("scipy.linalg")
 
-from charioteer import blas  # noqa: E402
+from charioteer import _core, blas  # noqa: E402
 
 Array = np.ndarray[Any, Any]
 
@@ -384,6 +385,10 @@ def read_only(array: Array) -> Array:
     return array
 
 
+def misaligned() -> Array:
+    return np.zeros(73, "u1")[1:].view("f8").reshape(3, 3)
+
+
 EYE = np.eye(3)
 WRONG = [
     (lambda: blas.gemm(EYE, EYE, np.eye(4)), ValueError, r"c is of shape \(4, 4\)"),
@@ -413,8 +418,10 @@ WRONG = [
     (lambda: blas.getrf(EYE, np.zeros(2, np.int32)), ValueError, r"need \(3,\)"),
     (lambda: blas.getrf(EYE, np.zeros(6, np.int32)[::2]), ValueError, "contiguous"),
     (lambda: blas.geqrf(EYE, np.zeros(3, "f4")), TypeError, "tau is to be an array of float64"),
-    (lambda: blas.routine("dgetrf"), ValueError, "no routine 'dgetrf'"),
-    (lambda: blas.routine("gemm"), ValueError, "after s, d, c or z"),
+    (lambda: blas.gemm(EYE, EYE, EYE, 1.0), TypeError, "takes 3 positional arguments but 4"),
+    (lambda: blas.gemm(EYE, EYE, EYE, c=EYE), TypeError, "multiple values for argument 'c'"),
+    (lambda: blas.potrf(EYE, upper=anything(1)), TypeError, "unexpected keyword argument 'upper'"),
+    (lambda: blas.potrf(misaligned()), ValueError, "dpotrf: argument 3: .* not aligned"),
 ]  # fmt: skip
 
 
@@ -424,14 +431,28 @@ def test_wrong_arguments(call: Any, kind: type[Exception], text: str) -> None:
         call()
 
 
-def test_the_routines_themselves() -> None:
-    dgemm = blas.routine("dgemm")
-    a, b = random(2, 3, np.dtype("f8"), 1), random(3, 2, np.dtype("f8"), 2)
-    c = np.zeros((2, 2), order="F")
-    dgemm("T", "T", 2, 2, 3, 1.0, a, 3, b, 2, 0.0, c, 2).result()
+def test_what_a_routine_says_of_itself() -> None:
+    assert repr(blas.gemm) == "<task function <routine gemm>>"
+    assert anything(blas.gemm).__name__ == "gemm"
+    assert "beta * c" in (blas.gemm.__doc__ or "")
+    signature = inspect.signature(blas.gemm)
+    assert list(signature.parameters)[:4] == ["a", "b", "c", "alpha"]
+    with pytest.raises(TypeError, match="gemm takes 3 arguments"):
+        ch.spawn(anything(blas.gemm))
+    with pytest.raises(ValueError, match="no routine 'no_op'"):
+        _core.BlasRoutine(no_op, anything(None))
+
+
+def test_arguments_by_name() -> None:
+    a, b, c = random(2, 3, np.dtype("f8"), 1), random(3, 2, np.dtype("f8"), 2), np.zeros((2, 2))
+    blas.gemm(a, c=c, b=b).result()
     check(c, a @ b)
-    with pytest.raises(TypeError, match="dgemm: argument 7: expects an array of f8"):
-        dgemm("T", "T", 2, 2, 3, 1.0, a.astype("f4"), 3, b, 2, 0.0, c, 2)
+    blas.gemm.fn(b=b, c=c, a=a, alpha=2)
+    check(c, 2 * a @ b)
+    # What a task kept alive under a name is free after it.
+    references = sys.getrefcount(c)
+    blas.gemm(a, b, c=c).result()
+    assert sys.getrefcount(c) == references
 
 
 def test_scipy_is_imported_when_used_and_missed_by_name() -> None:

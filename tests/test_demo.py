@@ -21,7 +21,7 @@ import scipy.linalg
 
 import charioteer as ch
 from charioteer import demo
-from charioteer.demo import command, gp, kernels, native, serial
+from charioteer.demo import command, gp, kernels, serial
 from charioteer.demo.kernels import Tile
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -156,23 +156,17 @@ def test_kernels_run_without_the_gil() -> None:
     pytest.fail("nothing else ran while a kernel did")
 
 
-BODIES = [None, native.Kernels()]
-
-
-def _run(
-    work: gp.Workspace, factor: native.Kernels | None = None
-) -> np.ndarray[Any, np.dtype[np.intp]]:
+def _run(work: gp.Workspace, bodies: str = "python") -> np.ndarray[Any, np.dtype[np.intp]]:
+    factor = work.arrays() if bodies == "native" else None
     labels = gp.spawn_graph(work, T := gp.Spaces(), factor=factor)
     T.backward[0].result()
     answers = labels.result()
     return np.concatenate(answers) if answers else np.empty(0, np.intp)
 
 
-@pytest.mark.parametrize("bodies", BODIES, ids=["python", "native"])
+@pytest.mark.parametrize("bodies", ["python", "native"])
 @pytest.mark.parametrize(("n", "tile"), [(1, 4), (6, 6), (13, 4), (60, 16), (101, 9)])
-def test_graph_equals_the_serial_run(
-    rt_any: ch.Runtime, n: int, tile: int, bodies: native.Kernels | None
-) -> None:
+def test_graph_equals_the_serial_run(rt_any: ch.Runtime, n: int, tile: int, bodies: str) -> None:
     work = gp.Workspace(gp.synthetic(n, classes=3), tile)
     serial.run(work)
     factor, weights = work.lower(), work.solution()
@@ -216,25 +210,22 @@ def test_a_failed_factorization_reaches_the_answer() -> None:
         assert isinstance(caught.value.__cause__, np.linalg.LinAlgError)
     with ch.Runtime(workers=2):
         graph = gp.Spaces()
-        gp.spawn_graph(work, graph, factor=native.Kernels())
+        gp.spawn_graph(work, graph, factor=work.arrays())
         with pytest.raises(ch.DependencyError) as caught:
             graph.backward[0].result()
         assert isinstance(caught.value.__cause__, ch.NativeError)
 
 
-def test_empty_native_kernels_touch_nothing(rt_any: ch.Runtime) -> None:
-    tiles = [Tile(_random(3, 3, seed)) for seed in range(3)]
-    before = [tile.array.copy() for tile in tiles]
-    op = native.Kernels(empty=True)
-    for function, arguments in [
-        op.potrf(tiles[0]),
-        op.trsm(tiles[0], tiles[1]),
-        op.syrk(tiles[0], tiles[1]),
-        op.gemm(*tiles),
-    ]:
-        function(*arguments).result()
-    for tile, array in zip(tiles, before, strict=True):
-        np.testing.assert_array_equal(tile.array, array)
+def test_native_tasks_of_empty_matrices_touch_nothing(rt_any: ch.Runtime) -> None:
+    work = gp.Workspace(gp.synthetic(20), 8)
+    serial.build(work)
+    before = work.lower()
+    gp.spawn_kernel(work, T := gp.Spaces())
+    gp.spawn_cholesky_native(work.arrays(empty=True), T)
+    T.potrf.result()
+    T.gemm.result()
+    assert len(T.potrf) == 3 and len(T.gemm) > 0
+    np.testing.assert_array_equal(work.lower(), before)
 
 
 @pytest.mark.parametrize("sizes", [(0, 16), (-1, 16), (16, 0)])

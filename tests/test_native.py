@@ -9,6 +9,7 @@ import errno
 import functools
 import gc
 import sys
+import sysconfig
 import threading
 import time
 import weakref
@@ -24,13 +25,19 @@ import charioteer as ch
 LIBM = ctypes.CDLL("libm.so.6")
 LIBC = ctypes.CDLL(None)
 
+
+FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+needs_wheel = pytest.mark.skipif(
+    FREE_THREADED, reason="has no wheel for free-threaded CPython 3.13"
+)
+
 # Here, since the compiler's threads are nobody's leak.
-try:
+if not FREE_THREADED:
+    import cffi
     import numba
-except ImportError:
-    COMPILED = None
-else:
+
     COMPILED = numba.cfunc("float64(float64, float64)")(lambda x, y: x * y)
+
 
 power = ch.native(LIBM.pow, ("f8", "f8"), returns="f8")
 copy = ch.native(LIBC.memcpy, (ch.Out, ch.In, "u8"))
@@ -170,8 +177,8 @@ def test_addresses(rt_any: ch.Runtime) -> None:
     assert cosine(0.0).name == f"function_{address:#x}"
 
 
+@needs_wheel
 def test_cffi(rt_any: ch.Runtime) -> None:
-    cffi = pytest.importorskip("cffi")
     ffi = cffi.FFI()
     ffi.cdef("double cos(double x); int printf(const char *, ...); extern int *errors;")
     library = ffi.dlopen("libm.so.6")
@@ -187,10 +194,10 @@ def test_cffi(rt_any: ch.Runtime) -> None:
         ch.native(ffi.dlopen(None).printf, ("p",))
 
 
+@needs_wheel
 def test_numba(rt_any: ch.Runtime) -> None:
-    if COMPILED is None:
-        pytest.skip("numba is not installed")
-    assert ch.native(COMPILED, ("f8", "f8"), returns="f8")(3, 4).result() == 12
+    product = ch.native(COMPILED, ("f8", "f8"), returns="f8")
+    assert product(3, 4).result() == 12
     with pytest.raises(ValueError, match="by its own declaration"):
         ch.native(COMPILED, ("f8",))
 
@@ -208,7 +215,8 @@ def test_what_looks_like_a_numba_function(rt_any: ch.Runtime) -> None:
 
 
 def test_low_level_callables(rt_any: ch.Runtime) -> None:
-    scipy = pytest.importorskip("scipy")
+    import scipy
+
     prototype = ctypes.CFUNCTYPE(ctypes.c_double, ctypes.c_double)
     cosine = scipy.LowLevelCallable(ctypes.cast(LIBM.cos, prototype))
     assert ch.native(cosine, ("f8",), returns="f8")(0.0).result() == 1.0

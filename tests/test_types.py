@@ -201,7 +201,6 @@ def test_blas(runtime: ch.Runtime) -> None:
     assert_type(blas.potrf(a), ch.Task[None])
     assert_type(blas.gemm.options(priority=1)(a, a, a.copy(), trans_b="T"), ch.Task[None])
     assert_type(blas.potrf.map([np.eye(2), np.eye(3)]), ch.TaskList[None])
-    assert_type(blas.routine("dgemm"), ch.TaskFunction[..., None])
     blas.trsm.fn(a, np.ones((2, 1)), lower=True)
 
 

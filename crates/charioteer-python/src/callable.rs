@@ -19,9 +19,10 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyModule, PyString, PyTuple, PyType};
 
+use crate::blas::BlasRoutine;
 use crate::gateway::{Hidden, PyRef};
 use crate::interp::Watched;
-use crate::native::{self, NativeFunction};
+use crate::native::{Callee, NativeFunction};
 use crate::support::{error, support};
 
 /// What a code object tells.
@@ -130,7 +131,7 @@ pub struct Prepared {
 pub enum Callable {
     /// A Python callable, and the module variables to look at before it is called.
     Python(Hidden, Option<Box<(PyRef, Vec<Watched>)>>),
-    Native(Arc<native::Function>),
+    Native(Callee),
 }
 
 impl Prepared {
@@ -164,11 +165,17 @@ pub fn prepare(callable: &Bound<'_, PyAny>) -> PyResult<Prepared> {
 
 /// Takes a callable as it is, late binding and all: for other people's executors.
 pub fn prepare_raw(callable: &Bound<'_, PyAny>) -> PyResult<Prepared> {
-    if let Ok(native) = callable.cast::<NativeFunction>() {
-        let function = native.get().function();
+    let native = if let Ok(function) = callable.cast::<NativeFunction>() {
+        Some(Callee::Function(Arc::clone(function.get().function())))
+    } else if let Ok(routine) = callable.cast::<BlasRoutine>() {
+        Some(Callee::Routine(Arc::clone(routine.get().routine())))
+    } else {
+        None
+    };
+    if let Some(callee) = native {
         return Ok(Prepared {
-            name: function.name(),
-            callable: Callable::Native(Arc::clone(function)),
+            name: callee.name(),
+            callable: Callable::Native(callee),
         });
     }
     Ok(Prepared {

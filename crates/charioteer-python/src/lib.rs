@@ -5,7 +5,7 @@
 //! | `gateway` | where the interpreter is entered and left, and references of detached threads |
 //! | `interp` | Python as a domain of the runtime: bodies, calls, coroutines, failures |
 //! | `native` | C functions as bodies: what they take, how they are called, what they fail with |
-//! | `blas` | LAPACK's routines with what a C pointer alone cannot say |
+//! | `blas` | BLAS and LAPACK: how arrays become the arguments of their routines |
 //! | `callable` | what a callable captures, and whether it may be spawned |
 //! | `options` | keywords of tasks |
 //! | `spawn` | `task`, `spawn`, `spawn_many`, task functions |
@@ -39,7 +39,7 @@ static GLOBAL: mimalloc::MiMalloc = mimalloc::MiMalloc;
 #[pymodule(gil_used = false)]
 mod _core {
     #[pymodule_export]
-    use super::blas::lapack_adapters;
+    use super::blas::{BlasRoutine, lapack_adapters};
     #[pymodule_export]
     use super::interp::{leave_native_step, limits_changed};
     #[pymodule_export]

@@ -20,6 +20,9 @@
 //! cores, for which the limits of threaded libraries are to be raised. [`Call::needs_session`] tells
 //! these from the others.
 //!
+//! [`Callee`] is what such a body calls: one function, or a routine of [`crate::blas`], which chooses
+//! among four by its arguments and fills the words in itself.
+//!
 //! Results are [`Plain`] and failures [`Failure`]: objects are made of them where somebody receives
 //! them. What the body kept alive is dropped by whoever ends the task; [`PyRef`] sees to that.
 
@@ -38,6 +41,7 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBool, PyBytes, PyComplex, PyDict, PyString, PyTuple, PyType};
 use smallvec::SmallVec;
 
+use crate::blas::Routine;
 use crate::callable::intern;
 use crate::gateway::{self, PyRef, Site};
 use crate::interp::{Arguments, Interp, Raised, Value, report, substitute, trouble};
@@ -45,7 +49,7 @@ use crate::support::{error, support};
 
 /// A type of C.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Scalar {
+pub enum Scalar {
     Signed(u8),
     Unsigned(u8),
     Float(u8),
@@ -98,14 +102,14 @@ impl Scalar {
     }
 
     /// What it takes of the packed arguments.
-    fn words(self) -> usize {
+    pub fn words(self) -> usize {
         if self == Self::Complex(16) { 2 } else { 1 }
     }
 }
 
 /// What an array is to be like in memory.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Order {
+pub enum Order {
     /// C-contiguous.
     C,
     /// Fortran-contiguous.
@@ -218,35 +222,18 @@ impl Failure {
     }
 }
 
-/// The arguments of one call.
-struct Packed {
+/// One call: a function and its arguments.
+pub struct Packed {
+    function: Arc<Function>,
     words: Box<[u64]>,
     /// Keeps what addresses among them point into.
     _kept: Option<PyRef>,
 }
 
 impl Function {
-    pub fn name(&self) -> &'static str {
-        self.name
-    }
-
-    /// An inline task has no arguments but defaults, and a C function has none: `TypeError` if it
-    /// needs any.
-    pub fn check_inline(&self) -> PyResult<()> {
-        if self.arguments == 0 {
-            return Ok(());
-        }
-        Err(PyTypeError::new_err(format!(
-            "{name} takes {} arguments, and a native function has no defaults to stand for them: \
-             call {name}.options(...)(...) instead of spawning it inline",
-            self.arguments,
-            name = self.name
-        )))
-    }
-
     /// Converts the arguments of a call. `TypeError` and `ValueError` name the argument.
     fn pack<'py>(
-        &self,
+        self: &Arc<Self>,
         py: Python<'py>,
         given: &[Bound<'py, PyAny>],
         keep: impl FnOnce() -> PyRef,
@@ -297,11 +284,21 @@ impl Function {
                 Some(PyTuple::new(py, views)?.into())
             }
         };
-        Ok(Packed { words, _kept: kept })
+        Ok(self.packed(words, kept))
+    }
+
+    /// A call with these words, which are right for the parameters.
+    pub fn packed(self: &Arc<Self>, words: Box<[u64]>, kept: Option<PyRef>) -> Packed {
+        assert_eq!(words.len(), self.words, "the words of {}", self.name);
+        Packed {
+            function: Arc::clone(self),
+            words,
+            _kept: kept,
+        }
     }
 
     /// An error that says which argument it is about.
-    fn wrong(&self, py: Python<'_>, number: usize, error: &PyErr) -> PyErr {
+    pub fn wrong(&self, py: Python<'_>, number: usize, error: &PyErr) -> PyErr {
         let text = format!(
             "{}: argument {}: {}",
             self.name,
@@ -416,15 +413,83 @@ impl Function {
     }
 }
 
+/// What the body of a native task calls.
+#[derive(Clone)]
+pub enum Callee {
+    Function(Arc<Function>),
+    Routine(Arc<Routine>),
+}
+
+impl Callee {
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Function(function) => function.name,
+            Self::Routine(routine) => routine.name(),
+        }
+    }
+
+    /// An inline task has no arguments but defaults, and C has none: `TypeError` if it needs any.
+    pub fn check_inline(&self) -> PyResult<()> {
+        let arguments = match self {
+            Self::Function(function) => function.arguments,
+            Self::Routine(routine) => routine.positional(),
+        };
+        if arguments == 0 {
+            return Ok(());
+        }
+        Err(PyTypeError::new_err(format!(
+            "{name} takes {arguments} arguments, and a native function has no defaults to stand for \
+             them: call {name}.options(...)(...) instead of spawning it inline",
+            name = self.name()
+        )))
+    }
+
+    fn pack<'py>(
+        &self,
+        py: Python<'py>,
+        given: &[Bound<'py, PyAny>],
+        keywords: Option<&Bound<'py, PyDict>>,
+        keep: impl FnOnce() -> PyRef,
+    ) -> PyResult<Packed> {
+        match self {
+            Self::Function(function) => {
+                if keywords.is_some_and(|some| !some.is_empty()) {
+                    return Err(PyTypeError::new_err(format!(
+                        "{} takes no keyword arguments: C functions do not name their parameters",
+                        function.name
+                    )));
+                }
+                function.pack(py, given, keep)
+            }
+            Self::Routine(routine) => routine.pack(py, given, keywords, keep),
+        }
+    }
+
+    /// Calls it on the spot, detached.
+    pub fn call(
+        &self,
+        py: Python<'_>,
+        arguments: &Bound<'_, PyTuple>,
+        keywords: Option<&Bound<'_, PyDict>>,
+    ) -> PyResult<Py<PyAny>> {
+        let keep = || arguments.clone().into();
+        let packed = self.pack(py, arguments.as_slice(), keywords, keep)?;
+        match gateway::detach(py, Site::Native, || packed.function.invoke(&packed)) {
+            Ok(value) => Ok(value.object(py)),
+            Err(failure) => Err(failure.error(py)),
+        }
+    }
+}
+
 /// Puts `bytes` at the beginning of a word.
-fn word<const N: usize>(bytes: [u8; N]) -> u64 {
+pub fn word<const N: usize>(bytes: [u8; N]) -> u64 {
     let mut all = [0; 8];
     all[..N].copy_from_slice(&bytes);
     u64::from_ne_bytes(all)
 }
 
 /// Converts one value.
-fn convert(scalar: Scalar, given: &Bound<'_, PyAny>, words: &mut [u64]) -> PyResult<()> {
+pub fn convert(scalar: Scalar, given: &Bound<'_, PyAny>, words: &mut [u64]) -> PyResult<()> {
     words[0] = match scalar {
         Scalar::Signed(size) => signed(given, size)?,
         Scalar::Unsigned(size) => unsigned(given, size)?,
@@ -570,7 +635,7 @@ fn not_a(wanted: &str, given: &Bound<'_, PyAny>) -> PyErr {
     PyTypeError::new_err(format!("expects {wanted}, not {name}"))
 }
 
-fn range(what: &str, given: &Bound<'_, PyAny>) -> PyErr {
+pub fn range(what: &str, given: &Bound<'_, PyAny>) -> PyErr {
     let shown = given.repr().map_or_else(
         |_| "the number".to_owned(),
         |repr| repr.to_string_lossy().into_owned(),
@@ -581,7 +646,7 @@ fn range(what: &str, given: &Bound<'_, PyAny>) -> PyErr {
 /// The head of NumPy's `ndarray`, which is part of its binary interface: the macros of its C
 /// interface compile to loads from it.
 #[repr(C)]
-struct ArrayHead {
+pub struct ArrayHead {
     object: ffi::PyObject,
     data: *mut c_void,
     dimensions: c_int,
@@ -592,9 +657,57 @@ struct ArrayHead {
     flags: c_int,
 }
 
+impl ArrayHead {
+    /// The head of a NumPy array; `None` of anything else.
+    pub fn of<'a>(given: &'a Bound<'_, PyAny>) -> PyResult<Option<&'a Self>> {
+        let (class, _) = numpy(given.py())?;
+        // SAFETY: attached; an object and a class, both alive.
+        let is_array =
+            unsafe { ffi::PyObject_TypeCheck(given.as_ptr(), class.as_ptr().cast()) != 0 };
+        // SAFETY: a NumPy array, alive as long as the borrow. Nobody changes what an array's head
+        // says of its memory while others use the array, says NumPy.
+        Ok(is_array.then(|| unsafe { &*given.as_ptr().cast::<Self>() }))
+    }
+
+    /// The type of the elements, if it is one of C in the machine's order of bytes.
+    pub fn scalar(&self) -> Option<Scalar> {
+        let described = self.described();
+        (described.order != FOREIGN)
+            .then(|| numbered(described.number))
+            .flatten()
+    }
+
+    pub fn shape(&self) -> &[isize] {
+        self.extents(self.shape)
+    }
+
+    /// In bytes.
+    pub fn strides(&self) -> &[isize] {
+        self.extents(self.strides)
+    }
+
+    fn extents(&self, first: *mut ffi::Py_ssize_t) -> &[isize] {
+        match usize::try_from(self.dimensions) {
+            // Of no dimension there may be no memory either.
+            Ok(0) | Err(_) => &[],
+            // SAFETY: a number for each dimension, which the array owns.
+            Ok(dimensions) => unsafe { std::slice::from_raw_parts(first, dimensions) },
+        }
+    }
+
+    pub fn has(&self, flag: c_int) -> bool {
+        self.flags & flag != 0
+    }
+
+    fn described(&self) -> &DtypeHead {
+        // SAFETY: the array owns its dtype.
+        unsafe { &*self.dtype }
+    }
+}
+
 /// The head of NumPy's `dtype`, of which the same is true.
 #[repr(C)]
-struct DtypeHead {
+pub struct DtypeHead {
     object: ffi::PyObject,
     class: *mut ffi::PyTypeObject,
     kind: u8,
@@ -604,10 +717,17 @@ struct DtypeHead {
     number: c_int,
 }
 
-const C_CONTIGUOUS: c_int = 0x1;
-const F_CONTIGUOUS: c_int = 0x2;
+pub const C_CONTIGUOUS: c_int = 0x1;
+pub const F_CONTIGUOUS: c_int = 0x2;
 const ALIGNED: c_int = 0x100;
-const WRITEABLE: c_int = 0x400;
+pub const WRITEABLE: c_int = 0x400;
+
+/// The order of bytes that is not the machine's.
+const FOREIGN: u8 = if cfg!(target_endian = "little") {
+    b'>'
+} else {
+    b'<'
+};
 
 /// The C types behind NumPy's type numbers, in their order; what has none here has no code either.
 fn numbered(number: c_int) -> Option<Scalar> {
@@ -651,11 +771,8 @@ fn array<'py>(
     order: Order,
 ) -> PyResult<(usize, Option<Bound<'py, PyAny>>)> {
     let py = given.py();
-    let (class, asarray) = numpy(py)?;
-    // SAFETY: attached; an object and a class, both alive.
-    let is_array = unsafe { ffi::PyObject_TypeCheck(given.as_ptr(), class.as_ptr().cast()) != 0 };
-    if is_array {
-        return Ok((checked(given, writes, dtype, order)?, None));
+    if let Some(head) = ArrayHead::of(given)? {
+        return Ok((checked(head, given, writes, dtype, order)?, None));
     }
     // SAFETY: attached; the object is alive.
     let source = if unsafe { ffi::PyObject_CheckBuffer(given.as_ptr()) != 0 } {
@@ -666,30 +783,22 @@ fn array<'py>(
     } else {
         return Err(not_a("an array", given));
     };
-    let view = asarray.bind(py).call1((source,))?;
-    Ok((checked(&view, writes, dtype, order)?, Some(view)))
+    let view = numpy(py)?.1.bind(py).call1((source,))?;
+    let head = ArrayHead::of(&view)?.expect("asarray gives an array");
+    Ok((checked(head, &view, writes, dtype, order)?, Some(view)))
 }
 
 /// The address of a NumPy array's data, if the array is what it is to be.
-fn checked(
+pub fn checked(
+    head: &ArrayHead,
     given: &Bound<'_, PyAny>,
     writes: bool,
     dtype: Option<Scalar>,
     order: Order,
 ) -> PyResult<usize> {
-    // SAFETY: a NumPy array, alive, and its dtype, which it owns. Nobody changes what an array's
-    // head says of its memory while others use the array, says NumPy.
-    let (head, described) = unsafe {
-        let head = &*given.as_ptr().cast::<ArrayHead>();
-        (head, &*head.dtype)
-    };
-    let foreign = if cfg!(target_endian = "little") {
-        b'>'
-    } else {
-        b'<'
-    };
+    let described = head.described();
     if dtype.is_some_and(|wanted| numbered(described.number) != Some(wanted))
-        || described.order == foreign
+        || described.order == FOREIGN
         || described.kind == b'O'
     {
         let wanted = match dtype {
@@ -703,9 +812,9 @@ fn checked(
         )));
     }
     let contiguous = match order {
-        Order::C => head.flags & C_CONTIGUOUS != 0,
-        Order::Fortran => head.flags & F_CONTIGUOUS != 0,
-        Order::Contiguous => head.flags & (C_CONTIGUOUS | F_CONTIGUOUS) != 0,
+        Order::C => head.has(C_CONTIGUOUS),
+        Order::Fortran => head.has(F_CONTIGUOUS),
+        Order::Contiguous => head.has(C_CONTIGUOUS | F_CONTIGUOUS),
         Order::Any => true,
     };
     if !contiguous {
@@ -720,10 +829,10 @@ fn checked(
             given.getattr("strides")?.str()?.to_string_lossy()
         )));
     }
-    if writes && head.flags & WRITEABLE == 0 {
+    if writes && !head.has(WRITEABLE) {
         return Err(PyValueError::new_err("the array is read-only"));
     }
-    if head.flags & ALIGNED == 0 {
+    if !head.has(ALIGNED) {
         return Err(PyValueError::new_err("the array's data is not aligned"));
     }
     Ok(head.data as usize)
@@ -744,7 +853,6 @@ fn name(scalar: Scalar) -> String {
 
 /// A call as the body of a task.
 pub struct Call {
-    function: Arc<Function>,
     state: State,
     /// It may get several cores, and threaded libraries are to use them.
     wide: bool,
@@ -753,44 +861,54 @@ pub struct Call {
 enum State {
     Packed(Packed),
     /// There are handles among the arguments.
-    Held(Arguments),
+    Held(Callee, Arguments),
 }
 
 impl Call {
     /// Converts the arguments, unless they hold handles.
     pub fn new(
         py: Python<'_>,
-        function: Arc<Function>,
+        callee: Callee,
         arguments: Arguments,
         substitute: bool,
         wide: bool,
     ) -> PyResult<Self> {
         let state = if substitute {
-            State::Held(arguments)
+            State::Held(callee, arguments)
         } else {
             State::Packed(match &arguments {
-                Arguments::None => function.pack(py, &[], || unreachable!("nothing to keep"))?,
+                Arguments::None => {
+                    callee.pack(py, &[], None, || unreachable!("nothing to keep"))?
+                }
                 Arguments::One(one) => {
                     let given = std::slice::from_ref(one.bind(py));
-                    function.pack(py, given, || PyRef::new(one.clone_ref(py)))?
+                    callee.pack(py, given, None, || PyRef::new(one.clone_ref(py)))?
                 }
                 Arguments::Many(given, keywords) => {
-                    refuse_keywords(function.name, keywords.is_some())?;
                     let tuple = given.bind(py).cast::<PyTuple>()?;
-                    function.pack(py, tuple.as_slice(), || PyRef::new(given.clone_ref(py)))?
+                    let keywords = match keywords {
+                        Some(keywords) => Some(keywords.bind(py).cast::<PyDict>()?),
+                        None => None,
+                    };
+                    let keep = || PyRef::new(given.clone_ref(py));
+                    callee.pack(py, tuple.as_slice(), keywords, keep)?
                 }
             })
         };
-        Ok(Self {
-            function,
-            state,
-            wide,
-        })
+        Ok(Self { state, wide })
+    }
+
+    /// What it calls, as far as that is known.
+    pub fn name(&self) -> &'static str {
+        match &self.state {
+            State::Packed(packed) => packed.function.name,
+            State::Held(callee, _) => callee.name(),
+        }
     }
 
     /// Whether it has to run attached.
     pub fn needs_session(&self) -> bool {
-        self.wide || matches!(self.state, State::Held(_))
+        self.wide || matches!(self.state, State::Held(..))
     }
 
     /// Runs the body, whether the thread is attached or not.
@@ -804,7 +922,7 @@ impl Call {
                 unreachable!("it needs a session")
             };
             assert_unlocked();
-            self.function.invoke(packed).map_err(raised)
+            packed.function.invoke(packed).map_err(raised)
         };
         Step::Done(result.map(Value::Plain))
     }
@@ -817,9 +935,8 @@ impl Call {
         let converted;
         let packed = match &self.state {
             State::Packed(packed) => packed,
-            State::Held(arguments) => {
-                converted = self
-                    .convert(py, arguments)
+            State::Held(callee, arguments) => {
+                converted = convert_held(py, callee, arguments)
                     .map_err(|error| trouble(py, running.engine, running.task, error))?;
                 &converted
             }
@@ -833,32 +950,23 @@ impl Call {
         if cores > 1 {
             report(py, support(py).limit_enter.bind(py).call1((cores,)));
         }
-        let result = gateway::detach(py, Site::Native, || self.function.invoke(packed));
+        let result = gateway::detach(py, Site::Native, || packed.function.invoke(packed));
         if cores > 1 {
             report(py, support(py).limit_exit.bind(py).call1((cores,)));
         }
         result.map_err(raised)
     }
+}
 
-    fn convert(&self, py: Python<'_>, arguments: &Arguments) -> PyResult<Packed> {
-        let (given, keywords) = substitute(py, arguments)?;
-        refuse_keywords(self.function.name, keywords.is_some())?;
-        self.function
-            .pack(py, given.as_slice(), || given.clone().into())
-    }
+fn convert_held(py: Python<'_>, callee: &Callee, arguments: &Arguments) -> PyResult<Packed> {
+    let (given, keywords) = substitute(py, arguments)?;
+    callee.pack(py, given.as_slice(), keywords.as_ref(), || {
+        given.clone().into()
+    })
 }
 
 fn raised(failure: Failure) -> Trouble<Interp> {
     Trouble::Raised(Raised::Native(failure))
-}
-
-fn refuse_keywords(name: &str, any: bool) -> PyResult<()> {
-    if any {
-        return Err(PyTypeError::new_err(format!(
-            "{name} takes no keyword arguments: C functions do not name their parameters"
-        )));
-    }
-    Ok(())
 }
 
 /// A C function as a Python callable: what a native task function has for `.fn`. Calling it calls
@@ -1006,13 +1114,7 @@ impl NativeFunction {
         arguments: &Bound<'_, PyTuple>,
         keywords: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<Py<PyAny>> {
-        let function = &*self.function;
-        refuse_keywords(function.name, keywords.is_some_and(|some| !some.is_empty()))?;
-        let packed = function.pack(py, arguments.as_slice(), || arguments.clone().into())?;
-        match gateway::detach(py, Site::Native, || function.invoke(&packed)) {
-            Ok(value) => Ok(value.object(py)),
-            Err(failure) => Err(failure.error(py)),
-        }
+        Callee::Function(Arc::clone(&self.function)).call(py, arguments, keywords)
     }
 
     #[getter]

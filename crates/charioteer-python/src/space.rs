@@ -18,11 +18,12 @@ use crate::attached::Attached;
 use crate::interp::{Core, Label, Task};
 use crate::task::{PyTask, awaiting_values, deadline, tasks_in, values, wait_for};
 
-/// An index; most have one or two dimensions.
+/// An index; most have one dimension to three.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub enum Index {
     One(i64),
     Two(i64, i64),
+    Three(i64, i64, i64),
     Many(Box<[i64]>),
 }
 
@@ -31,6 +32,7 @@ impl Index {
         match numbers {
             [one] => Self::One(*one),
             [one, two] => Self::Two(*one, *two),
+            [one, two, three] => Self::Three(*one, *two, *three),
             many => Self::Many(many.into()),
         }
     }
@@ -52,6 +54,10 @@ impl Index {
                 let (block, place) = split(*last);
                 (Self::Two(*one, block), place)
             }
+            Self::Three(one, two, last) => {
+                let (block, place) = split(*last);
+                (Self::Three(*one, *two, block), place)
+            }
             Self::Many(many) => {
                 let mut many = many.clone();
                 let last = many
@@ -70,6 +76,7 @@ impl Index {
         match self {
             Self::One(block) => Self::One(block * BLOCK + place),
             Self::Two(one, block) => Self::Two(*one, block * BLOCK + place),
+            Self::Three(one, two, block) => Self::Three(*one, *two, block * BLOCK + place),
             Self::Many(many) => {
                 let mut many = many.clone();
                 let last = many
@@ -85,6 +92,7 @@ impl Index {
         match self {
             Self::One(one) => vec![*one],
             Self::Two(one, two) => vec![*one, *two],
+            Self::Three(one, two, three) => vec![*one, *two, *three],
             Self::Many(many) => many.to_vec(),
         }
     }
@@ -244,6 +252,39 @@ impl TaskSpace {
         drop(touched);
         drop(unused);
         Ok(kept)
+    }
+
+    /// The handle at an index of few numbers alone in a space without a shape, the ordinary case;
+    /// `None` of any other index.
+    #[inline]
+    fn ordinary(&self, py: Python<'_>, index: &Bound<'_, PyAny>) -> PyResult<Option<Py<PyTask>>> {
+        if self.shape.is_some() {
+            return Ok(None);
+        }
+        let mut numbers = [0; 3];
+        let dimensions = if index.is_exact_instance_of::<PyInt>() {
+            numbers[0] = index.extract()?;
+            1
+        } else if let Ok(tuple) = index.cast_exact::<PyTuple>()
+            && (1..=numbers.len()).contains(&tuple.len())
+        {
+            for (number, part) in numbers.iter_mut().zip(tuple.iter_borrowed()) {
+                match part.extract() {
+                    Ok(found) => *number = found,
+                    Err(_) => return Ok(None),
+                }
+            }
+            tuple.len()
+        } else {
+            return Ok(None);
+        };
+        let numbers = &numbers[..dimensions];
+        let fits = |start: &Vec<i64>| start.len() == dimensions;
+        let below = |(dimension, number): (usize, &i64)| *number < self.lower(dimension);
+        if !self.start.as_ref().is_none_or(fits) || numbers.iter().enumerate().any(below) {
+            return Ok(None);
+        }
+        self.handle(py, numbers).map(Some)
     }
 
     fn selectors(&self, index: &Bound<'_, PyAny>) -> PyResult<Vec<Selector>> {
@@ -502,23 +543,8 @@ impl TaskSpace {
         py: Python<'py>,
         index: &Bound<'py, PyAny>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        // Numbers alone, in a space without bounds: the ordinary case.
-        if index.is_exact_instance_of::<PyInt>() {
-            let number: i64 = index.extract()?;
-            if number >= self.lower(0) && self.shape.is_none() {
-                return Ok(self.handle(py, &[number])?.into_bound(py).into_any());
-            }
-        } else if let Ok(tuple) = index.cast_exact::<PyTuple>()
-            && tuple.len() == 2
-            && self.shape.is_none()
-            && let (Ok(one), Ok(two)) = (
-                tuple.get_borrowed_item(0)?.extract::<i64>(),
-                tuple.get_borrowed_item(1)?.extract::<i64>(),
-            )
-            && one >= self.lower(0)
-            && two >= self.lower(1)
-        {
-            return Ok(self.handle(py, &[one, two])?.into_bound(py).into_any());
+        if let Some(task) = self.ordinary(py, index)? {
+            return Ok(task.into_bound(py).into_any());
         }
         let single = match index.cast::<PyTuple>() {
             Ok(tuple) => !tuple.iter().any(|part| part.is_instance_of::<PySlice>()),

@@ -124,6 +124,7 @@ fn launch(
     dependencies: &[Task],
 ) -> PyResult<Option<Handle<Interp>>> {
     let wide = Keywords::may_be_wide(options.as_deref());
+    let mut name = prepared.name;
     let body = match prepared.callable {
         Callable::Python(callable, watched) => Body::Python(PythonBody {
             wide,
@@ -134,13 +135,15 @@ fn launch(
             watched,
             coroutine: None,
         }),
-        Callable::Native(function) => Body::Native(native::Call::new(
-            py, function, arguments, substitute, wide,
-        )?),
+        Callable::Native(callee) => {
+            let call = native::Call::new(py, callee, arguments, substitute, wide)?;
+            name = call.name();
+            Body::Native(call)
+        }
     };
     let result = match target {
         None => {
-            let label = Label::Function(prepared.name);
+            let label = Label::Function(name);
             engine
                 .spawn_handle(label, body, options, dependencies)
                 .map(Some)
@@ -305,8 +308,8 @@ fn spawn_inline(
         return spawn_coroutine(py, said, function);
     }
     let prepared = callable::prepare(function)?;
-    if let Callable::Native(function) = &prepared.callable {
-        function.check_inline()?;
+    if let Callable::Native(callee) = &prepared.callable {
+        callee.check_inline()?;
     }
     let options = said.options(py)?;
     let (positional, keyword) = callable::defaults(function)?;

@@ -318,4 +318,4 @@ def gil_waited(runtime: ch.Runtime) -> float:
 
     The sites of the gateway count for the whole process, so a run is the difference of two.
     """
-    return sum(site["waited"] for site in runtime.stats()["gateway"].values())
+    return float(sum(site["waited"] for site in runtime.stats()["gateway"].values()))

@@ -5,7 +5,6 @@ built in tiles, a tiled Cholesky factorization, the solves and the prediction, o
 dependencies alone.
 
 What lives here: :mod:`~charioteer.demo.kernels` (BLAS and LAPACK on tiles, without the GIL),
-:mod:`~charioteer.demo.native` (those of the factorization as native tasks),
 :mod:`~charioteer.demo.gp` (the problem, its tiles and the task graph),
 :mod:`~charioteer.demo.serial` (the same job as plain loops) and
 :mod:`~charioteer.demo.command` (runs, checks, table). Arrows run one way: command uses serial and

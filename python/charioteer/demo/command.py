@@ -37,7 +37,7 @@ from threadpoolctl import threadpool_limits
 import charioteer as ch
 from charioteer.bench import records
 
-from . import gp, kernels, native, serial
+from . import gp, kernels, serial
 
 __all__ = ["Report", "measure", "run"]
 
@@ -166,12 +166,12 @@ def measure(
             seconds, expected_labels = _serial(work, factor_only)
             expected_weights = work.solution()
         elif kind == "empty":
-            factor = native.Kernels(empty=True) if bodies == "native" else None
+            factor = work.arrays(empty=True) if bodies == "native" else None
             seconds, _, _ = _graph(work, report.workers, factor_only, _EMPTY, factor)
         else:
             taking = 1 if kind == "one" else report.workers
             which = _OTHER[bodies] if kind == "other" else bodies
-            factor = native.Kernels() if which == "native" else None
+            factor = work.arrays() if which == "native" else None
             seconds, labels, report.tasks = _graph(
                 work, taking, factor_only, kernels, factor, within
             )
@@ -233,7 +233,7 @@ def _graph(
     workers: int,
     factor_only: bool,
     op: Any,
-    factor: native.Kernels | None,
+    factor: Sequence[Sequence[Matrix]] | None,
     tick: Tick = lambda _: None,
 ) -> tuple[float, Labels, int]:
     """One run of the graph: its makespan, the labels and the number of tasks."""
@@ -247,7 +247,7 @@ def _graph(
             if factor is None:
                 gp.spawn_cholesky(work, spaces, op)
             else:
-                gp.spawn_cholesky_native(work, spaces, factor)
+                gp.spawn_cholesky_native(factor, spaces)
             last = spaces.potrf[steps - 1]
             answers = spaces.classify[:0]
         else:

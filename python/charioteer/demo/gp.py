@@ -39,8 +39,9 @@ import numpy as np
 import numpy.typing as npt
 
 import charioteer as ch
+from charioteer import blas
 
-from . import kernels, native
+from . import kernels
 from .kernels import Tile
 
 __all__ = [
@@ -167,6 +168,11 @@ class Workspace:
         for tile in chain.from_iterable(computed):
             tile.array.fill(np.nan)
 
+    def arrays(self, empty: bool = False) -> list[list[Matrix]]:
+        """What native tasks take: the lower tiles, or empty matrices, which nobody touches."""
+        nothing = np.empty((0, 0))
+        return [[nothing if empty else tile.array for tile in row] for row in self.matrix]
+
     def lower(self) -> Matrix:
         """The lower triangle as one (n, n) matrix; what is above the diagonal is zero."""
         n = len(self.problem.points)
@@ -271,37 +277,36 @@ def spawn_cholesky(work: Workspace, T: Spaces, op: Any = kernels) -> None:
                     op.gemm(a, b, c)
 
 
-def spawn_cholesky_native(work: Workspace, T: Spaces, op: native.Kernels) -> None:
-    """The same tasks as :func:`spawn_cholesky`, whose bodies are the C functions themselves."""
-    A, n = work.matrix, len(work.matrix)
+def spawn_cholesky_native(A: Sequence[Sequence[Matrix]], T: Spaces) -> None:
+    """The same tasks as :func:`spawn_cholesky`, whose bodies are the C functions themselves.
+
+    They call the same routines with the same flags, so that results agree to the last bit.
+    """
+    n = len(A)
     for k in range(n):
-        potrf, arguments = op.potrf(A[k][k])
-        potrf.options(T.potrf[k], dependencies=[T.kernel[k, k], T.syrk[k, k - 1]], priority=n - k)(
-            *arguments
-        )
+        blas.potrf.options(
+            T.potrf[k], dependencies=[T.kernel[k, k], T.syrk[k, k - 1]], priority=n - k
+        )(A[k][k])
         for i in range(k + 1, n):
-            trsm, arguments = op.trsm(A[k][k], A[i][k])
-            trsm.options(
+            blas.trsm.options(
                 T.trsm[i, k],
                 dependencies=[T.kernel[i, k], T.potrf[k], T.gemm[i, k, k - 1]],
                 priority=n - k,
-            )(*arguments)
+            )(A[k][k], A[i][k], left=False, trans="T")
         for j in range(k + 1, n):
-            syrk, arguments = op.syrk(A[j][k], A[j][j])
-            syrk.options(
+            blas.syrk.options(
                 T.syrk[j, k],
                 dependencies=[T.kernel[j, j], T.trsm[j, k], T.syrk[j, k - 1]],
                 priority=n - j,
-            )(*arguments)
+            )(A[j][k], A[j][j], alpha=-1, beta=1)
             for i in range(j + 1, n):
-                gemm, arguments = op.gemm(A[i][k], A[j][k], A[i][j])
-                gemm.options(
+                blas.gemm.options(
                     T.gemm[i, j, k],
                     dependencies=[
                         T.kernel[i, j], T.trsm[i, k], T.trsm[j, k], T.gemm[i, j, k - 1]
                     ],
                     priority=n - j,
-                )(*arguments)  # fmt: skip
+                )(A[i][k], A[j][k], A[i][j], alpha=-1, beta=1, trans_b="T")  # fmt: skip
 
 
 def spawn_solve(work: Workspace, T: Spaces, op: Any = kernels) -> None:
@@ -366,18 +371,22 @@ def spawn_classify(work: Workspace, T: Spaces, op: Any = kernels) -> ch.TaskList
 
 
 def spawn_graph(
-    work: Workspace, T: Spaces, op: Any = kernels, factor: native.Kernels | None = None
+    work: Workspace,
+    T: Spaces,
+    op: Any = kernels,
+    factor: Sequence[Sequence[Matrix]] | None = None,
 ) -> ch.TaskList[Labels]:
     """Spawn the whole job. The result of the tasks returned is the labels of the test points.
 
     ``op`` is where the tile kernels are taken from: the module ``kernels``, or a stand-in.
-    ``factor`` makes the tasks of the factorization native ones.
+    ``factor`` makes the tasks of the factorization native ones, of these matrices: see
+    :meth:`Workspace.arrays`.
     """
     load_targets(work)
     spawn_kernel(work, T, op)
     if factor is None:
         spawn_cholesky(work, T, op)
     else:
-        spawn_cholesky_native(work, T, factor)
+        spawn_cholesky_native(factor, T)
     spawn_solve(work, T, op)
     return spawn_classify(work, T, op)
