@@ -7,6 +7,43 @@
 //! waited for the interpreter and the time until they left again. Both assert, in validating builds, that the thread holds no internal lock (invariant 8), since another thread
 //! may hold the interpreter and want that lock.
 //!
+//! The lint `disallowed_methods` forbids every other way in or out (`clippy.toml`), and `forbidden.rs`
+//! fails it where it would not look.
+//!
+//! # Why there is no deadlock
+//!
+//! An *internal* lock is one of this project: of the core (`charioteer::sync`), [`DEFERRED`], the
+//! names of `callable`, [`crate::attached::Attached`], the observer's and the clocks' in `gil`.
+//!
+//! | at | the thread holds | and waits for |
+//! |---|---|---|
+//! | every attaching site | no internal lock (asserted) | the interpreter |
+//! | every detaching site, going out | no internal lock (asserted) | nothing |
+//! | the same, coming back | no internal lock: the closure has ended, and its guards with it | the interpreter |
+//! | detached inside [`Site::Wait`], [`Site::StandBack`], [`Site::Main`] | no internal lock but the one of the condition that it sleeps on, which sleeping gives up | tasks, time |
+//! | detached inside [`Site::Native`], [`Site::Kernel`] | no internal lock | what the C function waits for |
+//! | between sites, attached | at most internal locks, in sections that call no Python | internal locks |
+//!
+//! * *The GIL.* A thread in a section of an internal lock never asks for the interpreter: sections
+//!   call no Python API, run no callback and drop no user's value (invariant 8). So each section
+//!   ends whoever has the GIL; a thread that is attached and waits for an internal lock waits for a
+//!   bounded time. Among internal locks, a thread that holds one takes another in one order alone,
+//!   which the modules that have two say. So no circle leads through the GIL.
+//! * *A pause of a free-threaded interpreter* (for the collector, for one) waits until every attached
+//!   thread has come to a point of its own at which it can stop, or is detached. A section has no such
+//!   point, so nobody is stopped while it holds an internal lock, and who is to stop comes to its
+//!   point after a bounded time. Whoever waits longer than a section (for tasks, time, a C
+//!   function) is detached, and counts as stopped.
+//! * *Another library's lock.* A C function is called detached, so that one who waits in it for its
+//!   library's lock keeps the interpreter from nobody; and it comes back only when it has returned,
+//!   without that lock. Python bodies and callbacks run with no internal lock held, so whatever locks
+//!   they take are above all of ours. What is left are circles that a program makes by itself: a
+//!   C function that holds a lock and calls back into Python, beside a Python body that wants that
+//!   lock without letting the interpreter go. The only such lock that we want attached is the one
+//!   of the thread limits of BLAS and OpenMP (`_pools.py`), whose holders never call Python.
+//!
+//! # References
+//!
 //! References may be dropped by any thread: the last owner of a result can be a worker that is not
 //! attached. [`PyRef`] frees its object at once if the thread is attached, and else puts it into a
 //! queue. Who attaches empties it, who comes back from a wait, and who asks for the result of a task,

@@ -20,6 +20,8 @@ use pyo3::prelude::*;
 mod attached;
 mod blas;
 mod callable;
+#[cfg(clippy)]
+mod forbidden;
 mod gateway;
 mod gil;
 mod interp;
