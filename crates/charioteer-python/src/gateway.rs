@@ -13,22 +13,25 @@
 //! # Why there is no deadlock
 //!
 //! An *internal* lock is one of this project: of the core (`charioteer::sync`), [`DEFERRED`], the
-//! names of `callable`, [`crate::attached::Attached`], the observer's and the clocks' in `gil`.
+//! names of `callable`, what is open in `runtime`, [`crate::attached::Attached`], the observer's in
+//! `gil`. Validating builds count those of the core that a thread holds, and assert at each site that
+//! there is none; of those of this crate each section is a few lines, and ends before its function
+//! calls anything else.
 //!
 //! | at | the thread holds | and waits for |
 //! |---|---|---|
-//! | every attaching site | no internal lock (asserted) | the interpreter |
-//! | every detaching site, going out | no internal lock (asserted) | nothing |
+//! | every attaching site | no internal lock | the interpreter |
+//! | every detaching site, going out | no internal lock | nothing |
 //! | the same, coming back | no internal lock: the closure has ended, and its guards with it | the interpreter |
 //! | detached inside [`Site::Wait`], [`Site::StandBack`], [`Site::Main`] | no internal lock but the one of the condition that it sleeps on, which sleeping gives up | tasks, time |
 //! | detached inside [`Site::Native`], [`Site::Kernel`] | no internal lock | what the C function waits for |
 //! | between sites, attached | at most internal locks, in sections that call no Python | internal locks |
 //!
 //! * *The GIL.* A thread in a section of an internal lock never asks for the interpreter: sections
-//!   call no Python API, run no callback and drop no user's value (invariant 8). So each section
-//!   ends whoever has the GIL; a thread that is attached and waits for an internal lock waits for a
-//!   bounded time. Among internal locks, a thread that holds one takes another in one order alone,
-//!   which the modules that have two say. So no circle leads through the GIL.
+//!   call no Python API, run no callback and drop no user's value (invariant 8); the most that one
+//!   does is count a reference up. So each section ends whoever has the GIL, and a thread that is
+//!   attached and waits for an internal lock waits for a bounded time: no circle leads through the
+//!   GIL.
 //! * *A pause of a free-threaded interpreter* (for the collector, for one) waits until every attached
 //!   thread has come to a point of its own at which it can stop, or is detached. A section has no such
 //!   point, so nobody is stopped while it holds an internal lock, and who is to stop comes to its
@@ -37,7 +40,8 @@
 //! * *Another library's lock.* A C function is called detached, so that one who waits in it for its
 //!   library's lock keeps the interpreter from nobody; and it comes back only when it has returned,
 //!   without that lock. Python bodies and callbacks run with no internal lock held, so whatever locks
-//!   they take are above all of ours. What is left are circles that a program makes by itself: a
+//!   they take are above all of ours, and so are the locks of the package's own Python, which let the
+//!   interpreter go while a thread waits for them. What is left are circles that a program makes by itself: a
 //!   C function that holds a lock and calls back into Python, beside a Python body that wants that
 //!   lock without letting the interpreter go. The only such lock that we want attached is the one
 //!   of the thread limits of BLAS and OpenMP (`_pools.py`), whose holders never call Python.
