@@ -190,7 +190,7 @@ def test_runners_run_every_task_once(name: str, shape: str, workers: int) -> Non
     assert outcome.seconds > 0
 
 
-@pytest.mark.parametrize("name", [OURS, THREAD_POOL])
+@pytest.mark.parametrize("name", RUNNERS)
 def test_runners_keep_the_order_of_a_chain(name: str) -> None:
     chain = graphs.Graph("chain", ((), *((index,) for index in range(30))))
     at_once = 0

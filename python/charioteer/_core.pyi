@@ -19,6 +19,7 @@ from charioteer.devices import Device, Placement
 
 __all__ = [
     "Awaiting",
+    "BlasRoutine",
     "Context",
     "Engine",
     "NativeFunction",
