@@ -774,8 +774,8 @@ impl Call {
                     let given = std::slice::from_ref(one.bind(py));
                     function.pack(py, given, || PyRef::new(one.clone_ref(py)))?
                 }
-                Arguments::Many(given, keywords) => {
-                    refuse_keywords(function.name, keywords.is_some())?;
+                Arguments::Named(_) => return Err(no_keywords(function.name)),
+                Arguments::Many(given) => {
                     let tuple = given.bind(py).cast::<PyTuple>()?;
                     function.pack(py, tuple.as_slice(), || PyRef::new(given.clone_ref(py)))?
                 }
@@ -853,12 +853,13 @@ fn raised(failure: Failure) -> Trouble<Interp> {
 }
 
 fn refuse_keywords(name: &str, any: bool) -> PyResult<()> {
-    if any {
-        return Err(PyTypeError::new_err(format!(
-            "{name} takes no keyword arguments: C functions do not name their parameters"
-        )));
-    }
-    Ok(())
+    if any { Err(no_keywords(name)) } else { Ok(()) }
+}
+
+fn no_keywords(name: &str) -> PyErr {
+    PyTypeError::new_err(format!(
+        "{name} takes no keyword arguments: C functions do not name their parameters"
+    ))
 }
 
 /// A C function as a Python callable: what a native task function has for `.fn`. Calling it calls

@@ -278,10 +278,13 @@ fn spawn_call(
         (Some(positional), None) if positional.len() == 1 => {
             Arguments::One(positional.get_item(0)?.into())
         }
-        (positional, keyword) => Arguments::Many(
-            positional.unwrap_or_else(|| PyTuple::empty(py)).into(),
-            keyword.map(PyRef::from),
-        ),
+        (positional, keyword) => {
+            let positional = positional.unwrap_or_else(|| PyTuple::empty(py)).into();
+            match keyword {
+                None => Arguments::Many(positional),
+                Some(keyword) => Arguments::Named(Box::new((positional, keyword.into()))),
+            }
+        }
     };
     launch(
         py,

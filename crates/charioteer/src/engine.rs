@@ -1399,8 +1399,9 @@ impl<D: Domain> Engine<D> {
     /// # Errors
     /// The callback, of a task that is done.
     pub fn add_callback(task: &TaskRef<D>, callback: D::Callback) -> Result<(), D::Callback> {
-        Self::listen_outside(task, Link::Callback(callback)).map_err(|link| match link {
-            Link::Callback(callback) => callback,
+        let link = Link::Callback(Box::new(callback));
+        Self::listen_outside(task, link).map_err(|link| match link {
+            Link::Callback(callback) => *callback,
             Link::Dependent(_) | Link::Latch(_) => {
                 unreachable!("the link that was given comes back")
             }
@@ -1882,7 +1883,7 @@ fn publish<D: Domain>(
         }
         Link::Callback(callback) => {
             assert_unlocked();
-            D::call_back(callback, Some(task));
+            D::call_back(*callback, Some(task));
         }
     });
 }
