@@ -396,15 +396,16 @@ impl Spawner {
         py: Python<'py>,
         function: &Bound<'py, PyAny>,
     ) -> PyResult<Bound<'py, PyAny>> {
+        let over;
         let (function, said) = match function.cast::<TaskFunction>() {
             Ok(function) => {
                 let function = function.get();
-                let said = self.0.clone().over(&function.said);
-                (function.function.bind(py), said)
+                over = self.0.clone().over(&function.said);
+                (function.function.bind(py), &over)
             }
-            Err(_) => (function, self.0.clone()),
+            Err(_) => (function, &self.0),
         };
-        let task = spawn_inline(py, &said, function)?;
+        let task = spawn_inline(py, said, function)?;
         handle_of(py, task, said.target.as_ref())
     }
 }

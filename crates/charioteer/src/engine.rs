@@ -655,7 +655,7 @@ impl<D: Domain> Engine<D> {
                 task.links.lock().rare().predecessors = dependencies.to_vec();
             }
             let done = self.connect(&task, dependencies);
-            self.release(task, done + 1);
+            self.release(&task, done + 1);
         }
         self.drain_if_alone();
     }
@@ -720,7 +720,7 @@ impl<D: Domain> Engine<D> {
             // Somebody asked while the spawn was under way.
             Self::cancel(task);
         }
-        self.release(Arc::clone(task), done + 1);
+        self.release(task, done + 1);
         self.drain_if_alone();
         Ok(())
     }
@@ -876,7 +876,7 @@ impl<D: Domain> Engine<D> {
     /// Registers `task` with its predecessors and says how many were done.
     fn connect(&self, task: &TaskRef<D>, dependencies: &[TaskRef<D>]) -> u32 {
         let count = u32::try_from(dependencies.len()).expect("fewer than 2^32 predecessors");
-        task.pending.fetch_add(count, Ordering::Relaxed);
+        task.expect(count);
         let mut done = 0;
         for dependency in dependencies {
             if !dependency.is_done()
@@ -915,10 +915,10 @@ impl<D: Domain> Engine<D> {
 
     /// Takes `count` off what `task` waits for, and does what is to be done if nothing is left.
     #[inline]
-    fn release(self: &Arc<Self>, task: TaskRef<D>, count: u32) {
+    fn release(self: &Arc<Self>, task: &TaskRef<D>, count: u32) {
         if task.release(count) {
             let mut worklist = Vec::new();
-            self.released(task, &mut worklist);
+            self.released(Arc::clone(task), &mut worklist);
             self.work_off(worklist);
         }
     }

@@ -531,6 +531,18 @@ impl<D: Domain> Task<D> {
             .and_then(|rare| rare.poison.take())
     }
 
+    /// Counts predecessors in, of a task that this thread constructs.
+    #[inline]
+    pub(crate) fn expect(&self, predecessors: u32) {
+        // Nobody changes a count that stands for the construction alone: who does is a predecessor,
+        // and counted. Others may be there after a spawn that was refused, see `publish_linked`.
+        if self.pending.load(Ordering::Relaxed) == 1 {
+            self.pending.store(1 + predecessors, Ordering::Relaxed);
+        } else {
+            self.pending.fetch_add(predecessors, Ordering::Relaxed);
+        }
+    }
+
     /// One predecessor is done; true for the one that makes the count zero.
     #[inline]
     pub(crate) fn release(&self, predecessors: u32) -> bool {
