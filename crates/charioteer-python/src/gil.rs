@@ -147,6 +147,11 @@ impl Gil {
         Self { observer, on, ours }
     }
 
+    /// Whether there is one.
+    pub fn is_on(&self) -> bool {
+        self.on
+    }
+
     /// The engine whose workers are observed.
     pub fn observe(&self, engine: &Arc<Core>) {
         if let Some(observer) = &self.observer {

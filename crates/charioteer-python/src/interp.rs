@@ -707,6 +707,10 @@ impl Domain for Interp {
         gateway::detach(py, Site::Wait, wait);
     }
 
+    fn sessions_exclude(&self) -> bool {
+        self.gil.is_on()
+    }
+
     fn patience(&self) -> Option<Duration> {
         gateway::handles_signals().then_some(Duration::from_millis(100))
     }

@@ -307,6 +307,8 @@ pub struct Engine<D: Domain> {
     pub(crate) domain: D,
     pub(crate) workers: usize,
     cores: usize,
+    /// The cores that the process may use.
+    present: usize,
     pub(crate) queues: Queues<D>,
     pub(crate) places: Places<D>,
     pub(crate) sessions: Gate,
@@ -344,8 +346,9 @@ impl<D: Domain> Engine<D> {
     /// # Errors
     /// If the system refuses a thread or the trace file.
     pub fn open(domain: D, config: Config) -> io::Result<Arc<Self>> {
+        let present = std::thread::available_parallelism().map_or(1, usize::from);
         let cores = if config.workers == 0 {
-            std::thread::available_parallelism().map_or(1, usize::from)
+            present
         } else {
             config.workers
         };
@@ -355,6 +358,7 @@ impl<D: Domain> Engine<D> {
             domain,
             workers: config.workers,
             cores,
+            present,
             queues: Queues::new(threads),
             places: Places::new(config.workers, threads),
             sessions: Gate::new(),
@@ -518,6 +522,11 @@ impl<D: Domain> Engine<D> {
     pub(crate) fn is_runnable(&self) -> bool {
         self.queues.has_work_in(Lane::Outside)
             || (self.sessions.has_room() && self.queues.has_work_in(Lane::Inside))
+    }
+
+    /// Whether the machine has a core that no task uses.
+    pub(crate) fn has_idle_core(&self) -> bool {
+        self.present + self.places.free() > self.workers
     }
 
     /// Lets at most `width` workers be in sessions of the domain from now on, but for bodies that

@@ -103,6 +103,12 @@ pub trait Domain: Send + Sync + Sized + 'static {
     /// Calls `wait`, which blocks the thread, with the surroundings given up meanwhile.
     fn blocking(&self, wait: &mut dyn FnMut());
 
+    /// Whether a thread in a session keeps others from theirs and from coming back from
+    /// [`Domain::blocking`].
+    fn sessions_exclude(&self) -> bool {
+        false
+    }
+
     /// How long a thread that runs no body may block before it asks [`Domain::interrupted`].
     fn patience(&self) -> Option<Duration> {
         None
