@@ -129,14 +129,15 @@ def test_work_that_holds_the_gil_and_work_that_does_not_all_end() -> None:
 
 
 @pytest.mark.skipif(not HAS_GIL, reason="nobody waits for a GIL here")
-def test_a_body_gets_on_beside_a_thread_that_spawns_without_pause() -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_body_gets_on_beside_a_thread_that_spawns_without_pause(workers: int) -> None:
     # Each digest gives the GIL up; getting it back from a thread that keeps it takes 5 ms.
     def body() -> int:
         for _ in range(20):
             hashlib.sha256(DATA[:5000]).digest()
         return 1
 
-    with ch.Runtime(workers=2) as rt:
+    with ch.Runtime(workers=workers) as rt:
         before = rt.stats()["gateway"]["stand_back"]["visits"]
         end = time.monotonic() + 30
         while rt.stats()["gateway"]["stand_back"]["visits"] == before:

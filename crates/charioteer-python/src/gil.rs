@@ -16,12 +16,13 @@
 //!
 //! # Spawners
 //!
-//! A thread that spawns without pause is attached all the time. A body that releases the GIL for a
-//! moment gets it back only after CPython's switch interval of 5 ms, each time. So a spawner that
-//! sees sessions and no task finished since it looked last, a millisecond ago or more, detaches for a
-//! while that is long enough for the others to wake: a shorter one would restart their 5 ms, and the
-//! spawner would be back before them. As long as that does not help, it looks after longer times and
-//! waits longer, in the same proportion, so that it keeps most of its rate in any case.
+//! A thread that spawns without pause is attached all the time, whatever the number of workers. A
+//! body that releases the GIL for a moment gets it back only after CPython's switch interval of 5
+//! ms, each time. So a spawner that sees sessions and no task finished since it looked last, a
+//! millisecond ago or more, detaches for a while that is long enough for the others to wake: a
+//! shorter one would restart their 5 ms, and the spawner would be back before them. As long as that
+//! does not help, it looks after longer times and waits longer, in the same proportion, so that it
+//! keeps most of its rate in any case.
 //!
 //! Without a GIL none of this is done.
 
@@ -100,7 +101,14 @@ struct Spawner {
 }
 
 /// See the module.
-pub struct Gil(Option<Arc<Observer>>);
+pub struct Gil {
+    /// With one worker there is nothing to observe.
+    observer: Option<Arc<Observer>>,
+    /// There is one.
+    on: bool,
+    /// Nobody said how many workers may compete for it.
+    ours: bool,
+}
 
 struct Observer {
     number: u64,
@@ -120,10 +128,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Gil {
-    /// `observed`: there is a GIL, and nobody said how many of the `workers`, two or more, may
-    /// compete for it.
-    pub fn new(workers: usize, observed: bool) -> Self {
-        Self(observed.then(|| {
+    /// `on`: there is a GIL. `ours`: nobody said how many of the `workers` may compete for it.
+    pub fn new(workers: usize, on: bool, ours: bool) -> Self {
+        let observer = (on && ours && workers > 1).then(|| {
             Arc::new(Observer {
                 number: NUMBERS.fetch_add(1, Ordering::Relaxed),
                 workers,
@@ -136,19 +143,25 @@ impl Gil {
                 bell: Condvar::new(),
                 thread: Mutex::new(None),
             })
-        }))
+        });
+        Self { observer, on, ours }
+    }
+
+    /// Whether there is one.
+    pub fn is_on(&self) -> bool {
+        self.on
     }
 
     /// The engine whose workers are observed.
     pub fn observe(&self, engine: &Arc<Core>) {
-        if let Some(observer) = &self.0 {
+        if let Some(observer) = &self.observer {
             *lock(&observer.engine) = Arc::downgrade(engine);
         }
     }
 
     /// How often the width changed.
     pub fn changes(&self) -> u64 {
-        self.0
+        self.observer
             .as_ref()
             .map_or(0, |observer| observer.changes.load(Ordering::Relaxed))
     }
@@ -156,7 +169,7 @@ impl Gil {
     /// Calls `run`, which is a session of this thread.
     #[inline]
     pub fn session(&self, run: impl FnOnce()) {
-        let Some(observer) = &self.0 else {
+        let Some(observer) = &self.observer else {
             return run();
         };
         let clock = observer.clock();
@@ -179,7 +192,7 @@ impl Gil {
     /// A task was spawned by this thread, which is attached and may stand back now.
     #[inline]
     pub fn spawned(&self, py: Python<'_>, engine: &Arc<Core>) {
-        if self.0.is_none() {
+        if !(self.on && self.ours) {
             return;
         }
         let mut spawner = SPAWNER.get();
@@ -192,7 +205,7 @@ impl Gil {
 
     /// Tells the observer to end.
     pub fn abandon(&self) {
-        if let Some(observer) = &self.0 {
+        if let Some(observer) = &self.observer {
             *lock(&observer.closed) = true;
             observer.bell.notify_all();
         }
@@ -201,7 +214,9 @@ impl Gil {
     /// Ends the observer.
     pub fn close(&self, py: Python<'_>) {
         self.abandon();
-        let Some(observer) = &self.0 else { return };
+        let Some(observer) = &self.observer else {
+            return;
+        };
         let thread = lock(&observer.thread).take();
         if let Some(thread) = thread {
             // It may be about to start a thread, for which it attaches.

@@ -49,7 +49,10 @@ impl Interp {
 pub enum Arguments {
     None,
     One(PyRef),
-    Many(PyRef, Option<PyRef>),
+    /// A tuple.
+    Many(PyRef),
+    /// A tuple and a dictionary; boxed, since arguments are part of each task.
+    Named(Box<(PyRef, PyRef)>),
 }
 
 /// A variable of a module and its value when the body was spawned.
@@ -163,7 +166,7 @@ pub enum Label {
     /// The name that it was given.
     Name(Box<str>),
     /// Its place in a space.
-    Index(std::sync::Arc<str>, crate::space::Index),
+    Index(std::sync::Arc<Box<str>>, crate::space::Index),
 }
 
 impl fmt::Display for Label {
@@ -256,11 +259,12 @@ impl Interp {
             let result = match &body.arguments {
                 Arguments::None => ffi::PyObject_CallNoArgs(callable),
                 Arguments::One(argument) => ffi::PyObject_CallOneArg(callable, argument.as_ptr()),
-                Arguments::Many(arguments, keywords) => ffi::PyObject_Call(
-                    callable,
-                    arguments.as_ptr(),
-                    keywords.as_ref().map_or(ptr::null_mut(), PyRef::as_ptr),
-                ),
+                Arguments::Many(arguments) => {
+                    ffi::PyObject_Call(callable, arguments.as_ptr(), ptr::null_mut())
+                }
+                Arguments::Named(both) => {
+                    ffi::PyObject_Call(callable, both.0.as_ptr(), both.1.as_ptr())
+                }
             };
             Bound::from_owned_ptr_or_err(py, result).map(Bound::unbind)
         }
@@ -556,26 +560,25 @@ pub fn substitute<'py>(
             let argument = substitute_one(py, argument.bind(py))?;
             Ok((PyTuple::new(py, [argument])?, None))
         }
-        Arguments::Many(arguments, keywords) => {
-            let arguments = arguments
-                .bind(py)
-                .cast::<PyTuple>()?
-                .iter()
-                .map(|argument| substitute_one(py, &argument))
-                .collect::<PyResult<Vec<_>>>()?;
-            let keywords = keywords
-                .as_ref()
-                .map(|keywords| -> PyResult<Bound<'py, PyDict>> {
-                    let new = PyDict::new(py);
-                    for (name, value) in keywords.bind(py).cast::<PyDict>()?.iter() {
-                        new.set_item(name, substitute_one(py, &value)?)?;
-                    }
-                    Ok(new)
-                })
-                .transpose()?;
-            Ok((PyTuple::new(py, arguments)?, keywords))
+        Arguments::Many(arguments) => Ok((substitute_each(py, arguments)?, None)),
+        Arguments::Named(both) => {
+            let new = PyDict::new(py);
+            for (name, value) in both.1.bind(py).cast::<PyDict>()?.iter() {
+                new.set_item(name, substitute_one(py, &value)?)?;
+            }
+            Ok((substitute_each(py, &both.0)?, Some(new)))
         }
     }
+}
+
+fn substitute_each<'py>(py: Python<'py>, arguments: &PyRef) -> PyResult<Bound<'py, PyTuple>> {
+    let arguments = arguments
+        .bind(py)
+        .cast::<PyTuple>()?
+        .iter()
+        .map(|argument| substitute_one(py, &argument))
+        .collect::<PyResult<Vec<_>>>()?;
+    PyTuple::new(py, arguments)
 }
 
 /// A list, a tuple or a dictionary among the arguments that holds handles, as it was at the spawn.
@@ -702,6 +705,10 @@ impl Domain for Interp {
         // SAFETY: only threads that are attached wait: bodies, and who called us from Python.
         let py = unsafe { Python::assume_attached() };
         gateway::detach(py, Site::Wait, wait);
+    }
+
+    fn sessions_exclude(&self) -> bool {
+        self.gil.is_on()
     }
 
     fn patience(&self) -> Option<Duration> {

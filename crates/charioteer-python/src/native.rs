@@ -884,13 +884,15 @@ impl Call {
                     let given = std::slice::from_ref(one.bind(py));
                     callee.pack(py, given, None, || PyRef::new(one.clone_ref(py)))?
                 }
-                Arguments::Many(given, keywords) => {
+                Arguments::Many(given) => {
                     let tuple = given.bind(py).cast::<PyTuple>()?;
-                    let keywords = match keywords {
-                        Some(keywords) => Some(keywords.bind(py).cast::<PyDict>()?),
-                        None => None,
-                    };
                     let keep = || PyRef::new(given.clone_ref(py));
+                    callee.pack(py, tuple.as_slice(), None, keep)?
+                }
+                Arguments::Named(both) => {
+                    let tuple = both.0.bind(py).cast::<PyTuple>()?;
+                    let keywords = Some(both.1.bind(py).cast::<PyDict>()?);
+                    let keep = || PyRef::new(both.0.clone_ref(py));
                     callee.pack(py, tuple.as_slice(), keywords, keep)?
                 }
             })

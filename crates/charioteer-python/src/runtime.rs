@@ -167,9 +167,9 @@ impl PyEngine {
                 ("a runtime is open already: one at a time in a process",),
             ));
         }
-        let observed = gil.is_none() && workers > 1 && gateway::has_gil(py)?;
+        let lock = Gil::new(workers, gateway::has_gil(py)?, gil.is_none());
         let engine = CoreEngine::open(
-            Interp::new(on_failure.map(PyRef::from), Gil::new(workers, observed)),
+            Interp::new(on_failure.map(PyRef::from), lock),
             Config {
                 workers,
                 max_pending,

@@ -196,7 +196,8 @@ struct Touched {
 /// An index of tasks in any number of dimensions.
 #[pyclass(module = "charioteer", frozen, weakref)]
 pub struct TaskSpace {
-    name: Arc<str>,
+    /// A thin pointer, since every handle has one.
+    name: Arc<Box<str>>,
     start: Option<Vec<i64>>,
     shape: Option<Vec<i64>>,
     touched: Attached<Touched>,
@@ -522,7 +523,7 @@ impl TaskSpace {
             }
         }
         Ok(Self {
-            name: name.unwrap_or("T").into(),
+            name: Arc::new(name.unwrap_or("T").into()),
             start,
             shape,
             touched: Attached::new(Touched {

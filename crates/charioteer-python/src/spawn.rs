@@ -281,10 +281,13 @@ fn spawn_call(
         (Some(positional), None) if positional.len() == 1 => {
             Arguments::One(positional.get_item(0)?.into())
         }
-        (positional, keyword) => Arguments::Many(
-            positional.unwrap_or_else(|| PyTuple::empty(py)).into(),
-            keyword.map(PyRef::from),
-        ),
+        (positional, keyword) => {
+            let positional = positional.unwrap_or_else(|| PyTuple::empty(py)).into();
+            match keyword {
+                None => Arguments::Many(positional),
+                Some(keyword) => Arguments::Named(Box::new((positional, keyword.into()))),
+            }
+        }
     };
     launch(
         py,
@@ -396,15 +399,16 @@ impl Spawner {
         py: Python<'py>,
         function: &Bound<'py, PyAny>,
     ) -> PyResult<Bound<'py, PyAny>> {
+        let over;
         let (function, said) = match function.cast::<TaskFunction>() {
             Ok(function) => {
                 let function = function.get();
-                let said = self.0.clone().over(&function.said);
-                (function.function.bind(py), said)
+                over = self.0.clone().over(&function.said);
+                (function.function.bind(py), &over)
             }
-            Err(_) => (function, self.0.clone()),
+            Err(_) => (function, &self.0),
         };
-        let task = spawn_inline(py, &said, function)?;
+        let task = spawn_inline(py, said, function)?;
         handle_of(py, task, said.target.as_ref())
     }
 }

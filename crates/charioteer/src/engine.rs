@@ -307,6 +307,8 @@ pub struct Engine<D: Domain> {
     pub(crate) domain: D,
     pub(crate) workers: usize,
     cores: usize,
+    /// The cores that the process may use.
+    present: usize,
     pub(crate) queues: Queues<D>,
     pub(crate) places: Places<D>,
     pub(crate) sessions: Gate,
@@ -344,8 +346,9 @@ impl<D: Domain> Engine<D> {
     /// # Errors
     /// If the system refuses a thread or the trace file.
     pub fn open(domain: D, config: Config) -> io::Result<Arc<Self>> {
+        let present = std::thread::available_parallelism().map_or(1, usize::from);
         let cores = if config.workers == 0 {
-            std::thread::available_parallelism().map_or(1, usize::from)
+            present
         } else {
             config.workers
         };
@@ -355,6 +358,7 @@ impl<D: Domain> Engine<D> {
             domain,
             workers: config.workers,
             cores,
+            present,
             queues: Queues::new(threads),
             places: Places::new(config.workers, threads),
             sessions: Gate::new(),
@@ -520,6 +524,11 @@ impl<D: Domain> Engine<D> {
             || (self.sessions.has_room() && self.queues.has_work_in(Lane::Inside))
     }
 
+    /// Whether the machine has a core that no task uses.
+    pub(crate) fn has_idle_core(&self) -> bool {
+        self.present + self.places.free() > self.workers
+    }
+
     /// Lets at most `width` workers be in sessions of the domain from now on, but for bodies that
     /// come back from a wait and tasks on sets or parts of cores. Every worker, unless said; at
     /// least one. Workers that are too many leave between two tasks.
@@ -655,7 +664,7 @@ impl<D: Domain> Engine<D> {
                 task.links.lock().rare().predecessors = dependencies.to_vec();
             }
             let done = self.connect(&task, dependencies);
-            self.release(task, done + 1);
+            self.release(&task, done + 1);
         }
         self.drain_if_alone();
     }
@@ -720,7 +729,7 @@ impl<D: Domain> Engine<D> {
             // Somebody asked while the spawn was under way.
             Self::cancel(task);
         }
-        self.release(Arc::clone(task), done + 1);
+        self.release(task, done + 1);
         self.drain_if_alone();
         Ok(())
     }
@@ -876,7 +885,7 @@ impl<D: Domain> Engine<D> {
     /// Registers `task` with its predecessors and says how many were done.
     fn connect(&self, task: &TaskRef<D>, dependencies: &[TaskRef<D>]) -> u32 {
         let count = u32::try_from(dependencies.len()).expect("fewer than 2^32 predecessors");
-        task.pending.fetch_add(count, Ordering::Relaxed);
+        task.expect(count);
         let mut done = 0;
         for dependency in dependencies {
             if !dependency.is_done()
@@ -915,10 +924,10 @@ impl<D: Domain> Engine<D> {
 
     /// Takes `count` off what `task` waits for, and does what is to be done if nothing is left.
     #[inline]
-    fn release(self: &Arc<Self>, task: TaskRef<D>, count: u32) {
+    fn release(self: &Arc<Self>, task: &TaskRef<D>, count: u32) {
         if task.release(count) {
             let mut worklist = Vec::new();
-            self.released(task, &mut worklist);
+            self.released(Arc::clone(task), &mut worklist);
             self.work_off(worklist);
         }
     }
@@ -1399,8 +1408,9 @@ impl<D: Domain> Engine<D> {
     /// # Errors
     /// The callback, of a task that is done.
     pub fn add_callback(task: &TaskRef<D>, callback: D::Callback) -> Result<(), D::Callback> {
-        Self::listen_outside(task, Link::Callback(callback)).map_err(|link| match link {
-            Link::Callback(callback) => callback,
+        let link = Link::Callback(Box::new(callback));
+        Self::listen_outside(task, link).map_err(|link| match link {
+            Link::Callback(callback) => *callback,
             Link::Dependent(_) | Link::Latch(_) => {
                 unreachable!("the link that was given comes back")
             }
@@ -1882,7 +1892,7 @@ fn publish<D: Domain>(
         }
         Link::Callback(callback) => {
             assert_unlocked();
-            D::call_back(callback, Some(task));
+            D::call_back(*callback, Some(task));
         }
     });
 }

@@ -68,7 +68,8 @@ fn a_late_link_is_handled_once() {
                         calls.fetch_add(1, Ordering::Relaxed);
                     })
                 };
-                if let Err(Link::Callback(handled)) = task.link(Link::Callback(handled)) {
+                let link = Link::Callback(Box::new(handled));
+                if let Err(Link::Callback(handled)) = task.link(link) {
                     handled();
                 }
             }

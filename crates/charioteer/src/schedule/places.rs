@@ -258,6 +258,12 @@ impl<D: Domain> Places<D> {
         self.free.load(Ordering::Relaxed) != 0 && self.searching.load(Ordering::Relaxed) == 0
     }
 
+    /// How many places are free for the next ordinary task, at this moment.
+    #[inline]
+    pub(crate) fn free(&self) -> usize {
+        self.free.load(Ordering::Relaxed)
+    }
+
     /// Gives a free place to a thread, to search for ready tasks.
     pub(crate) fn wake(&self) -> Todo<D> {
         let mut book = self.book.lock();

@@ -10,37 +10,37 @@ pub enum Link<D: Domain> {
     Dependent(TaskRef<D>),
     /// Somebody who waits.
     Latch(Arc<Latch<D>>),
-    /// A call.
-    Callback(D::Callback),
+    /// A call; boxed, since links are part of each task.
+    Callback(Box<D::Callback>),
 }
 
-/// The links of one task. Most tasks have none or one, which needs no allocation.
+/// The links of one task. Most tasks have none, one or two, which needs no allocation: it would be
+/// freed by another thread than the one that made it.
 #[derive(Default)]
 pub(crate) enum List<D: Domain> {
     #[default]
     Empty,
     One(Link<D>),
+    Two([Link<D>; 2]),
     Many(Vec<Link<D>>),
 }
 
 impl<D: Domain> List<D> {
     #[inline]
     pub(crate) fn push(&mut self, link: Link<D>) {
-        match self {
-            Self::Empty => *self = Self::One(link),
-            Self::One(_) => {
-                let Self::One(first) = std::mem::replace(self, Self::Many(Vec::with_capacity(4)))
-                else {
-                    unreachable!("looked above")
-                };
-                let Self::Many(links) = self else {
-                    unreachable!("put there above")
-                };
-                links.push(first);
-                links.push(link);
-            }
-            Self::Many(links) => links.push(link),
+        if let Self::Many(links) = self {
+            return links.push(link);
         }
+        *self = match std::mem::take(self) {
+            Self::Empty => Self::One(link),
+            Self::One(first) => Self::Two([first, link]),
+            Self::Two([first, second]) => {
+                let mut links = Vec::with_capacity(8);
+                links.extend([first, second, link]);
+                Self::Many(links)
+            }
+            Self::Many(_) => unreachable!("looked above"),
+        };
     }
 
     #[inline]
@@ -50,6 +50,10 @@ impl<D: Domain> List<D> {
         }
         match std::mem::take(self) {
             Self::One(link) => Some(link),
+            Self::Two([first, second]) => {
+                *self = Self::One(first);
+                Some(second)
+            }
             Self::Empty | Self::Many(_) => None,
         }
     }
@@ -58,6 +62,7 @@ impl<D: Domain> List<D> {
         match self {
             Self::Empty => [].iter(),
             Self::One(link) => std::slice::from_ref(link).iter(),
+            Self::Two(links) => links.iter(),
             Self::Many(links) => links.iter(),
         }
     }
@@ -71,6 +76,7 @@ impl<D: Domain> List<D> {
                 *self = Self::One(link);
                 return Vec::new();
             }
+            Self::Two(links) => links.into_iter().partition(chosen),
             Self::Many(links) => links.into_iter().partition(chosen),
         };
         *self = Self::Many(kept);
@@ -83,6 +89,7 @@ impl<D: Domain> List<D> {
         match self {
             Self::Empty => {}
             Self::One(link) => Some(link).into_iter().for_each(f),
+            Self::Two(links) => links.into_iter().for_each(f),
             Self::Many(links) => links.into_iter().for_each(f),
         }
     }

@@ -103,6 +103,12 @@ pub trait Domain: Send + Sync + Sized + 'static {
     /// Calls `wait`, which blocks the thread, with the surroundings given up meanwhile.
     fn blocking(&self, wait: &mut dyn FnMut());
 
+    /// Whether a thread in a session keeps others from theirs and from coming back from
+    /// [`Domain::blocking`].
+    fn sessions_exclude(&self) -> bool {
+        false
+    }
+
     /// How long a thread that runs no body may block before it asks [`Domain::interrupted`].
     fn patience(&self) -> Option<Duration> {
         None
@@ -529,6 +535,18 @@ impl<D: Domain> Task<D> {
             .rare
             .as_mut()
             .and_then(|rare| rare.poison.take())
+    }
+
+    /// Counts predecessors in, of a task that this thread constructs.
+    #[inline]
+    pub(crate) fn expect(&self, predecessors: u32) {
+        // Nobody changes a count that stands for the construction alone: who does is a predecessor,
+        // and counted. Others may be there after a spawn that was refused, see `publish_linked`.
+        if self.pending.load(Ordering::Relaxed) == 1 {
+            self.pending.store(1 + predecessors, Ordering::Relaxed);
+        } else {
+            self.pending.fetch_add(predecessors, Ordering::Relaxed);
+        }
     }
 
     /// One predecessor is done; true for the one that makes the count zero.

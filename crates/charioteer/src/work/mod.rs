@@ -8,7 +8,13 @@
 //! runs between sessions. With an unusual grant it runs the one task that the grant is for.
 //! Then it gives the grant back and parks. Between the last task and parking it looks at the queues
 //! for a few microseconds, detached: handing a task to a thread that is awake costs a fraction of a
-//! wake-up.
+//! wake-up. It yields between two looks, since who would give it a task, or waits for the one that it
+//! has run, may have been put on the same core.
+//!
+//! A thread that runs no tasks and waits for one looks in the same way before it blocks, as long as
+//! blocking would take, if that task is about to run or runs. Both look without any right or duty:
+//! they only read, and who has looked in vain parks or blocks by the protocol of [`Places`] or of the
+//! latch, as if it had not looked. So no wake-up can be lost by that.
 //!
 //! A thread has at most one [`Worker`], found through a thread-local pointer, so that what is called
 //! from a body (a spawn, a wait) finds the queue and the grant of its thread. A body that waits for
@@ -27,12 +33,12 @@
 
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::engine::{Engine, Running, WaitError};
 use crate::schedule::places::{Assignment, Grant};
 use crate::schedule::queues::{Lane, Own};
-use crate::sync::{Ordering, assert_unlocked, perturb};
+use crate::sync::{Ordering, assert_unlocked, perturb, yield_now};
 use crate::task::state::{BLOCKED, CANCEL, WOKEN};
 use crate::task::{Content, Domain, End, Latch, Link, Need, Phase, Step, TaskRef, Until, Waker};
 use crate::trace::Event;
@@ -42,10 +48,28 @@ const DEPTH: u32 = 32;
 
 /// How often a worker looks at the queues again before it parks; a few microseconds in all. A model
 /// gains nothing by a second look.
-const LOOKS: u32 = if cfg!(loom) { 1 } else { 40 };
+const LOOKS: u32 = if cfg!(loom) { 1 } else { 20 };
+
+/// How long a thread that runs no tasks looks whether the one that it waits for has ended, before it
+/// blocks: what blocking and being woken takes.
+const LOOK_FOR: Duration = Duration::from_micros(if cfg!(loom) { 0 } else { 30 });
+
+/// How long it lets the worker that ended the task leave its session.
+const LEAVE: Duration = Duration::from_micros(if cfg!(loom) { 0 } else { 5 });
 
 /// How many tasks of one lane a thread runs before it looks at the other.
 const TURN: u32 = 32;
+
+/// Passes the time between two looks. What is looked for may come from a thread that the system put
+/// on the same core; it gets that core.
+fn pause() {
+    for _ in 0..8 {
+        std::hint::spin_loop();
+    }
+    if !cfg!(loom) {
+        yield_now();
+    }
+}
 
 crate::sync::thread_local! {
     /// The engine (its number) and the worker of this thread.
@@ -264,9 +288,7 @@ impl<D: Domain> Worker<D> {
             if self.engine.is_runnable() {
                 return true;
             }
-            for _ in 0..8 {
-                std::hint::spin_loop();
-            }
+            pause();
         }
         false
     }
@@ -595,7 +617,13 @@ pub(crate) fn block_outside<D: Domain>(
         if engine.workers == 0 {
             block_alone(engine, &latch, deadline, || Worker::drain(engine));
         } else {
-            block_patiently(engine, &latch, deadline, || false);
+            block_patiently(
+                engine,
+                &latch,
+                deadline,
+                || look_for(engine, &latch, tasks, deadline),
+                || false,
+            );
         }
     }
     let opened = !latch.give_up();
@@ -603,6 +631,41 @@ pub(crate) fn block_outside<D: Domain>(
         abandon(&latch, tasks);
     }
     opened
+}
+
+/// Looks, before the thread blocks on `latch`, whether the one task that it waits for ends in a
+/// moment: as long as that is about to run or runs, and there is a core that nobody else would use
+/// (invariant 7).
+///
+/// Where sessions exclude each other, who sees the latch open wants what the worker that opened it
+/// still has, and would block after all. So it lets that worker leave first, if there is no more to
+/// do for it.
+fn look_for<D: Domain>(
+    engine: &Engine<D>,
+    latch: &Latch<D>,
+    tasks: &[TaskRef<D>],
+    deadline: Option<Instant>,
+) {
+    let [task] = tasks else { return };
+    let end = Instant::now() + LOOK_FOR;
+    let end = deadline.map_or(end, |deadline| deadline.min(end));
+    while !latch.is_open() {
+        // Done: whoever ended it is about to open the latch.
+        let soon = matches!(task.phase(), Phase::Ready | Phase::Running | Phase::Done);
+        if !soon || !engine.has_idle_core() || Instant::now() >= end {
+            return;
+        }
+        pause();
+    }
+    if engine.domain.sessions_exclude() {
+        let end = Instant::now() + LEAVE;
+        while engine.sessions.inside() != 0
+            && !engine.queues.has_work_in(Lane::Inside)
+            && Instant::now() < end
+        {
+            pause();
+        }
+    }
 }
 
 /// Blocks on a latch in a runtime without workers, and runs with `help` what other threads made
@@ -615,7 +678,8 @@ fn block_alone<D: Domain>(
 ) {
     // Known before it looks at the queues: a thread that pushes afterwards nudges it.
     engine.helpers.lock().push(Arc::clone(latch));
-    while block_patiently(engine, latch, deadline, || engine.queues.has_work()) == End::ElseToDo {
+    let has_work = || engine.queues.has_work();
+    while block_patiently(engine, latch, deadline, || (), has_work) == End::ElseToDo {
         help();
     }
     engine
@@ -624,27 +688,33 @@ fn block_alone<D: Domain>(
         .retain(|other| !Arc::ptr_eq(other, latch));
 }
 
-/// Blocks on a latch and lets the domain end the wait in between.
+/// Blocks on a latch, after `first`, and lets the domain end the wait in between.
 fn block_patiently<D: Domain>(
     engine: &Engine<D>,
     latch: &Latch<D>,
     deadline: Option<Instant>,
+    first: impl Fn(),
     else_to_do: impl Fn() -> bool,
 ) -> End {
     let mut end = End::Late;
     let Some(patience) = engine.domain.patience() else {
-        engine
-            .domain
-            .blocking(&mut || end = latch.block(deadline, &else_to_do));
+        engine.domain.blocking(&mut || {
+            first();
+            end = latch.block(deadline, &else_to_do);
+        });
         return end;
     };
+    let mut looked = false;
     loop {
         let slice = Instant::now() + patience;
         let last = deadline.is_some_and(|deadline| deadline <= slice);
         let until = deadline.map_or(slice, |deadline| deadline.min(slice));
-        engine
-            .domain
-            .blocking(&mut || end = latch.block(Some(until), &else_to_do));
+        engine.domain.blocking(&mut || {
+            if !std::mem::replace(&mut looked, true) {
+                first();
+            }
+            end = latch.block(Some(until), &else_to_do);
+        });
         if end != End::Late || last || engine.domain.interrupted() {
             return end;
         }
