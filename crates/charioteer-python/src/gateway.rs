@@ -18,7 +18,7 @@
     reason = "everywhere else attaches and detaches through this module"
 )]
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::mem::ManuallyDrop;
 use std::sync::Mutex;
 use std::sync::PoisonError;
@@ -74,8 +74,7 @@ const SITES: [&str; 12] = [
     "kernel",
 ];
 
-/// The counts of one site, on a cache line of its own. Times are in nanoseconds.
-#[repr(align(128))]
+/// The counts of one site. Times are in nanoseconds.
 struct Counts {
     visits: AtomicU64,
     waits: AtomicU64,
@@ -83,26 +82,58 @@ struct Counts {
     inside: AtomicU64,
 }
 
-static COUNTS: [Counts; SITES.len()] = [const {
-    Counts {
-        visits: AtomicU64::new(0),
-        waits: AtomicU64::new(0),
-        waited: AtomicU64::new(0),
-        inside: AtomicU64::new(0),
-    }
-}; SITES.len()];
+/// The counts that some threads share, apart from the cache lines of others: what a thread counts
+/// right after it got the interpreter, all others wait for.
+#[repr(align(128))]
+struct Shard([Counts; SITES.len()]);
+
+/// More than there are cores on most machines; threads take them in turn.
+const SHARDS: usize = 64;
+
+static COUNTS: [Shard; SHARDS] = [const {
+    Shard(
+        [const {
+            Counts {
+                visits: AtomicU64::new(0),
+                waits: AtomicU64::new(0),
+                waited: AtomicU64::new(0),
+                inside: AtomicU64::new(0),
+            }
+        }; SITES.len()],
+    )
+}; SHARDS];
+
+static THREADS: AtomicUsize = AtomicUsize::new(0);
+
+thread_local! {
+    /// The shard of this thread, once it has one. Without a destructor, so that it is there to the
+    /// end of the thread.
+    static SHARD: Cell<usize> = const { Cell::new(usize::MAX) };
+}
 
 /// To attach takes less where nobody is in the way.
 const NO_WAIT: Duration = Duration::from_micros(5);
 
+#[inline]
+fn counts(site: Site) -> &'static Counts {
+    let mut shard = SHARD.get();
+    if shard == usize::MAX {
+        shard = THREADS.fetch_add(1, Ordering::Relaxed) % SHARDS;
+        SHARD.set(shard);
+    }
+    &COUNTS[shard].0[site as usize]
+}
+
+#[inline]
 fn visit(site: Site) {
     assert_unlocked();
-    COUNTS[site as usize].visits.fetch_add(1, Ordering::Relaxed);
+    counts(site).visits.fetch_add(1, Ordering::Relaxed);
 }
 
 /// Counts a visit that waited for the interpreter, and was at the site for so long.
+#[inline]
 fn count(site: Site, waited: Duration, inside: Duration) {
-    let counts = &COUNTS[site as usize];
+    let counts = counts(site);
     let nanoseconds = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
     if waited > NO_WAIT {
         counts.waits.fetch_add(1, Ordering::Relaxed);
@@ -128,13 +159,18 @@ pub struct Visits {
 
 /// The name of every site and what was counted there.
 pub fn visits() -> impl Iterator<Item = (&'static str, Visits)> {
-    let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-    SITES.iter().zip(&COUNTS).map(move |(name, counts)| {
+    SITES.iter().enumerate().map(|(site, name)| {
+        let sum = |counter: fn(&Counts) -> &AtomicU64| {
+            COUNTS
+                .iter()
+                .map(|shard| counter(&shard.0[site]).load(Ordering::Relaxed))
+                .fold(0, u64::wrapping_add)
+        };
         let visits = Visits {
-            visits: load(&counts.visits),
-            waits: load(&counts.waits),
-            waited: Duration::from_nanos(load(&counts.waited)),
-            inside: Duration::from_nanos(load(&counts.inside)),
+            visits: sum(|counts| &counts.visits),
+            waits: sum(|counts| &counts.waits),
+            waited: Duration::from_nanos(sum(|counts| &counts.waited)),
+            inside: Duration::from_nanos(sum(|counts| &counts.inside)),
         };
         (*name, visits)
     })
