@@ -130,20 +130,20 @@ fn visit(site: Site) {
     counts(site).visits.fetch_add(1, Ordering::Relaxed);
 }
 
-/// Counts a visit that waited for the interpreter, and was at the site for so long.
+/// Counts the time that a visit waited for the interpreter.
 #[inline]
-fn count(site: Site, waited: Duration, inside: Duration) {
+fn count_wait(site: Site, waited: Duration) {
     let counts = counts(site);
-    let nanoseconds = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
     if waited > NO_WAIT {
         counts.waits.fetch_add(1, Ordering::Relaxed);
     }
-    counts
-        .waited
-        .fetch_add(nanoseconds(waited), Ordering::Relaxed);
-    counts
-        .inside
-        .fetch_add(nanoseconds(inside), Ordering::Relaxed);
+    add(&counts.waited, waited);
+}
+
+#[inline]
+fn add(counter: &AtomicU64, time: Duration) {
+    let nanoseconds = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+    counter.fetch_add(nanoseconds, Ordering::Relaxed);
 }
 
 /// What was counted at a site since the process began.
@@ -185,7 +185,8 @@ pub fn attach<R>(site: Site, f: impl FnOnce(Python<'_>) -> R) -> R {
         let attached = Instant::now();
         drop_deferred(py);
         let result = f(py);
-        count(site, attached - asked, attached.elapsed());
+        count_wait(site, attached - asked);
+        add(&counts(site).inside, attached.elapsed());
         result
     })
 }
@@ -194,7 +195,7 @@ pub fn attach<R>(site: Site, f: impl FnOnce(Python<'_>) -> R) -> R {
 /// that who waited for a task finds its arguments released.
 #[inline]
 pub fn detach<R>(py: Python<'_>, site: Site, f: impl FnOnce() -> R) -> R {
-    visit(site);
+    assert_unlocked();
     /// Says that a closure may run detached.
     struct Stays<F>(F);
     // SAFETY: PyO3 takes `Send` for "holds nothing that is bound to the interpreter". The closures
@@ -207,9 +208,17 @@ pub fn detach<R>(py: Python<'_>, site: Site, f: impl FnOnce() -> R) -> R {
         }
     }
     let f = Stays(f);
-    let detached = Instant::now();
-    let (result, asked) = py.detach(move || (f.call(), Instant::now()));
-    count(site, asked.elapsed(), asked - detached);
+    // What can be counted detached is: others wait for this thread while it is attached.
+    let (result, asked) = py.detach(move || {
+        let detached = Instant::now();
+        let result = f.call();
+        let asked = Instant::now();
+        let counts = counts(site);
+        counts.visits.fetch_add(1, Ordering::Relaxed);
+        add(&counts.inside, asked - detached);
+        (result, asked)
+    });
+    count_wait(site, asked.elapsed());
     drop_deferred(py);
     result.0
 }
