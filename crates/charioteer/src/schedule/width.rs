@@ -27,12 +27,15 @@
 //! # Why it does not oscillate
 //!
 //! Every change is a trial against the rate before it, and one that does not pay off is taken back
-//! after one measurement. After that the width rests for a number of measurements that doubles with
-//! each failure, and is halved by a success; it is over when the rate changes without the width, since
-//! that is other work. A trial is judged by the first measurement for which all who were let in are
-//! inside: before, their time is not in the rate, or not all of it. So what wrong trials cost is bounded: one part in
-//! [`PATIENCE`] at worst, and that only as much as the trial's width is worse. A narrower gate has to
-//! give as much as the one before, a wider one more; what gives the same stays narrow.
+//! after one measurement: the first for which all who were let in are inside, since before that their
+//! time is not in the rate, or not all of it. If that takes longer than [`ENTERING`] measurements,
+//! there are too few tasks for a judgement, and the wider of the two widths stays. After a trial that
+//! failed the width rests for a number of measurements that doubles with each failure, and is halved
+//! by a success. It has rested enough when the rate changes while the width does not: that is other
+//! work ([`OTHER`]). So while the work is the same, what wrong trials cost is bounded: a trial lasts
+//! one measurement, or [`ENTERING`] more, in each [`PATIENCE`], and costs only as much as its width is
+//! worse. A narrower gate has to give as much as the one before, a wider one more; what gives the same
+//! stays narrow.
 //!
 //! That a limit on the threads in a critical section raises its throughput is from Dice and Kogan,
 //! *Malthusian Locks* (EuroSys 2017); climbing by trials of the measured throughput is what thread
