@@ -432,6 +432,11 @@ def _close_at_exit() -> None:
         _interrupt_bodies()
         for engine in left:
             engine.drain(0.5)
+        return
+    # Workers that ended are still taken off Python's books; they would come too late for that.
+    for thread in threading.enumerate():
+        if thread.name.startswith("charioteer-"):
+            thread.join(1.0)
 
 
 def _interrupt_bodies() -> None:

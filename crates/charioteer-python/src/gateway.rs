@@ -59,7 +59,7 @@
     reason = "everywhere else attaches and detaches through this module"
 )]
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::mem::ManuallyDrop;
 use std::sync::Mutex;
 use std::sync::PoisonError;
@@ -115,8 +115,7 @@ const SITES: [&str; 12] = [
     "kernel",
 ];
 
-/// The counts of one site, on a cache line of its own. Times are in nanoseconds.
-#[repr(align(128))]
+/// The counts of one site. Times are in nanoseconds.
 struct Counts {
     visits: AtomicU64,
     waits: AtomicU64,
@@ -124,36 +123,68 @@ struct Counts {
     inside: AtomicU64,
 }
 
-static COUNTS: [Counts; SITES.len()] = [const {
-    Counts {
-        visits: AtomicU64::new(0),
-        waits: AtomicU64::new(0),
-        waited: AtomicU64::new(0),
-        inside: AtomicU64::new(0),
-    }
-}; SITES.len()];
+/// The counts that some threads share, apart from the cache lines of others: what a thread counts
+/// right after it got the interpreter, all others wait for.
+#[repr(align(128))]
+struct Shard([Counts; SITES.len()]);
+
+/// More than there are cores on most machines; threads take them in turn.
+const SHARDS: usize = 64;
+
+static COUNTS: [Shard; SHARDS] = [const {
+    Shard(
+        [const {
+            Counts {
+                visits: AtomicU64::new(0),
+                waits: AtomicU64::new(0),
+                waited: AtomicU64::new(0),
+                inside: AtomicU64::new(0),
+            }
+        }; SITES.len()],
+    )
+}; SHARDS];
+
+static THREADS: AtomicUsize = AtomicUsize::new(0);
+
+thread_local! {
+    /// The shard of this thread, once it has one. Without a destructor, so that it is there to the
+    /// end of the thread.
+    static SHARD: Cell<usize> = const { Cell::new(usize::MAX) };
+}
 
 /// To attach takes less where nobody is in the way.
 const NO_WAIT: Duration = Duration::from_micros(5);
 
-fn visit(site: Site) {
-    assert_unlocked();
-    COUNTS[site as usize].visits.fetch_add(1, Ordering::Relaxed);
+#[inline]
+fn counts(site: Site) -> &'static Counts {
+    let mut shard = SHARD.get();
+    if shard == usize::MAX {
+        shard = THREADS.fetch_add(1, Ordering::Relaxed) % SHARDS;
+        SHARD.set(shard);
+    }
+    &COUNTS[shard].0[site as usize]
 }
 
-/// Counts a visit that waited for the interpreter, and was at the site for so long.
-fn count(site: Site, waited: Duration, inside: Duration) {
-    let counts = &COUNTS[site as usize];
-    let nanoseconds = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+#[inline]
+fn visit(site: Site) {
+    assert_unlocked();
+    counts(site).visits.fetch_add(1, Ordering::Relaxed);
+}
+
+/// Counts the time that a visit waited for the interpreter.
+#[inline]
+fn count_wait(site: Site, waited: Duration) {
+    let counts = counts(site);
     if waited > NO_WAIT {
         counts.waits.fetch_add(1, Ordering::Relaxed);
     }
-    counts
-        .waited
-        .fetch_add(nanoseconds(waited), Ordering::Relaxed);
-    counts
-        .inside
-        .fetch_add(nanoseconds(inside), Ordering::Relaxed);
+    add(&counts.waited, waited);
+}
+
+#[inline]
+fn add(counter: &AtomicU64, time: Duration) {
+    let nanoseconds = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+    counter.fetch_add(nanoseconds, Ordering::Relaxed);
 }
 
 /// What was counted at a site since the process began.
@@ -169,13 +200,18 @@ pub struct Visits {
 
 /// The name of every site and what was counted there.
 pub fn visits() -> impl Iterator<Item = (&'static str, Visits)> {
-    let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-    SITES.iter().zip(&COUNTS).map(move |(name, counts)| {
+    SITES.iter().enumerate().map(|(site, name)| {
+        let sum = |counter: fn(&Counts) -> &AtomicU64| {
+            COUNTS
+                .iter()
+                .map(|shard| counter(&shard.0[site]).load(Ordering::Relaxed))
+                .fold(0, u64::wrapping_add)
+        };
         let visits = Visits {
-            visits: load(&counts.visits),
-            waits: load(&counts.waits),
-            waited: Duration::from_nanos(load(&counts.waited)),
-            inside: Duration::from_nanos(load(&counts.inside)),
+            visits: sum(|counts| &counts.visits),
+            waits: sum(|counts| &counts.waits),
+            waited: Duration::from_nanos(sum(|counts| &counts.waited)),
+            inside: Duration::from_nanos(sum(|counts| &counts.inside)),
         };
         (*name, visits)
     })
@@ -190,7 +226,8 @@ pub fn attach<R>(site: Site, f: impl FnOnce(Python<'_>) -> R) -> R {
         let attached = Instant::now();
         drop_deferred(py);
         let result = f(py);
-        count(site, attached - asked, attached.elapsed());
+        count_wait(site, attached - asked);
+        add(&counts(site).inside, attached.elapsed());
         result
     })
 }
@@ -199,7 +236,7 @@ pub fn attach<R>(site: Site, f: impl FnOnce(Python<'_>) -> R) -> R {
 /// that who waited for a task finds its arguments released.
 #[inline]
 pub fn detach<R>(py: Python<'_>, site: Site, f: impl FnOnce() -> R) -> R {
-    visit(site);
+    assert_unlocked();
     /// Says that a closure may run detached.
     struct Stays<F>(F);
     // SAFETY: PyO3 takes `Send` for "holds nothing that is bound to the interpreter". The closures
@@ -212,9 +249,17 @@ pub fn detach<R>(py: Python<'_>, site: Site, f: impl FnOnce() -> R) -> R {
         }
     }
     let f = Stays(f);
-    let detached = Instant::now();
-    let (result, asked) = py.detach(move || (f.call(), Instant::now()));
-    count(site, asked.elapsed(), asked - detached);
+    // What can be counted detached is: others wait for this thread while it is attached.
+    let (result, asked) = py.detach(move || {
+        let detached = Instant::now();
+        let result = f.call();
+        let asked = Instant::now();
+        let counts = counts(site);
+        counts.visits.fetch_add(1, Ordering::Relaxed);
+        add(&counts.inside, asked - detached);
+        (result, asked)
+    });
+    count_wait(site, asked.elapsed());
     drop_deferred(py);
     result.0
 }

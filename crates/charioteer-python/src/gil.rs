@@ -211,7 +211,7 @@ impl Gil {
         }
     }
 
-    /// Ends the observer.
+    /// Ends the observer, unless it has ended since it was told to.
     pub fn close(&self, py: Python<'_>) {
         self.abandon();
         let Some(observer) = &self.observer else {
@@ -219,8 +219,12 @@ impl Gil {
         };
         let thread = lock(&observer.thread).take();
         if let Some(thread) = thread {
-            // It may be about to start a thread, for which it attaches.
-            let ended = gateway::detach(py, Site::Wait, || thread.join());
+            let ended = if thread.is_finished() {
+                thread.join()
+            } else {
+                // It may be about to start a thread, for which it attaches.
+                gateway::detach(py, Site::Wait, || thread.join())
+            };
             if ended.is_err() {
                 eprintln!("charioteer: the observer of the GIL panicked");
             }

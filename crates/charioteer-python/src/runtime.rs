@@ -257,10 +257,16 @@ impl PyEngine {
     /// Ends the threads; gives the tasks whose failures nobody received. Every task is done.
     fn close(&self, py: Python<'_>) -> PyResult<Vec<Py<PyTask>>> {
         set_active(None);
-        if !self.forked() {
-            self.engine.domain().gil.close(py);
+        let gil = &self.engine.domain().gil;
+        // It ends while the workers do.
+        let own = !self.forked();
+        if own {
+            gil.abandon();
         }
         let failures = self.engine.close();
+        if own {
+            gil.close(py);
+        }
         forget_mine();
         failures
             .into_iter()

@@ -335,6 +335,9 @@ pub struct Engine<D: Domain> {
     elsewhere: AtomicUsize,
     /// Threads that were started and have not ended.
     alive: AtomicUsize,
+    /// Whether threads that ended may go, and what they wait at for that; see [`Engine::close`].
+    seen_off: AtomicBool,
+    parting: Condvar,
     trace: Option<Trace>,
 }
 
@@ -385,12 +388,17 @@ impl<D: Domain> Engine<D> {
             loose_waits: AtomicUsize::new(0),
             elsewhere: AtomicUsize::new(0),
             alive: AtomicUsize::new(0),
+            seen_off: AtomicBool::new(false),
+            parting: Condvar::new(),
             trace: config.trace.map(|path| Trace::create(&path)).transpose()?,
         });
         D::engines().add(Arc::clone(&engine));
-        for slot in engine.places.open() {
+        let mut slots = engine.places.open().into_iter();
+        while let Some(slot) = slots.next() {
             if let Err(error) = engine.start_thread(slot) {
-                engine.places.failed_to_start(slot);
+                for missing in std::iter::once(slot).chain(slots) {
+                    engine.places.failed_to_start(missing);
+                }
                 engine.close();
                 return Err(error);
             }
@@ -479,6 +487,7 @@ impl<D: Domain> Engine<D> {
             Box::new(move || {
                 Worker::main(Arc::clone(&engine), slot);
                 engine.thread_ended();
+                engine.part();
             }),
         );
         if result.is_err() {
@@ -491,6 +500,16 @@ impl<D: Domain> Engine<D> {
         self.alive.fetch_sub(1, Ordering::SeqCst);
         drop(self.quiet.lock());
         self.changed.notify_all();
+    }
+
+    /// Waits until who closes is back from its wait for this thread and all others.
+    fn part(&self) {
+        let mut quiet = self.quiet.lock();
+        while !self.seen_off.load(Ordering::SeqCst) {
+            quiet = self.parting.wait(quiet);
+        }
+        drop(quiet);
+        self.parting.notify_one();
     }
 
     /// Wakes and starts the threads that were given something. False if the system refused one: what
@@ -1740,6 +1759,10 @@ impl<D: Domain> Engine<D> {
 
     /// Ends the threads and gives the root failures that nobody received. Every task has its
     /// outcome ([`Engine::close_when_quiet`]).
+    ///
+    /// What the end of a thread costs its domain (each has to be attached to the interpreter once
+    /// more, one after the other) this does not wait for: threads that ended part when this one is
+    /// back, so that they are not in its way.
     pub fn close(self: &Arc<Self>) -> Vec<TaskRef<D>> {
         assert_unlocked();
         self.closing.store(true, Ordering::SeqCst);
@@ -1752,6 +1775,11 @@ impl<D: Domain> Engine<D> {
                 quiet = self.changed.wait(quiet);
             }
         });
+        {
+            let _quiet = self.quiet.lock();
+            self.seen_off.store(true, Ordering::SeqCst);
+        }
+        self.parting.notify_one();
         let failures = std::mem::take(&mut *self.failures.lock());
         let mut failures: Vec<TaskRef<D>> = failures.into_values().collect();
         failures.sort_by_key(|task| task.id);

@@ -27,10 +27,15 @@
 //! # Why it does not oscillate
 //!
 //! Every change is a trial against the rate before it, and one that does not pay off is taken back
-//! after one measurement. After that the width rests for a number of measurements that doubles with
-//! each failure, and is halved by a success. So what wrong trials cost is bounded: one part in
-//! [`PATIENCE`] at worst, and that only as much as the trial's width is worse. A narrower gate has to
-//! give as much as the one before, a wider one more; what gives the same stays narrow.
+//! after one measurement: the first for which all who were let in are inside, since before that their
+//! time is not in the rate, or not all of it. If that takes longer than [`ENTERING`] measurements,
+//! there are too few tasks for a judgement, and the wider of the two widths stays. After a trial that
+//! failed the width rests for a number of measurements that doubles with each failure, and is halved
+//! by a success. It has rested enough when the rate changes while the width does not: that is other
+//! work ([`OTHER`]). So while the work is the same, what wrong trials cost is bounded: a trial lasts
+//! one measurement, or [`ENTERING`] more, in each [`PATIENCE`], and costs only as much as its width is
+//! worse. A narrower gate has to give as much as the one before, a wider one more; what gives the same
+//! stays narrow.
 //!
 //! That a limit on the threads in a critical section raises its throughput is from Dice and Kogan,
 //! *Malthusian Locks* (EuroSys 2017); climbing by trials of the measured throughput is what thread
@@ -52,7 +57,13 @@ const WORTH: f64 = 0.15;
 /// The gain at which the next growth is larger.
 const WELL_WORTH: f64 = 0.7;
 /// How many measurements rest after trials that failed, at most.
-const PATIENCE: u32 = 16;
+const PATIENCE: u32 = 32;
+/// The change of the rate at the same width that makes it other work, of which nothing is known.
+const OTHER: f64 = 1.4;
+
+/// How many measurements a trial waits for threads that are coming in: where all wait for the GIL,
+/// they do so one at a time.
+const ENTERING: u32 = 3;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Trial {
@@ -60,6 +71,8 @@ struct Trial {
     rate: f64,
     /// The rate that is worth a narrower gate.
     kept: f64,
+    /// Measurements for which threads may still come in.
+    patience: u32,
 }
 
 /// See the module.
@@ -73,6 +86,8 @@ pub struct Width {
     /// Measurements left before the width may shrink or grow, and how many it will be next time.
     shrink_rest: (u32, u32),
     grow_rest: (u32, u32),
+    /// The rate that was measured last at this width.
+    level: Option<f64>,
 }
 
 impl Width {
@@ -87,6 +102,7 @@ impl Width {
             step: 1,
             shrink_rest: (0, 1),
             grow_rest: (0, 1),
+            level: None,
         }
     }
 
@@ -110,14 +126,27 @@ impl Width {
             return self.width;
         }
         if inside.0 < self.width {
-            // Too few tasks for this width: nothing can be said of it.
-            if let Some(trial) = self.trial.take() {
-                self.width = self.width.max(trial.from);
+            // Too few tasks for this width, or threads that are still coming in: nothing can be said
+            // of it, and a trial is neither good nor bad.
+            match &mut self.trial {
+                Some(trial) if trial.patience != 0 => trial.patience -= 1,
+                Some(trial) => {
+                    self.width = self.width.max(trial.from);
+                    self.trial = None;
+                }
+                None => {}
             }
             return self.width;
         }
         self.shrink_rest.0 = self.shrink_rest.0.saturating_sub(1);
         self.grow_rest.0 = self.grow_rest.0.saturating_sub(1);
+        if self
+            .level
+            .is_some_and(|level| rate > OTHER * level || level > OTHER * rate)
+        {
+            (self.shrink_rest, self.grow_rest) = ((0, 1), (0, 1));
+        }
+        let width = self.width;
         // After one that failed the rate of the width that it is again has to be measured anew.
         if self
             .trial
@@ -126,6 +155,7 @@ impl Width {
         {
             self.try_another(rate);
         }
+        self.level = (self.width == width).then_some(rate);
         self.width
     }
 
@@ -185,7 +215,12 @@ impl Width {
             self.width = (from + self.step).min(self.most);
         }
         if self.width != from {
-            self.trial = Some(Trial { from, rate, kept });
+            self.trial = Some(Trial {
+                from,
+                rate,
+                kept,
+                patience: ENTERING,
+            });
         }
     }
 }
@@ -285,6 +320,32 @@ mod tests {
                 let part = mean / best(rates);
                 assert!(part > 0.9, "{name} after {before:?}: {part:.3}");
             }
+        }
+    }
+
+    #[test]
+    fn threads_that_are_coming_in_settle_no_trial() {
+        for (name, rates) in ALL {
+            let mut width = Width::new(16);
+            let (mut before, mut sum, mut changes) = (16, 0.0, 0);
+            for measurement in 0..1000 {
+                let now = width.width();
+                let (rate, inside) = if now > before {
+                    // The clocks of those who came in count from the next time on.
+                    (0.8 * at(rates, before), (before, now))
+                } else {
+                    (at(rates, now), (now, now))
+                };
+                if measurement >= 40 {
+                    sum += at(rates, now);
+                    changes += u32::from(now != before);
+                }
+                before = now;
+                width.measured(rate, inside);
+            }
+            let part = sum / 960.0 / best(rates);
+            assert!(part > 0.95, "{name}: {part:.3} of the best");
+            assert!(changes < 240, "{name}: {changes} changes");
         }
     }
 

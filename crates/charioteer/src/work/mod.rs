@@ -116,7 +116,10 @@ impl<D: Domain> Worker<D> {
         worker.enter(|| {
             loop {
                 match worker.engine.places.assignment(slot) {
-                    Assignment::Exit => break,
+                    Assignment::Exit => {
+                        worker.engine.places.close().ring();
+                        break;
+                    }
                     Assignment::Search(grant) => {
                         worker.grant.replace(grant);
                         worker.search(slot);
