@@ -47,7 +47,7 @@ demo: build .venv/stamps/demo ## The main job: Gaussian-process classification a
 	.venv/bin/charioteer demo
 
 ##@ Test
-.PHONY: test test-rust test-loom test-python test-perturb test-release test-ft
+.PHONY: test test-rust test-loom test-python test-perturb test-release test-ft test-tsan
 test: test-rust test-loom test-python test-perturb test-release test-ft ## All lanes below
 
 test-rust: ## Rust tests, doctests and examples, state validator on; again under perturbation
@@ -76,10 +76,25 @@ test-perturb: .venv/stamps/validating .venv/stamps/test ## The same under random
 test-release: build .venv/stamps/test ## The same on the release build
 	$(LIMITED) .venv/bin/python $(PYTEST)
 
-test-ft: .venv-ft/stamps/validating ## The same on a free-threaded interpreter, validating build
+test-ft: .venv-ft/stamps/validating ## The same on a free-threaded interpreter; again with threads that share a runtime
 	PYTHONPATH=$(FREE_THREADED)/site .venv-ft/bin/python -W error -c \
 		'import sys, charioteer; sys.exit(sys._is_gil_enabled() and "test-ft: the GIL is on")'
 	PYTHONPATH=$(FREE_THREADED)/site $(LIMITED) .venv-ft/bin/python $(PYTEST)
+	PYTHONPATH=$(FREE_THREADED)/site $(LIMITED) .venv-ft/bin/python $(PYTEST) \
+		-m 'not stress' --parallel-threads=4 --skip-thread-unsafe=true
+
+# The options are unstable, and RUSTC_BOOTSTRAP lets a stable compiler take them. With --target they
+# reach no build script. Left out are the large tests, those with locks of the standard library around
+# data of their own, and those with scoped threads that nobody joins.
+test-tsan: export RUSTC_BOOTSTRAP := 1
+test-tsan: export RUSTFLAGS := -Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer \
+	--cfg tsan --cfg crossbeam_sanitize_thread
+test-tsan: export TSAN_OPTIONS := suppressions=$(ROOT)/ci/tsan-suppressions
+test-tsan: TESTS := $(filter-out domain memory random scale,$(basename $(notdir $(wildcard crates/charioteer/tests/*.rs))))
+test-tsan: ## The core's tests under ThreadSanitizer; not part of `make test`
+	cargo test $(CARGO_FLAGS) -p charioteer --lib $(TESTS:%=--test %) --target-dir target/tsan \
+		--target $(shell rustc -vV | sed -n 's/^host: //p') -- \
+		--skip spawning_races_with_closing --skip cancelling_races_with_a_named_spawn
 
 ##@ Measure
 .PHONY: bench bench-rust bench-taskflow bench-overhead bench-gil bench-ft

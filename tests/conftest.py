@@ -48,8 +48,15 @@ def pytest_configure(config: pytest.Config) -> None:
         numpy.ones((512, 512)) @ numpy.ones((512, 512))
 
 
+RUNTIMES = {"rt", "rt1", "rt2", "rt_threads", "rt_any"}
+"""The fixtures that open a runtime for a test."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if not RUNTIMES.intersection(getattr(item, "fixturenames", ())):
+            # Several threads can drive a runtime that the test is given, and not open one each.
+            item.add_marker(pytest.mark.thread_unsafe(reason="is given no runtime to share"))
         if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(TIME_LIMIT, method="signal"))
 
@@ -118,16 +125,19 @@ def _opened(workers: int) -> Iterator[ch.Runtime]:
         Gate.open_all()
 
 
-@pytest.fixture
-def rt() -> Iterator[ch.Runtime]:
-    """An open runtime with two workers, or as many as the environment says."""
-    yield from _opened(worker_counts(2)[0])
+# Each of the threads that share a runtime brings bodies that hold workers or meet there.
 
 
 @pytest.fixture
-def rt2() -> Iterator[ch.Runtime]:
-    """An open runtime with at least two workers, for bodies that meet."""
-    yield from _opened(max(2, worker_counts(2)[0]))
+def rt(num_parallel_threads: int) -> Iterator[ch.Runtime]:
+    """An open runtime with two workers a thread, or as many as the environment says."""
+    yield from _opened(num_parallel_threads * worker_counts(2)[0])
+
+
+@pytest.fixture
+def rt2(num_parallel_threads: int) -> Iterator[ch.Runtime]:
+    """An open runtime with at least two workers a thread, for bodies that meet."""
+    yield from _opened(num_parallel_threads * max(2, worker_counts(2)[0]))
 
 
 @pytest.fixture

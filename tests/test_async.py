@@ -463,6 +463,7 @@ def test_a_cancelled_task_under_asyncio(rt: ch.Runtime) -> None:
 def test_asyncio_timeout_asks_the_task_and_returns(rt2: ch.Runtime) -> None:
     async def main() -> None:
         gate = Gate()
+        assert gate.started.wait(30)
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.01):
                 await gate.task
@@ -473,10 +474,15 @@ def test_asyncio_timeout_asks_the_task_and_returns(rt2: ch.Runtime) -> None:
 
 
 def test_asyncio_timeout_returns_though_the_body_does_not_listen(rt2: ch.Runtime) -> None:
-    release = threading.Event()
+    started, release = threading.Event(), threading.Event()
+
+    def body() -> None:
+        started.set()
+        release.wait()
 
     async def main() -> None:
-        task = rt2.submit(release.wait)
+        task = rt2.submit(body)
+        assert started.wait(30)
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.01):
                 await task

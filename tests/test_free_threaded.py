@@ -38,6 +38,7 @@ def test_importing_does_not_switch_the_gil_on(tmp_path: Path) -> None:
     assert "RuntimeWarning" not in done.stderr
 
 
+@pytest.mark.thread_unsafe(reason="two bodies need two cores")
 def test_two_bodies_compute_at_the_same_time(rt2: ch.Runtime) -> None:
     # Each sees the other's progress while neither calls anything that would release a GIL.
     progress = [0, 0]

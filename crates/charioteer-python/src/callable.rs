@@ -286,13 +286,12 @@ fn watch(
 ) -> Option<Box<(PyRef, Vec<Watched>)>> {
     let mut watched = Vec::new();
     for name in names {
-        // SAFETY: attached; a dict and a string, both alive; the result is borrowed, and made a
-        // reference of our own at once.
+        let mut value = std::ptr::null_mut();
+        // SAFETY: attached; a dict and a string, both alive; the result is a reference of our own,
+        // since another thread may rebind the variable at any time.
         let value = unsafe {
-            Bound::from_borrowed_ptr_or_opt(
-                py,
-                ffi::PyDict_GetItemWithError(globals, name.as_ptr()),
-            )
+            ffi::compat::PyDict_GetItemRef(globals, name.as_ptr(), &raw mut value);
+            Bound::from_owned_ptr_or_opt(py, value)
         };
         let Some(value) = value else { continue };
         if is_function(&value)

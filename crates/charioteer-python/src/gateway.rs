@@ -292,6 +292,9 @@ static DEFERRED_LENGTH: AtomicUsize = AtomicUsize::new(0);
 /// How many references may wait to be dropped.
 const BOUND: usize = 4096;
 
+/// Whether objects are hidden from the garbage collector; see [`Hidden`].
+pub const HIDES: bool = cfg!(not(Py_GIL_DISABLED));
+
 /// In the lowest bit of a deferred address, which alignment leaves free: the object is hidden.
 const HIDDEN: usize = 1;
 
@@ -340,7 +343,7 @@ pub fn drop_deferred(_: Python<'_>) {
         let pointer = (object & !HIDDEN) as *mut ffi::PyObject;
         // SAFETY: `defer` took over a reference, this thread is attached, and no lock is held.
         unsafe {
-            if object & HIDDEN != 0 {
+            if HIDES && object & HIDDEN != 0 {
                 show(pointer);
             }
             ffi::Py_DECREF(pointer);
@@ -406,14 +409,20 @@ impl Drop for PyRef {
 /// The collector could never free such an object, since it does not see the task that holds it; but
 /// it would look at each one again and again, which for many pending tasks costs more than the tasks
 /// themselves. The object comes back into sight before the reference is dropped.
+///
+/// Without a GIL nothing is hidden: there the collector walks the heap and comes across such objects
+/// all the same, and it comes when their number has grown by a part of what it saw alive. What it does
+/// not see would only let it come more often, and stop all threads each time.
 pub struct Hidden(ManuallyDrop<Py<PyAny>>);
 
 impl Hidden {
     /// Hides a function with a closure of its own, or a context.
     #[inline]
     pub fn new(object: Bound<'_, PyAny>) -> Self {
-        // SAFETY: attached, alive.
-        unsafe { hide(object.as_ptr()) };
+        if HIDES {
+            // SAFETY: attached, alive.
+            unsafe { hide(object.as_ptr()) };
+        }
         Self(ManuallyDrop::new(object.unbind()))
     }
 
@@ -437,7 +446,9 @@ impl Drop for Hidden {
             assert_unlocked();
             // SAFETY: this owned the reference and the thread is attached.
             unsafe {
-                show(object);
+                if HIDES {
+                    show(object);
+                }
                 ffi::Py_DECREF(object);
             }
         } else {

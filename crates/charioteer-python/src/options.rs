@@ -105,7 +105,7 @@ impl Keywords {
             Some(said) => said,
         };
         let share = self.share.unwrap_or(1.0);
-        let cores = runtime::active(py)?.cores();
+        let cores = runtime::active(py)?.engine.cores();
         let every = u16::try_from(cores).unwrap_or(u16::MAX);
         let mut feasible: Vec<u16> = said
             .iter()

@@ -2,9 +2,12 @@
 //!
 //! One is open in a process at a time. Every spawn looks it up, so each thread keeps it in a
 //! thread-local slot beside the generation of the look-up; opening, closing and forking raise the
-//! generation. A forked child has no worker: the engine of its parent is refused there.
+//! generation. Spawns share the thread's reference and count that, and not those to the engine, where
+//! threads that spawn at once would meet. A forked child has no worker: the engine of its parent is
+//! refused there.
 
 use std::cell::RefCell;
+use std::rc::Rc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -27,8 +30,13 @@ static GENERATION: AtomicU64 = AtomicU64::new(1);
 static OPENED_IN: AtomicU32 = AtomicU32::new(0);
 static FACTORY: Mutex<Option<PyRef>> = Mutex::new(None);
 
+/// The open runtime, as a thread remembers it.
+pub struct Active {
+    pub engine: Arc<Core>,
+}
+
 thread_local! {
-    static MINE: RefCell<(u64, Option<Arc<Core>>)> = const { RefCell::new((0, None)) };
+    static MINE: RefCell<(u64, Option<Rc<Active>>)> = const { RefCell::new((0, None)) };
 }
 
 fn is_forked() -> bool {
@@ -48,19 +56,19 @@ pub fn none(py: Python<'_>) -> PyErr {
 
 /// The open runtime. `NoRuntimeError` if there is none.
 #[inline]
-pub fn active(py: Python<'_>) -> PyResult<Arc<Core>> {
+pub fn active(py: Python<'_>) -> PyResult<Rc<Active>> {
     let generation = GENERATION.load(Ordering::Acquire);
     let mine = MINE.with(|mine| {
         let mine = mine.borrow();
         (mine.0 == generation).then(|| mine.1.clone()).flatten()
     });
     match mine {
-        Some(engine) => Ok(engine),
+        Some(active) => Ok(active),
         None => look_up(py),
     }
 }
 
-fn look_up(py: Python<'_>) -> PyResult<Arc<Core>> {
+fn look_up(py: Python<'_>) -> PyResult<Rc<Active>> {
     assert_unlocked();
     let mut asked = false;
     loop {
@@ -74,9 +82,10 @@ fn look_up(py: Python<'_>) -> PyResult<Arc<Core>> {
                 .clone()
         };
         if let Some(engine) = found {
-            let old = MINE.with(|mine| mine.replace((generation, Some(Arc::clone(&engine)))));
+            let active = Rc::new(Active { engine });
+            let old = MINE.with(|mine| mine.replace((generation, Some(Rc::clone(&active)))));
             drop(old);
-            return Ok(engine);
+            return Ok(active);
         }
         let factory = FACTORY
             .lock()
@@ -336,7 +345,7 @@ pub fn is_open() -> bool {
 /// Whether this thread runs tasks: it is in a body, or in a callback of a task.
 #[pyfunction]
 pub fn is_worker(py: Python<'_>) -> bool {
-    active(py).is_ok_and(|engine| engine.is_worker())
+    active(py).is_ok_and(|active| active.engine.is_worker())
 }
 
 /// The running task of this thread.
@@ -405,7 +414,7 @@ impl Context {
 #[pyfunction]
 pub fn current_context(py: Python<'_>) -> PyResult<Context> {
     let here = match active(py) {
-        Ok(engine) => engine.current(),
+        Ok(active) => active.engine.current(),
         Err(_) => None,
     };
     if let Some((task, grant)) = here {

@@ -3,9 +3,14 @@
 //! A space makes the handle of an index on first touch and keeps it. The map is [`Attached`], and no
 //! section calls Python: a handle is made first and put in afterwards, and the one
 //! of two threads that comes second throws its own away.
+//!
+//! Without a GIL the map is in parts, each with a lock and with a copy of the name for the labels of
+//! its tasks: threads that spawn into one space at once seldom meet at one lock or one count.
 
 use std::collections::HashMap;
+use std::hash::BuildHasher;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use charioteer::engine::Handle;
 use charioteer::task::Until;
@@ -188,19 +193,25 @@ impl Table {
     }
 }
 
-struct Touched {
-    dimensions: Option<usize>,
-    tasks: Table,
+/// How many parts a space has.
+const PARTS: usize = if cfg!(Py_GIL_DISABLED) { 16 } else { 1 };
+
+/// The handles of some of the blocks, and the name as their labels have it.
+#[cfg_attr(Py_GIL_DISABLED, repr(align(128)))]
+struct Part {
+    /// A thin pointer, since every handle has one.
+    name: Arc<Box<str>>,
+    tasks: Attached<Table>,
 }
 
 /// An index of tasks in any number of dimensions.
 #[pyclass(module = "charioteer", frozen, weakref)]
 pub struct TaskSpace {
-    /// A thin pointer, since every handle has one.
-    name: Arc<Box<str>>,
     start: Option<Vec<i64>>,
     shape: Option<Vec<i64>>,
-    touched: Attached<Touched>,
+    /// Of the first index that was touched; zero before.
+    dimensions: AtomicUsize,
+    parts: Box<[Part; PARTS]>,
 }
 
 /// What an index selects in one dimension.
@@ -211,6 +222,28 @@ enum Selector {
 }
 
 impl TaskSpace {
+    fn name(&self) -> &str {
+        &self.parts[0].name
+    }
+
+    /// The part that has an index.
+    #[inline]
+    fn part(&self, index: &Index) -> &Part {
+        if PARTS == 1 {
+            return &self.parts[0];
+        }
+        // The map uses bits from both ends.
+        let hash = BuildFold::default().hash_one(index.block().0) >> 32;
+        &self.parts[usize::try_from(hash).unwrap_or(0) % PARTS]
+    }
+
+    fn count(&self, py: Python<'_>) -> usize {
+        self.parts
+            .iter()
+            .map(|part| part.tasks.lock(py).count)
+            .sum()
+    }
+
     fn lower(&self, dimension: usize) -> i64 {
         self.start
             .as_ref()
@@ -226,31 +259,37 @@ impl TaskSpace {
     /// The handle at an index that lies in the bounds.
     fn handle(&self, py: Python<'_>, numbers: &[i64]) -> PyResult<Py<PyTask>> {
         let index = Index::of(numbers);
-        {
-            let mut touched = self.touched.lock(py);
-            match touched.dimensions {
-                None => touched.dimensions = Some(numbers.len()),
-                Some(dimensions) if dimensions != numbers.len() => {
-                    return Err(PyIndexError::new_err(format!(
-                        "{} has {dimensions} dimensions, the index {}",
-                        self.name,
-                        numbers.len()
-                    )));
-                }
-                Some(_) => {}
-            }
-            if let Some(task) = touched.tasks.get(&index) {
-                return Ok(task.clone_ref(py));
-            }
+        let dimensions = match self.dimensions.load(Ordering::Relaxed) {
+            0 => match self.dimensions.compare_exchange(
+                0,
+                numbers.len(),
+                Ordering::Relaxed,
+                Ordering::Relaxed,
+            ) {
+                Ok(_) => numbers.len(),
+                Err(dimensions) => dimensions,
+            },
+            dimensions => dimensions,
+        };
+        if dimensions != numbers.len() {
+            return Err(PyIndexError::new_err(format!(
+                "{} has {dimensions} dimensions, the index {}",
+                self.name(),
+                numbers.len()
+            )));
         }
-        let label = Label::Index(Arc::clone(&self.name), index.clone());
+        let part = self.part(&index);
+        if let Some(task) = part.tasks.lock(py).get(&index) {
+            return Ok(task.clone_ref(py));
+        }
+        let label = Label::Index(Arc::clone(&part.name), index.clone());
         let mine = PyTask::of(Handle::unspawned(label))
             .into_object(py)?
             .unbind();
-        let mut touched = self.touched.lock(py);
-        let (kept, unused) = touched.tasks.insert(&index, mine);
+        let mut tasks = part.tasks.lock(py);
+        let (kept, unused) = tasks.insert(&index, mine);
         let kept = kept.clone_ref(py);
-        drop(touched);
+        drop(tasks);
         drop(unused);
         Ok(kept)
     }
@@ -317,19 +356,19 @@ impl TaskSpace {
         if selectors.is_empty() {
             return Err(PyIndexError::new_err("an index has at least one dimension"));
         }
-        let known = self
-            .shape
-            .as_ref()
-            .or(self.start.as_ref())
-            .map(Vec::len)
-            .or(self.touched.lock(index.py()).dimensions);
+        let known = match (&self.shape, &self.start) {
+            (Some(bounds), _) | (None, Some(bounds)) => Some(bounds.len()),
+            (None, None) => {
+                Some(self.dimensions.load(Ordering::Relaxed)).filter(|known| *known != 0)
+            }
+        };
         if let Some(dimensions) = known {
             let all =
                 selectors.len() == 1 && matches!(selectors[0], Selector::Slice(None, None, 1));
             if selectors.len() != dimensions && !all {
                 return Err(PyIndexError::new_err(format!(
                     "{} has {dimensions} dimensions, the index {}",
-                    self.name,
+                    self.name(),
                     selectors.len()
                 )));
             }
@@ -346,7 +385,7 @@ impl TaskSpace {
                 if upper.is_some_and(|upper| at >= upper) {
                     return Err(PyIndexError::new_err(format!(
                         "{}: index {at} in dimension {dimension} lies beyond the shape",
-                        self.name
+                        self.name()
                     )));
                 }
                 Ok(Some(if at < lower { Vec::new() } else { vec![at] }))
@@ -412,13 +451,15 @@ impl TaskSpace {
 
     /// The handles touched so far that the selectors match, ordered by index.
     fn touched(&self, py: Python<'_>, selectors: Option<&[Selector]>) -> Vec<Py<PyTask>> {
-        let mut found: Vec<(Vec<i64>, Py<PyTask>)> = self
-            .touched
-            .lock(py)
-            .tasks
-            .iter()
-            .map(|(index, task)| (index.to_vec(), task.clone_ref(py)))
-            .collect();
+        let mut found: Vec<(Vec<i64>, Py<PyTask>)> = Vec::new();
+        for part in self.parts.iter() {
+            let tasks = part.tasks.lock(py);
+            found.extend(
+                tasks
+                    .iter()
+                    .map(|(index, task)| (index.to_vec(), task.clone_ref(py))),
+            );
+        }
         if let Some(selectors) = selectors {
             let all = selectors
                 .iter()
@@ -446,13 +487,10 @@ impl TaskSpace {
 
     /// The tasks touched so far.
     pub fn touched_tasks(&self, py: Python<'_>, into: &mut impl Extend<Task>) {
-        into.extend(
-            self.touched
-                .lock(py)
-                .tasks
-                .values()
-                .map(|task| Arc::clone(task.get().task())),
-        );
+        for part in self.parts.iter() {
+            let tasks = part.tasks.lock(py);
+            into.extend(tasks.values().map(|task| Arc::clone(task.get().task())));
+        }
     }
 
     pub fn list(&self, py: Python<'_>) -> TaskList {
@@ -522,21 +560,22 @@ impl TaskSpace {
                 ));
             }
         }
+        let name = name.unwrap_or("T");
         Ok(Self {
-            name: Arc::new(name.unwrap_or("T").into()),
             start,
             shape,
-            touched: Attached::new(Touched {
-                dimensions: None,
-                tasks: Table::default(),
-            }),
+            dimensions: AtomicUsize::new(0),
+            parts: Box::new(std::array::from_fn(|_| Part {
+                name: Arc::new(name.into()),
+                tasks: Attached::new(Table::default()),
+            })),
         })
     }
 
     /// The name, for people.
-    #[getter]
-    fn name(&self) -> &str {
-        &self.name
+    #[getter(name)]
+    fn get_name(&self) -> &str {
+        self.name()
     }
 
     fn __getitem__<'py>(
@@ -559,7 +598,7 @@ impl TaskSpace {
     }
 
     fn __len__(&self, py: Python<'_>) -> usize {
-        self.touched.lock(py).tasks.count
+        self.count(py)
     }
 
     #[allow(clippy::unused_self)]
@@ -577,11 +616,12 @@ impl TaskSpace {
             return false;
         };
         let task = task.get().task();
-        self.touched
-            .lock(thing.py())
-            .tasks
-            .values()
-            .any(|other| Arc::ptr_eq(other.get().task(), task))
+        self.parts.iter().any(|part| {
+            let tasks = part.tasks.lock(thing.py());
+            tasks
+                .values()
+                .any(|other| Arc::ptr_eq(other.get().task(), task))
+        })
     }
 
     /// Indexing that takes only the handles touched so far: `T.view[2:5]`.
@@ -609,12 +649,13 @@ impl TaskSpace {
             .filter(|task| task.is_done())
             .map(|task| Arc::as_ptr(task) as usize)
             .collect();
-        let gone = self
-            .touched
-            .lock(py)
-            .tasks
-            .take(|task| chosen.contains(&(Arc::as_ptr(task.get().task()) as usize)));
-        drop(gone);
+        for part in self.parts.iter() {
+            let gone = part
+                .tasks
+                .lock(py)
+                .take(|task| chosen.contains(&(Arc::as_ptr(task.get().task()) as usize)));
+            drop(gone);
+        }
         Ok(())
     }
 
@@ -634,27 +675,27 @@ impl TaskSpace {
     }
 
     fn __repr__(&self, py: Python<'_>) -> String {
-        format!(
-            "<TaskSpace {} with {} tasks>",
-            self.name,
-            self.touched.lock(py).tasks.count
-        )
+        format!("<TaskSpace {} with {} tasks>", self.name(), self.count(py))
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         // Only a thread that is stopped in the middle of a look-up could have it: then the collector
         // comes again.
-        if let Some(touched) = self.touched.try_lock() {
-            for task in touched.tasks.values() {
-                visit.call(task)?;
+        for part in self.parts.iter() {
+            if let Some(tasks) = part.tasks.try_lock() {
+                for task in tasks.values() {
+                    visit.call(task)?;
+                }
             }
         }
         Ok(())
     }
 
     fn __clear__(&self, py: Python<'_>) {
-        let gone = std::mem::take(&mut self.touched.lock(py).tasks);
-        drop(gone);
+        for part in self.parts.iter() {
+            let gone = std::mem::take(&mut *part.tasks.lock(py));
+            drop(gone);
+        }
     }
 }
 
@@ -783,7 +824,7 @@ impl TaskList {
     #[pyo3(signature = (timeout=None))]
     pub fn result(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<Py<PyAny>> {
         if let Items::Objects(tasks) = &self.0 {
-            tasks.iter().for_each(|task| PyTask::show(task.as_ptr()));
+            tasks.iter().for_each(PyTask::show);
         }
         let tasks = self.all();
         if !wait_for(py, &tasks, Until::All, deadline(timeout)?)? {

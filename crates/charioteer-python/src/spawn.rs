@@ -228,13 +228,14 @@ fn spawn_call(
     positional: Option<&Bound<'_, PyTuple>>,
     keyword: Option<&Bound<'_, PyDict>>,
 ) -> PyResult<Option<Handle<Interp>>> {
-    let engine = runtime::active(py)?;
+    let active = runtime::active(py)?;
+    let engine = &active.engine;
     let keyword = keyword.filter(|keyword| !keyword.is_empty());
     let positional = positional.filter(|positional| !positional.is_empty());
     if positional.is_none() && keyword.is_none() {
         return launch(
             py,
-            &engine,
+            engine,
             prepared,
             Arguments::None,
             false,
@@ -278,7 +279,9 @@ fn spawn_call(
         &all
     };
     let arguments = match (positional, keyword) {
-        (Some(positional), None) if positional.len() == 1 => {
+        // Without a GIL an argument that threads share is touched as little as can be: it stays in its
+        // tuple.
+        (Some(positional), None) if positional.len() == 1 && cfg!(not(Py_GIL_DISABLED)) => {
             Arguments::One(positional.get_item(0)?.into())
         }
         (positional, keyword) => {
@@ -291,7 +294,7 @@ fn spawn_call(
     };
     launch(
         py,
-        &engine,
+        engine,
         prepared,
         arguments,
         substitute,
@@ -729,7 +732,7 @@ fn many_handles(
         for item in iterables.get_item(0)?.try_iter()? {
             // One element, no keywords: no tuple is needed.
             let item = item?;
-            let engine = runtime::active(py)?;
+            let active = runtime::active(py)?;
             let prepared = callable::prepare(function)?;
             let mut found = Vec::new();
             let held = hold(&item, &mut found)?;
@@ -738,7 +741,7 @@ fn many_handles(
             found.extend(said.dependencies.iter().cloned());
             handles.extend(launch(
                 py,
-                &engine,
+                &active.engine,
                 prepared,
                 Arguments::One(item.into()),
                 substitute,

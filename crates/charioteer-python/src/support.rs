@@ -37,9 +37,36 @@ pub fn support(py: Python<'_>) -> &'static Support {
         .expect("the package imports its support first")
 }
 
+/// Takes the classes and functions of this module out of the counting of references, as the
+/// free-threaded 3.13 does with those that are written in Python once there is a second thread: every
+/// object counts for its class, so that threads that make handles would meet there. From 3.14 on the
+/// interpreter counts references to classes by thread.
+#[cfg(all(Py_GIL_DISABLED, not(Py_3_14)))]
+fn immortalize(py: Python<'_>) -> PyResult<()> {
+    use std::sync::atomic::Ordering;
+
+    for (_, value) in py.import("charioteer._core")?.dict() {
+        if value.is_instance_of::<pyo3::types::PyType>()
+            || value.is_instance_of::<pyo3::types::PyCFunction>()
+        {
+            // SAFETY: attached, alive. The module is being imported: no other thread knows its
+            // objects. This is what the interpreter itself does, field by field.
+            unsafe {
+                let object = value.as_ptr();
+                (*object).ob_tid = 0;
+                (*object).ob_ref_local.store(u32::MAX, Ordering::Relaxed);
+                (*object).ob_ref_shared.store(0, Ordering::Relaxed);
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Called by the package while it is imported.
 #[pyfunction]
 pub fn connect(py: Python<'_>) -> PyResult<()> {
+    #[cfg(all(Py_GIL_DISABLED, not(Py_3_14)))]
+    immortalize(py)?;
     let module = py.import("charioteer._support")?;
     let name = |name: &str| module.getattr(name).map(Bound::unbind);
     let support = Support {

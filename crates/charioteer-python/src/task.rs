@@ -31,17 +31,26 @@ pub fn cancelled_error(py: Python<'_>) -> Bound<'_, PyType> {
 // No free list: objects that come from PyO3's are not tracked by the garbage collector.
 /// A handle of a task, with the methods of `concurrent.futures.Future`.
 #[pyclass(name = "Task", module = "charioteer", frozen, weakref)]
-pub struct PyTask(Handle<Interp>);
+pub struct PyTask {
+    handle: Handle<Interp>,
+    /// Without a GIL: whether the collector is to look at the outcome.
+    #[cfg(Py_GIL_DISABLED)]
+    shown: std::sync::atomic::AtomicBool,
+}
 
 impl PyTask {
     #[inline]
     pub fn new(task: Task) -> Self {
-        Self(Handle::new(task))
+        Self::of(Handle::new(task))
     }
 
     #[inline]
     pub fn of(handle: Handle<Interp>) -> Self {
-        Self(handle)
+        Self {
+            handle,
+            #[cfg(Py_GIL_DISABLED)]
+            shown: std::sync::atomic::AtomicBool::new(false),
+        }
     }
 
     #[inline]
@@ -49,21 +58,27 @@ impl PyTask {
         Self::new(task).into_object(py).map(Bound::unbind)
     }
 
-    /// Makes the object, out of the garbage collector's sight: a handle can only be part of a
-    /// cycle through its outcome, and programs have many handles. See [`PyTask::show`].
+    /// Makes the object, with an outcome that is out of the garbage collector's sight: a handle can
+    /// only be part of a cycle through its outcome, and programs have many handles. With a GIL the
+    /// object is too; without one it counts among those that are alive, see [`gateway::Hidden`], and a
+    /// look at it does not go on to the task. See [`PyTask::show`].
     #[inline]
     pub fn into_object(self, py: Python<'_>) -> PyResult<Bound<'_, Self>> {
         let object = Bound::new(py, self)?;
-        // SAFETY: attached; a new object of a class that the collector knows.
-        unsafe { ffi::PyObject_GC_UnTrack(object.as_ptr().cast()) };
+        if gateway::HIDES {
+            // SAFETY: attached; a new object of a class that the collector knows.
+            unsafe { ffi::PyObject_GC_UnTrack(object.as_ptr().cast()) };
+        }
         Ok(object)
     }
 
-    /// Brings a handle into the collector's sight: somebody asks for its outcome, whose frames and
+    /// Brings a handle's outcome into the collector's sight: somebody asks for it, and its frames and
     /// containers may hold the handle from now on.
+    #[cfg(not(Py_GIL_DISABLED))]
     #[inline]
-    pub fn show(object: *mut ffi::PyObject) {
-        // SAFETY: callers are attached and give a live object of this class.
+    pub fn show(object: &Py<Self>) {
+        let object = object.as_ptr();
+        // SAFETY: callers are attached; a live object of this class.
         unsafe {
             if ffi::PyObject_GC_IsTracked(object) == 0 {
                 ffi::PyObject_GC_Track(object.cast());
@@ -71,9 +86,23 @@ impl PyTask {
         }
     }
 
+    /// Brings a handle's outcome into the collector's sight: somebody asks for it, and its frames and
+    /// containers may hold the handle from now on.
+    #[cfg(Py_GIL_DISABLED)]
+    #[inline]
+    pub fn show(object: &Py<Self>) {
+        use std::sync::atomic::Ordering;
+
+        // The collector stops the attached threads, which orders this.
+        let shown = &object.get().shown;
+        if !shown.load(Ordering::Relaxed) {
+            shown.store(true, Ordering::Relaxed);
+        }
+    }
+
     #[inline]
     pub fn task(&self) -> &Task {
-        self.0.task()
+        self.handle.task()
     }
 }
 
@@ -116,7 +145,7 @@ pub fn wait_for(
     let engine = match engine {
         Some(engine) => engine,
         None if tasks.iter().all(|task| task.is_done()) => return Ok(true),
-        None => runtime::active(py)?,
+        None => Arc::clone(&runtime::active(py)?.engine),
     };
     match engine.wait(tasks, until, deadline) {
         Ok(done) => {
@@ -147,7 +176,7 @@ impl PyTask {
     /// Waits for the task and gives its result.
     #[pyo3(signature = (timeout=None))]
     fn result(slf: &Bound<'_, Self>, timeout: Option<f64>) -> PyResult<Py<PyAny>> {
-        Self::show(slf.as_ptr());
+        Self::show(slf.as_unbound());
         let this = slf.get();
         this.wait(slf.py(), timeout)?;
         value_of(slf.py(), this.task())
@@ -156,7 +185,7 @@ impl PyTask {
     /// Waits for the task and gives its exception, `None` if it has a result.
     #[pyo3(signature = (timeout=None))]
     fn exception(slf: &Bound<'_, Self>, timeout: Option<f64>) -> PyResult<Option<Py<PyAny>>> {
-        Self::show(slf.as_ptr());
+        Self::show(slf.as_unbound());
         let py = slf.py();
         slf.get().wait(py, timeout)?;
         let task = slf.get().task();
@@ -195,7 +224,7 @@ impl PyTask {
                 function.get_type().name()?
             )));
         }
-        Self::show(slf.as_ptr());
+        Self::show(slf.as_unbound());
         let task = slf.get().task().clone();
         let callback = Callback {
             function: function.into(),
@@ -226,7 +255,7 @@ impl PyTask {
 
     fn __await__<'py>(slf: Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
         let py = slf.py();
-        Self::show(slf.as_ptr());
+        Self::show(slf.as_unbound());
         let awaiting = Awaiting {
             tasks: vec![slf.get().task().clone()],
             until: Until::All,
@@ -280,6 +309,10 @@ impl PyTask {
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        #[cfg(Py_GIL_DISABLED)]
+        if !self.shown.load(std::sync::atomic::Ordering::Relaxed) {
+            return Ok(());
+        }
         // With no other owner this object is what keeps the outcome alive, and nobody changes it;
         // else the outcome belongs to somebody whom the collector does not see. A weak reference
         // could become an owner on a detached thread between two visits of one collection, which
@@ -339,7 +372,12 @@ enum Give {
 }
 
 /// The iterator that awaits tasks: it gives itself until they are done.
-#[pyclass(module = "charioteer._core", frozen, freelist = 64)]
+// Without the GIL a free list is a lock that all who await would meet at.
+#[cfg_attr(
+    not(Py_GIL_DISABLED),
+    pyclass(module = "charioteer._core", frozen, freelist = 64)
+)]
+#[cfg_attr(Py_GIL_DISABLED, pyclass(module = "charioteer._core", frozen))]
 pub struct Awaiting {
     tasks: Vec<Task>,
     until: Until,
@@ -381,7 +419,7 @@ impl Awaiting {
         let this = slf.get();
         let py = slf.py();
         // A request to end is heard at the next await, also at one that has nothing to wait for.
-        if !this.is_over() || runtime::active(py).is_ok_and(|engine| engine.is_asked()) {
+        if !this.is_over() || runtime::active(py).is_ok_and(|active| active.engine.is_asked()) {
             return Ok(slf.clone());
         }
         let value = this.value(py)?;
@@ -411,7 +449,7 @@ impl Awaiting {
         let engine = match self.tasks.iter().find_map(|task| Core::of(task)) {
             Some(engine) => engine,
             None => match runtime::active(py) {
-                Ok(engine) => engine,
+                Ok(active) => Arc::clone(&active.engine),
                 Err(error) => {
                     if self.is_over() {
                         if let Some(task) = self.tasks.first() {

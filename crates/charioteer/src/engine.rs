@@ -39,8 +39,8 @@ use crate::schedule::places::{Grant, Places, Todo};
 use crate::schedule::queues::{Lane, Queues};
 use crate::schedule::timer::Timer;
 use crate::sync::{
-    AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Condvar, Mutex, Ordering, assert_unlocked,
-    fence, yield_now,
+    AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Condvar, Mutex, Order, Ordering,
+    assert_unlocked, fence, yield_now,
 };
 use crate::task::state::{
     BLOCKED, CANCEL, CANCELLED, DELIVERED, DIRTY, FAILED, LINKED, LOOSE_WAIT, OUTSIDE, POISONED,
@@ -69,10 +69,12 @@ const CLOSED: u32 = 2;
 
 /// The engines of a domain that are open.
 pub struct Registry<D: Domain> {
+    // Of the standard library, which has them for a `static`.
     engines: RwLock<Vec<Arc<Engine<D>>>>,
     /// Tasks that are not spawned and that threads, event loops or callbacks wait for, which belong
     /// to no engine. They fail when the last engine closes.
     awaited: std::sync::Mutex<Missing<D>>,
+    order: Order,
 }
 
 impl<D: Domain> Registry<D> {
@@ -82,58 +84,63 @@ impl<D: Domain> Registry<D> {
         Self {
             engines: RwLock::new(Vec::new()),
             awaited: std::sync::Mutex::new(Missing::new()),
+            order: Order::new(),
         }
     }
 
+    fn read<R>(&self, f: impl FnOnce(&[Arc<Engine<D>>]) -> R) -> R {
+        let engines = self.engines.read().unwrap_or_else(PoisonError::into_inner);
+        self.order.point();
+        let result = f(&engines);
+        self.order.point();
+        result
+    }
+
+    fn write<R>(&self, f: impl FnOnce(&mut Vec<Arc<Engine<D>>>) -> R) -> R {
+        let mut engines = self.engines.write().unwrap_or_else(PoisonError::into_inner);
+        self.order.point();
+        let result = f(&mut engines);
+        self.order.point();
+        result
+    }
+
+    fn with_awaited<R>(&self, f: impl FnOnce(&mut Missing<D>) -> R) -> R {
+        let mut awaited = self.awaited.lock().unwrap_or_else(PoisonError::into_inner);
+        self.order.point();
+        let result = f(&mut awaited);
+        self.order.point();
+        result
+    }
+
     fn await_spawn(&self, task: &TaskRef<D>) {
-        let gone = self
-            .awaited
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .add(task);
+        let gone = self.with_awaited(|awaited| awaited.add(task));
         drop(gone);
     }
 
     /// The engine with that number, while it is open.
     pub fn get(&self, id: u32) -> Option<Arc<Engine<D>>> {
-        self.engines
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .iter()
-            .find(|engine| engine.id == id)
-            .cloned()
+        self.read(|engines| engines.iter().find(|engine| engine.id == id).cloned())
     }
 
     /// Every open engine.
     pub fn all(&self) -> Vec<Arc<Engine<D>>> {
-        self.engines
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.read(<[_]>::to_vec)
     }
 
     fn add(&self, engine: Arc<Engine<D>>) {
-        self.engines
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(engine);
+        self.write(|engines| engines.push(engine));
     }
 
     /// Takes an engine out. With the last one ends the hope of those who wait for what is not
     /// spawned: they are told. At the end of the runtime it is no failure, since no task of it
     /// depended on them.
     fn remove(&self, id: u32) {
-        let (gone, last) = {
-            let mut engines = self.engines.write().unwrap_or_else(PoisonError::into_inner);
+        let (gone, last) = self.write(|engines| {
             let at = engines.iter().position(|engine| engine.id == id);
             (at.map(|at| engines.swap_remove(at)), engines.is_empty())
-        };
+        });
         if gone.is_some() && last {
-            let awaited = self
-                .awaited
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .take();
+            let awaited = self.with_awaited(Missing::take);
             let (missing, names) = claim_missing(&awaited);
             for task in &missing {
                 settle_orphan(

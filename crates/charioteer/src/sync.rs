@@ -9,6 +9,10 @@
 //! interpreter, a callback, a destructor of a user's value) while a lock is held; [`assert_unlocked`]
 //! stands at every such site and proves it.
 //!
+//! With `--cfg tsan`, for `make test-tsan`, the locks also order their holders by an atomic of this
+//! crate ([`Order`]). ThreadSanitizer sees what is compiled for it, which the standard library is
+//! not: it would take what a lock protects for unprotected.
+//!
 //! `perturb` gives the processor away at random at the places where an interleaving matters, in
 //! validating builds whose environment has `CHARIOTEER_PERTURB=SEED`. It widens races that a quiet
 //! machine would hardly ever show.
@@ -107,51 +111,124 @@ pub fn assert_unlocked() {
     );
 }
 
+/// What a lock of the standard library does to memory, where ThreadSanitizer sees it; nothing in
+/// other builds.
+#[derive(Debug)]
+pub(crate) struct Order(#[cfg(tsan)] AtomicU32);
+
+impl Order {
+    pub(crate) const fn new() -> Self {
+        Self(
+            #[cfg(tsan)]
+            AtomicU32::new(0),
+        )
+    }
+
+    /// Orders the calling thread after all who called before it: first thing under a lock, and last.
+    #[inline]
+    pub(crate) fn point(&self) {
+        #[cfg(tsan)]
+        self.0.fetch_add(1, Ordering::AcqRel);
+    }
+}
+
+/// A value that one thread sets once.
+pub(crate) struct OnceLock<T> {
+    inner: std::sync::OnceLock<T>,
+    #[cfg(tsan)]
+    is_set: AtomicBool,
+}
+
+impl<T> OnceLock<T> {
+    pub(crate) const fn new() -> Self {
+        Self {
+            inner: std::sync::OnceLock::new(),
+            #[cfg(tsan)]
+            is_set: AtomicBool::new(false),
+        }
+    }
+
+    /// Sets the value, or gives it back if there is one.
+    pub(crate) fn set(&self, value: T) -> Result<(), T> {
+        self.inner.set(value)?;
+        #[cfg(tsan)]
+        self.is_set.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    #[inline]
+    pub(crate) fn get(&self) -> Option<&T> {
+        #[cfg(tsan)]
+        if !self.is_set.load(Ordering::Acquire) {
+            return None;
+        }
+        self.inner.get()
+    }
+}
+
 /// A mutual exclusion lock without poisoning: no user code runs under it, so that a panic inside
 /// is a bug of ours and the data behind it are not worth protecting from it.
 #[derive(Debug)]
-pub(crate) struct Mutex<T>(imp::Mutex<T>);
+pub(crate) struct Mutex<T> {
+    inner: imp::Mutex<T>,
+    order: Order,
+}
 
 impl<T> Mutex<T> {
     pub(crate) fn new(value: T) -> Self {
-        Self(imp::Mutex::new(value))
+        Self {
+            inner: imp::Mutex::new(value),
+            order: Order::new(),
+        }
     }
 
     #[inline]
     pub(crate) fn lock(&self) -> Guard<'_, T> {
         perturb();
-        let guard = self
-            .0
+        let inner = self
+            .inner
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
         #[cfg(any(debug_assertions, feature = "validate"))]
         held::add();
-        Guard(Some(guard))
+        self.order.point();
+        Guard {
+            inner: Some(inner),
+            order: &self.order,
+        }
     }
 }
 
 /// The right to use what a [`Mutex`] protects.
-pub(crate) struct Guard<'a, T>(Option<imp::MutexGuard<'a, T>>);
+pub(crate) struct Guard<'a, T> {
+    inner: Option<imp::MutexGuard<'a, T>>,
+    order: &'a Order,
+}
 
 impl<T> std::ops::Deref for Guard<'_, T> {
     type Target = T;
     #[inline]
     fn deref(&self) -> &T {
-        self.0.as_ref().expect("the guard is held until its drop")
+        self.inner
+            .as_ref()
+            .expect("the guard is held until its drop")
     }
 }
 
 impl<T> std::ops::DerefMut for Guard<'_, T> {
     #[inline]
     fn deref_mut(&mut self) -> &mut T {
-        self.0.as_mut().expect("the guard is held until its drop")
+        self.inner
+            .as_mut()
+            .expect("the guard is held until its drop")
     }
 }
 
 impl<T> Drop for Guard<'_, T> {
     #[inline]
     fn drop(&mut self) {
-        self.0 = None;
+        self.order.point();
+        self.inner = None;
         #[cfg(any(debug_assertions, feature = "validate"))]
         held::sub();
     }
@@ -167,12 +244,17 @@ impl Condvar {
     }
 
     pub(crate) fn wait<'a, T>(&self, mut guard: Guard<'a, T>) -> Guard<'a, T> {
-        let inner = guard.0.take().expect("the guard is held until its drop");
+        guard.order.point();
+        let inner = guard
+            .inner
+            .take()
+            .expect("the guard is held until its drop");
         let inner = self
             .0
             .wait(inner)
             .unwrap_or_else(std::sync::PoisonError::into_inner);
-        guard.0 = Some(inner);
+        guard.inner = Some(inner);
+        guard.order.point();
         guard
     }
 
@@ -182,12 +264,17 @@ impl Condvar {
         mut guard: Guard<'a, T>,
         timeout: std::time::Duration,
     ) -> Guard<'a, T> {
-        let inner = guard.0.take().expect("the guard is held until its drop");
+        guard.order.point();
+        let inner = guard
+            .inner
+            .take()
+            .expect("the guard is held until its drop");
         let (inner, _) = self
             .0
             .wait_timeout(inner, timeout)
             .unwrap_or_else(std::sync::PoisonError::into_inner);
-        guard.0 = Some(inner);
+        guard.inner = Some(inner);
+        guard.order.point();
         guard
     }
 

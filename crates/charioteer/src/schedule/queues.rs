@@ -10,7 +10,6 @@
 
 use std::cmp;
 use std::collections::BinaryHeap;
-use std::sync::OnceLock;
 
 #[cfg(not(loom))]
 use crossbeam_deque::{Injector, Steal, Stealer, Worker};
@@ -19,7 +18,7 @@ use crossbeam_utils::CachePadded;
 #[cfg(loom)]
 use super::loom_deque::{Injector, Steal, Stealer, Worker};
 
-use crate::sync::{AtomicBool, AtomicUsize, Mutex, Ordering};
+use crate::sync::{AtomicBool, AtomicUsize, Mutex, OnceLock, Ordering};
 use crate::task::{Domain, Task, TaskRef};
 
 /// How many tasks a thread takes from its own queue before it looks at the shared one.

@@ -30,10 +30,11 @@
 use std::fs::File;
 use std::io::{self, BufWriter, Read, Write};
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
 use std::time::{Instant, SystemTime};
 
 use crossbeam_utils::CachePadded;
+
+use crate::sync::Mutex;
 
 const MAGIC: &[u8; 8] = b"CHARIOTR";
 const VERSION: u32 = 1;
@@ -131,7 +132,9 @@ impl Trace {
         file.write_all(&u64::try_from(wall).unwrap_or(u64::MAX).to_le_bytes())?;
         Ok(Self {
             start: Instant::now(),
-            rings: (0..RINGS).map(|_| CachePadded::default()).collect(),
+            rings: (0..RINGS)
+                .map(|_| CachePadded::new(Mutex::new(Vec::new())))
+                .collect(),
             file: Mutex::new(file),
         })
     }
@@ -154,9 +157,7 @@ impl Trace {
             thread: u32::try_from(thread).unwrap_or(u32::MAX),
             event,
         };
-        let mut ring = self.rings[thread % RINGS]
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut ring = self.rings[thread % RINGS].lock();
         ring.push(record);
         if ring.len() == CAPACITY {
             self.write(&ring);
@@ -165,7 +166,7 @@ impl Trace {
     }
 
     pub(crate) fn name(&self, task: u64, name: &str) {
-        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut file = self.file.lock();
         let length = u32::try_from(name.len()).unwrap_or(u32::MAX);
         let bytes = &name.as_bytes()[..length as usize];
         let _ = block(&mut *file, 2, length)
@@ -175,7 +176,7 @@ impl Trace {
 
     /// A disk that is full must not stop the program; the missing end tells the reader.
     fn write(&self, records: &[Record]) {
-        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut file = self.file.lock();
         let mut bytes = Vec::with_capacity(records.len() * 32);
         for record in records {
             bytes.extend_from_slice(&record.time.to_le_bytes());
@@ -191,13 +192,13 @@ impl Trace {
     /// Writes what is left and the end.
     pub(crate) fn close(&self) -> io::Result<()> {
         for ring in &self.rings {
-            let mut ring = ring.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut ring = ring.lock();
             if !ring.is_empty() {
                 self.write(&ring);
                 ring.clear();
             }
         }
-        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut file = self.file.lock();
         block(&mut *file, 3, 0)?;
         file.flush()
     }
