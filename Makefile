@@ -180,7 +180,8 @@ help: ## This list
 
 # Free-threaded, and its counterpart with the GIL. PyO3 refuses the free-threaded 3.13, which CPython
 # calls an experiment: right for users, whose wheels begin with 3.14t, and overridden for our lane.
-# Packages come as wheels or not at all: pip would build the newest that has none, for an hour.
+# Packages come as wheels or not at all: pip would build the newest that has none, for an hour. But for
+# PyYAML, which Dask needs and which has no wheel for the free-threaded 3.13: it builds in seconds.
 ft_override = $(shell .venv-ft/bin/python -c \
 	'import sys; print("UNSAFE_PYO3_SKIP_VERSION_CHECK=1" if sys.version_info < (3, 14) else "")')
 
@@ -188,7 +189,7 @@ ft_override = $(shell .venv-ft/bin/python -c \
 	$(if $(FREE_THREADED_PYTHON),,$(error no free-threaded interpreter))
 	$(FREE_THREADED_PYTHON) -m venv .venv-ft
 	.venv-ft/bin/python ci/requirements build test | \
-		.venv-ft/bin/python $(PIP_INSTALL) --only-binary :all: -r /dev/stdin
+		.venv-ft/bin/python $(PIP_INSTALL) --only-binary :all: --no-binary pyyaml -r /dev/stdin
 	@mkdir -p $(@D) && touch $@
 
 .venv-ft/stamps/validating: .venv-ft/stamps/python $(RUST) $(PACKAGE) ci/build-validating
