@@ -18,11 +18,13 @@
 //!
 //! | room | what lives there | whom it knows |
 //! |---|---|---|
-//! | [`task`] | identity, the state machine, outcomes, links, latches | nobody |
+//! | [`task`] | identity, the state machine, outcomes, links, latches | words of `machine` and [`gang`] |
 //! | `graph` | dependencies, cycles | `task` |
 //! | `schedule` | ready queues, places and grants, sessions and their width, time limits | `task` |
+//! | [`gang`] in it | the ledger of devices: who may start, where, behind what | words of `machine` |
 //! | `work` | the threads that run tasks, and waiting | all above |
 //! | [`engine`] | the façade that joins them: spawn, wait, cancel, close | all above |
+//! | [`machine`] | devices, streams, events, links | nobody |
 //! | [`trace`] | event rings and trace files | nobody |
 //! | [`native`] | the Rust API: closures as tasks, typed handles, task spaces | the façade |
 
@@ -30,6 +32,7 @@ pub mod engine;
 mod graph;
 #[cfg(all(test, loom))]
 mod loom_domain;
+pub mod machine;
 #[cfg(not(loom))]
 pub mod native;
 mod schedule;
@@ -38,5 +41,6 @@ pub mod task;
 pub mod trace;
 mod work;
 
+pub use schedule::gang;
 pub use schedule::places::Grant;
 pub use schedule::width::Width;

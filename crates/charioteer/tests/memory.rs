@@ -5,6 +5,7 @@ mod common;
 
 use std::time::Duration;
 
+use charioteer::machine::{Description, Device, Machine, Time};
 use charioteer::native::{Runtime, TaskSpace};
 use common::within;
 
@@ -85,5 +86,23 @@ fn memory_stays_flat() {
             quiet();
         });
         runtime.close().unwrap();
+
+        let machine = Description::uniform(1, 1, 1 << 30, Time::Real).unwrap();
+        let machine = Machine::virtual_machine(machine);
+        let gpu = &machine.as_virtual().unwrap().gpus()[0];
+        let [first, second] = [(); 2].map(|()| gpu.create_stream().unwrap());
+        stays_flat("work of a virtual device", || {
+            for _ in 0..100 {
+                for _ in 0..100 {
+                    let memory = gpu.allocate(4096, first).unwrap();
+                    gpu.enqueue(first, Box::new(|| Ok(()))).unwrap();
+                    let event = gpu.record(first).unwrap();
+                    gpu.wait(second, event).unwrap();
+                    gpu.when_complete(event, Box::new(|result| result.unwrap()));
+                    gpu.free(memory, first).unwrap();
+                }
+                gpu.synchronize(gpu.record(second).unwrap()).unwrap();
+            }
+        });
     });
 }

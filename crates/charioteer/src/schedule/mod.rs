@@ -6,8 +6,10 @@
 //! cores, parts of cores, bodies that come back from a wait) goes through [`places`], whose state is
 //! one small structure under one lock, touched when threads park, wake or wait, not per task.
 //! Where bodies need a session of their domain, such as being attached to an interpreter, the
-//! [`gate`] says how many threads may be in one.
+//! [`gate`] says how many threads may be in one. Tasks that need devices wait in the ledger of
+//! [`gang`].
 
+pub mod gang;
 pub(crate) mod gate;
 #[cfg(loom)]
 mod loom_deque;

@@ -1,0 +1,613 @@
+//! The ledger; see the module for its protocol.
+
+use std::collections::VecDeque;
+
+use smallvec::{SmallVec, smallvec};
+
+use super::device::{Amount, Book, Load};
+use super::queue::{Queue, Shape};
+use super::request::{Capacity, MOST_DEVICES, Plan, Request, bit, ones};
+use crate::machine::{DeviceId, Event, Stream};
+
+/// What bounds the ledger's freedom.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// By how many device-times (one task on one device) younger tasks may overtake a waiting one.
+    pub overtaking: u64,
+    /// How many tasks of a device may be granted and not complete. With 0 a task takes only what no
+    /// launched task uses any more.
+    pub runahead: u32,
+}
+
+/// A task that was granted and whose body has not returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct GrantId(u32);
+
+/// A device that a task has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lent {
+    /// The device.
+    pub device: DeviceId,
+    /// The stream that is the task's own until its body returns. If there is none, make one: the
+    /// ledger learns of it by the event that the body leaves there.
+    pub stream: Option<Stream>,
+    /// What the stream has to wait for before the body enqueues anything.
+    pub waits: SmallVec<[Event; 2]>,
+}
+
+/// What a task may use.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Grant {
+    /// Its name until the body returns.
+    pub id: GrantId,
+    /// Which of the request's alternatives it is.
+    pub alternative: usize,
+    /// The devices, in the order of the alternative's members.
+    pub lent: SmallVec<[Lent; 2]>,
+}
+
+/// What to do next.
+#[derive(Debug)]
+pub enum Step<T> {
+    /// Run this task.
+    Start(T, Grant),
+    /// The body has its share again, with the streams that it had, which may have to wait.
+    Resume(Grant),
+    /// The task was not wanted any more. It is handed out so that nothing is dropped in here.
+    Unwanted(T),
+}
+
+/// One device of a task that was granted.
+#[derive(Debug)]
+struct Part {
+    book: usize,
+    /// The stream's index, once it is known.
+    stream: Option<usize>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Runs,
+    Paused,
+    /// It stands in `Gang::returning`.
+    Returns,
+}
+
+/// A task that was granted and whose body has not returned.
+#[derive(Debug)]
+struct Running {
+    state: State,
+    alternative: usize,
+    /// On each device.
+    amount: Amount,
+    load: Load,
+    parts: SmallVec<[Part; 2]>,
+}
+
+/// What a task would get.
+struct Choice {
+    /// The index of the plan.
+    plan: usize,
+    /// The books, in the order of the alternative's members.
+    books: SmallVec<[usize; 8]>,
+    /// The estimated run time in nanoseconds.
+    estimate: u64,
+}
+
+/// The ledger of the devices and the tasks that wait for them. `T` stands for a task.
+#[derive(Debug)]
+pub struct Gang<T> {
+    limits: Limits,
+    capacities: Box<[Capacity]>,
+    books: Box<[Book]>,
+    /// The devices that are lost, as bits.
+    lost: u64,
+    /// How many tasks were granted.
+    grants: u64,
+    queue: Queue<T>,
+    running: Vec<Option<Running>>,
+    vacant: Vec<u32>,
+    /// Bodies whose wait is over, in that order.
+    returning: VecDeque<GrantId>,
+    /// How many paused bodies keep memory.
+    keeping: usize,
+    /// What is held for returning bodies, and for them and a sweep's tasks, on each device. Made
+    /// anew whenever somebody asks what is next.
+    held: Box<[Amount]>,
+    held_by_sweep: Box<[Amount]>,
+}
+
+impl<T> Gang<T> {
+    /// A ledger of devices that nobody uses.
+    ///
+    /// # Panics
+    /// With more than [`MOST_DEVICES`] devices.
+    #[must_use]
+    pub fn new(devices: &[Capacity], limits: Limits) -> Self {
+        assert!(
+            devices.len() <= MOST_DEVICES,
+            "{MOST_DEVICES} devices at most"
+        );
+        let nothing = || vec![Amount::default(); devices.len()].into_boxed_slice();
+        Self {
+            limits,
+            capacities: devices.into(),
+            books: devices.iter().map(Book::new).collect(),
+            lost: 0,
+            grants: 0,
+            queue: Queue::new(),
+            running: Vec::new(),
+            vacant: Vec::new(),
+            returning: VecDeque::new(),
+            keeping: 0,
+            held: nothing(),
+            held_by_sweep: nothing(),
+        }
+    }
+
+    /// Lets a task wait for what it asks for.
+    ///
+    /// # Errors
+    /// The task itself, if no alternative can be served by the devices that are left.
+    pub fn submit(&mut self, token: T, request: Request) -> Result<(), T> {
+        self.queue.push(&self.capacities, self.lost, token, request)
+    }
+
+    /// What to do next, until there is nothing. `wanted` says whether a waiting task is to run
+    /// still; it is asked about those that would be next.
+    pub fn next(&mut self, mut wanted: impl FnMut(&T) -> bool) -> Option<Step<T>> {
+        self.held.fill(Amount::default());
+        if let Some(grant) = self.next_return() {
+            return Some(Step::Resume(grant));
+        }
+        for place in 0..self.queue.live().len() {
+            let shape = self.queue.live()[place];
+            let head = self.queue.shape(shape).head().expect("it is live");
+            if !wanted(&head.token) {
+                return Some(Step::Unwanted(self.queue.pop(shape).token));
+            }
+        }
+        for place in 0..self.queue.live().len() {
+            let shape = self.queue.live()[place];
+            if self.queue.shape(shape).takes_nothing()
+                && let Some(step) = self.start(shape, 0, Held::ByReturns)
+            {
+                return Some(step);
+            }
+        }
+        self.held_by_sweep.copy_from_slice(&self.held);
+        let (keeping, books) = (self.keeping > 0, &self.books);
+        self.queue
+            .set_stuck(|plan| keeping && !plan.fits_in(|index| books[index].has_room(plan.memory)));
+        let limit = self.limits.overtaking;
+        let order = {
+            let (books, held, runahead) = (&self.books, &self.held, self.limits.runahead);
+            self.queue.order(limit, |shape| {
+                choose(books, shape, held, u64::MAX, runahead).is_some()
+            })
+        };
+        for &shape in &order.sweep {
+            let budget = self.queue.budget(shape, limit);
+            if let Some(step) = self.start(shape, budget, Held::BySweep) {
+                return Some(step);
+            }
+            self.hold(shape);
+        }
+        for &(shape, same_priority) in &order.others {
+            let held = if same_priority {
+                Held::BySweep
+            } else {
+                Held::ByReturns
+            };
+            let budget = self.queue.budget(shape, limit);
+            if let Some(step) = self.start(shape, budget, held) {
+                return Some(step);
+            }
+        }
+        None
+    }
+
+    /// Starts the first task of a shape, if it fits.
+    fn start(&mut self, index: usize, budget: u64, held: Held) -> Option<Step<T>> {
+        let held = match held {
+            Held::ByReturns => &self.held,
+            Held::BySweep => &self.held_by_sweep,
+        };
+        let runahead = self.limits.runahead;
+        let shape = self.queue.shape(index);
+        let choice = choose(&self.books, shape, held, budget, runahead)?;
+        let (alternative, ref plan) = shape.plans[choice.plan];
+        let amount = Amount {
+            share: plan.share,
+            memory: plan.memory,
+        };
+        if !plan.takes_nothing() {
+            let devices = choice.books.iter().fold(0, |all, &book| all | bit(book));
+            self.queue.overtake(index, devices, self.limits.overtaking);
+        }
+        let task = self.queue.pop(index);
+        let load = Load {
+            shares: amount.share > 0,
+            nanoseconds: choice.estimate,
+        };
+        let mut parts = SmallVec::new();
+        let mut lent = SmallVec::new();
+        self.grants += 1;
+        for &index in &choice.books {
+            let book = &mut self.books[index];
+            let taken = book.take(amount, &task.prefer, runahead);
+            book.count(load);
+            book.tail = self.grants;
+            parts.push(Part {
+                book: index,
+                stream: taken.stream,
+            });
+            lent.push(Lent {
+                device: book.id,
+                stream: taken.stream.map(|stream| book.stream(stream)),
+                waits: taken.waits,
+            });
+        }
+        let running = Running {
+            state: State::Runs,
+            alternative,
+            amount,
+            load,
+            parts,
+        };
+        let id = match self.vacant.pop() {
+            Some(id) => {
+                self.running[id as usize] = Some(running);
+                GrantId(id)
+            }
+            None => {
+                self.running.push(Some(running));
+                GrantId(u32::try_from(self.running.len() - 1).expect("fewer than 2^32 bodies"))
+            }
+        };
+        let grant = Grant {
+            id,
+            alternative,
+            lent,
+        };
+        Some(Step::Start(task.token, grant))
+    }
+
+    /// Holds devices for a sweep's task that does not fit yet: those on which it fits, then those
+    /// that are free soonest.
+    fn hold(&mut self, shape: usize) {
+        let plans = self.queue.shape(shape).plans.iter().map(|(_, plan)| plan);
+        let plan = plans.min_by_key(|plan| plan.width()).expect("it waits");
+        let amount = Amount {
+            share: plan.share,
+            memory: plan.memory,
+        };
+        let mut used = 0;
+        for &bits in &plan.members {
+            let book = ones(bits & !used)
+                .min_by_key(|&index| {
+                    let book = &self.books[index];
+                    let fits = book.fits(amount, self.held_by_sweep[index], self.limits.runahead);
+                    (!fits, book.ahead, book.unfinished())
+                })
+                .expect("a plan has devices enough");
+            used |= bit(book);
+            self.held_by_sweep[book].hold(amount);
+        }
+    }
+
+    /// The first returning body whose share is there; holds it for those before.
+    fn next_return(&mut self) -> Option<Grant> {
+        let runahead = self.limits.runahead;
+        for place in 0..self.returning.len() {
+            let id = self.returning[place];
+            let running = self.running[id.0 as usize].as_mut().expect("it returns");
+            let share = Amount {
+                memory: 0,
+                ..running.amount
+            };
+            let fits = running.parts.iter().all(|part| {
+                self.books[part.book].fits_again(share, self.held[part.book], runahead)
+            });
+            if !fits {
+                for part in &running.parts {
+                    self.held[part.book].hold(share);
+                }
+                continue;
+            }
+            self.returning.remove(place);
+            running.state = State::Runs;
+            let (load, memory) = (running.load, running.amount.memory);
+            self.keeping -= usize::from(memory > 0);
+            let lent = running
+                .parts
+                .iter()
+                .map(|part| {
+                    let book = &mut self.books[part.book];
+                    if book.lost {
+                        return Lent {
+                            device: book.id,
+                            stream: None,
+                            waits: SmallVec::new(),
+                        };
+                    }
+                    book.resume(memory, load);
+                    Lent {
+                        device: book.id,
+                        stream: part.stream.map(|stream| book.stream(stream)),
+                        waits: book.take_again(share, part.stream),
+                    }
+                })
+                .collect();
+            return Some(Grant {
+                id,
+                alternative: running.alternative,
+                lent,
+            });
+        }
+        None
+    }
+
+    /// The body returned. `events` are the positions behind everything that it enqueued, one for
+    /// each device in the order of [`Grant::lent`]. None stands for a device on which nothing is in
+    /// flight: it is lost, or it is one without streams. What the task had is given back behind
+    /// them, and the id is used no more.
+    ///
+    /// # Panics
+    /// If it is not the id of a body that runs, or there are more or fewer events than devices.
+    pub fn launched(&mut self, id: GrantId, events: &[Option<Event>]) {
+        let running = self.runs(id);
+        assert_eq!(running.parts.len(), events.len(), "one event a device");
+        let running = self.running[id.0 as usize].take().expect("it runs");
+        self.vacant.push(id.0);
+        for (part, &event) in running.parts.iter().zip(events) {
+            let book = &mut self.books[part.book];
+            if book.lost {
+                continue;
+            }
+            match event {
+                Some(event) => {
+                    let stream = book.arrive(part.stream, event);
+                    book.give_back(running.amount, Some((stream, event.position)));
+                    book.launch(stream, event.position, running.load);
+                }
+                None => {
+                    book.give_back(running.amount, None);
+                    book.abandon(part.stream, running.load);
+                }
+            }
+        }
+    }
+
+    /// The work up to this event is complete, or has failed.
+    pub fn completed(&mut self, event: Event) {
+        let device = event.stream.device;
+        if let Some(book) = self.books.iter_mut().find(|book| book.id == device) {
+            book.complete(event);
+        }
+    }
+
+    /// Work on the stream failed, and with it all that is behind it there: nobody gets it any more.
+    pub fn failed(&mut self, stream: Stream) {
+        let device = stream.device;
+        if let Some(book) = self.books.iter_mut().find(|book| book.id == device) {
+            book.fail(stream);
+        }
+    }
+
+    /// The body waits for something. It gives back its share behind these events, one for each
+    /// device as for [`launched`](Self::launched), and keeps streams and memory.
+    ///
+    /// # Panics
+    /// If it is not the id of a body that runs, or there are more or fewer events than devices.
+    pub fn paused(&mut self, id: GrantId, events: &[Option<Event>]) {
+        self.runs(id).state = State::Paused;
+        let running = self.running[id.0 as usize].as_mut().expect("it runs");
+        assert_eq!(running.parts.len(), events.len(), "one event a device");
+        let share = Amount {
+            memory: 0,
+            ..running.amount
+        };
+        self.keeping += usize::from(running.amount.memory > 0);
+        for (part, &event) in running.parts.iter_mut().zip(events) {
+            let book = &mut self.books[part.book];
+            if book.lost {
+                continue;
+            }
+            let behind = event.map(|event| {
+                let stream = book.arrive(part.stream, event);
+                part.stream = Some(stream);
+                (stream, event.position)
+            });
+            book.give_back(share, behind);
+            book.pause(running.amount.memory, running.load);
+        }
+    }
+
+    /// The wait of the body is over: [`next`](Self::next) gives it its share back before anybody
+    /// else.
+    ///
+    /// # Panics
+    /// If it is not the id of a body that is paused.
+    pub fn resumed(&mut self, id: GrantId) {
+        let running = self.running.get_mut(id.0 as usize).and_then(Option::as_mut);
+        let running = running.expect("the id of a body");
+        assert_eq!(running.state, State::Paused, "a body that is paused");
+        running.state = State::Returns;
+        self.returning.push_back(id);
+    }
+
+    fn runs(&mut self, id: GrantId) -> &mut Running {
+        let running = self.running.get_mut(id.0 as usize).and_then(Option::as_mut);
+        let running = running.expect("the id of a body");
+        assert_eq!(running.state, State::Runs, "a body that runs");
+        running
+    }
+
+    /// The device is lost. Gives the tasks that can be served no more. Running bodies that have it
+    /// return as always; their part of it is void.
+    pub fn fail_device(&mut self, device: DeviceId) -> Vec<T> {
+        let Some(index) = self.books.iter().position(|book| book.id == device) else {
+            return Vec::new();
+        };
+        self.books[index].lose();
+        self.lost |= bit(index);
+        self.queue.replan(&self.capacities, self.lost)
+    }
+
+    /// How many paused bodies keep memory.
+    #[must_use]
+    pub fn keeping(&self) -> usize {
+        self.keeping
+    }
+
+    /// Whether nothing here can move before a paused body goes on: tasks wait, every body is paused, and
+    /// nothing is in flight.
+    #[must_use]
+    pub fn is_stuck(&self) -> bool {
+        self.keeping > 0
+            && self.waiting() > 0
+            && self.returning.is_empty()
+            && self.books.iter().all(|book| book.unfinished() == 0)
+    }
+
+    /// Gives a task up that waits: the first of a shape that is `chosen`, else the first.
+    pub fn give_up(&mut self, chosen: impl Fn(&T) -> bool) -> Option<T> {
+        let live = self.queue.live();
+        let is_chosen = |shape: &&usize| {
+            (self.queue.shape(**shape).head()).is_some_and(|head| chosen(&head.token))
+        };
+        let shape = *live.iter().find(is_chosen).or(live.first())?;
+        Some(self.queue.pop(shape).token)
+    }
+
+    /// How many tasks wait.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.queue.waiting()
+    }
+}
+
+/// Whose holds a task respects.
+#[derive(Clone, Copy)]
+enum Held {
+    ByReturns,
+    BySweep,
+}
+
+/// The policy: which alternative the first task of a shape gets, and on which devices. Of the
+/// alternatives that fit now it is the one that is estimated to finish first; of the devices of a
+/// kind those that have a stream to take over, then those that are free soonest, then the first.
+/// Members of a kind are in the order of their devices, so that a set is the same however it came
+/// about.
+fn choose<T>(
+    books: &[Book],
+    shape: &Shape<T>,
+    held: &[Amount],
+    budget: u64,
+    runahead: u32,
+) -> Option<Choice> {
+    let head = shape.head()?;
+    let mut preferred = 0;
+    for &event in &head.prefer {
+        let device = event.stream.device;
+        if let Some(index) = books.iter().position(|book| book.id == device)
+            && books[index].takeover(event).is_some()
+        {
+            preferred |= bit(index);
+        }
+    }
+    let mut best: Option<(u64, Choice)> = None;
+    for (place, (alternative, plan)) in shape.plans.iter().enumerate() {
+        if !plan.takes_nothing() && plan.width() > budget {
+            continue;
+        }
+        let Some(books_of_it) = fit(books, plan, held, preferred, runahead) else {
+            continue;
+        };
+        let estimate = head.estimate(*alternative);
+        let ahead = books_of_it.iter().map(|&index| books[index].ahead).max();
+        let finish = ahead.unwrap_or(0) + estimate;
+        if best.as_ref().is_none_or(|(least, _)| finish < *least) {
+            let choice = Choice {
+                plan: place,
+                books: books_of_it,
+                estimate,
+            };
+            best = Some((finish, choice));
+        }
+    }
+    best.map(|(_, choice)| choice)
+}
+
+/// The best devices for a plan, in the order of its members, if it fits.
+///
+/// A set runs ahead only behind its own predecessors, or where the last task of all its devices is
+/// the same. Elsewhere its devices would become free one after the other and wait for the last one,
+/// while a task that is chosen when they are free keeps them busy.
+fn fit(
+    books: &[Book],
+    plan: &Plan,
+    held: &[Amount],
+    preferred: u64,
+    runahead: u32,
+) -> Option<SmallVec<[usize; 8]>> {
+    let amount = Amount {
+        share: plan.share,
+        memory: plan.memory,
+    };
+    let fits = |index: usize| books[index].fits(amount, held[index], runahead);
+    if let [bits] = plan.members[..] {
+        return soonest(books, bits, preferred, fits).map(|book| smallvec![book]);
+    }
+    let mut left = ones(plan.devices())
+        .filter(|&index| fits(index))
+        .fold(0, |all, index| all | bit(index));
+    if u64::from(left.count_ones()) < plan.width() {
+        return None;
+    }
+    let mut chosen: SmallVec<[usize; 8]> = SmallVec::new();
+    for &bits in &plan.members {
+        let book = soonest(books, bits & left, preferred, |_| true)?;
+        left &= !bit(book);
+        chosen.push(book);
+    }
+    let tail = books[chosen[0]].tail;
+    let ends_at_once = chosen.iter().all(|&index| books[index].tail == tail)
+        || chosen.iter().all(|&index| {
+            preferred & bit(index) != 0 || books[index].fits_at_rest(amount, held[index])
+        });
+    if !ends_at_once {
+        return None;
+    }
+    for one in 0..chosen.len() {
+        for other in one + 1..chosen.len() {
+            if plan.members[one] == plan.members[other] && chosen[one] > chosen[other] {
+                chosen.swap(one, other);
+            }
+        }
+    }
+    Some(chosen)
+}
+
+/// Of those of the devices that fit the one that has a stream to take over, or is free soonest.
+fn soonest(
+    books: &[Book],
+    devices: u64,
+    preferred: u64,
+    fits: impl Fn(usize) -> bool,
+) -> Option<usize> {
+    let least = (preferred == 0, 0, 0);
+    let mut best = None;
+    for index in ones(devices).filter(|&index| fits(index)) {
+        let book = &books[index];
+        let key = (preferred & bit(index) == 0, book.ahead, book.unfinished());
+        if key == least {
+            return Some(index);
+        }
+        if best.is_none_or(|(least, _)| key < least) {
+            best = Some((key, index));
+        }
+    }
+    best.map(|(_, index)| index)
+}

@@ -1,0 +1,512 @@
+//! Rule by rule.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use smallvec::{SmallVec, smallvec};
+
+use super::{any, gpus, request};
+use crate::machine::{DeviceId, Event, HOST, Kind, Stream};
+use crate::schedule::gang::{
+    Alternative, Capacity, Gang, Grant, Limits, Member, Reason, Request, Step, WHOLE, check,
+};
+
+const LIMITS: Limits = Limits {
+    overtaking: 32,
+    runahead: 64,
+};
+
+fn named(devices: &[u16]) -> Alternative {
+    Alternative {
+        members: devices
+            .iter()
+            .map(|&index| Member::Device(DeviceId::gpu(index)))
+            .collect(),
+        ..any(0)
+    }
+}
+
+fn one(alternative: Alternative) -> Request {
+    request(&[alternative].into())
+}
+
+fn part(share: u32, memory: u64) -> Request {
+    one(Alternative {
+        share,
+        memory,
+        ..any(1)
+    })
+}
+
+fn event(device: u16, number: u32, position: u64) -> Event {
+    Event {
+        stream: Stream {
+            device: DeviceId::gpu(device),
+            number,
+        },
+        position,
+    }
+}
+
+fn start(gang: &mut Gang<&'static str>) -> (&'static str, Grant) {
+    match gang.next(|_| true) {
+        Some(Step::Start(token, grant)) => (token, grant),
+        step => panic!("a task starts, not {step:?}"),
+    }
+}
+
+fn resume(gang: &mut Gang<&'static str>) -> Grant {
+    match gang.next(|_| true) {
+        Some(Step::Resume(grant)) => grant,
+        step => panic!("a body goes on, not {step:?}"),
+    }
+}
+
+fn nothing(gang: &mut Gang<&'static str>) {
+    let step = gang.next(|_| true);
+    assert!(step.is_none(), "nothing is to be done, not {step:?}");
+}
+
+fn devices(grant: &Grant) -> Vec<u16> {
+    grant.lent.iter().map(|lent| lent.device.index()).collect()
+}
+
+/// Starts and launches the next task, which leaves an event on each device.
+fn launch(gang: &mut Gang<&'static str>, events: &[Event]) -> (&'static str, Grant) {
+    let (token, grant) = start(gang);
+    gang.launched(
+        grant.id,
+        &events.iter().copied().map(Some).collect::<Vec<_>>(),
+    );
+    (token, grant)
+}
+
+#[test]
+fn what_no_machine_can_serve_is_told_by_alternative() {
+    let machine = gpus(2, 100);
+    let refused =
+        |alternative: Alternative| check(&machine, &[alternative]).unwrap_err()[0].clone();
+    assert_eq!(refused(any(0)), Reason::Empty);
+    assert_eq!(refused(any(3)), Reason::TooMany(Kind::Gpu, 3, 2));
+    assert_eq!(refused(named(&[1, 1])), Reason::Twice(DeviceId::gpu(1)));
+    assert_eq!(refused(named(&[2])), Reason::NoDevice(DeviceId::gpu(2)));
+    let share = WHOLE + 1;
+    assert_eq!(
+        refused(Alternative { share, ..any(1) }),
+        Reason::Share(share)
+    );
+    let memory = 101;
+    let member = Member::Any(Kind::Gpu);
+    assert_eq!(
+        refused(Alternative { memory, ..any(1) }),
+        Reason::Memory(member, 101, 100)
+    );
+    // A named device is no other member, and the one that is left is too small.
+    let mixed = Alternative {
+        members: [Member::Device(DeviceId::gpu(0)), member, member].into(),
+        ..any(0)
+    };
+    assert_eq!(refused(mixed), Reason::TooMany(Kind::Gpu, 2, 1));
+    let uneven = [
+        Capacity {
+            id: HOST,
+            memory: 500,
+        },
+        machine[0].clone(),
+    ];
+    let memory = 200;
+    let both = [
+        Alternative { memory, ..any(1) },
+        Alternative {
+            members: [Member::Any(Kind::Cpu)].into(),
+            memory,
+            ..any(0)
+        },
+    ];
+    assert_eq!(check(&uneven, &both), Ok(()), "one alternative is enough");
+    let reasons = check(&uneven, &[any(2), named(&[1])]).unwrap_err();
+    assert_eq!(
+        *reasons,
+        [
+            Reason::TooMany(Kind::Gpu, 2, 1),
+            Reason::NoDevice(DeviceId::gpu(1))
+        ]
+    );
+}
+
+#[test]
+fn a_chain_uses_one_stream_and_waits_for_nothing() {
+    let mut gang = Gang::new(&gpus(2, 0), LIMITS);
+    let shape: Arc<[Alternative]> = [any(1)].into();
+    gang.submit("first", request(&shape)).unwrap();
+    let (_, grant) = launch(&mut gang, &[event(0, 7, 1)]);
+    assert_eq!(grant.lent[0].stream, None, "there was none yet");
+    for position in 1..50 {
+        let prefer = smallvec![event(0, 7, position)];
+        gang.submit(
+            "next",
+            Request {
+                prefer,
+                ..request(&shape)
+            },
+        )
+        .unwrap();
+        let (_, grant) = launch(&mut gang, &[event(0, 7, position + 1)]);
+        assert_eq!(grant.lent[0].stream, Some(event(0, 7, 0).stream));
+        assert!(grant.lent[0].waits.is_empty());
+    }
+}
+
+#[test]
+fn a_stream_that_another_successor_took_is_not_taken_over() {
+    let mut gang = Gang::new(&gpus(1, 0), LIMITS);
+    gang.submit("root", part(WHOLE / 4, 0)).unwrap();
+    launch(&mut gang, &[event(0, 0, 1)]);
+    let prefer: SmallVec<_> = smallvec![event(0, 0, 1)];
+    for name in ["one", "two", "three"] {
+        let prefer = prefer.clone();
+        gang.submit(
+            name,
+            Request {
+                prefer,
+                ..part(WHOLE / 4, 0)
+            },
+        )
+        .unwrap();
+    }
+    let (_, one) = start(&mut gang);
+    let (_, two) = start(&mut gang);
+    assert_eq!(one.lent[0].stream, Some(event(0, 0, 0).stream));
+    assert_eq!(two.lent[0].stream, None, "the stream is lent");
+    gang.launched(one.id, &[Some(event(0, 0, 2))]);
+    let (_, three) = start(&mut gang);
+    assert_eq!(
+        three.lent[0].stream, None,
+        "other work came behind the root"
+    );
+}
+
+#[test]
+fn what_is_in_flight_is_taken_behind_its_event_unless_stream_order_does() {
+    for (prefer, stream, waits) in [
+        (smallvec![], None, vec![event(0, 0, 1), event(0, 1, 1)]),
+        (
+            smallvec![event(0, 1, 1)],
+            Some(event(0, 1, 0).stream),
+            vec![event(0, 0, 1)],
+        ),
+    ] {
+        let mut gang = Gang::new(&gpus(1, 0), LIMITS);
+        for (name, number) in [("a", 0), ("b", 1)] {
+            gang.submit(name, part(WHOLE / 2, 0)).unwrap();
+            launch(&mut gang, &[event(0, number, 1)]);
+        }
+        let whole = part(WHOLE, 0);
+        gang.submit("c", Request { prefer, ..whole }).unwrap();
+        let (_, c) = start(&mut gang);
+        assert_eq!(c.lent[0].stream, stream);
+        assert_eq!(c.lent[0].waits[..], waits);
+    }
+}
+
+#[test]
+fn what_is_at_rest_comes_before_what_is_in_flight_and_the_oldest_flight_first() {
+    let mut gang = Gang::new(&gpus(1, 12), LIMITS);
+    for (name, number) in [("a", 0), ("b", 1)] {
+        gang.submit(name, part(0, 4)).unwrap();
+        launch(&mut gang, &[event(0, number, 1)]);
+    }
+    gang.submit("c", part(0, 4)).unwrap();
+    let (_, c) = launch(&mut gang, &[event(0, 2, 1)]);
+    assert_eq!((c.lent[0].stream, c.lent[0].waits.len()), (None, 0));
+    gang.submit("d", part(0, 4)).unwrap();
+    let (_, d) = start(&mut gang);
+    assert_eq!(d.lent[0].stream, None, "not that of a stranger");
+    assert_eq!(d.lent[0].waits[..], [event(0, 0, 1)], "the oldest");
+    gang.completed(event(0, 2, 1));
+    gang.submit("e", part(0, 4)).unwrap();
+    let (_, e) = start(&mut gang);
+    assert_eq!(
+        e.lent[0].stream,
+        Some(event(0, 2, 0).stream),
+        "that is at rest now"
+    );
+    assert!(e.lent[0].waits.is_empty());
+}
+
+#[test]
+fn at_most_so_many_run_ahead() {
+    for (runahead, most) in [(0, 1), (1, 1), (3, 3)] {
+        let mut gang = Gang::new(&gpus(1, 0), Limits { runahead, ..LIMITS });
+        let mut launched = 0;
+        for _ in 0..5 {
+            gang.submit("task", part(WHOLE, 0)).unwrap();
+        }
+        while let Some(Step::Start(_, grant)) = gang.next(|_| true) {
+            launched += 1;
+            gang.launched(grant.id, &[Some(event(0, launched, 1))]);
+        }
+        assert_eq!(launched, most, "run-ahead {runahead}");
+        gang.completed(event(0, 1, 1));
+        start(&mut gang);
+    }
+}
+
+#[test]
+fn what_takes_nothing_waits_for_nothing() {
+    let mut gang = Gang::new(
+        &gpus(1, 0),
+        Limits {
+            runahead: 0,
+            ..LIMITS
+        },
+    );
+    gang.submit("whole", part(WHOLE, 0)).unwrap();
+    gang.submit("blocked", part(WHOLE, 0)).unwrap();
+    start(&mut gang);
+    gang.submit("light", part(0, 0)).unwrap();
+    let (token, grant) = start(&mut gang);
+    assert_eq!((token, grant.lent[0].waits.len()), ("light", 0));
+    nothing(&mut gang);
+}
+
+#[test]
+fn a_set_has_all_or_nothing_in_its_own_order() {
+    let mut gang = Gang::new(&gpus(3, 0), LIMITS);
+    gang.submit("busy", one(named(&[1]))).unwrap();
+    let (_, busy) = start(&mut gang);
+    gang.submit("set", one(named(&[2, 1]))).unwrap();
+    nothing(&mut gang);
+    gang.submit("other", one(named(&[0]))).unwrap();
+    assert_eq!(
+        devices(&start(&mut gang).1),
+        [0],
+        "devices that it does not need are free"
+    );
+    gang.launched(busy.id, &[Some(event(1, 0, 1))]);
+    nothing(&mut gang);
+    gang.completed(event(1, 0, 1));
+    assert_eq!(devices(&start(&mut gang).1), [2, 1]);
+}
+
+#[test]
+fn a_set_runs_ahead_behind_one_common_task_or_its_predecessors() {
+    let mut gang = Gang::new(&gpus(2, 0), LIMITS);
+    let pair = || one(any(2));
+    gang.submit("one", pair()).unwrap();
+    launch(&mut gang, &[event(0, 0, 1), event(1, 0, 1)]);
+    gang.submit("two", pair()).unwrap();
+    launch(&mut gang, &[event(0, 1, 1), event(1, 1, 1)]);
+    for (name, device) in [("left", 0), ("right", 1)] {
+        gang.submit(name, one(named(&[device]))).unwrap();
+        launch(&mut gang, &[event(device, 2, 1)]);
+    }
+    let prefer = smallvec![event(0, 2, 1), event(1, 2, 1)];
+    gang.submit("successor", Request { prefer, ..pair() })
+        .unwrap();
+    let (_, grant) = launch(&mut gang, &[event(0, 2, 2), event(1, 2, 2)]);
+    assert!(grant.lent.iter().all(|lent| lent.waits.is_empty()));
+    gang.submit("left", one(named(&[0]))).unwrap();
+    launch(&mut gang, &[event(0, 3, 1)]);
+    gang.submit("stranger", pair()).unwrap();
+    nothing(&mut gang);
+    gang.completed(event(0, 3, 1));
+    gang.completed(event(1, 2, 2));
+    start(&mut gang);
+}
+
+#[test]
+fn larger_priorities_come_first_then_age() {
+    let mut gang = Gang::new(&gpus(1, 0), LIMITS);
+    // Two shapes, so that order is not that of one queue.
+    for (name, priority, share) in [
+        ("c", 0, WHOLE),
+        ("d", 0, WHOLE - 1),
+        ("a", 2, WHOLE),
+        ("b", 1, WHOLE - 1),
+        ("e", -1, WHOLE),
+    ] {
+        gang.submit(
+            name,
+            Request {
+                priority,
+                ..part(share, 0)
+            },
+        )
+        .unwrap();
+    }
+    let mut names = Vec::new();
+    for number in 1..6 {
+        names.push(launch(&mut gang, &[event(0, number, 1)]).0);
+    }
+    names[2..4].sort_unstable();
+    assert_eq!(names, ["a", "b", "c", "d", "e"]);
+}
+
+#[test]
+fn narrow_tasks_fill_the_gap_before_a_wide_one_up_to_the_bound() {
+    for priority in [0, -1] {
+        let mut gang = Gang::new(
+            &gpus(2, 0),
+            Limits {
+                overtaking: 5,
+                runahead: 0,
+            },
+        );
+        gang.submit("long", one(named(&[0]))).unwrap();
+        let (_, long) = start(&mut gang);
+        gang.submit("wide", one(any(2))).unwrap();
+        for _ in 0..20 {
+            gang.submit(
+                "narrow",
+                Request {
+                    priority,
+                    ..one(any(1))
+                },
+            )
+            .unwrap();
+        }
+        for position in 1..=5 {
+            let (token, _) = launch(&mut gang, &[event(1, 0, position)]);
+            assert_eq!(token, "narrow");
+            gang.completed(event(1, 0, position));
+        }
+        nothing(&mut gang);
+        gang.launched(long.id, &[Some(event(0, 0, 1))]);
+        gang.completed(event(0, 0, 1));
+        assert_eq!(start(&mut gang).0, "wide");
+    }
+}
+
+#[test]
+fn a_sweep_holds_no_more_than_its_task_needs() {
+    let mut gang = Gang::new(
+        &gpus(4, 0),
+        Limits {
+            overtaking: 0,
+            runahead: 0,
+        },
+    );
+    gang.submit("long", one(named(&[0]))).unwrap();
+    start(&mut gang);
+    gang.submit("wide", one(named(&[0, 1]))).unwrap();
+    gang.submit("narrow", one(named(&[1]))).unwrap();
+    gang.submit("apart", one(named(&[3]))).unwrap();
+    assert_eq!(start(&mut gang).0, "apart");
+    nothing(&mut gang);
+}
+
+#[test]
+fn the_alternative_that_finishes_first_is_taken() {
+    let mut gang = Gang::new(&gpus(2, 0), LIMITS);
+    let shape: Arc<[Alternative]> = [any(1), any(2)].into();
+    let estimates = |one, two| {
+        [one, two]
+            .map(|time: Option<u64>| time.map(Duration::from_millis))
+            .into_iter()
+            .collect()
+    };
+    let asked = |one, two| Request {
+        estimates: estimates(one, two),
+        ..request(&shape)
+    };
+    for (asked, width, why) in [
+        (asked(Some(5), Some(3)), 2, "the estimate decides"),
+        (asked(Some(3), Some(5)), 1, "the estimate decides"),
+        (asked(Some(3), None), 2, "what is unknown is tried"),
+        (request(&shape), 1, "order breaks ties"),
+    ] {
+        gang.submit("task", asked).unwrap();
+        let (_, grant) = start(&mut gang);
+        assert_eq!(grant.lent.len(), width, "{why}");
+        assert_eq!(grant.alternative, width - 1);
+        gang.launched(grant.id, &vec![None; width]);
+    }
+    // The other device has 3 ms before it, this one 5.
+    gang.submit(
+        "five",
+        Request {
+            estimates: estimates(Some(5), None),
+            ..one(named(&[0]))
+        },
+    )
+    .unwrap();
+    launch(&mut gang, &[event(0, 9, 1)]);
+    gang.submit(
+        "three",
+        Request {
+            estimates: estimates(Some(3), None),
+            ..one(named(&[1]))
+        },
+    )
+    .unwrap();
+    launch(&mut gang, &[event(1, 9, 1)]);
+    gang.submit("next", asked(Some(1), Some(1))).unwrap();
+    assert_eq!(devices(&start(&mut gang).1), [1]);
+}
+
+#[test]
+fn a_paused_body_keeps_its_memory_and_its_stream_and_returns_first() {
+    let mut gang = Gang::new(&gpus(1, 10), LIMITS);
+    gang.submit("waits", part(WHOLE, 6)).unwrap();
+    let (_, body) = start(&mut gang);
+    gang.paused(body.id, &[Some(event(0, 0, 1))]);
+    gang.submit("large", part(WHOLE, 5)).unwrap();
+    nothing(&mut gang);
+    gang.submit("small", part(WHOLE, 4)).unwrap();
+    let (token, small) = start(&mut gang);
+    assert_eq!(token, "small");
+    assert_eq!(small.lent[0].stream, None, "the other stream is lent still");
+    assert_eq!(small.lent[0].waits[..], [event(0, 0, 1)]);
+    gang.submit("later", part(WHOLE, 1)).unwrap();
+    gang.resumed(body.id);
+    nothing(&mut gang);
+    gang.launched(small.id, &[Some(event(0, 1, 1))]);
+    let again = resume(&mut gang);
+    assert_eq!(again.id, body.id);
+    assert_eq!(again.lent[0].stream, Some(event(0, 0, 0).stream));
+    assert_eq!(again.lent[0].waits[..], [event(0, 1, 1)]);
+    nothing(&mut gang);
+    gang.launched(body.id, &[Some(event(0, 0, 2))]);
+    assert_eq!(start(&mut gang).0, "large");
+}
+
+#[test]
+fn who_is_not_wanted_is_handed_out_and_holds_nothing() {
+    let mut gang = Gang::new(
+        &gpus(2, 0),
+        Limits {
+            overtaking: 0,
+            ..LIMITS
+        },
+    );
+    gang.submit("long", one(named(&[0]))).unwrap();
+    start(&mut gang);
+    gang.submit("wide", one(any(2))).unwrap();
+    gang.submit("narrow", one(any(1))).unwrap();
+    nothing(&mut gang);
+    let step = gang.next(|&token| token != "wide");
+    assert!(matches!(step, Some(Step::Unwanted("wide"))));
+    assert_eq!(start(&mut gang).0, "narrow");
+}
+
+#[test]
+fn a_lost_device_fails_those_who_need_it_alone() {
+    let mut gang = Gang::new(&gpus(2, 0), LIMITS);
+    gang.submit("runs", one(any(2))).unwrap();
+    let (_, runs) = start(&mut gang);
+    gang.submit("needs", one(named(&[1]))).unwrap();
+    gang.submit("both", one(any(2))).unwrap();
+    gang.submit("free", request(&[any(2), any(1)].into()))
+        .unwrap();
+    let mut failed = gang.fail_device(DeviceId::gpu(1));
+    failed.sort_unstable();
+    assert_eq!(failed, ["both", "needs"]);
+    assert_eq!(gang.submit("late", one(any(2))), Err("late"));
+    gang.launched(runs.id, &[Some(event(0, 0, 1)), None]);
+    let (token, grant) = start(&mut gang);
+    assert_eq!(
+        (token, grant.alternative, devices(&grant)),
+        ("free", 1, vec![0])
+    );
+}
