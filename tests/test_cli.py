@@ -29,7 +29,7 @@ def environment(**changes: str) -> dict[str, str]:
     plain = {
         name: value
         for name, value in os.environ.items()
-        if name not in {"CHARIOTEER_WORKERS", "CHARIOTEER_TRACE"}
+        if name not in {"CHARIOTEER_MACHINE", "CHARIOTEER_WORKERS", "CHARIOTEER_TRACE"}
     }
     return plain | {"COLUMNS": "200"} | changes
 
@@ -115,6 +115,8 @@ def test_info_tells_what_a_runtime_would_use() -> None:
     assert facts["version"] == ch.__version__
     assert facts["python"]["executable"] == sys.executable
     assert facts["python"]["gil"] is getattr(sys, "_is_gil_enabled", lambda: True)()
+    assert facts["machine"]["host"]["cores"] == len(os.sched_getaffinity(0))
+    assert facts["machine"]["gpus"] == []
     [cpu] = facts["devices"]
     assert cpu["kind"] == "cpu"
     assert cpu["usable_cores"] == len(os.sched_getaffinity(0))
@@ -436,6 +438,72 @@ def test_run_explains_wrong_usage(script: Script, tmp_path: Path) -> None:
     assert_usage_error(charioteer("run", "--trace", str(tmp_path), path), "directory")
     assert_usage_error(charioteer("run", "--trace", "/nowhere/t", path), "does not exist")
     assert_usage_error(charioteer("run", "--gallop", path), "--gallop")
+
+
+MACHINE = """
+charioteer-machine: 1
+time: virtual
+host: {cores: 3, nodes: [{cores: 0-2, memory: 1GiB}]}
+gpus: [{count: 2, memory: 2GiB, name: small}]
+links:
+  peer: none
+  pairs: [{from: host, to: gpu(1), bandwidth: 1GB/s}]
+"""
+
+
+def test_info_shows_a_machine(tmp_path: Path) -> None:
+    path = tmp_path / "islands.yaml"
+    path.write_text(MACHINE)
+    done = charioteer("info", "--json", "--machine", str(path))
+    machine = json.loads(done.stdout)["machine"]
+    # Virtual time passes while nothing else runs.
+    assert json.loads(done.stdout)["workers"] == 0
+    assert (machine["name"], machine["time"]) == ("islands", "virtual")
+    assert machine["gpus"] == [{"name": "small", "memory": 2**31}] * 2
+    assert machine["links"]["peer"] is None
+    pair = {"from": "cpu(0)", "to": "gpu(1)", "bandwidth": 1e9, "latency": 0.0}
+    assert machine["links"]["pairs"] == [pair]
+    shown = charioteer("info", "--machine", str(path)).stdout
+    for line in (
+        "islands, in virtual time",
+        "NUMA node 0: cores 0-2, 1 GiB",
+        "gpu(1): small, 2 GiB",
+        "GPU and GPU: none",
+        "host to gpu(1): 1GB/s, 0.0 latency",
+    ):
+        assert line in shown
+    assert "gpu(7): virtual GPU, 4 GiB" in charioteer("info", "--machine", "virtual:8").stdout
+
+
+def test_info_explains_what_is_no_machine(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("charioteer-machine: 1\nhost: {cores: none}\n")
+    assert_usage_error(charioteer("info", "--machine", str(path)), "bad.yaml:2:", "cores")
+    assert_usage_error(charioteer("info", "--machine", "virtual:x"), "virtual:N")
+    assert_usage_error(charioteer("info", "--machine", "/nowhere.yaml"), "No such file")
+    assert_usage_error(charioteer("info", CHARIOTEER_MACHINE="virtual:-1"), "virtual:N")
+
+
+def test_run_names_the_machine_of_runtimes_that_name_none(script: Script, tmp_path: Path) -> None:
+    (tmp_path / "islands.yaml").write_text(MACHINE)
+    path = script(
+        """
+        import os
+        import charioteer as ch
+        os.chdir("/")
+        with ch.Runtime() as rt:
+            print(rt.machine.name, len(rt.machine.gpus), rt.workers)
+        print(ch.spawn(lambda: len(ch.current().devices)).result())
+        """
+    )
+    done = charioteer("run", "--machine", str(tmp_path / "islands.yaml"), path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "islands 2 0\n1\n", "")
+    (tmp_path / "islands.yaml").write_text(MACHINE.replace("time: virtual", "time: real"))
+    done = charioteer("run", "--machine", str(tmp_path / "islands.yaml"), path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "islands 2 3\n1\n", "")
+    done = charioteer("run", "--workers", "1", "--machine", "virtual:5", path)
+    assert done.stdout == "virtual:5 5 1\n1\n"
+    assert_usage_error(charioteer("run", "--machine", "virtual:", path), "virtual:N")
 
 
 # bench

@@ -27,6 +27,7 @@ LATER = [
     "numpy",
     "rich",
     "threadpoolctl",
+    "yaml",
 ]
 """``logging`` is not among them: ``concurrent.futures``, whose errors ours are, imports it."""
 
@@ -54,7 +55,7 @@ def test_importing_brings_only_what_is_needed() -> None:
 
 def test_running_plain_tasks_needs_no_event_loop() -> None:
     modules = loaded(
-        "import charioteer as ch; rt = ch.Runtime(2).open(); rt.submit(int); rt.close()"
+        "import charioteer as ch; rt = ch.Runtime(workers=2).open(); rt.submit(int); rt.close()"
     )
     assert modules.isdisjoint(["asyncio", "rich", "threadpoolctl"])
 

@@ -30,7 +30,7 @@ from charioteer._core import (
 from charioteer._futures import TaskGroup, WaitResult, as_completed, gather, wait
 from charioteer._native import In, InOut, Out, native
 from charioteer._runtime import Runtime
-from charioteer.devices import Device, DeviceSet, Kind, cpu
+from charioteer.devices import Device, DeviceSet, Kind, Requirement, cpu, gpu
 from charioteer.errors import (
     AccessError,
     CancelledError,
@@ -39,15 +39,20 @@ from charioteer.errors import (
     CharioteerError,
     CycleError,
     DependencyError,
+    DeviceError,
+    DeviceLostError,
     DuplicateTaskError,
+    MachineError,
     NativeError,
     NoRuntimeError,
+    OutOfDeviceMemoryError,
     PlacementError,
     RuntimeActiveError,
     TaskTimeoutError,
     UnspawnedDependencyError,
     WorkerLimitError,
 )
+from charioteer.machine import Machine
 
 connect()
 del connect
@@ -66,15 +71,21 @@ __all__ = [
     "CycleError",
     "DependencyError",
     "Device",
+    "DeviceError",
+    "DeviceLostError",
     "DeviceSet",
     "DuplicateTaskError",
     "In",
     "InOut",
     "Kind",
+    "Machine",
+    "MachineError",
     "NativeError",
     "NoRuntimeError",
     "Out",
+    "OutOfDeviceMemoryError",
     "PlacementError",
+    "Requirement",
     "Runtime",
     "RuntimeActiveError",
     "Task",
@@ -90,6 +101,7 @@ __all__ = [
     "cpu",
     "current",
     "gather",
+    "gpu",
     "native",
     "read_trace",
     "spawn",

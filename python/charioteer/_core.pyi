@@ -1,7 +1,9 @@
+import sys
 from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from contextvars import Context as ContextVars
 from os import PathLike
+from types import TracebackType
 from typing import (
     Any,
     Concatenate,
@@ -18,12 +20,18 @@ from charioteer._futures import Tasks
 from charioteer.devices import Device, Placement
 
 __all__ = [
+    "Allocation",
     "Awaiting",
     "BlasRoutine",
+    "Clock",
     "Context",
     "Engine",
+    "Event",
+    "Memory",
     "NativeFunction",
+    "OpenMachine",
     "Spawner",
+    "Stream",
     "Subscription",
     "Task",
     "TaskDecorator",
@@ -39,6 +47,7 @@ __all__ = [
     "count_groups",
     "current_context",
     "finish_elsewhere",
+    "finish_operations",
     "is_failed",
     "is_open",
     "is_worker",
@@ -52,6 +61,7 @@ __all__ = [
     "spin_address",
     "submit",
     "task",
+    "task_stream",
     "work",
 ]
 
@@ -160,6 +170,7 @@ class TaskFunction(Generic[_P, _R_co]):
         priority: int | None = None,
         placement: Placement | None = None,
         share: float | None = None,
+        memory: int | str | None = None,
         timeout: float | None = None,
         retries: int | None = None,
     ) -> Self: ...
@@ -215,6 +226,7 @@ def task(
     priority: int | None = None,
     placement: Placement | None = None,
     share: float | None = None,
+    memory: int | str | None = None,
     timeout: float | None = None,
     retries: int | None = None,
 ) -> TaskFunction[_P, _R]: ...
@@ -228,6 +240,7 @@ def task(
     priority: int | None = None,
     placement: Placement | None = None,
     share: float | None = None,
+    memory: int | str | None = None,
     timeout: float | None = None,
     retries: int | None = None,
 ) -> TaskFunction[_P, _R]: ...
@@ -241,6 +254,7 @@ def task(
     priority: int | None = None,
     placement: Placement | None = None,
     share: float | None = None,
+    memory: int | str | None = None,
     timeout: float | None = None,
     retries: int | None = None,
 ) -> TaskFunction[_P, _R]: ...
@@ -254,6 +268,7 @@ def task(
     priority: int | None = None,
     placement: Placement | None = None,
     share: float | None = None,
+    memory: int | str | None = None,
     timeout: float | None = None,
     retries: int | None = None,
 ) -> TaskFunction[_P, _R]: ...
@@ -267,6 +282,7 @@ def task(
     priority: int | None = None,
     placement: Placement | None = None,
     share: float | None = None,
+    memory: int | str | None = None,
     timeout: float | None = None,
     retries: int | None = None,
 ) -> TaskFunction[_P, _R]: ...
@@ -280,6 +296,7 @@ def task(
     priority: int | None = None,
     placement: Placement | None = None,
     share: float | None = None,
+    memory: int | str | None = None,
     timeout: float | None = None,
     retries: int | None = None,
 ) -> TaskDecorator: ...
@@ -293,6 +310,7 @@ def spawn(
     priority: int | None = None,
     placement: Placement | None = None,
     share: float | None = None,
+    memory: int | str | None = None,
     timeout: float | None = None,
     retries: int | None = None,
 ) -> Task[_R]: ...
@@ -306,6 +324,7 @@ def spawn(
     priority: int | None = None,
     placement: Placement | None = None,
     share: float | None = None,
+    memory: int | str | None = None,
     timeout: float | None = None,
     retries: int | None = None,
 ) -> Task[_R]: ...
@@ -319,6 +338,7 @@ def spawn(
     priority: int | None = None,
     placement: Placement | None = None,
     share: float | None = None,
+    memory: int | str | None = None,
     timeout: float | None = None,
     retries: int | None = None,
 ) -> Task[_R]: ...
@@ -332,6 +352,7 @@ def spawn(
     priority: int | None = None,
     placement: Placement | None = None,
     share: float | None = None,
+    memory: int | str | None = None,
     timeout: float | None = None,
     retries: int | None = None,
 ) -> Task[_R]: ...
@@ -345,6 +366,7 @@ def spawn(
     priority: int | None = None,
     placement: Placement | None = None,
     share: float | None = None,
+    memory: int | str | None = None,
     timeout: float | None = None,
     retries: int | None = None,
 ) -> Spawner: ...
@@ -359,6 +381,7 @@ def spawn_many(
     priority: int | None = None,
     placement: Placement | None = None,
     share: float | None = None,
+    memory: int | str | None = None,
     timeout: float | None = None,
     retries: int | None = None,
 ) -> TaskList[_R]: ...
@@ -373,6 +396,7 @@ def spawn_many(
     priority: int | None = None,
     placement: Placement | None = None,
     share: float | None = None,
+    memory: int | str | None = None,
     timeout: float | None = None,
     retries: int | None = None,
 ) -> TaskList[_R]: ...
@@ -387,6 +411,7 @@ def spawn_many(
     priority: int | None = None,
     placement: Placement | None = None,
     share: float | None = None,
+    memory: int | str | None = None,
     timeout: float | None = None,
     retries: int | None = None,
 ) -> TaskList[_R]: ...
@@ -487,6 +512,8 @@ class Engine:
         trace: str | PathLike[str] | None = None,
         on_failure: Callable[[Task[Any]], object] | None = None,
         gil: int | None = None,
+        machine: OpenMachine | None = None,
+        runahead: int = 64,
     ) -> Self: ...
     @property
     def workers(self) -> int: ...
@@ -511,10 +538,24 @@ class Context:
     @property
     def device(self) -> Device: ...
     @property
+    def streams(self) -> tuple[Stream, ...]: ...
+    @property
+    def stream(self) -> Stream: ...
+    def make_current(self, at: int) -> int: ...
+    def each(self) -> Iterator[Device]: ...
+    @property
+    def xp(self) -> Any: ...
+    def barrier(self) -> None: ...
+    def record(self, name: str) -> Event: ...
+    def wait(self, name: str) -> None: ...
+    @property
+    def store(self) -> dict[Any, Any]: ...
+    @property
     def cancel_requested(self) -> bool: ...
     def check_cancelled(self) -> None: ...
 
 def current_context() -> Context: ...
+def task_stream() -> tuple[int, Stream] | None: ...
 def is_open() -> bool: ...
 def is_worker() -> bool: ...
 def set_default_runtime_factory(factory: Callable[[], object] | None) -> None: ...
@@ -537,3 +578,98 @@ def finish_elsewhere(
 
 def spin_address() -> int: ...
 def work(seconds: float, held: float = 0.0, slices: int = 1) -> None: ...
+
+# Virtual devices.
+
+@final
+class OpenMachine:
+    def __new__(
+        cls,
+        cores: int,
+        memory: int | None,
+        gpus: list[tuple[int, str]],
+        *,
+        host: tuple[float, float],
+        peer: tuple[float, float] | None,
+        local: tuple[float, float],
+        pairs: list[tuple[int, int, tuple[float, float]]],
+        virtual_time: bool,
+    ) -> Self: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None: ...
+    def close(self) -> None: ...
+    @property
+    def gpus(self) -> int: ...
+    @property
+    def clock(self) -> Clock: ...
+    def stream(self, gpu: int) -> Stream: ...
+    def free_memory(self, gpu: int) -> int: ...
+    def enable_peer(self, gpu: int, peer: int) -> None: ...
+    def counters(self, gpu: int) -> dict[str, Any]: ...
+    def fail_copy(self, gpu: int, nth: int) -> None: ...
+    def lose(self, gpu: int, why: str = "injected", *, after: int | None = None) -> None: ...
+    def delay_event(self, gpu: int, delay: float) -> None: ...
+
+@final
+class Clock:
+    @property
+    def now(self) -> int: ...
+    def advance(self) -> bool: ...
+
+@final
+class Stream:
+    @property
+    def device(self) -> int: ...
+    @property
+    def number(self) -> int: ...
+    def enqueue(self, operation: Callable[[], object]) -> None: ...
+    def busy(self, duration: float) -> None: ...
+    def record(self) -> Event: ...
+    def wait(self, event: Event) -> None: ...
+    def synchronize(self) -> None: ...
+    def allocate(self, size: int) -> Allocation: ...
+    def reaches(self, memory: Memory) -> bool: ...
+    def copy(
+        self,
+        source: Memory,
+        source_offset: int,
+        target: Memory,
+        target_offset: int,
+        size: int,
+    ) -> None: ...
+    def upload(self, source: Any, target: Memory, offset: int) -> None: ...
+    def download(self, source: Memory, offset: int, size: int) -> bytearray: ...
+    def __eq__(self, other: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
+
+@final
+class Event:
+    def is_complete(self) -> bool: ...
+    def synchronize(self) -> None: ...
+
+@final
+class Memory:
+    @property
+    def device(self) -> int: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    if sys.version_info >= (3, 12):
+        def __buffer__(self, flags: int, /) -> memoryview: ...
+        def __release_buffer__(self, buffer: memoryview, /) -> None: ...
+
+@final
+class Allocation:
+    @property
+    def memory(self) -> Memory: ...
+    @property
+    def stream(self) -> Stream: ...
+    def used_on(self, stream: Stream) -> None: ...
+
+def finish_operations(limit: float) -> None: ...

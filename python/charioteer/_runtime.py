@@ -13,13 +13,17 @@ from typing import Any, Literal, ParamSpec, Self, TypeVar
 from charioteer import _core, _pools
 from charioteer._core import Context, Task, TaskList
 from charioteer._executor import RuntimeExecutor
+from charioteer._quantities import read_count
 from charioteer._support import loaded_loop, warn
+from charioteer.devices import Device, gpu
 from charioteer.errors import CancelledError, NoRuntimeError, UnspawnedDependencyError
+from charioteer.machine import Machine
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _MOST_WORKERS = 4096
+_MOST_AHEAD = 2**32 - 1
 
 _opened: Runtime | None = None
 _left_behind: list[_core.Engine] = []
@@ -45,9 +49,16 @@ class Runtime:
     note of the rest. ``async with`` does the same without blocking the event loop.
 
     Args:
+        machine: whose devices tasks run on, besides the cores: a :class:`Machine`, or what
+            :meth:`Machine.load` reads, such as ``"virtual:4"``. Unless said, the one that the
+            environment variable ``CHARIOTEER_MACHINE`` names, else the one that the process runs
+            on.
         workers: the cores to use. Unless said, the environment variable ``CHARIOTEER_WORKERS``,
-            else every core that the process may use. Zero runs bodies in the thread that spawns
-            them, in a deterministic order, for a debugger.
+            else every core of the machine. Zero runs bodies in the thread that spawns them, in a
+            deterministic order, for a debugger; a machine whose time is virtual takes no others.
+        runahead: how many tasks may have work in flight on a device, their bodies done and their
+            work not, while more are started behind it. With zero a task starts when those that it
+            depends on are complete.
         max_pending: makes a thread that spawns, outside of tasks and their callbacks, wait while
             so many tasks are unfinished.
         on_failure: called with each failed task whose last handle went away unread, instead of
@@ -62,18 +73,23 @@ class Runtime:
     Raises:
         ValueError: a number out of range.
         TypeError: something of the wrong type.
+        MachineError: a name or a file of no machine.
     """
 
     def __init__(
         self,
+        machine: Machine | str | None = None,
         workers: int | None = None,
+        runahead: int = 64,
         *,
         max_pending: int | None = None,
         on_failure: Callable[[Task[Any]], object] | None = None,
         trace: str | os.PathLike[str] | None = None,
         gil: int | Literal["auto"] = "auto",
     ) -> None:
-        self._workers = _worker_count(workers)
+        self._machine = _machine(machine)
+        self._workers = _worker_count(workers, self._machine)
+        self._runahead = read_count(runahead, "runahead", 0, most=_MOST_AHEAD)
         if max_pending is not None:
             if isinstance(max_pending, bool) or not isinstance(max_pending, int):
                 raise TypeError(
@@ -95,6 +111,8 @@ class Runtime:
         self._on_failure = on_failure
         self._trace = None if trace is None else os.fsdecode(trace)
         self._engine: _core.Engine | None = None
+        self._devices: _core.OpenMachine | None = None
+        self._counted: dict[Device, dict[str, Any]] = {}
         self._closed = False
 
     def __repr__(self) -> str:
@@ -105,6 +123,13 @@ class Runtime:
     def workers(self) -> int:
         """The number of workers."""
         return self._workers
+
+    @property
+    def machine(self) -> Machine:
+        """The machine whose devices it works with."""
+        if self._machine is None:
+            self._machine = Machine.detect()
+        return self._machine
 
     # ---- opening and closing ----------------------------------------------------------------
 
@@ -123,9 +148,22 @@ class Runtime:
 
                 raise RuntimeActiveError("this runtime is open already")
             raise RuntimeError("a runtime is opened once: make another")
-        self._engine = _core.Engine(
-            self._workers, self._max_pending, self._trace, self._on_failure, self._gil
-        )
+        devices = self._machine.open() if self._machine and self._machine.gpus else None
+        try:
+            self._engine = _core.Engine(
+                self._workers,
+                self._max_pending,
+                self._trace,
+                self._on_failure,
+                self._gil,
+                devices,
+                self._runahead,
+            )
+        except BaseException:
+            if devices is not None:
+                devices.close()
+            raise
+        self._devices = devices
         _opened = self
         _pools.open_limits()
         if not _registered:
@@ -196,6 +234,9 @@ class Runtime:
         if (loop := loaded_loop()) is not None:
             loop.loop_close()
         self._failures = self._engine.close()
+        if self._devices is not None:
+            self._count_devices(self._devices)
+            self._devices.close()
         self._closed = True
         _pools.close_limits()
         if _opened is self:
@@ -358,7 +399,8 @@ class Runtime:
             ``gateway``: for each site of the process that attaches to the interpreter or detaches
             from it, its ``visits``, how many had to wait for the interpreter (``waits``), the
             seconds that took (``waited``) and those from there to the end of the visit
-            (``inside``), since the process began.
+            (``inside``), since the process began;
+            ``devices``: for each device with streams what :class:`Machine` counts on it.
             A task's outcome is there before the task is counted: the counts may lag behind by the
             tasks that are ending right now.
 
@@ -367,7 +409,12 @@ class Runtime:
         """
         if self._engine is None:
             raise NoRuntimeError("this runtime was never open")
-        return self._engine.stats()
+        if self._devices is not None and not self._closed:
+            self._count_devices(self._devices)
+        return {**self._engine.stats(), "devices": dict(self._counted)}
+
+    def _count_devices(self, devices: _core.OpenMachine) -> None:
+        self._counted = {gpu(index): devices.counters(index) for index in range(devices.gpus)}
 
 
 def _results(tasks: TaskList[R], end: float | None) -> Iterator[R]:
@@ -389,11 +436,27 @@ def _short(failure: BaseException) -> str:
         return type(failure).__name__
 
 
-def _worker_count(workers: int | None) -> int:
+def _machine(said: Machine | str | None) -> Machine | None:
+    """The machine that was said, or that the environment names."""
+    if said is None:
+        said = os.environ.get("CHARIOTEER_MACHINE") or None
+    if said is None or isinstance(said, Machine):
+        return said
+    if not isinstance(said, str):
+        raise TypeError(f"machine is a Machine or what Machine.load reads, not {said!r}")
+    return Machine.load(said)
+
+
+def _worker_count(workers: int | None, machine: Machine | None) -> int:
+    if machine is not None and machine.time == "virtual":
+        if workers:
+            raise ValueError("virtual time passes while nothing else runs: it takes workers=0")
+        return 0
     if workers is None:
         said = os.environ.get("CHARIOTEER_WORKERS")
         if not said:
-            return len(os.sched_getaffinity(0))
+            cores = len(os.sched_getaffinity(0)) if machine is None else machine.host.cores
+            return min(cores, _MOST_WORKERS)
         try:
             workers = int(said)
         except ValueError:

@@ -16,18 +16,20 @@ from typing import Any
 
 from charioteer import errors
 from charioteer._futures import future, join_group
+from charioteer._placement import resolve as resolve_placement
 from charioteer._pools import limit_enter, limit_exit, limit_thread, refresh_limits
-from charioteer.devices import core_counts as cores
-from charioteer.devices import cores as devices
+from charioteer.devices import held as devices
+from charioteer.devices import normal as normal_placement
+from charioteer.devices import read_memory
 
 __all__ = [
     "MethodType",
     "analyse",
     "cancelled_class",
     "claim_coroutine",
-    "cores",
     "devices",
     "disclaim_coroutine",
+    "each",
     "error",
     "future",
     "join_group",
@@ -37,14 +39,48 @@ __all__ = [
     "loaded",
     "log_callback",
     "loop",
+    "normal_placement",
+    "operation_failed",
     "partial",
+    "read_memory",
     "refresh_limits",
+    "resolve_placement",
     "start_thread",
     "warn",
     "warn_capture",
 ]
 
 partial = functools.partial
+
+
+def operation_failed(error: BaseException) -> str:
+    """What an exception of a device's operation says, with its traceback as a note.
+
+    The frames themselves are given up: they have views of device memory in their variables.
+    """
+    import traceback
+
+    note = "".join(traceback.format_tb(error.__traceback__)).rstrip()
+    inner: BaseException | None = error
+    while inner is not None:
+        inner.__traceback__ = None
+        inner = inner.__cause__ or inner.__context__
+    try:
+        error.add_note(f"In an operation of a device:\n{note}")
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # what refuses attributes, or to be shown
+        return type(error).__name__
+
+
+def each(context: Any) -> Iterator[Any]:
+    """The devices of a running task in turn, each while it is current."""
+    before = context.make_current(0)
+    try:
+        for at, device in enumerate(context.devices):
+            context.make_current(at)
+            yield device
+    finally:
+        context.make_current(before)
 
 
 def loop(call: str, *arguments: Any) -> Any:

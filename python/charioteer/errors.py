@@ -15,6 +15,10 @@ class PlacementError(CharioteerError, ValueError):
     """No device of the machine can ever run the task; says why, per alternative."""
 
 
+class MachineError(CharioteerError, ValueError):
+    """A file, or the name of a virtual machine, describes no machine; says where and what to do."""
+
+
 class DuplicateTaskError(CharioteerError, ValueError):
     """The handle was spawned or cancelled before.
 
@@ -163,6 +167,51 @@ class NativeError(CharioteerError, RuntimeError):
         if self.how == "info":
             return f"{self.function} failed with info = {self.code}"
         return f"{self.function} failed: it returned {self.code}"
+
+
+class DeviceError(CharioteerError, RuntimeError):
+    """What was enqueued on a device failed, or was refused; ``__cause__`` is the exception that an
+    operation raised.
+
+    Args:
+        message: which device, and why.
+    """
+
+
+class DeviceLostError(DeviceError):
+    """A device failed for good: everything that was on it is gone.
+
+    Args:
+        device: which one.
+        why: what is known of the reason.
+    """
+
+    def __init__(self, device: str, why: str) -> None:
+        super().__init__(device, why)
+        self.device = device
+        self.why = why
+
+    def __str__(self) -> str:
+        return f"{self.device} is lost: {self.why}"
+
+
+class OutOfDeviceMemoryError(CharioteerError, MemoryError):
+    """A device has no room.
+
+    Args:
+        device: which one.
+        wanted: bytes asked for.
+        free: bytes free, in pieces perhaps.
+    """
+
+    def __init__(self, device: str, wanted: int, free: int) -> None:
+        super().__init__(device, wanted, free)
+        self.device = device
+        self.wanted = wanted
+        self.free = free
+
+    def __str__(self) -> str:
+        return f"{self.device} has no room for {self.wanted} bytes: {self.free} are free"
 
 
 class NoRuntimeError(CharioteerError, RuntimeError):

@@ -98,9 +98,11 @@ pub enum Site {
     Native,
     /// A kernel of the benchmarks detaches.
     Kernel,
+    /// A thread that stands for a virtual device attaches to call an operation.
+    Device,
 }
 
-const SITES: [&str; 12] = [
+const SITES: [&str; 13] = [
     "worker",
     "thread_start",
     "callback",
@@ -113,6 +115,7 @@ const SITES: [&str; 12] = [
     "main",
     "native",
     "kernel",
+    "device",
 ];
 
 /// The counts of one site. Times are in nanoseconds.
@@ -223,6 +226,20 @@ pub fn attach<R>(site: Site, f: impl FnOnce(Python<'_>) -> R) -> R {
     visit(site);
     let asked = Instant::now();
     Python::attach(|py| {
+        let attached = Instant::now();
+        drop_deferred(py);
+        let result = f(py);
+        count_wait(site, attached - asked);
+        add(&counts(site).inside, attached.elapsed());
+        result
+    })
+}
+
+/// Calls `f` attached to the interpreter, unless that has ended or is about to.
+pub fn try_attach<R>(site: Site, f: impl FnOnce(Python<'_>) -> R) -> Option<R> {
+    visit(site);
+    let asked = Instant::now();
+    Python::try_attach(|py| {
         let attached = Instant::now();
         drop_deferred(py);
         let result = f(py);

@@ -9,12 +9,14 @@
 //! so that nothing of it needs the interpreter until somebody receives them.
 
 use std::cell::Cell;
+use std::collections::HashMap;
 use std::fmt;
 use std::ptr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use charioteer::engine::{Engine, Registry, Running};
+use charioteer::machine::{DeviceId, Event};
 use charioteer::task::{Domain, Failure, Outcome, Step, TaskRef, Trouble, Until};
 use pyo3::exceptions::PyTypeError;
 use pyo3::ffi;
@@ -22,6 +24,8 @@ use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple};
 
+use crate::attached::Attached;
+use crate::devices;
 use crate::gateway::{self, Hidden, PyRef, Site};
 use crate::gil::Gil;
 use crate::native;
@@ -37,11 +41,20 @@ static ENGINES: Registry<Interp> = Registry::new();
 pub struct Interp {
     on_failure: Option<PyRef>,
     pub gil: Gil,
+    /// What tasks keep on a device from one to the next.
+    pub stores: Attached<HashMap<DeviceId, PyRef>>,
+    /// Events that tasks recorded under a name, the last of each.
+    pub events: std::sync::Mutex<HashMap<String, Event>>,
 }
 
 impl Interp {
     pub fn new(on_failure: Option<PyRef>, gil: Gil) -> Self {
-        Self { on_failure, gil }
+        Self {
+            on_failure,
+            gil,
+            stores: Attached::new(HashMap::new()),
+            events: std::sync::Mutex::default(),
+        }
     }
 }
 
@@ -597,17 +610,42 @@ impl Held {
 /// The result of a handle, or the list of those of several; anything else as it is.
 fn result_of<'py>(py: Python<'py>, thing: Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
     if let Ok(task) = thing.cast::<PyTask>() {
-        return match task.get().task().outcome() {
-            Some(Outcome::Value(value)) => Ok(value.object(py).into_bound(py)),
-            _ => unreachable!("a handle among the arguments is a dependency and has a value now"),
-        };
+        return value_now(py, task.get().task());
     }
     if let Ok(list) = thing.cast::<crate::space::TaskList>() {
         let mut tasks = Vec::new();
         list.get().tasks(&mut tasks);
-        return Ok(crate::task::values(py, &tasks)?.into_bound(py));
+        let values = tasks
+            .iter()
+            .map(|task| value_now(py, task))
+            .collect::<PyResult<Vec<_>>>()?;
+        return Ok(PyList::new(py, values)?.into_any());
     }
     Ok(thing)
+}
+
+/// The value of a dependency of a body that runs: it is done, or it is launched and the body runs ahead
+/// of its end.
+fn value_now<'py>(py: Python<'py>, task: &Task) -> PyResult<Bound<'py, PyAny>> {
+    enum Peeked {
+        Object(Py<PyAny>),
+        Plain(native::Plain),
+    }
+    // One more reference calls nobody.
+    let peeked = task.peek(|value| match value {
+        Value::Object(object) => Peeked::Object(object.clone_ref(py)),
+        Value::Plain(plain) => Peeked::Plain(*plain),
+    });
+    match peeked {
+        Some(Peeked::Object(object)) => Ok(object.into_bound(py)),
+        Some(Peeked::Plain(plain)) => Ok(plain.object(py).into_bound(py)),
+        // Its work on a device failed since this one was let go, which then fails for that.
+        None => Err(error(
+            py,
+            "DependencyError",
+            (task.label().to_string(), task.label().to_string()),
+        )),
+    }
 }
 
 fn substitute_one<'py>(
@@ -649,6 +687,7 @@ pub fn exception_of(py: Python<'_>, task: &Task) -> Option<PyErr> {
             "TaskTimeoutError",
             (task.label().to_string(), limit.as_secs_f64()),
         ),
+        Failure::Device(failure) => devices::raise(py, failure),
         Failure::Unspawned(names) => error(py, "UnspawnedDependencyError", (names.to_vec(),)),
         Failure::Dependency(root) => {
             let cause = exception_of(py, root);

@@ -8,11 +8,13 @@
 //! | `blas` | BLAS and LAPACK: how arrays become the arguments of their routines |
 //! | `callable` | what a callable captures, and whether it may be spawned |
 //! | `options` | keywords of tasks |
+//! | `placement` | where tasks may run, as it was said and as a runtime serves it |
 //! | `spawn` | `task`, `spawn`, `spawn_many`, task functions |
 //! | `task` | `Task`, waiting and awaiting |
 //! | `space` | `TaskSpace`, `TaskList` |
 //! | `runtime` | the open runtime and the running task |
 //! | `kernels` | bodies of a known duration, for benchmarks |
+//! | `devices` | virtual devices: streams, events, memory, operations |
 //! | `support` | what is used from the Python side of the package |
 
 use pyo3::prelude::*;
@@ -20,6 +22,7 @@ use pyo3::prelude::*;
 mod attached;
 mod blas;
 mod callable;
+mod devices;
 #[cfg(clippy)]
 mod forbidden;
 mod gateway;
@@ -28,6 +31,7 @@ mod interp;
 mod kernels;
 mod native;
 mod options;
+mod placement;
 mod runtime;
 mod space;
 mod spawn;
@@ -43,6 +47,10 @@ mod _core {
     #[pymodule_export]
     use super::blas::{BlasRoutine, lapack_adapters};
     #[pymodule_export]
+    use super::devices::{
+        Allocation, Clock, Memory, OpenMachine, PyEvent, PyStream, finish_operations,
+    };
+    #[pymodule_export]
     use super::interp::{leave_native_step, limits_changed};
     #[pymodule_export]
     use super::kernels::{spin_address, work};
@@ -51,7 +59,7 @@ mod _core {
     #[pymodule_export]
     use super::runtime::{
         Context, PyEngine, after_fork, current_context, is_open, is_worker, read_trace,
-        set_default_runtime_factory,
+        set_default_runtime_factory, task_stream,
     };
     #[pymodule_export]
     use super::space::{TaskList, TaskSpace, View};

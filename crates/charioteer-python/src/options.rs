@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use smallvec::SmallVec;
 
+use charioteer::gang::Alternative;
 use charioteer::task::{Need, Options, WHOLE_CORE};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -12,6 +13,7 @@ use pyo3::types::{PyBool, PyString};
 
 use crate::gateway::PyRef;
 use crate::interp::Task;
+use crate::placement::{Needs, Placement, Sets};
 use crate::runtime;
 use crate::support::{error, support};
 use crate::task::{PyTask, tasks_in};
@@ -53,11 +55,14 @@ pub struct Keywords {
     pub target: Option<Target>,
     pub dependencies: SmallVec<[Task; 2]>,
     pub priority: Option<i32>,
-    pub placement: Option<Vec<u16>>,
-    pub share: Option<f64>,
+    pub placement: Option<Arc<Placement>>,
+    pub needs: Needs,
     pub timeout: Option<Duration>,
     pub retries: Option<u32>,
 }
+
+/// What a task needs, the numbers of cores in free choice, and the sets of devices.
+type Needed = (Need, Option<Arc<[u16]>>, Option<Arc<[Alternative]>>);
 
 impl Keywords {
     /// These, and where they say nothing, `earlier`.
@@ -69,7 +74,10 @@ impl Keywords {
             dependencies,
             priority: self.priority.or(earlier.priority),
             placement: self.placement.or_else(|| earlier.placement.clone()),
-            share: self.share.or(earlier.share),
+            needs: Needs {
+                memory: self.needs.memory.or(earlier.needs.memory),
+                share: self.needs.share.or(earlier.needs.share),
+            },
             timeout: self.timeout.or(earlier.timeout),
             retries: self.retries.or(earlier.retries),
         }
@@ -80,56 +88,56 @@ impl Keywords {
     pub fn options(&self, py: Python<'_>) -> PyResult<Option<Box<Options>>> {
         if self.priority.is_none()
             && self.placement.is_none()
-            && self.share.is_none()
+            && self.needs == Needs::default()
             && self.timeout.is_none()
             && self.retries.is_none()
         {
             return Ok(None);
         }
-        let (need, alternatives) = self.need(py)?;
+        let (need, alternatives, devices) = self.need(py)?;
         let options = Options {
             priority: self.priority.unwrap_or(0),
             retries: self.retries.unwrap_or(0),
             timeout: self.timeout,
             need,
             alternatives,
+            devices,
         };
         Ok((options != Options::DEFAULT).then(|| Box::new(options)))
     }
 
-    /// What the task needs of the cores, and the sets in free choice if there are several that the
-    /// machine can serve.
-    fn need(&self, py: Python<'_>) -> PyResult<(Need, Option<Arc<[u16]>>)> {
-        let said = match &self.placement {
-            None => &[1_u16][..],
-            Some(said) => said,
+    /// What the task needs of the machine, and the sets in free choice.
+    fn need(&self, py: Python<'_>) -> PyResult<Needed> {
+        let active = runtime::active(py)?;
+        let engine = &active.engine;
+        let sets = match &self.placement {
+            Some(placement) => placement.resolve(py, engine, self.needs)?,
+            None if self.needs.memory.is_some() => {
+                return Err(error(
+                    py,
+                    "PlacementError",
+                    ("memory= is for tasks on devices: say placement=gpu",),
+                ));
+            }
+            None => Sets::Cores(smallvec::smallvec![1]),
         };
-        let share = self.share.unwrap_or(1.0);
-        let cores = runtime::active(py)?.engine.cores();
-        let every = u16::try_from(cores).unwrap_or(u16::MAX);
-        let mut feasible: Vec<u16> = said
-            .iter()
-            .map(|count| if *count == 0 { every } else { *count })
-            .filter(|count| usize::from(*count) <= cores)
-            .collect();
-        let mut seen = std::collections::HashSet::new();
-        feasible.retain(|count| seen.insert(*count));
-        let Some(first) = feasible.first().copied() else {
-            let reasons: Vec<String> = said
-                .iter()
-                .map(|count| format!("cpu * {count}: the runtime has {cores} cores"))
-                .collect();
-            return Err(error(py, "PlacementError", (reasons.join("; "),)));
+        let feasible = match sets {
+            Sets::Devices(sets) => return Ok((Need::Devices, None, Some(sets))),
+            Sets::Cores(counts) => counts,
         };
+        let share = self.needs.share.unwrap_or(1.0);
+        let first = feasible[0];
         // Between 0 and 65,536, so the cast is exact.
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
         let part = (share * f64::from(WHOLE_CORE)).ceil() as u32;
         match part {
-            0 => Ok((Need::Share(0), None)),
-            WHOLE_CORE if feasible.len() > 1 => Ok((Need::Cores(first), Some(feasible.into()))),
-            WHOLE_CORE if first == 1 => Ok((Need::Core, None)),
-            WHOLE_CORE => Ok((Need::Cores(first), None)),
-            part if feasible.contains(&1) => Ok((Need::Share(part), None)),
+            0 => Ok((Need::Share(0), None, None)),
+            WHOLE_CORE if feasible.len() > 1 => {
+                Ok((Need::Cores(first), Some(feasible.to_vec().into()), None))
+            }
+            WHOLE_CORE if first == 1 => Ok((Need::Core, None, None)),
+            WHOLE_CORE => Ok((Need::Cores(first), None, None)),
+            part if feasible.contains(&1) => Ok((Need::Share(part), None, None)),
             _ => Err(error(
                 py,
                 "PlacementError",
@@ -155,6 +163,7 @@ pub fn keywords(
     priority: Option<&Bound<'_, PyAny>>,
     placement: Option<&Bound<'_, PyAny>>,
     share: Option<&Bound<'_, PyAny>>,
+    memory: Option<&Bound<'_, PyAny>>,
     timeout: Option<&Bound<'_, PyAny>>,
     retries: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<Keywords> {
@@ -173,9 +182,7 @@ pub fn keywords(
         );
     }
     if let Some(placement) = placement {
-        let py = placement.py();
-        let cores: Vec<u16> = support(py).cores.bind(py).call1((placement,))?.extract()?;
-        keywords.placement = Some(cores);
+        keywords.placement = Some(Placement::read(placement)?);
     }
     if let Some(share) = share {
         let share: f64 = share
@@ -186,7 +193,11 @@ pub fn keywords(
                 "share is a part of a core, between 0 and 1, not {share}"
             )));
         }
-        keywords.share = Some(share);
+        keywords.needs.share = Some(share);
+    }
+    if let Some(memory) = memory {
+        let read = support(memory.py()).read_memory.bind(memory.py());
+        keywords.needs.memory = Some(read.call1((memory,))?.extract()?);
     }
     if let Some(timeout) = timeout {
         let seconds: f64 = timeout

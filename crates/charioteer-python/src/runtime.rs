@@ -6,18 +6,21 @@
 //! threads that spawn at once would meet. A forked child has no worker: the engine of its parent is
 //! refused there.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use charioteer::engine::{Config, Engine as CoreEngine};
+use charioteer::machine::{DeviceId, HOST, Machine, Stream};
 use charioteer::sync::assert_unlocked;
 use charioteer::task::TaskRef;
 use pyo3::exceptions::{PyOSError, PyRuntimeError};
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyTuple};
+use pyo3::types::{PyDict, PyModule, PyTuple};
+use smallvec::SmallVec;
 
+use crate::devices::{self, OpenMachine, PyEvent, PyStream};
 use crate::gateway::{self, PyRef, Site};
 use crate::gil::Gil;
 use crate::interp::{Core, Interp, Task};
@@ -154,7 +157,10 @@ pub struct PyEngine {
 impl PyEngine {
     /// Opens a runtime. `RuntimeActiveError` if one is open.
     #[new]
-    #[pyo3(signature = (workers, max_pending=None, trace=None, on_failure=None, gil=None))]
+    #[pyo3(signature = (
+        workers, max_pending=None, trace=None, on_failure=None, gil=None, machine=None, runahead=64
+    ))]
+    #[expect(clippy::too_many_arguments, reason = "from one place")]
     fn open(
         py: Python<'_>,
         workers: usize,
@@ -162,7 +168,10 @@ impl PyEngine {
         trace: Option<std::path::PathBuf>,
         on_failure: Option<Bound<'_, PyAny>>,
         gil: Option<usize>,
+        machine: Option<&Bound<'_, OpenMachine>>,
+        runahead: u32,
     ) -> PyResult<Self> {
+        let machine = machine.map(|machine| machine.get().get(py)).transpose()?;
         let process = std::process::id();
         let taken = !is_forked()
             && ACTIVE
@@ -183,6 +192,11 @@ impl PyEngine {
                 workers,
                 max_pending,
                 trace: trace.clone(),
+                machine,
+                limits: charioteer::gang::Limits {
+                    runahead,
+                    ..charioteer::gang::Limits::default()
+                },
             },
         )
         .map_err(|error| match error.raw_os_error() {
@@ -352,7 +366,36 @@ pub fn is_worker(py: Python<'_>) -> bool {
 #[pyclass(module = "charioteer", frozen)]
 pub struct Context {
     task: TaskRef<Interp>,
+    engine: Option<Arc<Core>>,
     cores: Vec<u16>,
+    lent: SmallVec<[(DeviceId, Stream); 2]>,
+}
+
+impl Context {
+    fn machine(&self, py: Python<'_>) -> PyResult<&Arc<Machine>> {
+        self.engine
+            .as_ref()
+            .and_then(|engine| engine.machine())
+            .filter(|_| !self.lent.is_empty())
+            .ok_or_else(|| self.without(py, "stream"))
+    }
+
+    fn without(&self, _: Python<'_>, what: &str) -> PyErr {
+        PyRuntimeError::new_err(format!("{} holds no {what} here", self.task.label()))
+    }
+
+    /// The place in the set of the device that is current: the first, unless `each` made another so.
+    fn at(&self) -> usize {
+        CURRENT_DEVICE.with(|current| match current.get() {
+            Some((task, at)) if task == self.task.id() => at,
+            _ => 0,
+        })
+    }
+}
+
+thread_local! {
+    /// The device that the running task made current, by its place in the set.
+    static CURRENT_DEVICE: Cell<Option<(u64, usize)>> = const { Cell::new(None) };
 }
 
 #[pymethods]
@@ -373,21 +416,173 @@ impl Context {
     /// of a coroutine that moved to the event loop.
     #[getter]
     fn devices<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
-        let devices = support(py).devices.bind(py).call1((self.cores.clone(),))?;
+        let cores = if self.lent.is_empty() {
+            self.cores.clone()
+        } else {
+            Vec::new()
+        };
+        let gpus: Vec<u16> = self.lent.iter().map(|(device, _)| device.index()).collect();
+        let devices = support(py).devices.bind(py).call1((cores, gpus))?;
         Ok(devices.cast_into()?)
     }
 
-    /// The first of the devices. `RuntimeError` if the task holds none here.
+    /// The device that is current: the first of the set, or the one that `each` is at. `RuntimeError`
+    /// if the task holds none here.
     #[getter]
     fn device<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let devices = self.devices(py)?;
         if devices.is_empty() {
-            return Err(PyRuntimeError::new_err(format!(
-                "{} holds no device here",
-                self.task.label()
+            return Err(self.without(py, "device"));
+        }
+        devices.get_item(self.at())
+    }
+
+    /// The stream on each device, in the set's order; none for a task on cores.
+    #[getter]
+    fn streams<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        let Ok(machine) = self.machine(py) else {
+            return Ok(PyTuple::empty(py));
+        };
+        let streams = self
+            .lent
+            .iter()
+            .map(|(_, stream)| Bound::new(py, PyStream::of(machine, *stream)))
+            .collect::<PyResult<Vec<_>>>()?;
+        PyTuple::new(py, streams)
+    }
+
+    /// The stream on the device that is current. `RuntimeError` if the task holds none here.
+    #[getter]
+    fn stream(&self, py: Python<'_>) -> PyResult<PyStream> {
+        Ok(PyStream::of(self.machine(py)?, self.lent[self.at()].1))
+    }
+
+    /// Makes the device at that place of the set current; the place that was so before.
+    fn make_current(&self, at: usize) -> PyResult<usize> {
+        if at != 0 && at >= self.lent.len() {
+            return Err(pyo3::exceptions::PyIndexError::new_err(format!(
+                "{} holds {} devices",
+                self.task.label(),
+                self.lent.len()
             )));
         }
-        devices.get_item(0)
+        let before = self.at();
+        CURRENT_DEVICE.set(Some((self.task.id(), at)));
+        Ok(before)
+    }
+
+    /// Each device of the set in turn, while it is current.
+    fn each<'py>(slf: Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        support(slf.py()).each.bind(slf.py()).call1((slf,))
+    }
+
+    /// The module that computes on the device that is current: NumPy, or one with its interface.
+    #[getter]
+    fn xp<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyModule>> {
+        py.import(if self.lent.is_empty() {
+            "numpy"
+        } else {
+            "charioteer.virtual"
+        })
+    }
+
+    /// Lets the streams of the set wait for each other, on the devices: what is enqueued on any of
+    /// them afterwards starts after all that was enqueued before.
+    fn barrier(&self, py: Python<'_>) -> PyResult<()> {
+        let Ok(machine) = self.machine(py) else {
+            return Ok(());
+        };
+        let raise = |error| devices::raise(py, &error);
+        let events = self
+            .lent
+            .iter()
+            .map(|(device, stream)| machine.device(*device).record(*stream).map_err(raise))
+            .collect::<PyResult<SmallVec<[_; 2]>>>()?;
+        for (device, stream) in &self.lent {
+            for event in events.iter().filter(|event| event.stream != *stream) {
+                machine
+                    .device(*device)
+                    .wait(*stream, *event)
+                    .map_err(raise)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Records an event behind what is on the current stream, under a name by which later tasks of the
+    /// runtime can wait for it.
+    fn record(&self, py: Python<'_>, name: String) -> PyResult<PyEvent> {
+        let machine = self.machine(py)?;
+        let (device, stream) = self.lent[self.at()];
+        let event = machine
+            .device(device)
+            .record(stream)
+            .map_err(|error| devices::raise(py, &error))?;
+        if let Some(engine) = &self.engine {
+            let mut events = engine.domain().events.lock();
+            let events = events
+                .as_mut()
+                .unwrap_or_else(|poisoned| poisoned.get_mut());
+            events.insert(name, event);
+        }
+        Ok(PyEvent::of(machine, event))
+    }
+
+    /// Lets the current stream wait for the event that was recorded last under the name. `KeyError` if
+    /// none was.
+    fn wait(&self, py: Python<'_>, name: &str) -> PyResult<()> {
+        let machine = self.machine(py)?;
+        let event = self.engine.as_ref().and_then(|engine| {
+            let events = engine.domain().events.lock();
+            events
+                .unwrap_or_else(std::sync::PoisonError::into_inner)
+                .get(name)
+                .copied()
+        });
+        let Some(event) = event else {
+            return Err(pyo3::exceptions::PyKeyError::new_err(format!(
+                "no task recorded an event {name:?}"
+            )));
+        };
+        let (device, stream) = self.lent[self.at()];
+        machine
+            .device(device)
+            .wait(stream, event)
+            .map_err(|error| devices::raise(py, &error))
+    }
+
+    /// A dictionary of the device that is current, for what tasks keep from one to the next as long as
+    /// the runtime is open: handles, work space, compiled kernels.
+    #[getter]
+    fn store(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
+        let Some(engine) = &self.engine else {
+            return Err(self.without(py, "device"));
+        };
+        let device = self.lent.get(self.at()).map_or(HOST, |(device, _)| *device);
+        let stores = &engine.domain().stores;
+        let known = stores.lock(py).get(&device).map(PyRef::as_ptr);
+        if let Some(known) = known {
+            // SAFETY: attached; the store is kept as long as the runtime, which the running task holds
+            // open.
+            return Ok(unsafe { Bound::from_borrowed_ptr(py, known) }.unbind());
+        }
+        let new = PyDict::new(py).into_any();
+        let kept: PyRef = new.clone().into();
+        // Another thread may have been first.
+        let (kept, spare) = {
+            let mut stores = stores.lock(py);
+            match stores.entry(device) {
+                std::collections::hash_map::Entry::Occupied(first) => {
+                    (first.get().as_ptr(), Some(kept))
+                }
+                std::collections::hash_map::Entry::Vacant(place) => {
+                    (place.insert(kept).as_ptr(), None)
+                }
+            }
+        };
+        drop(spare);
+        // SAFETY: as above.
+        Ok(unsafe { Bound::from_borrowed_ptr(py, kept) }.unbind())
     }
 
     /// Whether the task was asked to end.
@@ -414,20 +609,31 @@ impl Context {
 #[pyfunction]
 pub fn current_context(py: Python<'_>) -> PyResult<Context> {
     let here = match active(py) {
-        Ok(active) => active.engine.current(),
+        Ok(active) => {
+            let engine = Arc::clone(&active.engine);
+            engine.current().map(|(task, grant)| (engine, task, grant))
+        }
         Err(_) => None,
     };
-    if let Some((task, grant)) = here {
+    if let Some((engine, task, grant)) = here {
         let mut cores = grant.cores;
         cores.extend(grant.part.map(|(core, _)| core));
-        return Ok(Context { task, cores });
+        let lent = engine.lent();
+        return Ok(Context {
+            task,
+            engine: Some(engine),
+            cores,
+            lent,
+        });
     }
     // A coroutine that moved to the event loop's thread.
     let elsewhere = support(py).loaded.bind(py).call1(("current_elsewhere",))?;
     if let Ok(task) = elsewhere.cast::<PyTask>() {
         return Ok(Context {
             task: task.get().task().clone(),
+            engine: None,
             cores: Vec::new(),
+            lent: SmallVec::new(),
         });
     }
     Err(error(
@@ -435,6 +641,29 @@ pub fn current_context(py: Python<'_>) -> PyResult<Context> {
         "NoRuntimeError",
         ("no task runs here: current() is for the bodies of tasks",),
     ))
+}
+
+/// The stream of the device that is current in the running task, if it has one.
+#[pyfunction]
+pub fn task_stream(py: Python<'_>) -> PyResult<Option<(u64, PyStream)>> {
+    let Ok(active) = active(py) else {
+        return Ok(None);
+    };
+    let engine = Arc::clone(&active.engine);
+    let Some((task, grant)) = engine.current() else {
+        return Ok(None);
+    };
+    let lent = engine.lent();
+    if lent.is_empty() {
+        return Ok(None);
+    }
+    let context = Context {
+        task,
+        cores: grant.cores,
+        engine: Some(engine),
+        lent,
+    };
+    Ok(Some((context.task.id(), context.stream(py)?)))
 }
 
 /// The events of a trace file: `(wall, [(time, thread, event, task, other)], {task: name})`, times

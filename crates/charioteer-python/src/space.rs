@@ -234,7 +234,7 @@ impl TaskSpace {
         }
         // The map uses bits from both ends.
         let hash = BuildFold::default().hash_one(index.block().0) >> 32;
-        &self.parts[usize::try_from(hash).unwrap_or(0) % PARTS]
+        &self.parts[usize::try_from(hash).unwrap_or(0) % self.parts.len()]
     }
 
     fn count(&self, py: Python<'_>) -> usize {

@@ -211,6 +211,7 @@ fn spawn_error(py: Python<'_>, why: SpawnError, target: Option<&Target>) -> PyEr
             error(py, "DuplicateTaskError", (name,))
         }
         SpawnError::Cycle(cycle) => error(py, "CycleError", (cycle,)),
+        SpawnError::Devices(reasons) => error(py, "PlacementError", (reasons.join("; "),)),
         SpawnError::Cores(wanted, present) => error(
             py,
             "PlacementError",
@@ -420,7 +421,7 @@ impl Spawner {
 #[pyfunction]
 #[pyo3(signature = (
     target=None, /, *, name=None, dependencies=None, priority=None, placement=None, share=None,
-    timeout=None, retries=None
+    memory=None, timeout=None, retries=None
 ))]
 #[allow(clippy::too_many_arguments)]
 pub fn spawn<'py>(
@@ -431,6 +432,7 @@ pub fn spawn<'py>(
     priority: Option<&Bound<'py, PyAny>>,
     placement: Option<&Bound<'py, PyAny>>,
     share: Option<&Bound<'py, PyAny>>,
+    memory: Option<&Bound<'py, PyAny>>,
     timeout: Option<&Bound<'py, PyAny>>,
     retries: Option<&Bound<'py, PyAny>>,
 ) -> PyResult<Bound<'py, PyAny>> {
@@ -440,6 +442,7 @@ pub fn spawn<'py>(
         priority,
         placement,
         share,
+        memory,
         timeout,
         retries,
     )?;
@@ -508,8 +511,8 @@ impl TaskFunction {
 
     /// The function with a name and options for the next calls.
     #[pyo3(signature = (
-        name=None, *, dependencies=None, priority=None, placement=None, share=None, timeout=None,
-        retries=None
+        name=None, *, dependencies=None, priority=None, placement=None, share=None,
+        memory=None, timeout=None, retries=None
     ))]
     #[allow(clippy::too_many_arguments)]
     fn options(
@@ -520,6 +523,7 @@ impl TaskFunction {
         priority: Option<&Bound<'_, PyAny>>,
         placement: Option<&Bound<'_, PyAny>>,
         share: Option<&Bound<'_, PyAny>>,
+        memory: Option<&Bound<'_, PyAny>>,
         timeout: Option<&Bound<'_, PyAny>>,
         retries: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
@@ -529,6 +533,7 @@ impl TaskFunction {
             priority,
             placement,
             share,
+            memory,
             timeout,
             retries,
         )?;
@@ -662,7 +667,7 @@ fn make_task_function<'py>(
 #[pyfunction]
 #[pyo3(signature = (
     function=None, /, *, name=None, dependencies=None, priority=None, placement=None, share=None,
-    timeout=None, retries=None
+    memory=None, timeout=None, retries=None
 ))]
 #[allow(clippy::too_many_arguments)]
 pub fn task<'py>(
@@ -673,6 +678,7 @@ pub fn task<'py>(
     priority: Option<&Bound<'py, PyAny>>,
     placement: Option<&Bound<'py, PyAny>>,
     share: Option<&Bound<'py, PyAny>>,
+    memory: Option<&Bound<'py, PyAny>>,
     timeout: Option<&Bound<'py, PyAny>>,
     retries: Option<&Bound<'py, PyAny>>,
 ) -> PyResult<Bound<'py, PyAny>> {
@@ -682,6 +688,7 @@ pub fn task<'py>(
         priority,
         placement,
         share,
+        memory,
         timeout,
         retries,
     )?;
@@ -786,7 +793,7 @@ fn many_handles(
 #[pyfunction]
 #[pyo3(signature = (
     function, iterable, /, *, name=None, dependencies=None, priority=None, placement=None,
-    share=None, timeout=None, retries=None
+    share=None, memory=None, timeout=None, retries=None
 ))]
 #[allow(clippy::too_many_arguments)]
 pub fn spawn_many(
@@ -798,6 +805,7 @@ pub fn spawn_many(
     priority: Option<&Bound<'_, PyAny>>,
     placement: Option<&Bound<'_, PyAny>>,
     share: Option<&Bound<'_, PyAny>>,
+    memory: Option<&Bound<'_, PyAny>>,
     timeout: Option<&Bound<'_, PyAny>>,
     retries: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<TaskList> {
@@ -807,6 +815,7 @@ pub fn spawn_many(
         priority,
         placement,
         share,
+        memory,
         timeout,
         retries,
     )?;

@@ -11,8 +11,11 @@ pub struct Support {
     pub log_callback: Py<PyAny>,
     pub warn: Py<PyAny>,
     pub warn_capture: Py<PyAny>,
-    pub cores: Py<PyAny>,
+    pub normal_placement: Py<PyAny>,
+    pub resolve_placement: Py<PyAny>,
+    pub read_memory: Py<PyAny>,
     pub devices: Py<PyAny>,
+    pub each: Py<PyAny>,
     pub limit_thread: Py<PyAny>,
     pub limit_enter: Py<PyAny>,
     pub limit_exit: Py<PyAny>,
@@ -26,6 +29,7 @@ pub struct Support {
     pub disclaim_coroutine: Py<PyAny>,
     pub loop_: Py<PyAny>,
     pub loaded: Py<PyAny>,
+    pub operation_failed: Py<PyAny>,
     pub error: Py<PyAny>,
 }
 
@@ -75,8 +79,11 @@ pub fn connect(py: Python<'_>) -> PyResult<()> {
         log_callback: name("log_callback")?,
         warn: name("warn")?,
         warn_capture: name("warn_capture")?,
-        cores: name("cores")?,
+        normal_placement: name("normal_placement")?,
+        resolve_placement: name("resolve_placement")?,
+        read_memory: name("read_memory")?,
         devices: name("devices")?,
+        each: name("each")?,
         limit_thread: name("limit_thread")?,
         limit_enter: name("limit_enter")?,
         limit_exit: name("limit_exit")?,
@@ -90,6 +97,7 @@ pub fn connect(py: Python<'_>) -> PyResult<()> {
         disclaim_coroutine: name("disclaim_coroutine")?,
         loop_: name("loop")?,
         loaded: name("loaded")?,
+        operation_failed: name("operation_failed")?,
         error: name("error")?,
     };
     // Imported a second time by a reload: the first is as good.

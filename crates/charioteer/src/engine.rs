@@ -34,6 +34,8 @@ use std::time::{Duration, Instant};
 use crossbeam_utils::CachePadded;
 
 use crate::graph;
+use crate::machine::{Machine, Time};
+use crate::schedule::gang::Limits;
 use crate::schedule::gate::Gate;
 use crate::schedule::places::{Grant, Places, Todo};
 use crate::schedule::queues::{Lane, Queues};
@@ -53,6 +55,10 @@ use crate::task::{
 use crate::trace::{Event, Trace};
 use crate::work::{self, Worker};
 
+use devices::Devices;
+pub(crate) use devices::is_on_devices;
+
+mod devices;
 #[cfg(all(test, loom))]
 mod loom_models;
 
@@ -232,7 +238,7 @@ impl<D: Domain> Default for Registry<D> {
 }
 
 /// What an engine is opened with.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Config {
     /// Cores to use; zero runs every body on the thread that spawns it.
     pub workers: usize,
@@ -240,6 +246,10 @@ pub struct Config {
     pub max_pending: Option<usize>,
     /// Where to write the trace.
     pub trace: Option<std::path::PathBuf>,
+    /// The devices beside the cores, if there are any.
+    pub machine: Option<Arc<Machine>>,
+    /// What bounds the freedom of their schedule.
+    pub limits: Limits,
 }
 
 /// Why a task was not spawned. Nothing of it is left behind.
@@ -253,6 +263,8 @@ pub enum SpawnError {
     Cycle(Vec<String>),
     /// More cores than there are: wanted, present.
     Cores(usize, usize),
+    /// No set of devices could ever serve it: a reason for each alternative.
+    Devices(Vec<String>),
 }
 
 /// Why a body may not wait.
@@ -346,6 +358,7 @@ pub struct Engine<D: Domain> {
     seen_off: AtomicBool,
     parting: Condvar,
     trace: Option<Trace>,
+    pub(crate) devices: Option<Devices<D>>,
 }
 
 static ENGINES: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(1);
@@ -354,8 +367,16 @@ impl<D: Domain> Engine<D> {
     /// Opens an engine: its threads are started and parked.
     ///
     /// # Errors
-    /// If the system refuses a thread or the trace file.
+    /// If the system refuses a thread or the trace file; [`io::ErrorKind::InvalidInput`] for workers on
+    /// a machine whose time is virtual.
     pub fn open(domain: D, config: Config) -> io::Result<Arc<Self>> {
+        let is_virtual = |machine: &Arc<Machine>| machine.description().time() == Time::Virtual;
+        if config.workers != 0 && config.machine.as_ref().is_some_and(is_virtual) {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "virtual time passes while nothing else runs: it takes a runtime with workers=0",
+            ));
+        }
         let present = std::thread::available_parallelism().map_or(1, usize::from);
         let cores = if config.workers == 0 {
             present
@@ -398,6 +419,10 @@ impl<D: Domain> Engine<D> {
             seen_off: AtomicBool::new(false),
             parting: Condvar::new(),
             trace: config.trace.map(|path| Trace::create(&path)).transpose()?,
+            devices: config
+                .machine
+                .filter(|machine| machine.gpus() != 0)
+                .map(|machine| Devices::new(machine, config.limits)),
         });
         D::engines().add(Arc::clone(&engine));
         let mut slots = engine.places.open().into_iter();
@@ -657,23 +682,24 @@ impl<D: Domain> Engine<D> {
         } else {
             Phase::Waiting
         };
-        let outside = self.outside(&body);
+        let flags = self.flags(&body, options.as_deref());
         let task = Task::new(label, phase, Content::Body(body), options, handles);
-        if outside != 0 {
-            task.state.set(outside);
+        if flags != 0 {
+            task.state.set(flags);
         }
         task.engine.store(self.id, Ordering::Relaxed);
         Ok(Arc::new(task))
     }
 
-    /// The flag of a task with this body.
+    /// The flags of a task with this body and these options.
     #[inline]
-    fn outside(&self, body: &D::Body) -> u32 {
-        if self.domain.needs_session(body) {
+    fn flags(&self, body: &D::Body, options: Option<&Options>) -> u32 {
+        let outside = if self.domain.needs_session(body) {
             0
         } else {
             OUTSIDE
-        }
+        };
+        outside | options.map_or(0, |options| self.ahead(options))
     }
 
     /// Lets a task go that nobody else knows yet. So nothing leads on from it, and it cannot close
@@ -690,7 +716,8 @@ impl<D: Domain> Engine<D> {
                 task.links.lock().rare().predecessors = dependencies.to_vec();
             }
             let done = self.connect(&task, dependencies);
-            self.release(&task, done + 1);
+            let launched = self.catch_up(&task, dependencies);
+            self.release(&task, done + launched + 1);
         }
         self.drain_if_alone();
     }
@@ -728,7 +755,7 @@ impl<D: Domain> Engine<D> {
             task.links.lock().rare().predecessors = dependencies.to_vec();
         }
         task.engine.store(self.id, Ordering::Relaxed);
-        let outside = self.outside(&body);
+        let flags = self.flags(&body, options.as_deref());
         task.content.with_mut(|content| {
             // SAFETY: this thread owns the task.
             unsafe { *content = Content::Body(body) };
@@ -746,16 +773,17 @@ impl<D: Domain> Engine<D> {
                 Phase::Running,
                 Phase::Waiting,
                 |state| dependencies.is_empty() || !state.has(LINKED),
-                outside,
+                flags,
                 clean,
             )
-            .or_else(|_| self.publish_linked(task, dependencies, done, clean | outside))?;
+            .or_else(|_| self.publish_linked(task, dependencies, done, clean | flags))?;
         self.record_spawn(time, task, dependencies);
         if before.has(CANCEL) {
             // Somebody asked while the spawn was under way.
             Self::cancel(task);
         }
-        self.release(task, done + 1);
+        let launched = self.catch_up(task, dependencies);
+        self.release(task, done + launched + 1);
         self.drain_if_alone();
         Ok(())
     }
@@ -819,7 +847,10 @@ impl<D: Domain> Engine<D> {
         {
             return Err(SpawnError::Cores(usize::from(*cores), self.cores));
         }
-        Ok(())
+        match options.and_then(|options| options.devices.as_deref()) {
+            Some(alternatives) => self.check_devices(alternatives),
+            None => Ok(()),
+        }
     }
 
     /// Counts a task in, or refuses it.
@@ -1000,19 +1031,27 @@ impl<D: Domain> Engine<D> {
         let (need, priority) = task
             .options()
             .map_or((Need::Core, 0), |options| (options.need, options.priority));
-        if need == Need::Core || self.workers == 0 {
-            let lane = Lane::of(&task);
-            Worker::with(self.id, |worker: Option<&Worker<D>>| {
-                let own = worker.map(|worker| &worker.own);
-                self.queues.push(task, lane, priority, own);
-            });
-            if self.places.wants_waking() && (lane == Lane::Outside || self.sessions.has_room()) {
-                let todo = self.places.wake();
-                self.carry_out(todo);
-            }
+        if need == Need::Devices {
+            self.ask_for_devices(task);
+        } else if need == Need::Core || self.workers == 0 {
+            self.enqueue(task, priority);
         } else {
             let idle = !self.queues.has_work();
             let todo = self.places.push_unusual(task, need, priority, idle);
+            self.carry_out(todo);
+        }
+    }
+
+    /// Puts a task that needs no more than a worker into the queues.
+    #[inline]
+    fn enqueue(self: &Arc<Self>, task: TaskRef<D>, priority: i32) {
+        let lane = Lane::of(&task);
+        Worker::with(self.id, |worker: Option<&Worker<D>>| {
+            let own = worker.map(|worker| &worker.own);
+            self.queues.push(task, lane, priority, own);
+        });
+        if self.places.wants_waking() && (lane == Lane::Outside || self.sessions.has_room()) {
+            let todo = self.places.wake();
             self.carry_out(todo);
         }
     }
@@ -1090,7 +1129,11 @@ impl<D: Domain> Engine<D> {
         {
             return;
         }
-        self.settle(task, outcome);
+        if is_on_devices(task) {
+            self.launch_off(task, outcome);
+        } else {
+            self.settle(task, outcome);
+        }
     }
 
     /// Gives a failed attempt another try, if one is left and nobody asked the task to end.
@@ -1105,6 +1148,9 @@ impl<D: Domain> Engine<D> {
                 return false;
             }
             rare.repeated += 1;
+        }
+        if is_on_devices(task) {
+            self.put_off(task);
         }
         let time = self.now();
         let repeated = task.state.advance_when(
@@ -1437,7 +1483,7 @@ impl<D: Domain> Engine<D> {
         let link = Link::Callback(Box::new(callback));
         Self::listen_outside(task, link).map_err(|link| match link {
             Link::Callback(callback) => *callback,
-            Link::Dependent(_) | Link::Latch(_) => {
+            Link::Dependent(_) | Link::Ahead(_) | Link::Latch(_) => {
                 unreachable!("the link that was given comes back")
             }
         })
@@ -1588,7 +1634,12 @@ impl<D: Domain> Engine<D> {
     ) {
         let is_root = matches!(
             outcome,
-            Outcome::Failed(Failure::Raised(_) | Failure::TimedOut(_) | Failure::Unspawned(_))
+            Outcome::Failed(
+                Failure::Raised(_)
+                    | Failure::TimedOut(_)
+                    | Failure::Device(_)
+                    | Failure::Unspawned(_)
+            )
         );
         if is_root && !self.domain.wants_unread() {
             self.keep_failure(task);
@@ -1600,6 +1651,9 @@ impl<D: Domain> Engine<D> {
         };
         publish(task, outcome, worklist, Some(self));
         self.record_at(time, event, task);
+        if is_on_devices(task) {
+            self.arrived(task);
+        }
         if is_root && self.domain.wants_unread() && !task.has_handles() {
             self.report(task);
         }
@@ -1656,7 +1710,8 @@ impl<D: Domain> Engine<D> {
 
     /// Some thread has nothing to do: nobody may be left who has, which those who close and those
     /// who wait for room look at.
-    pub(crate) fn went_quiet(&self) {
+    pub(crate) fn went_quiet(self: &Arc<Self>) {
+        self.relieve();
         if self.closing.load(Ordering::SeqCst) || self.crowd.load(Ordering::SeqCst) != 0 {
             self.notify();
         }
@@ -1680,16 +1735,28 @@ impl<D: Domain> Engine<D> {
             if self.unfinished() == 0 && self.shut() {
                 return true;
             }
+            if self.advance_time() {
+                continue;
+            }
             if self.is_stuck() && !self.fail_missing() {
                 // Nothing is ready, nobody runs, nothing is missing, and still tasks are
                 // unfinished: a spawner is about to move them.
                 yield_now();
             }
-            let mut quiet = self.quiet.lock();
-            if self.unfinished() != 0 && !self.is_stuck_hint() {
-                quiet = self.changed.wait_for(quiet, Duration::from_millis(50));
+            let mut wait = || {
+                let mut quiet = self.quiet.lock();
+                if self.unfinished() != 0 && !self.is_stuck_hint() {
+                    quiet = self.changed.wait_for(quiet, Duration::from_millis(50));
+                }
+                drop(quiet);
+            };
+            if self.workers == 0 {
+                // Bodies ran here, so this thread has the domain's surroundings, which threads of
+                // devices and event loops may need to get on.
+                self.domain.blocking(&mut wait);
+            } else {
+                wait();
             }
-            drop(quiet);
             if interrupted() {
                 return false;
             }
@@ -1921,6 +1988,12 @@ fn publish<D: Domain>(
                     }
                 }
             }
+        }
+        Link::Ahead(next) => {
+            if failed {
+                next.poison(task.root());
+            }
+            worklist.extend(devices::landed(&next, None));
         }
         Link::Latch(latch) => {
             Engine::arrive(engine, &latch, failed);

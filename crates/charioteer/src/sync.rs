@@ -10,7 +10,7 @@
 //! stands at every such site and proves it.
 //!
 //! With `--cfg tsan`, for `make test-tsan`, the locks also order their holders by an atomic of this
-//! crate ([`Order`]). ThreadSanitizer sees what is compiled for it, which the standard library is
+//! crate (`Order`). ThreadSanitizer sees what is compiled for it, which the standard library is
 //! not: it would take what a lock protects for unprotected.
 //!
 //! `perturb` gives the processor away at random at the places where an interleaving matters, in
@@ -196,6 +196,24 @@ impl<T> Mutex<T> {
             inner: Some(inner),
             order: &self.order,
         }
+    }
+
+    /// The lock, if nobody has it.
+    #[inline]
+    pub(crate) fn try_lock(&self) -> Option<Guard<'_, T>> {
+        perturb();
+        let inner = match self.inner.try_lock() {
+            Ok(inner) => inner,
+            Err(std::sync::TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(std::sync::TryLockError::WouldBlock) => return None,
+        };
+        #[cfg(any(debug_assertions, feature = "validate"))]
+        held::add();
+        self.order.point();
+        Some(Guard {
+            inner: Some(inner),
+            order: &self.order,
+        })
     }
 }
 

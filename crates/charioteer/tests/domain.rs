@@ -108,8 +108,7 @@ type Runtime = Arc<Engine<Scripted>>;
 fn open(domain: Scripted, workers: usize) -> Runtime {
     let config = Config {
         workers,
-        max_pending: None,
-        trace: None,
+        ..Config::default()
     };
     Engine::open(domain, config).unwrap()
 }
@@ -151,6 +150,7 @@ fn wait(runtime: &Runtime, task: &TaskRef<Scripted>) -> Result<u32, &'static str
         Outcome::Failed(Failure::Dependency(_)) => Err("dependency"),
         Outcome::Failed(Failure::Cancelled) => Err("cancelled"),
         Outcome::Failed(Failure::TimedOut(_)) => Err("timed out"),
+        Outcome::Failed(Failure::Device(_)) => Err("device"),
         Outcome::Failed(Failure::Unspawned(_)) => Err("unspawned"),
     }
 }
@@ -607,8 +607,7 @@ fn an_engine_that_gets_no_thread_does_not_open() {
         };
         let config = Config {
             workers: 2,
-            max_pending: None,
-            trace: None,
+            ..Config::default()
         };
         assert!(Engine::open(domain, config).is_err());
     });

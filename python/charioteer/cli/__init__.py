@@ -32,12 +32,14 @@ _DESCRIPTION = "Run the tasks of Python programs in parallel over the devices of
 _EPILOG = """\
 examples:
   charioteer info                        what this machine offers and what would be used
+  charioteer info --machine virtual:8    what a machine with eight virtual GPUs has
   charioteer run --stats script.py 100   run a script and count what the runtime did
   charioteer demo                        a real job: Gaussian-process classification of digits
   charioteer bench overhead --quick      what a task costs here, beside other runtimes
   charioteer bench gil --quick           what the GIL costs tasks here
 
 environment:
+  CHARIOTEER_MACHINE   machine of a runtime that names none: virtual:N or a YAML file
   CHARIOTEER_WORKERS   workers of a runtime that does not say how many (default: usable cores)
   CHARIOTEER_TRACE     trace file of a runtime that does not name one (default: no trace)
 """
@@ -45,8 +47,8 @@ environment:
 _RUN_DESCRIPTION = """\
 Run a Python script as the main program. A script that spawns tasks without opening a runtime gets
 one: it opens at the first spawn and closes when the script ends, after its last task. A script
-that opens its own runtime keeps it; --workers and --trace apply there to whatever the script
-itself leaves open.
+that opens its own runtime keeps it; --machine, --workers and --trace apply there to whatever the
+script itself leaves open.
 
 Everything after SCRIPT belongs to the script.
 """
@@ -57,7 +59,7 @@ nobody received.
 """
 
 
-_RUN_VALUES = ("--workers", "--trace")
+_RUN_VALUES = ("--machine", "--workers", "--trace")
 """The options of ``run`` that are followed by a value."""
 
 
@@ -163,9 +165,10 @@ def _parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser(
         "info",
-        help="show version, interpreter, devices, workers and BLAS libraries",
+        help="show version, interpreter, machine, workers and BLAS libraries",
         description="Show what a runtime opened here, now and without arguments would work with.",
     )
+    _add_machine(info, "the machine to show")
     info.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     run = commands.add_parser(
@@ -176,8 +179,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         # An abbreviated option would hide from _own_arguments whether a value follows.
         allow_abbrev=False,
-        usage="charioteer run [-h] [--workers N] [--trace FILE] [--stats] SCRIPT [ARGS ...]",
+        usage="charioteer run [-h] [--machine MACHINE] [--workers N] [--trace FILE] [--stats]"
+        " SCRIPT [ARGS ...]",
     )
+    _add_machine(run, "machine of a runtime that names none")
     run.add_argument(
         "--workers",
         type=_workers,
@@ -203,6 +208,34 @@ def _parser() -> argparse.ArgumentParser:
 
     bench.add_parser(commands)
     return parser
+
+
+def _add_machine(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--machine",
+        metavar="MACHINE",
+        help=f"{what}: virtual:N for N virtual GPUs, or a YAML file (default: this machine)",
+    )
+
+
+def set_machine(said: str | None) -> None:
+    """Make the machine that the user named the default of this process.
+
+    Raises:
+        UserError: it is no machine.
+    """
+    if said is None:
+        return
+    from charioteer import Machine, MachineError
+
+    try:
+        Machine.load(said)
+    except MachineError as error:
+        raise UserError(str(error)) from error
+    # A script may change the folder before it opens a runtime.
+    os.environ["CHARIOTEER_MACHINE"] = (
+        said if said.startswith("virtual:") else os.path.abspath(said)
+    )
 
 
 def _workers(text: str) -> int:

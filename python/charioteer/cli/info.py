@@ -1,7 +1,7 @@
 """``charioteer info``: what a runtime opened here and now would work with.
 
-The number of workers is not computed a second time here: a runtime is opened and asked, so that
-the answer cannot differ from what a program gets.
+Workers and machine are not found a second time here: a runtime is opened and asked, so that the
+answer cannot differ from what a program gets.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import sys
 from typing import Any
 
 import charioteer
+from charioteer._quantities import show_bandwidth, show_seconds
 from charioteer.bench import records
-from charioteer.cli import UserError
+from charioteer.cli import UserError, set_machine
+from charioteer.machine import Link, Machine, show_cores
 
 __all__ = ["run"]
 
@@ -25,8 +27,9 @@ def run(options: argparse.Namespace) -> int:
     """Print the facts as a table, or as JSON with ``--json``.
 
     Raises:
-        UserError: a setting in the environment is not valid.
+        UserError: a setting in the environment is not valid, or the machine is none.
     """
+    set_machine(options.machine)
     facts = collect()
     if options.json:
         print(json.dumps(facts, indent=2))
@@ -36,15 +39,16 @@ def run(options: argparse.Namespace) -> int:
 
 
 def collect() -> dict[str, Any]:
-    """Gather version, interpreter, devices, workers and BLAS libraries as JSON-ready values.
+    """Gather version, interpreter, machine, workers and BLAS libraries as JSON-ready values.
 
     Raises:
         UserError: a setting in the environment is not valid.
     """
     try:
         with charioteer.Runtime() as runtime:
-            workers = runtime.workers
+            workers, machine = runtime.workers, runtime.machine
     except ValueError as error:
+        # Of a bad number, or of a machine that is none: both are from the environment.
         raise UserError(str(error)) from error
     return {
         "version": charioteer.__version__,
@@ -63,12 +67,44 @@ def collect() -> dict[str, Any]:
                 "online_cores": os.cpu_count(),
             }
         ],
+        "machine": _machine(machine),
         "workers": workers,
         "environment": {
             name: value for name, value in os.environ.items() if name.startswith("CHARIOTEER_")
         },
         "blas": _blas(),
     }
+
+
+def _machine(machine: Machine) -> dict[str, Any]:
+    """The machine: memory in bytes, bandwidth in bytes a second, latency in seconds."""
+    return {
+        "name": machine.name,
+        "time": machine.time,
+        "host": {
+            "cores": machine.host.cores,
+            "memory": machine.host.memory,
+            "nodes": [
+                {"cores": list(node.cores), "memory": node.memory} for node in machine.host.nodes
+            ],
+        },
+        "gpus": [{"name": gpu.name, "memory": gpu.memory} for gpu in machine.gpus],
+        "links": {
+            "host": _link(machine.links.host),
+            "peer": None if machine.links.peer is None else _link(machine.links.peer),
+            "local": _link(machine.links.local),
+            "pairs": [
+                {"from": str(source), "to": str(target), **_link(link)}
+                for (source, target), link in machine.links.pairs
+            ],
+        },
+    }
+
+
+def _link(link: Link) -> dict[str, float]:
+    # JSON has no infinity; a link without bandwidth to speak of has none here.
+    bandwidth = link.bandwidth if link.bandwidth < float("inf") else None
+    return {"bandwidth": bandwidth, "latency": link.latency}  # type: ignore[dict-item]
 
 
 def _blas() -> list[dict[str, Any]]:
@@ -93,6 +129,49 @@ def _blas() -> list[dict[str, Any]]:
     ]
 
 
+def _add_machine(table: Any, machine: dict[str, Any]) -> None:
+    time = ", in virtual time" if machine["time"] == "virtual" else ""
+    table.add_row("machine", f"{machine['name']}{time}")
+    host = machine["host"]
+    memory = "" if host["memory"] is None else f", {_size(host['memory'])}"
+    table.add_row("", f"host: {_count(host['cores'], 'core')}{memory}")
+    for number, node in enumerate(host["nodes"]):
+        cores = show_cores(node["cores"])
+        table.add_row("", f"NUMA node {number}: cores {cores}, {_size(node['memory'])}")
+    for number, gpu in enumerate(machine["gpus"]):
+        table.add_row("", f"gpu({number}): {gpu['name']}, {_size(gpu['memory'])}")
+    if not machine["gpus"]:
+        return
+    links = machine["links"]
+    table.add_row("links", f"host and GPU: {_speed(links['host'])}")
+    if len(machine["gpus"]) > 1:
+        peer = "none" if links["peer"] is None else _speed(links["peer"])
+        table.add_row("", f"GPU and GPU: {peer}")
+    table.add_row("", f"within a GPU: {_speed(links['local'])}")
+    for pair in links["pairs"]:
+        ends = [end.replace("cpu(0)", "host") for end in (pair["from"], pair["to"])]
+        table.add_row("", f"{ends[0]} to {ends[1]}: {_speed(pair)}")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("s" if number != 1 else "")
+
+
+def _size(size: int) -> str:
+    """For people, who do not count bytes."""
+    value, unit = float(size), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB", "PiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.4g} {unit}"
+
+
+def _speed(link: dict[str, Any]) -> str:
+    bandwidth = "no time" if link["bandwidth"] is None else show_bandwidth(link["bandwidth"])
+    return f"{bandwidth}, {show_seconds(link['latency'])} latency"
+
+
 def _print_table(facts: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -110,6 +189,7 @@ def _print_table(facts: dict[str, Any]) -> None:
         cores, online = device["usable_cores"], device["online_cores"]
         of = "" if cores == online else f" (of {online} online)"
         table.add_row("devices", f"cpu x {cores}{of}: {device['model']}")
+    _add_machine(table, facts["machine"])
     workers = facts["workers"]
     note = " (set by CHARIOTEER_WORKERS)" if facts["environment"].get("CHARIOTEER_WORKERS") else ""
     inline = ": tasks run inline, in the thread that spawns them" if workers == 0 else ""

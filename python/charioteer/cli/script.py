@@ -28,7 +28,7 @@ from pathlib import Path
 
 import charioteer
 from charioteer import _core
-from charioteer.cli import EXIT_FAILED, EXIT_INTERRUPTED, UserError
+from charioteer.cli import EXIT_FAILED, EXIT_INTERRUPTED, UserError, set_machine
 
 __all__ = ["run"]
 
@@ -37,10 +37,12 @@ def run(options: argparse.Namespace) -> int:
     """Run the script that ``options`` name and return its exit status.
 
     Raises:
-        UserError: the script cannot be read, or the trace file's folder does not exist.
+        UserError: the script cannot be read, the machine is none, or the trace file's folder does
+            not exist.
     """
     path: str = options.script
     source = _read(path)
+    set_machine(options.machine)
     if options.trace is not None:
         _check_trace(options.trace)
         os.environ["CHARIOTEER_TRACE"] = os.path.abspath(options.trace)

@@ -14,8 +14,7 @@ use crate::task::{Content, Failure, Link, Outcome, Phase, Task, TaskRef, Until};
 fn open(workers: usize) -> Arc<Engine<Model>> {
     let config = Config {
         workers,
-        max_pending: None,
-        trace: None,
+        ..Config::default()
     };
     let engine = Engine::open(Model, config).expect("loom refuses no thread");
     // loom lets a SeqCst load overlook a SeqCst store in favour of a first value, as if they had no

@@ -58,7 +58,7 @@ fn successors<D: Domain>(task: &Task<D>) -> Vec<TaskRef<D>> {
         .filter_map(|link| match link {
             Link::Dependent(next) => Some(Arc::clone(next)),
             Link::Latch(latch) => latch.waiter().cloned(),
-            Link::Callback(_) => None,
+            Link::Ahead(_) | Link::Callback(_) => None,
         })
         .collect()
 }

@@ -45,6 +45,8 @@ use std::time::{Duration, Instant};
 
 use crate::engine::{Config, Engine, Handle};
 pub use crate::engine::{Counts, SpawnError, WaitError};
+use crate::machine::{DeviceError, DeviceId, Machine, Stream};
+use crate::schedule::gang::{Alternative, Limits};
 use crate::task::{Failure, Need, Options, Outcome, TaskRef, Until, WHOLE_CORE};
 pub use domain::Cause;
 use domain::{Body, Callback, Label, Native, Wait};
@@ -60,6 +62,13 @@ impl fmt::Display for SpawnError {
                 write!(
                     f,
                     "the task needs {wanted} cores, the runtime has {present}"
+                )
+            }
+            Self::Devices(reasons) => {
+                write!(
+                    f,
+                    "no set of devices can serve the task: {}",
+                    reasons.join("; ")
                 )
             }
         }
@@ -96,6 +105,8 @@ pub enum TaskError {
     Cancelled,
     /// An attempt took longer than this.
     TimedOut(Duration),
+    /// What it enqueued on a device failed, or the device did.
+    Device(DeviceError),
     /// It was never spawned; the names of all such tasks.
     Unspawned(Arc<[String]>),
     /// Waiting for it was refused.
@@ -109,6 +120,7 @@ impl fmt::Display for TaskError {
             Self::Dependency(name, error) => write!(f, "its dependency {name} failed: {error}"),
             Self::Cancelled => f.write_str("the task was cancelled"),
             Self::TimedOut(limit) => write!(f, "the task took longer than {limit:?}"),
+            Self::Device(error) => error.fmt(f),
             Self::Unspawned(names) => write!(f, "never spawned: {}", names.join(", ")),
             Self::Wait(error) => error.fmt(f),
         }
@@ -142,9 +154,33 @@ pub struct Builder {
     workers: Option<usize>,
     max_pending: Option<usize>,
     trace: Option<PathBuf>,
+    machine: Option<Arc<Machine>>,
+    limits: Limits,
 }
 
 impl Builder {
+    /// Gives tasks the devices of a machine, for [`Spawner::on`].
+    #[must_use]
+    pub fn machine(mut self, machine: Arc<Machine>) -> Self {
+        self.machine = Some(machine);
+        self
+    }
+
+    /// How many tasks may be launched and not complete on a device, 64 unless said; with zero a task
+    /// starts only when those it depends on are complete.
+    #[must_use]
+    pub fn runahead(mut self, tasks: u32) -> Self {
+        self.limits.runahead = tasks;
+        self
+    }
+
+    /// By how many device-times younger tasks may overtake one that waits for devices, 128 unless said.
+    #[must_use]
+    pub fn overtaking(mut self, device_times: u64) -> Self {
+        self.limits.overtaking = device_times;
+        self
+    }
+
     /// Cores to use; zero runs every body on the thread that spawns it, in a deterministic order.
     #[must_use]
     pub fn workers(mut self, workers: usize) -> Self {
@@ -180,6 +216,8 @@ impl Builder {
                 workers,
                 max_pending: self.max_pending,
                 trace: self.trace,
+                machine: self.machine,
+                limits: self.limits,
             },
         )?;
         Ok(Runtime {
@@ -391,6 +429,14 @@ impl Spawner {
         } else {
             Need::Cores(cores)
         };
+        self
+    }
+
+    /// It runs on devices with streams: on one of these sets, the first of those that are as soon.
+    /// [`Current::streams`] has the streams.
+    pub fn on(mut self, alternatives: impl Into<Arc<[Alternative]>>) -> Self {
+        self.options.need = Need::Devices;
+        self.options.devices = Some(alternatives.into());
         self
     }
 
@@ -667,6 +713,7 @@ fn error_of(task: &TaskRef<Native>) -> TaskError {
             TaskError::Dependency(root.label().to_string(), Box::new(error_of(root)))
         }
         Some(Outcome::Failed(Failure::TimedOut(limit))) => TaskError::TimedOut(*limit),
+        Some(Outcome::Failed(Failure::Device(error))) => TaskError::Device(error.clone()),
         Some(Outcome::Failed(Failure::Unspawned(names))) => TaskError::Unspawned(Arc::clone(names)),
         Some(Outcome::Failed(Failure::Cancelled) | Outcome::Value(_)) | None => {
             TaskError::Cancelled
@@ -678,6 +725,7 @@ fn error_of(task: &TaskRef<Native>) -> TaskError {
 pub struct Current {
     task: TaskRef<Native>,
     grant: crate::Grant,
+    lent: Vec<(DeviceId, Stream)>,
 }
 
 impl Current {
@@ -693,6 +741,13 @@ impl Current {
         &self.grant.cores
     }
 
+    /// The devices that it has, in the order of its set, and the stream on each, which is its own until
+    /// its body returns.
+    #[must_use]
+    pub fn streams(&self) -> Vec<(DeviceId, Stream)> {
+        self.lent.clone()
+    }
+
     /// Its name.
     #[must_use]
     pub fn name(&self) -> String {
@@ -703,7 +758,8 @@ impl Current {
 /// The running task of this thread, if it runs one.
 #[must_use]
 pub fn current() -> Option<Current> {
-    domain::engine_here()?
-        .current()
-        .map(|(task, grant)| Current { task, grant })
+    let engine = domain::engine_here()?;
+    let (task, grant) = engine.current()?;
+    let lent = engine.lent().to_vec();
+    Some(Current { task, grant, lent })
 }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use crate::sync::{AtomicUsize, Mutex, Ordering};
 
-pub(super) enum Steal<T> {
+pub(crate) enum Steal<T> {
     Success(T),
     Empty,
     #[expect(dead_code, reason = "a lock is never taken in vain")]
@@ -22,12 +22,12 @@ struct Shared<T> {
     queue: Mutex<VecDeque<T>>,
 }
 
-pub(super) struct Worker<T>(Arc<Shared<T>>);
+pub(crate) struct Worker<T>(Arc<Shared<T>>);
 pub(super) type Stealer<T> = Worker<T>;
-pub(super) type Injector<T> = Worker<T>;
+pub(crate) type Injector<T> = Worker<T>;
 
 impl<T> Worker<T> {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self(Arc::new(Shared {
             length: AtomicUsize::new(0),
             queue: Mutex::new(VecDeque::new()),
@@ -42,7 +42,7 @@ impl<T> Worker<T> {
         Self(Arc::clone(&self.0))
     }
 
-    pub(super) fn push(&self, task: T) {
+    pub(crate) fn push(&self, task: T) {
         let mut queue = self.0.queue.lock();
         queue.push_back(task);
         self.0.length.store(queue.len(), Ordering::Release);
@@ -62,7 +62,11 @@ impl<T> Worker<T> {
         self.pop().map_or(Steal::Empty, Steal::Success)
     }
 
-    pub(super) fn is_empty(&self) -> bool {
+    pub(crate) fn steal(&self) -> Steal<T> {
+        self.pop().map_or(Steal::Empty, Steal::Success)
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
         self.0.length.load(Ordering::Acquire) == 0
     }
 }

@@ -410,7 +410,8 @@ impl<D: Domain> Places<D> {
                 cores.sort_unstable();
                 Some(Grant { cores, part: None })
             }
-            Need::Share(0) => Some(Grant::default()),
+            // Tasks on devices have the ledger's grants, and no core's.
+            Need::Share(0) | Need::Devices => Some(Grant::default()),
             Need::Share(part) => {
                 let shared = book
                     .parts

@@ -12,11 +12,15 @@ use std::cmp;
 use std::collections::BinaryHeap;
 
 #[cfg(not(loom))]
-use crossbeam_deque::{Injector, Steal, Stealer, Worker};
+pub(crate) use crossbeam_deque::{Injector, Steal};
+#[cfg(not(loom))]
+use crossbeam_deque::{Stealer, Worker};
 use crossbeam_utils::CachePadded;
 
 #[cfg(loom)]
-use super::loom_deque::{Injector, Steal, Stealer, Worker};
+pub(crate) use super::loom_deque::{Injector, Steal};
+#[cfg(loom)]
+use super::loom_deque::{Stealer, Worker};
 
 use crate::sync::{AtomicBool, AtomicUsize, Mutex, OnceLock, Ordering};
 use crate::task::{Domain, Task, TaskRef};

@@ -8,6 +8,8 @@ use super::{Domain, Latch, TaskRef};
 pub enum Link<D: Domain> {
     /// A task that counts this one among its predecessors.
     Dependent(TaskRef<D>),
+    /// One that was let go when this one was launched, and counts it among what is incomplete.
+    Ahead(TaskRef<D>),
     /// Somebody who waits.
     Latch(Arc<Latch<D>>),
     /// A call; boxed, since links are part of each task.
@@ -64,6 +66,15 @@ impl<D: Domain> List<D> {
             Self::One(link) => std::slice::from_ref(link).iter(),
             Self::Two(links) => links.iter(),
             Self::Many(links) => links.iter(),
+        }
+    }
+
+    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Link<D>> {
+        match self {
+            Self::Empty => [].iter_mut(),
+            Self::One(link) => std::slice::from_mut(link).iter_mut(),
+            Self::Two(links) => links.iter_mut(),
+            Self::Many(links) => links.iter_mut(),
         }
     }
 

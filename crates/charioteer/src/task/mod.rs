@@ -40,9 +40,16 @@
 //!   body failed. A poisoned task is skipped when its last predecessor is done, so that it never
 //!   outruns a predecessor that still runs.
 //!
-//! This folder knows nobody: what a body is, what a value is and how to call back into the user's
+//! * **Flight.** A task on devices ends in two steps. When its body returns it is *launched*: what it
+//!   enqueued has events, and dependents that may run ahead start behind those at once. When the events
+//!   and all predecessors are complete it is done. Between the two it is still `Running`, with the flag
+//!   `LAUNCHED`; its `Flight`, under the lock of the links, keeps the outcome until then, and knows
+//!   the dependents that ran ahead, which are told of the end as others are.
+//!
+//! This folder knows nobody but `machine`: what a body is, what a value is and how to call back into the user's
 //! world is the [`Domain`]'s business.
 
+mod flight;
 mod latch;
 mod link;
 #[cfg(all(test, loom))]
@@ -53,12 +60,15 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub(crate) use flight::Flight;
 pub(crate) use latch::End;
 pub use latch::{Latch, Until, Waker};
 pub use link::Link;
 pub(crate) use link::List;
 pub use state::Phase;
 
+use crate::machine::DeviceError;
+use crate::schedule::gang::Alternative;
 use crate::sync::{AtomicU32, Cell, Mutex, Ordering};
 use state::{DIRTY, LINKED, Snapshot, State};
 
@@ -179,6 +189,8 @@ pub enum Failure<D: Domain> {
     Cancelled,
     /// An attempt ran longer than it may.
     TimedOut(Duration),
+    /// What its body enqueued on a device failed, or the device did.
+    Device(DeviceError),
     /// It was never spawned, and the runtime closed; the names of all such tasks.
     Unspawned(Arc<[String]>),
 }
@@ -201,6 +213,8 @@ pub enum Need {
     Cores(u16),
     /// A part of one core, in 1/65,536; zero needs nothing.
     Share(u32),
+    /// Devices with streams, as [`Options::devices`] says.
+    Devices,
 }
 
 /// The parts of one core that [`Need::Share`] counts in.
@@ -220,6 +234,8 @@ pub struct Options {
     /// Numbers of whole cores, any of which will do instead of `need`; of those that are free the
     /// first one is taken.
     pub alternatives: Option<Arc<[u16]>>,
+    /// The sets of devices any of which will do, of a task whose need is [`Need::Devices`].
+    pub devices: Option<Arc<[Alternative]>>,
 }
 
 impl Options {
@@ -230,6 +246,7 @@ impl Options {
         timeout: None,
         need: Need::Core,
         alternatives: None,
+        devices: None,
     };
 }
 
@@ -266,6 +283,8 @@ pub(crate) struct Rare<D: Domain> {
     pub(crate) attempt: u32,
     /// How many attempts failed and were repeated.
     pub(crate) repeated: u32,
+    /// Of a task on devices.
+    pub(crate) flight: Flight<D>,
 }
 
 /// What a suspended body awaits.
@@ -283,6 +302,7 @@ impl<D: Domain> Default for Rare<D> {
             cycle: None,
             attempt: 0,
             repeated: 0,
+            flight: Flight::default(),
         }
     }
 }
@@ -500,12 +520,17 @@ impl<D: Domain> Task<D> {
     /// Takes what is registered, after `Done` was published.
     #[inline]
     pub(crate) fn take_links(&self, before: Snapshot) -> List<D> {
-        if !before.has(LINKED | DIRTY | state::POISONED) {
+        if !before.has(LINKED | DIRTY | state::POISONED | state::LAUNCHED) {
             return List::Empty;
         }
         let (list, rare) = {
             let mut links = self.links.lock();
-            (std::mem::take(&mut links.list), links.rare.take())
+            let mut rare = links.rare.take();
+            if let Some(loan) = rare.as_mut().and_then(|rare| rare.flight.loan.take()) {
+                // Of a task that was cancelled: it is to be given back.
+                links.rare().flight.loan = Some(loan);
+            }
+            (std::mem::take(&mut links.list), rare)
         };
         drop(rare);
         list

@@ -18,6 +18,8 @@
 //! bit  15       WOKEN       the body was woken since it began to run
 //! bit  16       SLEEPING    the suspended body is woken by a call, not by tasks
 //! bit  17       OUTSIDE     the body needs no session of its domain
+//! bit  18       LAUNCHED    the body ended, and its work on devices may be in flight
+//! bit  19       AHEAD       may start behind work in flight, which its streams wait for
 //! ```
 //!
 //! The legal moves are those of [`Phase::may_become`]. A move to `Running` is a compare-and-swap, so
@@ -92,6 +94,8 @@ pub(crate) const POISONED: u32 = 1 << 14;
 pub(crate) const WOKEN: u32 = 1 << 15;
 pub(crate) const SLEEPING: u32 = 1 << 16;
 pub(crate) const OUTSIDE: u32 = 1 << 17;
+pub(crate) const LAUNCHED: u32 = 1 << 18;
+pub(crate) const AHEAD: u32 = 1 << 19;
 
 /// A reading of the word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -35,7 +35,7 @@ use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::engine::{Engine, Running, WaitError};
+use crate::engine::{Engine, Running, WaitError, is_on_devices};
 use crate::schedule::places::{Assignment, Grant};
 use crate::schedule::queues::{Lane, Own};
 use crate::sync::{Ordering, assert_unlocked, perturb, yield_now};
@@ -314,7 +314,12 @@ impl<D: Domain> Worker<D> {
             if self.engine.is_cancelling() && self.engine.skip_cancelled(task) {
                 return;
             }
-            self.run(task);
+            if !is_on_devices(task) || self.engine.take_off(task) {
+                self.run(task);
+            }
+        } else if is_on_devices(task) {
+            // Cancelled after its devices were granted, or before.
+            self.engine.return_loan(task);
         }
     }
 
@@ -354,14 +359,16 @@ impl<D: Domain> Worker<D> {
                 Step::Elsewhere => return,
                 Step::Sleep => {
                     self.pass_on_request(task);
-                    if engine.sleep(task) {
+                    engine.pause(task);
+                    if engine.sleep(task) || engine.requeue(task) {
                         return;
                     }
                     // Woken, or asked to end, meanwhile.
                 }
                 Step::Await(targets, until) => {
                     self.pass_on_request(task);
-                    if engine.suspend(task, targets, until) {
+                    engine.pause(task);
+                    if engine.suspend(task, targets, until) || engine.requeue(task) {
                         return;
                     }
                     // Asked to end meanwhile: the body is to hear of it.
@@ -452,17 +459,51 @@ impl<D: Domain> Worker<D> {
                 self.run_inline(task);
             }
         }
-        if engine.workers == 0 {
-            // Nobody else runs what the awaited tasks need.
-            while !is_over(tasks, until)
-                && let Some(task) = engine.queues.pop_any(&self.own)
-            {
-                self.nest(&task);
-            }
-        }
         if is_over(tasks, until) {
             return Ok(true);
         }
+        if engine.workers == 0 {
+            return self.wait_alone(tasks, until, deadline);
+        }
+        self.block_body(tasks, until, deadline)
+    }
+
+    /// The wait in a runtime without workers.
+    fn wait_alone(
+        &self,
+        tasks: &[TaskRef<D>],
+        until: Until,
+        deadline: Option<Instant>,
+    ) -> Result<bool, WaitError> {
+        let engine = &self.engine;
+        let waiting = self.running();
+        if let Some(waiting) = waiting {
+            engine.pause(waiting);
+        }
+        // Nobody else runs what the awaited tasks need.
+        while !is_over(tasks, until)
+            && let Some(task) = engine.queues.pop_any(&self.own)
+        {
+            self.nest(&task);
+        }
+        let result = if is_over(tasks, until) {
+            Ok(true)
+        } else {
+            self.block_body(tasks, until, deadline)
+        };
+        if let Some(waiting) = waiting {
+            engine.regain(waiting, |latch| self.help_until(latch, None));
+        }
+        result
+    }
+
+    /// Blocks, as the body that runs on this thread if one does.
+    fn block_body(
+        &self,
+        tasks: &[TaskRef<D>],
+        until: Until,
+        deadline: Option<Instant>,
+    ) -> Result<bool, WaitError> {
         let Some(waiting) = self.running() else {
             return self.block(None, tasks, until, deadline);
         };
@@ -470,6 +511,22 @@ impl<D: Domain> Worker<D> {
         let result = self.block(Some(waiting), tasks, until, deadline);
         waiting.state.clear(BLOCKED);
         result
+    }
+
+    /// Blocks on a latch in a runtime without workers, and runs meanwhile what becomes ready.
+    fn help_until(&self, latch: &Arc<Latch<D>>, deadline: Option<Instant>) {
+        let engine = &self.engine;
+        let help = || {
+            // Not stuck meanwhile, though its wait goes on.
+            engine.places.visit();
+            while !latch.is_open()
+                && let Some(task) = engine.queues.pop_any(&self.own)
+            {
+                self.nest(&task);
+            }
+            engine.places.leave();
+        };
+        block_alone(engine, latch, deadline, help);
     }
 
     fn block(
@@ -526,20 +583,11 @@ impl<D: Domain> Worker<D> {
         if self.slot.is_none() {
             count();
             engine.went_quiet();
-            let help = || {
-                // Not stuck meanwhile, though its wait goes on.
-                engine.places.visit();
-                while !latch.is_open()
-                    && let Some(task) = engine.queues.pop_any(&self.own)
-                {
-                    self.nest(&task);
-                }
-                engine.places.leave();
-            };
-            block_alone(engine, latch, deadline, help);
+            self.help_until(latch, deadline);
             return Ok(());
         }
         let grant = self.grant.borrow().clone();
+        let waiting = self.running();
         let todo = engine.places.block(&grant, engine.queues.has_work())?;
         let replaced = engine.carry_out(todo);
         let mut granted = Grant::default();
@@ -551,9 +599,18 @@ impl<D: Domain> Worker<D> {
                     engine.sessions.leave();
                 }
                 engine.wake();
+                if let Some(waiting) = waiting {
+                    engine.pause(waiting);
+                }
                 count();
                 engine.went_quiet();
                 latch.block(deadline, || false);
+                if let Some(waiting) = waiting {
+                    // Before it asks for its place: who has the share may need one to end.
+                    engine.regain(waiting, |latch| {
+                        latch.block(None, || false);
+                    });
+                }
             }
             granted = engine.places.unblock(&grant);
             if replaced && inside {
@@ -681,6 +738,9 @@ fn block_alone<D: Domain>(
 ) {
     // Known before it looks at the queues: a thread that pushes afterwards nudges it.
     engine.helpers.lock().push(Arc::clone(latch));
+    while !latch.is_open() && engine.advance_time() {
+        help();
+    }
     let has_work = || engine.queues.has_work();
     while block_patiently(engine, latch, deadline, || (), has_work) == End::ElseToDo {
         help();

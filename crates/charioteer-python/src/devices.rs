@@ -1,0 +1,814 @@
+//! Virtual devices as Python sees them: streams, events, memory, and operations written in Python.
+//!
+//! # Operations
+//!
+//! An operation is a callable without arguments. [`PyStream::enqueue`] puts it on the stream, and the
+//! thread that stands for the device calls it in stream order, attached through the gateway. What it
+//! raises fails the events behind it: the device knows the message, and [`CAUSES`] has the exception
+//! itself for as long as the device remembers the message, so that whoever meets the failure gets it
+//! as `__cause__`.
+//!
+//! # Memory
+//!
+//! [`Memory`] names bytes of a device and owns nothing, so that an operation which is still pending
+//! keeps no memory that its owner gave up: the release comes behind it on the stream. [`Allocation`]
+//! owns: when it is collected, its memory is given back on the stream that it was allocated on, behind
+//! all streams on which it was used.
+//!
+//! NumPy reads and writes a `Memory` through the buffer protocol. Only an operation of a device that
+//! may access it gets a buffer; everybody else gets the device's refusal. A buffer keeps its bytes, so
+//! one that outlives its operation is no danger to the process; but it is a mistake, since what it
+//! reads is ordered after nothing, and fails the operation that it came from.
+//!
+//! # Errors
+//!
+//! [`raise`] makes the named exceptions of what devices answer.
+
+use std::cell::RefCell;
+use std::ffi::c_int;
+use std::os::raw::c_void;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use charioteer::machine::virtual_gpu::{DeviceBytes, VirtualGpu};
+use charioteer::machine::{
+    Description, Device, DeviceError, DeviceId, DevicePointer, Event, Gpu, HOST, Host, Link, Links,
+    Machine, Stream, Time,
+};
+use pyo3::buffer::PyBuffer;
+use pyo3::exceptions::{PyBufferError, PyTypeError, PyValueError};
+use pyo3::ffi;
+use pyo3::prelude::*;
+use pyo3::types::{PyByteArray, PyDict};
+
+use crate::gateway::{self, PyRef, Site};
+use crate::support::{error, support};
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+// ---- errors -------------------------------------------------------------------------------------
+
+/// The exceptions behind the messages of failed operations.
+static CAUSES: Mutex<Vec<(Weak<str>, PyRef)>> = Mutex::new(Vec::new());
+
+/// What the exception of an operation is to the device.
+fn failed(py: Python<'_>, device: DeviceId, raised: PyErr) -> DeviceError {
+    let raised = raised.into_value(py);
+    // Frames in tracebacks have views of device memory in their variables.
+    let message = support(py)
+        .operation_failed
+        .bind(py)
+        .call1((raised.bind(py),))
+        .and_then(|message| message.extract::<String>())
+        .unwrap_or_else(|_| "it raised an exception that cannot be shown".to_owned());
+    let message: Arc<str> = message.into();
+    let mut causes = std::mem::take(&mut *lock(&CAUSES));
+    let (mut known, forgotten): (Vec<_>, Vec<_>) = causes
+        .drain(..)
+        .partition(|(message, _)| message.strong_count() != 0);
+    drop(forgotten);
+    known.push((Arc::downgrade(&message), PyRef::new(raised.into_any())));
+    // Another thread may have put some there meanwhile.
+    lock(&CAUSES).append(&mut known);
+    DeviceError::Operation(device, message)
+}
+
+fn cause(py: Python<'_>, message: &Arc<str>) -> Option<Py<PyAny>> {
+    let causes = lock(&CAUSES);
+    let found = causes
+        .iter()
+        .find(|(known, _)| std::ptr::addr_eq(known.as_ptr(), Arc::as_ptr(message)))?;
+    // A new reference calls nothing, so the lock may be held.
+    Some(found.1.clone_ref(py))
+}
+
+/// The exception for what a device answers.
+pub fn raise(py: Python<'_>, said: &DeviceError) -> PyErr {
+    match said {
+        DeviceError::Lost(device, why) => {
+            error(py, "DeviceLostError", (device.to_string(), &**why))
+        }
+        DeviceError::OutOfMemory {
+            device,
+            wanted,
+            free,
+        } => error(
+            py,
+            "OutOfDeviceMemoryError",
+            (device.to_string(), *wanted, *free),
+        ),
+        DeviceError::Operation(_, message) => {
+            let raised = error(py, "DeviceError", (said.to_string(),));
+            if let Some(cause) = cause(py, message) {
+                raised.set_cause(py, Some(PyErr::from_value(cause.into_bound(py))));
+            }
+            raised
+        }
+        DeviceError::NoAccess(HOST, _) => error(
+            py,
+            "DeviceError",
+            (format!(
+                "{said}: only operations on its streams have; .get() copies it"
+            ),),
+        ),
+        DeviceError::NoAccess(..) => error(
+            py,
+            "DeviceError",
+            (format!("{said}: enable_peer gives it, where a link is"),),
+        ),
+        DeviceError::BadAddress(..) => error(py, "DeviceError", (said.to_string(),)),
+    }
+}
+
+/// A buffer is refused with a `BufferError`, which says why.
+fn refuse(said: &DeviceError) -> PyErr {
+    PyBufferError::new_err(format!(
+        "{said}; views of device memory are for operations on its streams, and end with them"
+    ))
+}
+
+// ---- operations ---------------------------------------------------------------------------------
+
+thread_local! {
+    /// What runs on this thread: its device, and how many buffers it has.
+    static OPERATION: RefCell<Option<Running>> = const { RefCell::new(None) };
+}
+
+#[derive(Clone)]
+struct Running {
+    gpu: Arc<VirtualGpu>,
+    buffers: Arc<AtomicUsize>,
+}
+
+/// How many operations run.
+static RUNNING: (Mutex<usize>, Condvar) = (Mutex::new(0), Condvar::new());
+
+/// Calls an operation on the thread that stands for the device.
+fn run(gpu: &Arc<VirtualGpu>, call: PyRef) -> Result<(), DeviceError> {
+    let device = gpu.info().id;
+    *lock(&RUNNING.0) += 1;
+    let result = gateway::try_attach(Site::Device, |py| {
+        let running = Running {
+            gpu: Arc::clone(gpu),
+            buffers: Arc::default(),
+        };
+        let buffers = Arc::clone(&running.buffers);
+        // An operation that waits in virtual time runs others meanwhile.
+        let outer = OPERATION.replace(Some(running));
+        let result = call.bind(py).call0().map(drop);
+        drop(call);
+        OPERATION.set(outer);
+        match result {
+            Err(raised) => Err(failed(py, device, raised)),
+            Ok(()) if buffers.load(Ordering::Acquire) != 0 => Err(DeviceError::Operation(
+                device,
+                "it kept a view of device memory, which is ordered after nothing".into(),
+            )),
+            Ok(()) => Ok(()),
+        }
+    });
+    *lock(&RUNNING.0) -= 1;
+    RUNNING.1.notify_all();
+    result.unwrap_or_else(|| {
+        Err(DeviceError::Operation(
+            device,
+            "the interpreter has ended".into(),
+        ))
+    })
+}
+
+/// Waits until no operation runs, or for `limit` seconds: an interpreter that ends under one would
+/// take the process down.
+#[pyfunction]
+pub fn finish_operations(py: Python<'_>, limit: f64) {
+    let end = Instant::now() + Duration::from_secs_f64(limit);
+    gateway::detach(py, Site::Wait, || {
+        let mut running = lock(&RUNNING.0);
+        while *running != 0 {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            (running, _) = RUNNING
+                .1
+                .wait_timeout(running, left)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    });
+}
+
+// ---- the machine --------------------------------------------------------------------------------
+
+/// A machine whose devices exist: what `charioteer.Machine.open` gives.
+#[pyclass(name = "OpenMachine", module = "charioteer._core", frozen, weakref)]
+pub struct OpenMachine {
+    machine: Mutex<Option<Arc<Machine>>>,
+}
+
+type Speed = (f64, f64);
+
+fn link((bandwidth, latency): Speed) -> PyResult<Link> {
+    Ok(Link {
+        bandwidth,
+        latency: seconds(latency)?,
+    })
+}
+
+fn seconds(value: f64) -> PyResult<Duration> {
+    Duration::try_from_secs_f64(value)
+        .map_err(|_| PyValueError::new_err(format!("{value} is no number of seconds")))
+}
+
+impl PyEvent {
+    /// The event of a device of the runtime's machine.
+    pub fn of(machine: &Machine, event: Event) -> Self {
+        let devices = machine.as_virtual().expect("every accelerator is virtual");
+        Self {
+            gpu: Arc::clone(devices.gpu(event.stream.device)),
+            event,
+        }
+    }
+}
+
+impl OpenMachine {
+    /// The machine.
+    pub fn get(&self, py: Python<'_>) -> PyResult<Arc<Machine>> {
+        let machine = lock(&self.machine).clone();
+        machine.ok_or_else(|| error(py, "DeviceError", ("the machine is closed",)))
+    }
+
+    fn gpu(&self, py: Python<'_>, index: usize) -> PyResult<Arc<VirtualGpu>> {
+        let machine = self.get(py)?;
+        let gpus = machine
+            .as_virtual()
+            .map_or(&[][..], |virtual_| virtual_.gpus());
+        gpus.get(index).cloned().ok_or_else(|| {
+            PyValueError::new_err(format!(
+                "the machine has no gpu({index}): it has {} GPUs",
+                gpus.len()
+            ))
+        })
+    }
+}
+
+#[pymethods]
+impl OpenMachine {
+    #[new]
+    #[pyo3(signature = (cores, memory, gpus, *, host, peer, local, pairs, virtual_time))]
+    #[expect(clippy::too_many_arguments, reason = "by keyword, from one place")]
+    fn open(
+        cores: usize,
+        memory: Option<u64>,
+        gpus: Vec<(u64, String)>,
+        host: Speed,
+        peer: Option<Speed>,
+        local: Speed,
+        pairs: Vec<(u16, u16, Speed)>,
+        virtual_time: bool,
+    ) -> PyResult<Self> {
+        let pairs = pairs
+            .into_iter()
+            .map(|(from, to, speed)| Ok((DeviceId(from), DeviceId(to), link(speed)?)))
+            .collect::<PyResult<_>>()?;
+        let description = Description::new(
+            Host { cores, memory },
+            gpus.into_iter()
+                .map(|(memory, name)| Gpu { name, memory })
+                .collect(),
+            Links {
+                host: link(host)?,
+                peer: peer.map(link).transpose()?,
+                local: link(local)?,
+                pairs,
+            },
+            if virtual_time {
+                Time::Virtual
+            } else {
+                Time::Real
+            },
+        )
+        .map_err(|wrong| PyValueError::new_err(wrong.to_string()))?;
+        Ok(Self {
+            machine: Mutex::new(Some(Machine::virtual_machine(description))),
+        })
+    }
+
+    fn __enter__(slf: Py<Self>) -> Py<Self> {
+        slf
+    }
+
+    fn __exit__(
+        &self,
+        _kind: &Bound<'_, PyAny>,
+        _error: &Bound<'_, PyAny>,
+        _traceback: &Bound<'_, PyAny>,
+    ) {
+        self.close();
+    }
+
+    /// Ends the devices: what is pending on them is dropped, and events that are not complete fail.
+    fn close(&self) {
+        let machine = lock(&self.machine).take();
+        if let Some(machine) = machine {
+            // Arrays keep it for longer.
+            machine.close();
+        }
+    }
+
+    /// How many GPUs it has.
+    #[getter]
+    fn gpus(&self, py: Python<'_>) -> PyResult<usize> {
+        Ok(self.get(py)?.gpus())
+    }
+
+    /// A new stream of the GPU with that number.
+    fn stream(&self, py: Python<'_>, gpu: usize) -> PyResult<PyStream> {
+        let gpu = self.gpu(py, gpu)?;
+        let stream = gpu.create_stream().map_err(|said| raise(py, &said))?;
+        Ok(PyStream { gpu, stream })
+    }
+
+    /// Bytes of the GPU that are not allocated.
+    fn free_memory(&self, py: Python<'_>, gpu: usize) -> PyResult<u64> {
+        Ok(self.gpu(py, gpu)?.free_memory())
+    }
+
+    /// Lets the operations and copies of one GPU reach the memory of another.
+    fn enable_peer(&self, py: Python<'_>, gpu: usize, peer: usize) -> PyResult<()> {
+        let peer = self.gpu(py, peer)?.info().id;
+        self.gpu(py, gpu)?
+            .enable_peer(peer)
+            .map_err(|said| raise(py, &said))
+    }
+
+    /// What the GPU has seen since the machine was opened.
+    fn counters<'py>(&self, py: Python<'py>, gpu: usize) -> PyResult<Bound<'py, PyDict>> {
+        let counters = self.gpu(py, gpu)?.counters();
+        let traffic = PyDict::new(py);
+        for link in counters.traffic {
+            traffic.set_item(
+                (link.from.to_string(), link.to.to_string()),
+                (link.copies, link.bytes),
+            )?;
+        }
+        let dict = PyDict::new(py);
+        dict.set_item("streams", counters.streams)?;
+        dict.set_item("operations", counters.operations)?;
+        dict.set_item("traffic", traffic)?;
+        dict.set_item("stream_waits", counters.stream_waits)?;
+        dict.set_item("host_synchronisations", counters.host_synchronisations)?;
+        Ok(dict)
+    }
+
+    /// Injects a fault: of the copies enqueued on the GPU from now on, the `nth` fails.
+    fn fail_copy(&self, py: Python<'_>, gpu: usize, nth: u64) -> PyResult<()> {
+        if nth == 0 {
+            return Err(PyValueError::new_err("the first copy is number 1"));
+        }
+        self.gpu(py, gpu)?.fail_copy(nth);
+        Ok(())
+    }
+
+    /// Injects a fault: the GPU is lost, now or when it has run so many more operations and copies.
+    #[pyo3(signature = (gpu, why="injected", *, after=None))]
+    fn lose(&self, py: Python<'_>, gpu: usize, why: &str, after: Option<u64>) -> PyResult<()> {
+        let gpu = self.gpu(py, gpu)?;
+        match after {
+            None => gpu.lose(why),
+            Some(operations) => gpu.lose_after(operations, why),
+        }
+        Ok(())
+    }
+
+    /// Injects a fault: the next event recorded on the GPU completes so many seconds later.
+    fn delay_event(&self, py: Python<'_>, gpu: usize, delay: f64) -> PyResult<()> {
+        self.gpu(py, gpu)?.delay_event(seconds(delay)?);
+        Ok(())
+    }
+
+    /// Its clock.
+    #[getter]
+    fn clock(slf: Py<Self>) -> Clock {
+        Clock { machine: slf }
+    }
+}
+
+/// The clock of a machine.
+#[pyclass(module = "charioteer._core", frozen)]
+pub struct Clock {
+    machine: Py<OpenMachine>,
+}
+
+#[pymethods]
+impl Clock {
+    /// Nanoseconds since the machine was opened.
+    #[getter]
+    fn now(&self, py: Python<'_>) -> PyResult<u64> {
+        let machine = self.machine.get().get(py)?;
+        Ok(machine.as_virtual().map_or(0, |found| found.clock().now()))
+    }
+
+    /// In virtual time, does the next thing that is due on the machine; `False` if there is nothing,
+    /// and always in real time, which goes by on its own.
+    fn advance(&self, py: Python<'_>) -> PyResult<bool> {
+        let machine = self.machine.get().get(py)?;
+        Ok(gateway::detach(py, Site::Wait, || {
+            machine
+                .as_virtual()
+                .is_some_and(|found| found.clock().advance())
+        }))
+    }
+}
+
+// ---- streams and events -------------------------------------------------------------------------
+
+/// A stream of a virtual GPU.
+#[pyclass(name = "Stream", module = "charioteer._core", frozen)]
+pub struct PyStream {
+    gpu: Arc<VirtualGpu>,
+    stream: Stream,
+}
+
+#[pymethods]
+impl PyStream {
+    /// The number of its GPU.
+    #[getter]
+    fn device(&self) -> u16 {
+        self.stream.device.index()
+    }
+
+    /// Its number among the streams of the GPU.
+    #[getter]
+    fn number(&self) -> u32 {
+        self.stream.number
+    }
+
+    /// Calls the operation, without arguments, in stream order.
+    fn enqueue(&self, py: Python<'_>, operation: Bound<'_, PyAny>) -> PyResult<()> {
+        if !operation.is_callable() {
+            return Err(PyTypeError::new_err("an operation is a callable"));
+        }
+        let call = PyRef::from(operation);
+        let gpu = Arc::clone(&self.gpu);
+        self.gpu
+            .enqueue(self.stream, Box::new(move || run(&gpu, call)))
+            .map_err(|said| raise(py, &said))
+    }
+
+    /// Occupies the stream for so many seconds, in its order.
+    fn busy(&self, py: Python<'_>, duration: f64) -> PyResult<()> {
+        self.gpu
+            .busy(self.stream, seconds(duration)?)
+            .map_err(|said| raise(py, &said))
+    }
+
+    /// The event behind everything that is enqueued on the stream now.
+    fn record(&self, py: Python<'_>) -> PyResult<PyEvent> {
+        let event = self
+            .gpu
+            .record(self.stream)
+            .map_err(|said| raise(py, &said))?;
+        Ok(PyEvent {
+            gpu: Arc::clone(&self.gpu),
+            event,
+        })
+    }
+
+    /// What is enqueued from now on starts after the event.
+    fn wait(&self, py: Python<'_>, event: &PyEvent) -> PyResult<()> {
+        if !self.gpu.same_machine(&event.gpu) {
+            return Err(PyValueError::new_err(
+                "a stream waits for events of its own machine",
+            ));
+        }
+        self.gpu
+            .wait(self.stream, event.event)
+            .map_err(|said| raise(py, &said))
+    }
+
+    /// Waits until everything that is enqueued now is done.
+    fn synchronize(&self, py: Python<'_>) -> PyResult<()> {
+        self.record(py)?.synchronize(py)
+    }
+
+    /// Memory of the GPU for what is enqueued on the stream from now on.
+    fn allocate(&self, py: Python<'_>, size: u64) -> PyResult<Allocation> {
+        let pointer = self
+            .gpu
+            .allocate(size, self.stream)
+            .map_err(|said| raise(py, &said))?;
+        let gpu = Arc::clone(&self.gpu);
+        let memory = Py::new(py, Memory { gpu, pointer, size })?;
+        Ok(Allocation {
+            memory,
+            gpu: Arc::clone(&self.gpu),
+            stream: self.stream,
+            pointer,
+            others: Mutex::default(),
+        })
+    }
+
+    /// Whether operations on the stream may access the memory.
+    fn reaches(&self, memory: &Memory) -> bool {
+        self.gpu.same_machine(&memory.gpu)
+            && (self.stream.device == memory.pointer.device
+                || self.gpu.has_peer(memory.pointer.device))
+    }
+
+    /// Copies bytes between device memories, in stream order and over the link.
+    fn copy(
+        &self,
+        py: Python<'_>,
+        source: &Memory,
+        source_offset: u64,
+        target: &Memory,
+        target_offset: u64,
+        size: u64,
+    ) -> PyResult<()> {
+        self.on_machine(source)?;
+        self.on_machine(target)?;
+        let from = source.pointer.offset(source_offset);
+        let to = target.pointer.offset(target_offset);
+        // SAFETY: neither side is the host's memory.
+        unsafe { self.gpu.copy(from, to, size, self.stream) }.map_err(|said| raise(py, &said))
+    }
+
+    /// Copies the bytes of a contiguous buffer to the device, in stream order and over the link. The
+    /// buffer may change as soon as this returns.
+    fn upload(
+        &self,
+        py: Python<'_>,
+        source: &Bound<'_, PyAny>,
+        target: &Memory,
+        offset: u64,
+    ) -> PyResult<()> {
+        self.on_machine(target)?;
+        let bytes = PyBuffer::<u8>::get(source)?.to_vec(py)?;
+        let from = DevicePointer {
+            device: HOST,
+            address: bytes.as_ptr() as u64,
+        };
+        let to = target.pointer.offset(offset);
+        let size = bytes.len() as u64;
+        // SAFETY: nobody else knows the bytes, which live until the event behind the copy.
+        unsafe { self.gpu.copy(from, to, size, self.stream) }.map_err(|said| raise(py, &said))?;
+        match self.gpu.record(self.stream) {
+            Ok(event) => {
+                self.gpu
+                    .when_complete(event, Box::new(move |_| drop(bytes)));
+                Ok(())
+            }
+            Err(said) => {
+                // Lost in between: a copy that is under way may read the bytes yet.
+                std::mem::forget(bytes);
+                Err(raise(py, &said))
+            }
+        }
+    }
+
+    /// Copies bytes to the host behind all that is on the stream, over the link, and waits for them.
+    fn download<'py>(
+        &self,
+        py: Python<'py>,
+        source: &Memory,
+        offset: u64,
+        size: usize,
+    ) -> PyResult<Bound<'py, PyByteArray>> {
+        self.on_machine(source)?;
+        let bytes = PyByteArray::new_with(py, size, |_| Ok(()))?;
+        let to = DevicePointer {
+            device: HOST,
+            address: bytes.data() as u64,
+        };
+        let from = source.pointer.offset(offset);
+        // SAFETY: nobody else knows the bytes before this returns, and it returns behind the copy.
+        unsafe { self.gpu.copy(from, to, size as u64, self.stream) }
+            .map_err(|said| raise(py, &said))?;
+        match self.gpu.record(self.stream) {
+            Ok(event) => {
+                let gpu = &self.gpu;
+                gateway::detach(py, Site::Wait, || gpu.synchronize(event))
+                    .map_err(|said| raise(py, &said))?;
+                Ok(bytes)
+            }
+            Err(said) => {
+                // Lost in between: a copy that is under way may write the bytes yet.
+                std::mem::forget(bytes);
+                Err(raise(py, &said))
+            }
+        }
+    }
+
+    fn __eq__(&self, other: &Self) -> bool {
+        self.stream == other.stream && self.gpu.same_machine(&other.gpu)
+    }
+
+    fn __hash__(&self) -> u64 {
+        u64::from(self.stream.device.0) << 32 | u64::from(self.stream.number)
+    }
+
+    fn __repr__(&self) -> String {
+        format!("<stream {} of {}>", self.stream.number, self.stream.device)
+    }
+}
+
+impl PyStream {
+    /// The stream of a device of the runtime's machine.
+    pub fn of(machine: &Machine, stream: Stream) -> Self {
+        let devices = machine.as_virtual().expect("every accelerator is virtual");
+        Self {
+            gpu: Arc::clone(devices.gpu(stream.device)),
+            stream,
+        }
+    }
+
+    fn on_machine(&self, memory: &Memory) -> PyResult<()> {
+        if self.gpu.same_machine(&memory.gpu) {
+            return Ok(());
+        }
+        Err(PyValueError::new_err(
+            "a stream works with memory of its own machine",
+        ))
+    }
+}
+
+/// A position on a stream's timeline.
+#[pyclass(name = "Event", module = "charioteer._core", frozen)]
+pub struct PyEvent {
+    gpu: Arc<VirtualGpu>,
+    event: Event,
+}
+
+#[pymethods]
+impl PyEvent {
+    /// Whether everything before it is done.
+    fn is_complete(&self, py: Python<'_>) -> PyResult<bool> {
+        self.gpu
+            .is_complete(self.event)
+            .map_err(|said| raise(py, &said))
+    }
+
+    /// Waits until it is complete.
+    fn synchronize(&self, py: Python<'_>) -> PyResult<()> {
+        gateway::detach(py, Site::Wait, || self.gpu.synchronize(self.event))
+            .map_err(|said| raise(py, &said))
+    }
+
+    fn __repr__(&self) -> String {
+        let stream = self.event.stream;
+        format!(
+            "<event {} on stream {} of {}>",
+            self.event.position, stream.number, stream.device
+        )
+    }
+}
+
+// ---- memory -------------------------------------------------------------------------------------
+
+/// Bytes of a device, which it names and does not own. NumPy may view them within an operation.
+#[pyclass(module = "charioteer._core", frozen)]
+pub struct Memory {
+    gpu: Arc<VirtualGpu>,
+    pointer: DevicePointer,
+    size: u64,
+}
+
+/// What a buffer keeps.
+struct Export {
+    bytes: DeviceBytes,
+    buffers: Arc<AtomicUsize>,
+}
+
+#[pymethods]
+impl Memory {
+    /// The number of the GPU.
+    #[getter]
+    fn device(&self) -> u16 {
+        self.pointer.device.index()
+    }
+
+    /// The address in the GPU's address space.
+    #[getter]
+    fn address(&self) -> u64 {
+        self.pointer.address
+    }
+
+    /// How many bytes.
+    #[getter]
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// # Safety
+    /// The interpreter calls this, with a place for the buffer.
+    unsafe fn __getbuffer__(
+        slf: Bound<'_, Self>,
+        view: *mut ffi::Py_buffer,
+        flags: c_int,
+    ) -> PyResult<()> {
+        let memory = slf.get();
+        let running = OPERATION.with_borrow(Clone::clone);
+        let Some(running) = running.filter(|running| running.gpu.same_machine(&memory.gpu)) else {
+            return Err(refuse(&DeviceError::NoAccess(HOST, memory.pointer.device)));
+        };
+        let bytes = running
+            .gpu
+            .bytes(memory.pointer, memory.size)
+            .map_err(|said| refuse(&said))?;
+        // SAFETY: the place is valid, as promised; the bytes live until the buffer is released, which
+        // drops the export, and as many are valid as are said.
+        unsafe {
+            let filled = ffi::PyBuffer_FillInfo(
+                view,
+                slf.as_ptr(),
+                bytes.as_ptr().cast(),
+                memory.size as ffi::Py_ssize_t,
+                0,
+                flags,
+            );
+            if filled != 0 {
+                return Err(PyErr::fetch(slf.py()));
+            }
+            running.buffers.fetch_add(1, Ordering::AcqRel);
+            let buffers = running.buffers;
+            (*view).internal = Box::into_raw(Box::new(Export { bytes, buffers })).cast::<c_void>();
+        }
+        Ok(())
+    }
+
+    /// # Safety
+    /// The interpreter calls this, once for each buffer that was given.
+    unsafe fn __releasebuffer__(&self, view: *mut ffi::Py_buffer) {
+        // SAFETY: `__getbuffer__` put the export there, and nobody has taken it since.
+        let export = unsafe { Box::from_raw((*view).internal.cast::<Export>()) };
+        export.buffers.fetch_sub(1, Ordering::AcqRel);
+        drop(export.bytes);
+    }
+
+    fn __repr__(&self) -> String {
+        format!(
+            "<{} bytes at {:#x} of {}>",
+            self.size, self.pointer.address, self.pointer.device
+        )
+    }
+}
+
+/// Memory that is given back when this is collected.
+#[pyclass(module = "charioteer._core", frozen)]
+pub struct Allocation {
+    memory: Py<Memory>,
+    gpu: Arc<VirtualGpu>,
+    /// The stream that it was allocated on.
+    stream: Stream,
+    pointer: DevicePointer,
+    /// Others that use it.
+    others: Mutex<Vec<(Arc<VirtualGpu>, Stream)>>,
+}
+
+#[pymethods]
+impl Allocation {
+    /// The bytes.
+    #[getter]
+    fn memory(&self, py: Python<'_>) -> Py<Memory> {
+        self.memory.clone_ref(py)
+    }
+
+    /// The stream that it was allocated on.
+    #[getter]
+    fn stream(&self) -> PyStream {
+        PyStream {
+            gpu: Arc::clone(&self.gpu),
+            stream: self.stream,
+        }
+    }
+
+    /// Says that what is enqueued on the stream uses it.
+    fn used_on(&self, stream: &PyStream) {
+        if stream.stream == self.stream {
+            return;
+        }
+        let mut others = lock(&self.others);
+        if !others.iter().any(|(_, other)| *other == stream.stream) {
+            others.push((Arc::clone(&stream.gpu), stream.stream));
+        }
+    }
+}
+
+impl Drop for Allocation {
+    fn drop(&mut self) {
+        let others = self
+            .others
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner);
+        for (gpu, stream) in others.drain(..) {
+            // A device that is lost uses nothing any more.
+            if let Ok(event) = gpu.record(stream) {
+                let _ = self.gpu.wait(self.stream, event);
+            }
+        }
+        let _ = self.gpu.free(self.pointer, self.stream);
+    }
+}

@@ -1,0 +1,783 @@
+//! Tasks on devices: from ready over reserved, dispatched and launched to complete.
+//!
+//! # The turn
+//!
+//! The [ledger](crate::schedule::gang) of devices has one owner at a time and no thread of its own.
+//! Whatever concerns it (a task that is ready, a body that ended, a copy of time that passed) goes into
+//! a mailbox, and then its sender tries to take the *turn*: the ledger's lock, which nobody ever waits
+//! for. Who has it empties the mailbox, takes the grants that are possible now, lets go, and dispatches
+//! them with no lock held.
+//!
+//! **No letter is left.** A sender puts its letter in, passes a SeqCst fence, and tries the lock. Who
+//! has the turn lets go of the lock, passes a SeqCst fence, and looks into the mailbox again. Of two
+//! fences one is first: either the owner sees the letter, or the sender finds the lock free.
+//!
+//! # A task's way
+//!
+//! *Ready*: its predecessors are launched or done. Its request goes to the ledger with the events of
+//! those that are launched only. *Dispatched*: it has a [`Loan`] of devices and streams, and stands in a
+//! queue like a task on cores; the body is a worker's business, and takes no core's compute but the
+//! worker. Before the body runs, its streams are told to wait for what is in flight: the predecessors'
+//! events and those behind which its part of a device is free. *Launched*: the body returned. Events
+//! are recorded on its streams, the loan goes back behind them, and dependents that may run ahead are let
+//! go, with these events to wait for. *Done*: every event is complete, and every predecessor that it ran
+//! ahead of is done.
+//!
+//! A task whose body failed lets nobody run ahead. One with retries neither, since another attempt may
+//! follow. A predecessor whose work failed after its launch poisons those that ran ahead of it: each
+//! counts it among what is `incomplete`, so that none of them is done before it knows.
+//!
+//! Whoever takes a loan out of its task gives it back: the thread that ends the body, or cancels the task
+//! after it was dispatched, or finds in the queue that somebody did.
+//!
+//! A body that waits gives the compute share back and keeps devices, streams and memory; when the wait is
+//! over it asks for the share again, before all who only begin.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use crossbeam_utils::CachePadded;
+use smallvec::SmallVec;
+
+use super::{Engine, Moving, Settled, SpawnError};
+use crate::machine::{Device, DeviceError, DeviceId, Event, Machine, Stream};
+use crate::schedule::gang::{
+    self, Alternative, Capacity, Gang, Grant, GrantId, Limits, Request, Step,
+};
+use crate::schedule::queues::{Injector, Steal};
+use crate::sync::{AtomicUsize, Mutex, Ordering, fence};
+use crate::task::state::{AHEAD, LAUNCHED, LINKED};
+use crate::task::{
+    Domain, Failure, Flight, Latch, Need, Options, Outcome, Phase, Task, TaskRef, Until, Waker,
+};
+
+/// How many letters and grants are handled before the turn is passed on.
+const BATCH: usize = 64;
+
+type Events = SmallVec<[Event; 2]>;
+
+/// Who goes on when a body that waited has its share again.
+enum Resumer<D: Domain> {
+    /// An asynchronous body.
+    Task(TaskRef<D>),
+    /// A thread whose body waited.
+    Thread(Arc<Answer<D>>),
+}
+
+/// How a thread hears that it has its share again.
+struct Answer<D: Domain> {
+    latch: Arc<Latch<D>>,
+    grant: Mutex<Option<Grant>>,
+}
+
+enum Letter<D: Domain> {
+    Ask(TaskRef<D>, Events),
+    Launched(GrantId, SmallVec<[Option<Event>; 2]>),
+    Paused(GrantId, SmallVec<[Option<Event>; 2]>),
+    Resumed(GrantId, Resumer<D>),
+    /// The event is complete, or failed.
+    Landed(Event),
+    /// The stream is of no use any more.
+    Failed(Stream),
+    /// Nothing else moves in the engine.
+    Stuck,
+    Lost(DeviceId),
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            overtaking: 128,
+            runahead: 64,
+        }
+    }
+}
+
+/// The devices of an engine.
+pub(crate) struct Devices<D: Domain> {
+    machine: Arc<Machine>,
+    capacities: Box<[Capacity]>,
+    runahead: u32,
+    /// How many bodies that wait keep memory, as of the last turn.
+    keeping: AtomicUsize,
+    book: CachePadded<Mutex<Book<D>>>,
+    mail: Injector<Letter<D>>,
+}
+
+struct Book<D: Domain> {
+    ledger: Gang<TaskRef<D>>,
+    resuming: HashMap<GrantId, Resumer<D>>,
+}
+
+/// What came of a turn, to be carried out with no lock held.
+struct Outbox<D: Domain> {
+    granted: SmallVec<[(TaskRef<D>, Grant); 4]>,
+    resumed: SmallVec<[(Resumer<D>, Grant); 4]>,
+    /// To be dropped: they were cancelled while they waited.
+    unwanted: SmallVec<[TaskRef<D>; 4]>,
+    /// Whose devices are lost.
+    stranded: Vec<TaskRef<D>>,
+    /// Who can get no memory, since those who have it wait for what cannot get any.
+    starved: Option<TaskRef<D>>,
+}
+
+impl<D: Domain> Default for Outbox<D> {
+    fn default() -> Self {
+        Self {
+            granted: SmallVec::new(),
+            resumed: SmallVec::new(),
+            unwanted: SmallVec::new(),
+            stranded: Vec::new(),
+            starved: None,
+        }
+    }
+}
+
+impl<D: Domain> Devices<D> {
+    pub(crate) fn new(machine: Arc<Machine>, limits: Limits) -> Self {
+        let capacities: Box<[Capacity]> = (0..machine.gpus())
+            .map(|index| {
+                let index = u16::try_from(index).expect("numbers of devices have 16 bits");
+                let info = machine.device(DeviceId::gpu(index)).info();
+                Capacity {
+                    id: info.id,
+                    memory: info.memory,
+                }
+            })
+            .collect();
+        Self {
+            runahead: limits.runahead,
+            keeping: AtomicUsize::new(0),
+            book: CachePadded::new(Mutex::new(Book {
+                ledger: Gang::new(&capacities, limits),
+                resuming: HashMap::new(),
+            })),
+            capacities,
+            mail: Injector::new(),
+            machine,
+        }
+    }
+
+    fn device(&self, id: DeviceId) -> &dyn Device {
+        self.machine.device(id).as_ref()
+    }
+
+    /// Whether an event is complete; one that failed is.
+    fn is_complete(&self, event: Event) -> bool {
+        self.device(event.stream.device)
+            .is_complete(event)
+            .unwrap_or(true)
+    }
+
+    /// Reads the mail, and takes what can be granted now. True if there may be more.
+    fn rule(&self, book: &mut Book<D>, outbox: &mut Outbox<D>) -> bool {
+        let ledger = &mut book.ledger;
+        let mut stuck = false;
+        for _ in 0..BATCH {
+            let letter = match self.mail.steal() {
+                Steal::Success(letter) => letter,
+                Steal::Retry => continue,
+                Steal::Empty => break,
+            };
+            match letter {
+                Letter::Ask(task, prefer) => {
+                    let request = request(&task, prefer);
+                    if let Err(task) = ledger.submit(task, request) {
+                        outbox.stranded.push(task);
+                    }
+                }
+                Letter::Launched(id, events) => {
+                    ledger.launched(id, &events);
+                    self.sweep(ledger, &events);
+                }
+                Letter::Paused(id, events) => {
+                    ledger.paused(id, &events);
+                    self.sweep(ledger, &events);
+                }
+                Letter::Resumed(id, resumer) => {
+                    book.resuming.insert(id, resumer);
+                    ledger.resumed(id);
+                }
+                Letter::Landed(event) => ledger.completed(event),
+                Letter::Failed(stream) => ledger.failed(stream),
+                Letter::Stuck => stuck = true,
+                Letter::Lost(device) => outbox.stranded.extend(ledger.fail_device(device)),
+            }
+        }
+        for _ in 0..BATCH {
+            match ledger.next(|task| task.phase() == Phase::Ready) {
+                Some(Step::Start(task, grant)) => outbox.granted.push((task, grant)),
+                Some(Step::Resume(grant)) => {
+                    let resumer = book.resuming.remove(&grant.id);
+                    outbox
+                        .resumed
+                        .push((resumer.expect("who resumes said so before"), grant));
+                }
+                Some(Step::Unwanted(task)) => outbox.unwanted.push(task),
+                None => {
+                    if stuck && ledger.is_stuck() {
+                        // Somebody waits for what has links.
+                        outbox.starved = ledger.give_up(|task| task.state.load().has(LINKED));
+                    }
+                    self.keeping.store(ledger.keeping(), Ordering::SeqCst);
+                    return !self.mail.is_empty();
+                }
+            }
+        }
+        true
+    }
+
+    /// Tells the ledger of those events that are complete already.
+    fn sweep(&self, ledger: &mut Gang<TaskRef<D>>, events: &[Option<Event>]) {
+        for event in events.iter().flatten() {
+            if self.is_complete(*event) {
+                ledger.completed(*event);
+            }
+        }
+    }
+}
+
+/// What a task asks the ledger for.
+fn request<D: Domain>(task: &Task<D>, prefer: Events) -> Request {
+    let options = task.options().expect("a task on devices has options");
+    Request {
+        alternatives: Arc::clone(
+            options
+                .devices
+                .as_ref()
+                .expect("a task on devices says on which"),
+        ),
+        estimates: SmallVec::new(),
+        priority: options.priority,
+        prefer,
+    }
+}
+
+/// Whether a task runs on devices with streams.
+#[inline]
+pub(crate) fn is_on_devices<D: Domain>(task: &Task<D>) -> bool {
+    task.options()
+        .is_some_and(|options| options.need == Need::Devices)
+}
+
+impl<D: Domain> Engine<D> {
+    /// The devices of a task's own kind of need.
+    fn devices(&self) -> &Devices<D> {
+        self.devices
+            .as_ref()
+            .expect("a task on devices is refused where there are none")
+    }
+
+    /// The machine that the engine runs on, if it has more than a host.
+    pub fn machine(&self) -> Option<&Arc<Machine>> {
+        self.devices.as_ref().map(|devices| &devices.machine)
+    }
+
+    /// The devices of the task that runs on this thread, each with its stream, in the set's order.
+    pub fn lent(&self) -> SmallVec<[(DeviceId, Stream); 2]> {
+        let Some((task, _)) = self.current() else {
+            return SmallVec::new();
+        };
+        let links = task.links.lock();
+        let grant = links
+            .rare
+            .as_ref()
+            .and_then(|rare| rare.flight.loan.as_ref());
+        grant.map_or_else(SmallVec::new, |grant| {
+            grant
+                .lent
+                .iter()
+                .filter_map(|lent| Some((lent.device, lent.stream?)))
+                .collect()
+        })
+    }
+
+    /// The flag of a new task with these options.
+    pub(super) fn ahead(&self, options: &Options) -> u32 {
+        match &self.devices {
+            Some(devices) if options.need == Need::Devices && devices.runahead != 0 => AHEAD,
+            _ => 0,
+        }
+    }
+
+    pub(super) fn check_devices(&self, alternatives: &[Alternative]) -> Result<(), SpawnError> {
+        let capacities = match &self.devices {
+            Some(devices) => &devices.capacities[..],
+            None => &[],
+        };
+        gang::check(capacities, alternatives).map_err(|reasons| {
+            SpawnError::Devices(reasons.iter().map(ToString::to_string).collect())
+        })
+    }
+
+    fn post(self: &Arc<Self>, letter: Letter<D>) {
+        self.devices().mail.push(letter);
+        fence(Ordering::SeqCst);
+        self.take_turn();
+    }
+
+    /// See the module's protocol.
+    fn take_turn(self: &Arc<Self>) {
+        let devices = self.devices();
+        let mut outbox = Outbox::default();
+        loop {
+            let more = {
+                let Some(mut book) = devices.book.try_lock() else {
+                    return;
+                };
+                devices.rule(&mut book, &mut outbox)
+            };
+            self.send(&mut outbox);
+            fence(Ordering::SeqCst);
+            if !more && devices.mail.is_empty() {
+                return;
+            }
+        }
+    }
+
+    fn send(self: &Arc<Self>, outbox: &mut Outbox<D>) {
+        for (task, grant) in outbox.granted.drain(..) {
+            self.dispatch(task, grant);
+        }
+        for (resumer, grant) in outbox.resumed.drain(..) {
+            match resumer {
+                Resumer::Task(task) => self.dispatch(task, grant),
+                Resumer::Thread(answer) => {
+                    *answer.grant.lock() = Some(grant);
+                    Self::arrive(Some(self), &answer.latch, false);
+                }
+            }
+        }
+        for task in outbox.stranded.drain(..) {
+            if task.state.advance(Phase::Ready, Phase::Running).is_ok() {
+                let error = self.stranded(&task);
+                self.settle(&task, Outcome::Failed(Failure::Device(error)));
+            }
+        }
+        outbox.unwanted.clear();
+        if let Some(task) = outbox.starved.take() {
+            if task.state.advance(Phase::Ready, Phase::Running).is_ok() {
+                let error = self.starved(&task);
+                self.settle(&task, Outcome::Failed(Failure::Device(error)));
+            }
+            self.relieve();
+        }
+    }
+
+    /// Why a task gets no memory: those who have it wait for tasks that can get none.
+    fn starved(&self, task: &Task<D>) -> DeviceError {
+        let options = task.options().expect("a task on devices has options");
+        let set = options.devices.iter().flat_map(|sets| sets.first()).next();
+        let set = set.expect("a request has an alternative");
+        let device = match set.members.first() {
+            Some(gang::Member::Device(device)) => *device,
+            _ => self.devices().capacities[0].id,
+        };
+        DeviceError::OutOfMemory {
+            device,
+            wanted: set.memory,
+            free: 0,
+        }
+    }
+
+    /// If nothing moves, and bodies that wait keep memory that others need first, fails one of those.
+    /// What is not spawned yet may still help, so that is left to the runtime's end.
+    pub(super) fn relieve(self: &Arc<Self>) {
+        let keeping = |devices: &Devices<D>| devices.keeping.load(Ordering::SeqCst) != 0;
+        if self.devices.as_ref().is_some_and(keeping) && self.is_stuck() && !self.has_missing() {
+            self.post(Letter::Stuck);
+        }
+    }
+
+    /// Why no device is left for a task.
+    fn stranded(&self, task: &Task<D>) -> DeviceError {
+        let options = task.options().expect("a task on devices has options");
+        let wanted = options.devices.iter().flat_map(|sets| sets.iter());
+        let named = wanted
+            .flat_map(|set| set.members.iter())
+            .find_map(|member| match member {
+                gang::Member::Device(device) => Some(*device),
+                gang::Member::Any(_) => None,
+            });
+        let device = named.unwrap_or(self.devices().capacities[0].id);
+        DeviceError::Lost(
+            device,
+            Arc::from("no set of devices that the task may use is left"),
+        )
+    }
+
+    /// Asks for the devices of a task that is ready.
+    pub(super) fn ask_for_devices(self: &Arc<Self>, task: TaskRef<D>) {
+        let (loan, behind) = {
+            let mut links = task.links.lock();
+            let flight = &mut links.rare().flight;
+            (
+                flight.loan.as_ref().map(|loan| loan.id),
+                flight.behind.clone(),
+            )
+        };
+        self.post(match loan {
+            // It waited, and has its devices.
+            Some(id) => Letter::Resumed(id, Resumer::Task(task)),
+            None => Letter::Ask(task, behind),
+        });
+        if !self.is_worker() {
+            self.relieve();
+        }
+    }
+
+    fn dispatch(self: &Arc<Self>, task: TaskRef<D>, mut grant: Grant) {
+        self.make_streams(&mut grant);
+        {
+            let mut links = task.links.lock();
+            let flight = &mut links.rare().flight;
+            flight.loan = Some(grant);
+            flight.paused = false;
+        }
+        let priority = task.options().map_or(0, |options| options.priority);
+        self.enqueue(task, priority);
+    }
+
+    /// Makes the streams that a grant lacks. On a device that is lost there are none, and the body does
+    /// not run.
+    fn make_streams(&self, grant: &mut Grant) {
+        for lent in &mut grant.lent {
+            if lent.stream.is_none() {
+                lent.stream = self.devices().device(lent.device).create_stream().ok();
+            }
+        }
+    }
+
+    /// The body of a task with a loan is about to run on this thread, which owns it: tells its streams
+    /// what they have to wait for. False if it does not run, and the task has its outcome: a predecessor
+    /// that it ran ahead of failed, or a device did.
+    pub(crate) fn take_off(self: &Arc<Self>, task: &TaskRef<D>) -> bool {
+        if let Some(root) = task.poisoned() {
+            self.settle(task, Outcome::Failed(Failure::Dependency(root)));
+            return false;
+        }
+        match self.order_streams(task) {
+            Ok(()) => true,
+            Err(error) => {
+                self.note_loss(&error);
+                self.settle(task, Outcome::Failed(Failure::Device(error)));
+                false
+            }
+        }
+    }
+
+    /// Tells the streams of a task what they have to wait for.
+    fn order_streams(&self, task: &TaskRef<D>) -> Result<(), DeviceError> {
+        let (lent, behind) = {
+            let mut links = task.links.lock();
+            let flight = &mut links.rare().flight;
+            let Some(loan) = &mut flight.loan else {
+                return Ok(());
+            };
+            let lent: SmallVec<[_; 2]> = loan
+                .lent
+                .iter_mut()
+                .map(|lent| (lent.device, lent.stream, std::mem::take(&mut lent.waits)))
+                .collect();
+            (lent, std::mem::take(&mut flight.behind))
+        };
+        for (device, stream, waits) in lent {
+            let Some(stream) = stream else {
+                return Err(DeviceError::Lost(device, Arc::from("it gives no stream")));
+            };
+            let device = self.devices().device(device);
+            for event in waits.into_iter().chain(behind.iter().copied()) {
+                // On the same stream the order is there by itself.
+                if event.stream != stream {
+                    // Who depends on what fails learns of it from the graph.
+                    device.follow(stream, event)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Where the work of a task on its streams ends now, device by device; none on one that is lost.
+    fn record_events(&self, grant: &Grant) -> (SmallVec<[Option<Event>; 2]>, Option<DeviceError>) {
+        let mut failure = None;
+        let events = grant
+            .lent
+            .iter()
+            .map(|lent| {
+                let event = self.devices().device(lent.device).record(lent.stream?);
+                event.map_err(|error| failure = Some(error)).ok()
+            })
+            .collect();
+        (events, failure)
+    }
+
+    fn take_loan(task: &Task<D>, may: impl FnOnce(&Flight<D>) -> bool) -> Option<Grant> {
+        let mut links = task.links.lock();
+        let flight = &mut links.rare.as_mut()?.flight;
+        if may(flight) {
+            flight.loan.take()
+        } else {
+            None
+        }
+    }
+
+    /// Gives a loan back, behind what was put on its streams; tells where that ends and is not complete.
+    fn hand_in(self: &Arc<Self>, grant: &Grant, pause: bool) -> (Events, Option<DeviceError>) {
+        let (events, mut failure) = self.record_events(grant);
+        let mut pending = Events::new();
+        let mut failed = Events::new();
+        for event in events.iter().flatten().copied() {
+            match self
+                .devices()
+                .device(event.stream.device)
+                .is_complete(event)
+            {
+                Ok(true) => {}
+                Ok(false) => pending.push(event),
+                Err(error) => {
+                    failed.push(event);
+                    failure = Some(error);
+                }
+            }
+        }
+        self.post(if pause {
+            Letter::Paused(grant.id, events)
+        } else {
+            Letter::Launched(grant.id, events)
+        });
+        if let Some(error) = &failure {
+            self.note_loss(error);
+            for event in failed {
+                // After the ledger has heard of the stream.
+                self.post(Letter::Failed(event.stream));
+            }
+        }
+        (pending, failure)
+    }
+
+    /// Gives back what a task has of the devices, if it has anything: no body uses it any more.
+    #[cold]
+    pub(crate) fn return_loan(self: &Arc<Self>, task: &Task<D>) {
+        // What paused is about to have its share again, and comes back here then.
+        if let Some(grant) = Self::take_loan(task, |flight| !flight.paused) {
+            let (pending, _) = self.hand_in(&grant, false);
+            for event in pending {
+                self.tell_when_complete(event);
+            }
+        }
+    }
+
+    /// The attempt of a task on devices ended, and another one follows: after all that this one put on
+    /// its streams.
+    pub(super) fn put_off(self: &Arc<Self>, task: &TaskRef<D>) {
+        if let Some(grant) = Self::take_loan(task, |_| true) {
+            let (pending, _) = self.hand_in(&grant, false);
+            task.links.lock().rare().flight.behind.clone_from(&pending);
+            for event in pending {
+                self.tell_when_complete(event);
+            }
+        }
+    }
+
+    /// Tells the ledger when an event is complete.
+    fn tell_when_complete(self: &Arc<Self>, event: Event) {
+        let engine = Arc::clone(self);
+        self.devices().device(event.stream.device).when_complete(
+            event,
+            Box::new(move |result| {
+                let _moving = Moving::new(&engine);
+                if let Err(error) = &result {
+                    engine.note_failure(event, error);
+                }
+                engine.post(Letter::Landed(event));
+            }),
+        );
+    }
+
+    /// Lets a task that was just published run ahead of those of its predecessors that were launched
+    /// before it was linked to them; says how many links that were.
+    #[inline]
+    pub(super) fn catch_up(&self, task: &TaskRef<D>, dependencies: &[TaskRef<D>]) -> u32 {
+        if self.devices.is_none() || !task.state.load().has(AHEAD) {
+            return 0;
+        }
+        let mut count = 0;
+        for dependency in dependencies {
+            if dependency.state.load().has(LAUNCHED) && self.owns(dependency) {
+                let (events, links) = dependency.let_ahead(|next| Arc::ptr_eq(next, task));
+                for next in &links {
+                    next.go_behind(&events);
+                }
+                count += u32::try_from(links.len()).expect("fewer than 2^32 predecessors");
+            }
+        }
+        count
+    }
+
+    /// The body of a task on devices ended for good, and `outcome` is what the task comes to unless
+    /// its work on the devices fails.
+    pub(super) fn launch_off(self: &Arc<Self>, task: &TaskRef<D>, mut outcome: Outcome<D>) {
+        let Some(grant) = Self::take_loan(task, |_| true) else {
+            self.settle(task, outcome);
+            return;
+        };
+        // Before anybody can hear of the launch: nobody may take the engine for quiet meanwhile.
+        self.elsewhere.fetch_add(1, Ordering::SeqCst);
+        let (pending, failure) = self.hand_in(&grant, false);
+        if let (Some(error), Outcome::Value(_)) = (failure, &outcome) {
+            outcome = Outcome::Failed(Failure::Device(error));
+        }
+        let leads = !pending.is_empty()
+            && matches!(outcome, Outcome::Value(_))
+            && task.options().is_none_or(|options| options.retries == 0);
+        task.launch(outcome, &pending, leads);
+        if leads {
+            let (_, ahead) = task.let_ahead(|next| next.state.load().has(AHEAD) && self.owns(next));
+            for next in ahead {
+                next.go_behind(&pending);
+                self.release(&next, 1);
+            }
+        }
+        for event in pending {
+            self.when_complete(task, event);
+        }
+        // The body itself.
+        let settled = landed(task, None);
+        self.work_off(settled.into_iter().collect());
+    }
+
+    fn when_complete(self: &Arc<Self>, task: &TaskRef<D>, event: Event) {
+        let engine = Arc::clone(self);
+        let task = Arc::clone(task);
+        self.devices().device(event.stream.device).when_complete(
+            event,
+            Box::new(move |result| {
+                let _moving = Moving::new(&engine);
+                let failure = result.err();
+                if let Some(error) = &failure {
+                    engine.note_failure(event, error);
+                }
+                // First, so that dependents find the device, and its stream, free.
+                engine.post(Letter::Landed(event));
+                let settled = landed(&task, failure);
+                engine.work_off(settled.into_iter().collect());
+            }),
+        );
+    }
+
+    fn note_loss(self: &Arc<Self>, error: &DeviceError) {
+        if let DeviceError::Lost(device, _) = error {
+            self.post(Letter::Lost(*device));
+        }
+    }
+
+    /// Work before the event failed.
+    fn note_failure(self: &Arc<Self>, event: Event, error: &DeviceError) {
+        self.note_loss(error);
+        self.post(Letter::Failed(event.stream));
+    }
+
+    /// A task on devices has its outcome: gives back what it has left.
+    pub(super) fn arrived(self: &Arc<Self>, task: &Task<D>) {
+        self.return_loan(task);
+        if task.state.load().has(LAUNCHED) {
+            self.elsewhere.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+
+    // ---- waiting ----------------------------------------------------------------------------
+
+    /// The body of `task` is about to wait: gives its share of the devices back.
+    pub(crate) fn pause(self: &Arc<Self>, task: &Task<D>) {
+        if !is_on_devices(task) {
+            return;
+        }
+        let grant = {
+            let mut links = task.links.lock();
+            let flight = &mut links.rare().flight;
+            flight.paused = flight.loan.is_some();
+            flight.loan.clone()
+        };
+        if let Some(grant) = grant {
+            let (pending, _) = self.hand_in(&grant, true);
+            for event in pending {
+                self.tell_when_complete(event);
+            }
+        }
+    }
+
+    /// Blocks, with `block`, until the body of `task`, which [paused](Engine::pause) on this thread, has
+    /// its share again. If a device failed meanwhile, the body hears of it when it uses the device.
+    pub(crate) fn regain(self: &Arc<Self>, task: &TaskRef<D>, block: impl FnOnce(&Arc<Latch<D>>)) {
+        if !is_on_devices(task) {
+            return;
+        }
+        let id = {
+            let links = task.links.lock();
+            let rare = links.rare.as_ref();
+            rare.and_then(|rare| rare.flight.loan.as_ref().map(|loan| loan.id))
+        };
+        let Some(id) = id else { return };
+        let answer = Arc::new(Answer {
+            latch: Latch::new(1, Until::All, Waker::Thread(None)),
+            grant: Mutex::new(None),
+        });
+        let open = answer.latch.registered();
+        debug_assert!(!open, "nobody knows the latch yet");
+        self.post(Letter::Resumed(id, Resumer::Thread(Arc::clone(&answer))));
+        if !answer.latch.is_open() {
+            block(&answer.latch);
+        }
+        answer.latch.give_up();
+        let grant = answer.grant.lock().take();
+        if let Some(grant) = grant {
+            let mut links = task.links.lock();
+            let flight = &mut links.rare().flight;
+            flight.loan = Some(grant);
+            flight.paused = false;
+        }
+        if let Err(error) = self.order_streams(task) {
+            self.note_loss(&error);
+        }
+    }
+
+    /// A body that was to be suspended is not: one that [paused](Engine::pause) goes on when it has its
+    /// share again, true; any other at once.
+    pub(crate) fn requeue(self: &Arc<Self>, task: &TaskRef<D>) -> bool {
+        if !is_on_devices(task) {
+            return false;
+        }
+        let requeued = task.state.advance(Phase::Running, Phase::Ready).is_ok();
+        debug_assert!(requeued, "this thread owns the task");
+        self.ask_for_devices(Arc::clone(task));
+        true
+    }
+
+    // ---- virtual time -----------------------------------------------------------------------
+
+    /// Lets the next thing happen on a machine whose time is virtual; false if nothing is left to
+    /// happen, or time passes by itself.
+    pub(crate) fn advance_time(&self) -> bool {
+        self.devices
+            .as_ref()
+            .and_then(|devices| devices.machine.as_virtual())
+            .is_some_and(|machine| machine.clock().advance())
+    }
+}
+
+/// One of the parts of a launched task that were incomplete is complete, or failed. What the task comes
+/// to, if that was the last one.
+pub(super) fn landed<D: Domain>(
+    task: &TaskRef<D>,
+    failure: Option<DeviceError>,
+) -> Option<Settled<D>> {
+    let outcome = task.land(failure)?;
+    let outcome = match task.poisoned() {
+        Some(root) => Outcome::Failed(Failure::Dependency(root)),
+        None => outcome,
+    };
+    Some(Settled {
+        task: Arc::clone(task),
+        outcome,
+    })
+}

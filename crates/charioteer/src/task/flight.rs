@@ -1,0 +1,133 @@
+//! What a task on devices has between its reservation and its end; see the module's protocol.
+
+use std::sync::Arc;
+
+use smallvec::SmallVec;
+
+use super::state::LAUNCHED;
+use super::{Domain, Failure, Link, Outcome, Task, TaskRef};
+use crate::machine::{DeviceError, Event};
+use crate::schedule::gang::Grant;
+
+/// Under the lock of the task's links.
+pub(crate) struct Flight<D: Domain> {
+    /// The devices and streams that the body has, from its dispatch until it ends.
+    pub(crate) loan: Option<Grant>,
+    /// The body waits, and its share of the loan is another's.
+    pub(crate) paused: bool,
+    /// Events of predecessors that were launched and not complete when they let this task go.
+    pub(crate) behind: SmallVec<[Event; 2]>,
+    /// Where the body's own work ends, for dependents that run ahead.
+    events: SmallVec<[Event; 2]>,
+    /// Predecessors that this task runs ahead of and that are not done; once it is launched also the
+    /// events that are not complete, and the body.
+    /// A predecessor may be done before it is counted, so this may be below zero for a moment.
+    incomplete: i32,
+    /// What the task will come to when nothing is incomplete any more.
+    outcome: Option<Outcome<D>>,
+}
+
+impl<D: Domain> Default for Flight<D> {
+    fn default() -> Self {
+        Self {
+            loan: None,
+            paused: false,
+            behind: SmallVec::new(),
+            events: SmallVec::new(),
+            incomplete: 0,
+            outcome: None,
+        }
+    }
+}
+
+impl<D: Domain> Task<D> {
+    /// The body ended; its work ends with `pending`, which are not complete. `leads`: dependents may
+    /// run ahead. The caller counts as one part that is incomplete, until it [lands](Task::land).
+    pub(crate) fn launch(&self, outcome: Outcome<D>, pending: &[Event], leads: bool) {
+        let parts = i32::try_from(pending.len()).expect("fewer devices than 2^31") + 1;
+        let mut links = self.links.lock();
+        let flight = &mut links.rare().flight;
+        flight.incomplete += parts;
+        flight.outcome = Some(outcome);
+        if leads {
+            flight.events.extend_from_slice(pending);
+        }
+        self.state.set(LAUNCHED);
+    }
+
+    /// Calls `f` with the value of a task that is launched, and may still come to nothing, or that is
+    /// done. `f` is called under a lock, and calls nobody.
+    pub fn peek<R>(&self, f: impl FnOnce(&D::Value) -> R) -> Option<R> {
+        fn value<D: Domain>(outcome: Option<&Outcome<D>>) -> Option<&D::Value> {
+            match outcome {
+                Some(Outcome::Value(value)) => Some(value),
+                _ => None,
+            }
+        }
+        if !self.is_done() {
+            let links = self.links.lock();
+            let flight = links.rare.as_ref().map(|rare| &rare.flight);
+            if let Some(value) = value(flight.and_then(|flight| flight.outcome.as_ref())) {
+                return Some(f(value));
+            }
+        }
+        // It may have come there in between.
+        value(self.outcome()).map(f)
+    }
+
+    /// Takes the links to those of the `chosen` dependents that may run ahead of this task, and gives
+    /// the events that they are behind from now on. None if the task is not launched, or lets nobody.
+    pub(crate) fn let_ahead(
+        self: &Arc<Self>,
+        chosen: impl Fn(&TaskRef<D>) -> bool,
+    ) -> (SmallVec<[Event; 2]>, Vec<TaskRef<D>>) {
+        let mut links = self.links.lock();
+        let events = match &links.rare {
+            Some(rare) if !rare.flight.events.is_empty() => rare.flight.events.clone(),
+            _ => return (SmallVec::new(), Vec::new()),
+        };
+        let mut ahead = Vec::new();
+        for link in links.list.iter_mut() {
+            if let Link::Dependent(next) = link
+                && chosen(next)
+            {
+                ahead.push(Arc::clone(next));
+                let next = Arc::clone(next);
+                *link = Link::Ahead(next);
+            }
+        }
+        (events, ahead)
+    }
+
+    /// This task runs ahead of a predecessor that was launched, behind these events.
+    pub(crate) fn go_behind(&self, events: &[Event]) {
+        let mut links = self.links.lock();
+        let flight = &mut links.rare().flight;
+        flight.incomplete += 1;
+        flight.behind.extend_from_slice(events);
+    }
+
+    /// One part that was incomplete is complete, or failed: the outcome, if that was the last one and
+    /// the task was launched.
+    pub(crate) fn land(&self, failure: Option<DeviceError>) -> Option<Outcome<D>> {
+        let mut links = self.links.lock();
+        let flight = &mut links.rare().flight;
+        let gone = match (failure, &mut flight.outcome) {
+            (Some(error), Some(outcome @ Outcome::Value(_))) => {
+                let failed = Outcome::Failed(Failure::Device(error));
+                Some(std::mem::replace(outcome, failed))
+            }
+            _ => None,
+        };
+        flight.incomplete -= 1;
+        let outcome = if flight.incomplete == 0 {
+            flight.outcome.take()
+        } else {
+            None
+        };
+        drop(links);
+        // A value that came to nothing is dropped with no lock held (invariant 8).
+        drop(gone);
+        outcome
+    }
+}
