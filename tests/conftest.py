@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import gc
+import importlib
 import os
 import threading
 import time
@@ -43,7 +44,10 @@ _stderr = os.dup(2)
 def pytest_configure(config: pytest.Config) -> None:
     # Capturing is off here, so this is the real standard error.
     os.dup2(2, _stderr)
-    # BLAS starts its threads at the first product that may use them; they are nobody's leak.
+    # BLAS starts its threads at the first product that may use them; they are nobody's leak. SciPy
+    # brings one of its own.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("scipy.linalg")
     with threadpoolctl.threadpool_limits(8):
         numpy.ones((512, 512)) @ numpy.ones((512, 512))
 

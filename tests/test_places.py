@@ -310,6 +310,7 @@ def test_blas_has_one_thread_in_a_plain_task(rt: ch.Runtime) -> None:
 
 
 @needs_blas
+@pytest.mark.thread_unsafe(reason="the limit of BLAS is the process's")
 def test_blas_has_the_threads_of_the_set(rt2: ch.Runtime) -> None:
     with threadpoolctl.threadpool_limits(2):
         capable = set(blas_threads()) == {2}
