@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -168,13 +169,19 @@ def names_of(items: object) -> set[str]:
 
 def threads_of_process() -> dict[int, str]:
     """The threads that the kernel knows of in this process, by id, with their names."""
-    found = {}
-    for entry in Path("/proc/self/task").iterdir():
-        try:
-            found[int(entry.name)] = (entry / "comm").read_text().strip()
-        except OSError:
-            continue
-    return found
+    # A listing skips living threads when others end beside it; their number tells.
+    while True:
+        found = {}
+        for entry in Path("/proc/self/task").iterdir():
+            try:
+                found[int(entry.name)] = (entry / "comm").read_text().strip()
+            except OSError:
+                continue
+        status = Path("/proc/self/status").read_text()
+        number = re.search(r"^Threads:\s*(\d+)$", status, re.MULTILINE)
+        assert number is not None
+        if len(found) == int(number[1]):
+            return found
 
 
 def functions_of(error: BaseException) -> list[str]:
