@@ -282,7 +282,7 @@ impl<D: Domain> Engine<D> {
         let grant = links
             .rare
             .as_ref()
-            .and_then(|rare| rare.flight.loan.as_ref());
+            .and_then(|rare| rare.flight.as_ref()?.loan.as_ref());
         grant.map_or_else(SmallVec::new, |grant| {
             grant
                 .lent
@@ -410,7 +410,7 @@ impl<D: Domain> Engine<D> {
     pub(super) fn ask_for_devices(self: &Arc<Self>, task: TaskRef<D>) {
         let (loan, behind) = {
             let mut links = task.links.lock();
-            let flight = &mut links.rare().flight;
+            let flight = links.flight();
             (
                 flight.loan.as_ref().map(|loan| loan.id),
                 flight.behind.clone(),
@@ -430,7 +430,7 @@ impl<D: Domain> Engine<D> {
         self.make_streams(&mut grant);
         {
             let mut links = task.links.lock();
-            let flight = &mut links.rare().flight;
+            let flight = links.flight();
             flight.loan = Some(grant);
             flight.paused = false;
         }
@@ -470,7 +470,7 @@ impl<D: Domain> Engine<D> {
     fn order_streams(&self, task: &TaskRef<D>) -> Result<(), DeviceError> {
         let (lent, behind) = {
             let mut links = task.links.lock();
-            let flight = &mut links.rare().flight;
+            let flight = links.flight();
             let Some(loan) = &mut flight.loan else {
                 return Ok(());
             };
@@ -513,7 +513,7 @@ impl<D: Domain> Engine<D> {
 
     fn take_loan(task: &Task<D>, may: impl FnOnce(&Flight<D>) -> bool) -> Option<Grant> {
         let mut links = task.links.lock();
-        let flight = &mut links.rare.as_mut()?.flight;
+        let flight = links.rare.as_mut()?.flight.as_mut()?;
         if may(flight) {
             flight.loan.take()
         } else {
@@ -572,7 +572,7 @@ impl<D: Domain> Engine<D> {
     pub(super) fn put_off(self: &Arc<Self>, task: &TaskRef<D>) {
         if let Some(grant) = Self::take_loan(task, |_| true) {
             let (pending, _) = self.hand_in(&grant, false);
-            task.links.lock().rare().flight.behind.clone_from(&pending);
+            task.links.lock().flight().behind.clone_from(&pending);
             for event in pending {
                 self.tell_when_complete(event);
             }
@@ -694,7 +694,7 @@ impl<D: Domain> Engine<D> {
         }
         let grant = {
             let mut links = task.links.lock();
-            let flight = &mut links.rare().flight;
+            let flight = links.flight();
             flight.paused = flight.loan.is_some();
             flight.loan.clone()
         };
@@ -715,7 +715,7 @@ impl<D: Domain> Engine<D> {
         let id = {
             let links = task.links.lock();
             let rare = links.rare.as_ref();
-            rare.and_then(|rare| rare.flight.loan.as_ref().map(|loan| loan.id))
+            rare.and_then(|rare| Some(rare.flight.as_ref()?.loan.as_ref()?.id))
         };
         let Some(id) = id else { return };
         let answer = Arc::new(Answer {
@@ -732,7 +732,7 @@ impl<D: Domain> Engine<D> {
         let grant = answer.grant.lock().take();
         if let Some(grant) = grant {
             let mut links = task.links.lock();
-            let flight = &mut links.rare().flight;
+            let flight = links.flight();
             flight.loan = Some(grant);
             flight.paused = false;
         }

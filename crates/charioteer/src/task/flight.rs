@@ -46,7 +46,7 @@ impl<D: Domain> Task<D> {
     pub(crate) fn launch(&self, outcome: Outcome<D>, pending: &[Event], leads: bool) {
         let parts = i32::try_from(pending.len()).expect("fewer devices than 2^31") + 1;
         let mut links = self.links.lock();
-        let flight = &mut links.rare().flight;
+        let flight = links.flight();
         flight.incomplete += parts;
         flight.outcome = Some(outcome);
         if leads {
@@ -66,7 +66,7 @@ impl<D: Domain> Task<D> {
         }
         if !self.is_done() {
             let links = self.links.lock();
-            let flight = links.rare.as_ref().map(|rare| &rare.flight);
+            let flight = links.rare.as_ref().and_then(|rare| rare.flight.as_ref());
             if let Some(value) = value(flight.and_then(|flight| flight.outcome.as_ref())) {
                 return Some(f(value));
             }
@@ -82,8 +82,9 @@ impl<D: Domain> Task<D> {
         chosen: impl Fn(&TaskRef<D>) -> bool,
     ) -> (SmallVec<[Event; 2]>, Vec<TaskRef<D>>) {
         let mut links = self.links.lock();
-        let events = match &links.rare {
-            Some(rare) if !rare.flight.events.is_empty() => rare.flight.events.clone(),
+        let flight = links.rare.as_ref().and_then(|rare| rare.flight.as_ref());
+        let events = match flight {
+            Some(flight) if !flight.events.is_empty() => flight.events.clone(),
             _ => return (SmallVec::new(), Vec::new()),
         };
         let mut ahead = Vec::new();
@@ -102,7 +103,7 @@ impl<D: Domain> Task<D> {
     /// This task runs ahead of a predecessor that was launched, behind these events.
     pub(crate) fn go_behind(&self, events: &[Event]) {
         let mut links = self.links.lock();
-        let flight = &mut links.rare().flight;
+        let flight = links.flight();
         flight.incomplete += 1;
         flight.behind.extend_from_slice(events);
     }
@@ -111,7 +112,7 @@ impl<D: Domain> Task<D> {
     /// the task was launched.
     pub(crate) fn land(&self, failure: Option<DeviceError>) -> Option<Outcome<D>> {
         let mut links = self.links.lock();
-        let flight = &mut links.rare().flight;
+        let flight = links.flight();
         let gone = match (failure, &mut flight.outcome) {
             (Some(error), Some(outcome @ Outcome::Value(_))) => {
                 let failed = Outcome::Failed(Failure::Device(error));

@@ -283,8 +283,8 @@ pub(crate) struct Rare<D: Domain> {
     pub(crate) attempt: u32,
     /// How many attempts failed and were repeated.
     pub(crate) repeated: u32,
-    /// Of a task on devices.
-    pub(crate) flight: Flight<D>,
+    /// Of a task on devices; boxed, since tasks on cores with predecessors have all of this too.
+    pub(crate) flight: Option<Box<Flight<D>>>,
 }
 
 /// What a suspended body awaits.
@@ -302,7 +302,7 @@ impl<D: Domain> Default for Rare<D> {
             cycle: None,
             attempt: 0,
             repeated: 0,
-            flight: Flight::default(),
+            flight: None,
         }
     }
 }
@@ -310,6 +310,10 @@ impl<D: Domain> Default for Rare<D> {
 impl<D: Domain> Links<D> {
     pub(crate) fn rare(&mut self) -> &mut Rare<D> {
         self.rare.get_or_insert_default()
+    }
+
+    pub(crate) fn flight(&mut self) -> &mut Flight<D> {
+        self.rare().flight.get_or_insert_default()
     }
 }
 
@@ -526,9 +530,10 @@ impl<D: Domain> Task<D> {
         let (list, rare) = {
             let mut links = self.links.lock();
             let mut rare = links.rare.take();
-            if let Some(loan) = rare.as_mut().and_then(|rare| rare.flight.loan.take()) {
+            let flight = rare.as_mut().and_then(|rare| rare.flight.as_mut());
+            if let Some(loan) = flight.and_then(|flight| flight.loan.take()) {
                 // Of a task that was cancelled: it is to be given back.
-                links.rare().flight.loan = Some(loan);
+                links.flight().loan = Some(loan);
             }
             (std::mem::take(&mut links.list), rare)
         };

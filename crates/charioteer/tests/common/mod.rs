@@ -66,7 +66,9 @@ fn list_threads() {
 pub fn threads() -> Option<usize> {
     // A listing of /proc/self/task skips living threads when others end beside it.
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let number = status.lines().find_map(|line| line.strip_prefix("Threads:"))?;
+    let number = status
+        .lines()
+        .find_map(|line| line.strip_prefix("Threads:"))?;
     number.trim().parse().ok()
 }
 
