@@ -373,6 +373,9 @@ def test_peers_that_are_not_installed_are_missing(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(Missing, match=f"{name} is not installed"):
             peers.PEERS[name].empty(10, 2)
+    for empty_over_devices in peers.MULTI_DEVICE.values():
+        with pytest.raises(Missing, match="ray is not installed"):
+            empty_over_devices(2, 8, 10)
 
 
 # The Taskflow peer of the core's benchmark

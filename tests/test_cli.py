@@ -538,6 +538,18 @@ def test_bench_overhead_end_to_end(tmp_path: Path) -> None:
     assert measured == {"charioteer", "ThreadPoolExecutor", "NumPy"}
 
 
+def test_bench_multi_device_end_to_end(tmp_path: Path) -> None:
+    path = tmp_path / "devices.json"
+    done = charioteer("bench", "multi-device", "--quick", "--tasks", "100", "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    assert "needs Ray, an actor a device" in done.stdout
+    assert done.stderr == ""
+    measured = [entry for entry in json.loads(path.read_text()) if entry["unit"] == "µs"]
+    assert {entry["params"]["devices"] for entry in measured} == {1, 2, 4, 8}
+    assert all(entry["runs"] == 2 and entry["median"] > 0 for entry in measured)
+    assert_usage_error(charioteer("bench", "multi-device", "--peers", "pony"), "ray-actors")
+
+
 def test_bench_overhead_can_be_a_check() -> None:
     short = ("bench", "overhead", "--quick", "--runs", "1", "--only", "free-threading")
     assert charioteer(*short).returncode == 0

@@ -22,9 +22,20 @@ from typing import Any
 
 from charioteer.bench.harness import Missing
 
-__all__ = ["PEERS", "THREAD_POOL", "Peer", "load", "started_ray"]
+__all__ = [
+    "MULTI_DEVICE",
+    "PEERS",
+    "RAY_ACTORS",
+    "RAY_RESOURCES",
+    "THREAD_POOL",
+    "Peer",
+    "load",
+    "started_ray",
+]
 
 THREAD_POOL = "ThreadPoolExecutor"
+RAY_ACTORS = "Ray, an actor a device"
+RAY_RESOURCES = "Ray, a custom resource"
 
 
 @dataclass(frozen=True)
@@ -120,8 +131,8 @@ def _distributed(tasks: int, workers: int) -> float:
 
 
 @contextlib.contextmanager
-def started_ray(workers: int) -> Iterator[Any]:
-    """Ray's module, with that many workers while the block runs.
+def started_ray(workers: int, resources: dict[str, float] | None = None) -> Iterator[Any]:
+    """Ray's module, with that many workers and custom resources while the block runs.
 
     Raises:
         Missing: Ray is not installed.
@@ -130,6 +141,7 @@ def started_ray(workers: int) -> Iterator[Any]:
     ray = load("ray")
     ray.init(
         num_cpus=workers,
+        resources=resources,
         include_dashboard=False,
         logging_level="ERROR",
         log_to_driver=False,
@@ -156,6 +168,45 @@ def _ray(tasks: int, workers: int) -> float:
         ray.get([remote.remote(index) for index in range(tasks)])
         return perf_counter() - start
 
+
+def _ray_actors(width: int, devices: int, tasks: int) -> float:
+    with started_ray(devices) as ray:
+
+        class Device:
+            def run(self) -> None:
+                return None
+
+        actor = ray.remote(num_cpus=0)(Device)
+        actors = [actor.remote() for _ in range(devices)]
+        ray.get([one.run.remote() for one in actors])
+        start = perf_counter()
+        # The sets take turns, as tasks that may have any devices would.
+        ray.get(
+            [
+                actors[(task * width + member) % devices].run.remote()
+                for task in range(tasks)
+                for member in range(width)
+            ]
+        )
+        return perf_counter() - start
+
+
+def _ray_resources(width: int, devices: int, tasks: int) -> float:
+    with started_ray(devices, {"device": devices}) as ray:
+
+        def task() -> None:
+            return None
+
+        remote = ray.remote(num_cpus=0, resources={"device": width})(task)
+        # Ray starts a worker process at the first task that needs one.
+        ray.get([remote.remote() for _ in range(10 * devices)])
+        start = perf_counter()
+        ray.get([remote.remote() for _ in range(tasks)])
+        return perf_counter() - start
+
+
+MULTI_DEVICE = {"ray-actors": _ray_actors, "ray-resources": _ray_resources}
+"""Run so many empty tasks, each over ``width`` of some devices, and return the seconds it took."""
 
 PEERS = {
     peer.name: peer

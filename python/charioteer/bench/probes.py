@@ -106,6 +106,11 @@ def _peer(peer: str, workers: int, tasks: int) -> dict[str, float]:
     return {"time per task": 1e6 * peers.PEERS[peer].empty(tasks, workers) / tasks}
 
 
+def _multi_device(peer: str, width: int, devices: int, tasks: int) -> dict[str, float]:
+    """Microseconds a task for a peer's empty tasks over several devices."""
+    return {"time per task": 1e6 * peers.MULTI_DEVICE[peer](width, devices, tasks) / tasks}
+
+
 def _pending(tasks: int, keep: bool) -> dict[str, float]:
     """Bytes of resident memory a task that waits for a task which is spawned last."""
     space = ch.TaskSpace("gate")
@@ -221,6 +226,7 @@ PROBES: dict[str, Callable[..., dict[str, float]]] = {
     "empty": _empty,
     "gil": _gil,
     "idle": _idle,
+    "multi_device": _multi_device,
     "peer": _peer,
     "pending": _pending,
     "rotating": _rotating,

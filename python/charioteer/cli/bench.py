@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 __all__ = ["BENCHMARKS", "add_parser", "run"]
 
-BENCHMARKS = {"overhead": "charioteer.bench.overhead", "gil": "charioteer.bench.gil"}
+BENCHMARKS = {
+    "overhead": "charioteer.bench.overhead",
+    "gil": "charioteer.bench.gil",
+    "multi-device": "charioteer.bench.multi_device",
+}
 
 
 def add_parser(commands: Subparsers) -> None:
