@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import math
@@ -351,7 +352,19 @@ def test_probes_answer(probe: str, params: dict[str, object], metric: str) -> No
 def test_every_probe_is_tested() -> None:
     marks = test_probes_answer.pytestmark  # type: ignore[attr-defined]
     [cases] = [mark.args[1] for mark in marks if mark.name == "parametrize"]
-    assert {case[0] for case in cases} == set(probes.PROBES)
+    assert {case[0] for case in cases} | {"multi_device"} == set(probes.PROBES)
+
+
+@pytest.mark.parametrize("peer", peers.MULTI_DEVICE)
+def test_peers_over_several_devices_answer_if_they_are_there(peer: str) -> None:
+    call = functools.partial(
+        probes.call, "multi_device", timeout=50, peer=peer, width=2, devices=4, tasks=10
+    )
+    if importlib.util.find_spec("ray") is None:
+        with pytest.raises(Missing, match="ray is not installed"):
+            call()
+    else:
+        assert math.isfinite(call().values["time per task"])
 
 
 def test_probes_that_fail_say_why(tmp_path: Path) -> None:
