@@ -134,6 +134,47 @@ def test_streams_of_a_set_meet_at_a_barrier() -> None:
         assert runtime.stats()["devices"][gpu(0)]["stream_waits"] >= 1
 
 
+def test_devices_of_a_set_fetch_from_each_other() -> None:
+    # Each value is read where it was made late, from a stream that nobody made wait for it: what is
+    # read on the host is ordered behind the array's own stream all the same.
+    with ch.Runtime(machine(3)) as runtime:
+
+        @ch.task(placement=gpu * 3)
+        def rotate(start: float) -> list[float]:
+            context = ch.current()
+            parts = []
+            for device in context.each():
+                context.stream.busy(2e-3 * device.index)
+                parts.append(virtual.full(64, start + device.index))
+            context.barrier()
+            moved = []
+            for number, _ in enumerate(context.each()):
+                context.stream.busy(1e-2 * number)
+                mine = virtual.empty(64)
+                mine[...] = parts[(number + 1) % 3]
+                moved.append(mine + parts[number])
+            return [float(part.get().max()) for part in moved]
+
+        tasks = [rotate(10.0 * i) for i in range(4)]
+        for i, task in enumerate(tasks):
+            assert task.result(timeout=60) == [20.0 * i + 1, 20.0 * i + 3, 20.0 * i + 2]
+        assert runtime.stats()["devices"][gpu(0)]["traffic"]
+
+
+def test_a_device_without_a_link_is_out_of_reach() -> None:
+    apart = ch.Machine.virtual(2, memory="64MiB", link=ch.machine.Links(peer=None))
+    with ch.Runtime(apart):
+
+        @ch.spawn(placement=gpu * 2)
+        def reach() -> Any:
+            made = [virtual.ones(8) for _ in ch.current().each()]
+            ch.current().barrier()
+            return [made[1 - number] + 1 for number, _ in enumerate(ch.current().each())]
+
+        with pytest.raises(ch.DeviceError, match="no access to the memory of gpu"):
+            reach.result(timeout=60)
+
+
 def test_events_have_names_across_tasks() -> None:
     with ch.Runtime(machine(2)):
         order: list[str] = []

@@ -347,26 +347,27 @@ class ndarray(NDArrayOperatorsMixin):  # noqa: N801 (as NumPy's)
     # ---- values of the host ---------------------------------------------------------------
 
     def get(self) -> np.ndarray[Any, Any]:
-        """A copy on the host: waits for the stream, and for the link. Where no stream that reaches
-        the array is current it is copied behind all that is on the stream that it was made on.
+        """A copy on the host: waits for the stream, and for the link. Where the current stream is
+        none of the array's device, it is copied behind all that is on the stream that it was made
+        on too.
 
         Raises:
             DeviceError: something before it on the stream failed.
         """
-        current = self._reader()
-        if current is None:
-            return self._get(current_stream())
-        with stream(current):
-            return self._get(current)
-
-    def _reader(self) -> Stream | None:
-        """The stream that the array was made on, unless the current one reaches it."""
         try:
-            if current_stream().reaches(self._memory):
-                return None
+            current = current_stream()
         except RuntimeError:
-            pass  # no stream is current, which the array's own one makes up for
-        return None if self._owner is None else self._owner.stream
+            if self._owner is None:
+                raise
+            current = None
+        if self._owner is None or (current and current.device == self._memory.device):
+            return self._get(current_stream())
+        own = self._owner.stream
+        if current is not None and current.reaches(self._memory):
+            # It may have been written there.
+            own.wait(current.record())
+        with stream(own):
+            return self._get(own)
 
     def _get(self, current: Stream) -> np.ndarray[Any, Any]:
         _check(self)

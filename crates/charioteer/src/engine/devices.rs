@@ -145,6 +145,7 @@ impl<D: Domain> Devices<D> {
                 }
             })
             .collect();
+        enable_peers(&machine);
         Self {
             runahead: limits.runahead,
             keeping: AtomicUsize::new(0),
@@ -233,6 +234,21 @@ impl<D: Domain> Devices<D> {
             if self.is_complete(*event) {
                 ledger.completed(*event);
             }
+        }
+    }
+}
+
+/// Lets devices reach each other's memory wherever there is a link, as bodies over several devices
+/// expect.
+fn enable_peers(machine: &Machine) {
+    let all = || {
+        let numbers = 0..u16::try_from(machine.gpus()).expect("numbers of devices have 16 bits");
+        numbers.map(DeviceId::gpu)
+    };
+    for own in all() {
+        for peer in all().filter(|peer| *peer != own) {
+            // Without a link, or on a device that is lost, whoever tries to reach it hears of it.
+            let _ = machine.device(own).enable_peer(peer);
         }
     }
 }
