@@ -701,6 +701,7 @@ pub fn exception_of(py: Python<'_>, task: &Task) -> Option<PyErr> {
             (task.label().to_string(), limit.as_secs_f64()),
         ),
         Failure::Device(failure) => devices::raise(py, failure),
+        Failure::Mapping(why) => error(py, "PlacementError", (why.to_string(),)),
         Failure::Unspawned(names) => error(py, "UnspawnedDependencyError", (names.to_vec(),)),
         Failure::Dependency(root) => {
             let cause = exception_of(py, root);

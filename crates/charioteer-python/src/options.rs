@@ -102,6 +102,7 @@ impl Keywords {
             need,
             alternatives,
             devices,
+            mapping: None,
         };
         Ok((options != Options::DEFAULT).then(|| Box::new(options)))
     }

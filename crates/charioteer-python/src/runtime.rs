@@ -197,6 +197,7 @@ impl PyEngine {
                     runahead,
                     ..charioteer::gang::Limits::default()
                 },
+                ..Config::default()
             },
         )
         .map_err(|error| match error.raw_os_error() {

@@ -35,8 +35,11 @@ use crossbeam_utils::CachePadded;
 
 use crate::graph;
 use crate::machine::{Machine, Time};
-use crate::schedule::gang::Limits;
+use crate::schedule::gang::{Limits, MOST_DEVICES};
 use crate::schedule::gate::Gate;
+use crate::schedule::map::BEGUN;
+use crate::schedule::map::model::Models;
+use crate::schedule::map::policy::Mapper;
 use crate::schedule::places::{Grant, Places, Todo};
 use crate::schedule::queues::{Lane, Queues};
 use crate::schedule::timer::Timer;
@@ -49,18 +52,21 @@ use crate::task::state::{
     REPORTED, SLEEPING, Snapshot, TIMED_OUT, TOLD, WOKEN, validate,
 };
 use crate::task::{
-    Awaits, Content, Domain, Failure, Latch, Link, Need, Options, Outcome, Phase, Task, TaskRef,
-    Trouble, Until, Waker,
+    Awaits, Content, Domain, Failure, Landed, Latch, Link, Need, Options, Outcome, Phase, Task,
+    TaskRef, Trouble, Until, Waker,
 };
 use crate::trace::{Event, Trace};
 use crate::work::{self, Worker};
 
 use devices::Devices;
 pub(crate) use devices::is_on_devices;
+use mapping::Maps;
+pub(crate) use mapping::Marks;
 
 mod devices;
 #[cfg(all(test, loom))]
 mod loom_models;
+mod mapping;
 
 /// Threads beyond the workers that stand in for bodies that wait.
 const SPARE_THREADS: usize = 62;
@@ -250,6 +256,10 @@ pub struct Config {
     pub machine: Option<Arc<Machine>>,
     /// What bounds the freedom of their schedule.
     pub limits: Limits,
+    /// Who maps the tasks that have a choice.
+    pub mapper: Mapper,
+    /// What is known of run times, and will be.
+    pub models: Arc<Models>,
 }
 
 /// Why a task was not spawned. Nothing of it is left behind.
@@ -296,6 +306,11 @@ impl<'a, D: Domain> Running<'a, D> {
             task,
             worker,
         }
+    }
+
+    /// Which of its choices it is, by the index in their list; none if it has no choices.
+    pub fn choice(&self) -> Option<usize> {
+        self.task.mapping()?.choice()
     }
 
     /// The cores that it holds.
@@ -359,6 +374,7 @@ pub struct Engine<D: Domain> {
     parting: Condvar,
     trace: Option<Trace>,
     pub(crate) devices: Option<Devices<D>>,
+    maps: Maps<D>,
 }
 
 static ENGINES: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(1);
@@ -375,6 +391,17 @@ impl<D: Domain> Engine<D> {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
                 "virtual time passes while nothing else runs: it takes a runtime with workers=0",
+            ));
+        }
+        if let Some(machine) = &config.machine
+            && machine.gpus() > MOST_DEVICES
+        {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!(
+                    "the machine has {} GPUs, and a runtime can use {MOST_DEVICES} at most",
+                    machine.gpus()
+                ),
             ));
         }
         let present = std::thread::available_parallelism().map_or(1, usize::from);
@@ -423,6 +450,7 @@ impl<D: Domain> Engine<D> {
                 .machine
                 .filter(|machine| machine.gpus() != 0)
                 .map(|machine| Devices::new(machine, config.limits)),
+            maps: Maps::new(config.mapper, config.models),
         });
         D::engines().add(Arc::clone(&engine));
         let mut slots = engine.places.open().into_iter();
@@ -434,6 +462,12 @@ impl<D: Domain> Engine<D> {
                 engine.close();
                 return Err(error);
             }
+        }
+        if let (Mapper::User, 1..) = (&engine.maps.mapper, engine.workers)
+            && let Err(error) = engine.start_policy()
+        {
+            engine.close();
+            return Err(error);
         }
         Ok(engine)
     }
@@ -518,6 +552,24 @@ impl<D: Domain> Engine<D> {
             format!("charioteer-{slot}"),
             Box::new(move || {
                 Worker::main(Arc::clone(&engine), slot);
+                engine.thread_ended();
+                engine.part();
+            }),
+        );
+        if result.is_err() {
+            self.thread_ended();
+        }
+        result
+    }
+
+    /// Starts the thread that asks the user's policy.
+    fn start_policy(self: &Arc<Self>) -> io::Result<()> {
+        let engine = Arc::clone(self);
+        self.alive.fetch_add(1, Ordering::SeqCst);
+        let result = self.domain.start_thread(
+            "charioteer-policy".to_owned(),
+            Box::new(move || {
+                engine.run_policy();
                 engine.thread_ended();
                 engine.part();
             }),
@@ -847,6 +899,11 @@ impl<D: Domain> Engine<D> {
         {
             return Err(SpawnError::Cores(usize::from(*cores), self.cores));
         }
+        if let Some(options) = options
+            && options.need == Need::Mapped
+        {
+            return self.check_mapping(options.mapping.as_deref());
+        }
         match options.and_then(|options| options.devices.as_deref()) {
             Some(alternatives) => self.check_devices(alternatives),
             None => Ok(()),
@@ -953,6 +1010,11 @@ impl<D: Domain> Engine<D> {
                 continue;
             }
             done += 1;
+            if self.maps.follows()
+                && let Some(mapping) = task.mapping()
+            {
+                mapping.near(mapping::places_of(dependency));
+            }
             if dependency.is_failed() {
                 task.poison(dependency.root());
             }
@@ -1031,9 +1093,17 @@ impl<D: Domain> Engine<D> {
         let (need, priority) = task
             .options()
             .map_or((Need::Core, 0), |options| (options.need, options.priority));
-        if need == Need::Devices {
-            self.ask_for_devices(task);
-        } else if need == Need::Core || self.workers == 0 {
+        match need {
+            Need::Devices => self.ask_for_devices(task, None),
+            Need::Mapped => self.map(task),
+            need => self.queue(task, need, priority),
+        }
+    }
+
+    /// Puts a task that needs cores where a worker finds it.
+    #[inline]
+    fn queue(self: &Arc<Self>, task: TaskRef<D>, need: Need, priority: i32) {
+        if need == Need::Core || self.workers == 0 {
             self.enqueue(task, priority);
         } else {
             let idle = !self.queues.has_work();
@@ -1152,6 +1222,9 @@ impl<D: Domain> Engine<D> {
         if is_on_devices(task) {
             self.put_off(task);
         }
+        if let Some(mapping) = task.mapping() {
+            mapping.take(BEGUN);
+        }
         let time = self.now();
         let repeated = task.state.advance_when(
             Phase::Running,
@@ -1182,6 +1255,7 @@ impl<D: Domain> Engine<D> {
         self.elsewhere.fetch_add(1, Ordering::SeqCst);
         Worker::with(self.id, |worker: Option<&Worker<D>>| {
             if let Some(task) = worker.and_then(Worker::running) {
+                work::disturb(task);
                 self.record(Event::Suspend, task);
             }
         });
@@ -1638,12 +1712,14 @@ impl<D: Domain> Engine<D> {
                 Failure::Raised(_)
                     | Failure::TimedOut(_)
                     | Failure::Device(_)
+                    | Failure::Mapping(_)
                     | Failure::Unspawned(_)
             )
         );
         if is_root && !self.domain.wants_unread() {
             self.keep_failure(task);
         }
+        self.account(task, &outcome);
         let time = self.now();
         let event = match &outcome {
             Outcome::Value(_) => Event::Done,
@@ -1843,6 +1919,7 @@ impl<D: Domain> Engine<D> {
         self.gate.store(CLOSED, Ordering::SeqCst);
         self.domain.blocking(&mut || {
             self.timer.close();
+            self.maps.close();
             self.places.close().ring();
             let mut quiet = self.quiet.lock();
             while self.alive.load(Ordering::SeqCst) != 0 {
@@ -1969,12 +2046,21 @@ fn publish<D: Domain>(
     // Freed before anybody can know that the task is done: a finished task keeps neither body nor
     // arguments, and who sees it done may count on that.
     drop(body);
+    let places = match engine {
+        Some(engine) if engine.maps.follows() => mapping::places_of(task),
+        _ => 0,
+    };
     let before = task.state.leave_running(Phase::Done, flags);
     let failed = flags != 0;
     task.take_links(before).for_each(|link| match link {
         Link::Dependent(next) => {
             if failed {
                 next.poison(task.root());
+            }
+            if places != 0
+                && let Some(mapping) = next.mapping()
+            {
+                mapping.near(places);
             }
             if next.release(1) {
                 let engine_of_next = next.engine.load(Ordering::Relaxed);
@@ -1993,7 +2079,22 @@ fn publish<D: Domain>(
             if failed {
                 next.poison(task.root());
             }
-            worklist.extend(devices::landed(&next, None));
+            match next.land(None) {
+                Landed::Nothing => {}
+                Landed::Done(outcome) => worklist.push(devices::settled(&next, outcome)),
+                Landed::Free => {
+                    let engine_of_next = next.engine.load(Ordering::Relaxed);
+                    match engine.filter(|engine| engine.id == engine_of_next) {
+                        Some(engine) => engine.let_go(next, worklist),
+                        None => {
+                            if let Some(engine) = Engine::of(&next) {
+                                engine.let_go(next, worklist);
+                                engine.summon();
+                            }
+                        }
+                    }
+                }
+            }
         }
         Link::Latch(latch) => {
             Engine::arrive(engine, &latch, failed);

@@ -22,6 +22,7 @@
 //! | `graph` | dependencies, cycles | `task` |
 //! | `schedule` | ready queues, places and grants, sessions and their width, time limits | `task` |
 //! | [`gang`] in it | the ledger of devices: who may start, where, behind what | words of `machine` |
+//! | [`mapping`] in it | which of its alternatives a task runs on; run times; policies | words of `machine` and [`gang`] |
 //! | `work` | the threads that run tasks, and waiting | all above |
 //! | [`engine`] | the façade that joins them: spawn, wait, cancel, close | all above |
 //! | [`machine`] | devices, streams, events, links | nobody |
@@ -42,5 +43,6 @@ pub mod trace;
 mod work;
 
 pub use schedule::gang;
+pub use schedule::map as mapping;
 pub use schedule::places::Grant;
 pub use schedule::width::Width;

@@ -151,6 +151,7 @@ fn wait(runtime: &Runtime, task: &TaskRef<Scripted>) -> Result<u32, &'static str
         Outcome::Failed(Failure::Cancelled) => Err("cancelled"),
         Outcome::Failed(Failure::TimedOut(_)) => Err("timed out"),
         Outcome::Failed(Failure::Device(_)) => Err("device"),
+        Outcome::Failed(Failure::Mapping(_)) => Err("mapping"),
         Outcome::Failed(Failure::Unspawned(_)) => Err("unspawned"),
     }
 }

@@ -39,16 +39,19 @@ use std::sync::Arc;
 use crossbeam_utils::CachePadded;
 use smallvec::SmallVec;
 
+use super::mapping::bit;
 use super::{Engine, Moving, Settled, SpawnError};
 use crate::machine::{Device, DeviceError, DeviceId, Event, Machine, Stream};
 use crate::schedule::gang::{
     self, Alternative, Capacity, Gang, Grant, GrantId, Limits, Request, Step,
 };
+use crate::schedule::map::{DISTURBED, Mapping};
 use crate::schedule::queues::{Injector, Steal};
-use crate::sync::{AtomicUsize, Mutex, Ordering, fence};
+use crate::sync::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Mutex, Ordering, fence};
 use crate::task::state::{AHEAD, LAUNCHED, LINKED};
 use crate::task::{
-    Domain, Failure, Flight, Latch, Need, Options, Outcome, Phase, Task, TaskRef, Until, Waker,
+    Domain, Failure, Flight, Landed, Latch, Need, Options, Outcome, Phase, Task, TaskRef, Until,
+    Waker,
 };
 
 /// How many letters and grants are handled before the turn is passed on.
@@ -71,7 +74,8 @@ struct Answer<D: Domain> {
 }
 
 enum Letter<D: Domain> {
-    Ask(TaskRef<D>, Events),
+    /// And its sets, if they are not those of its options.
+    Ask(TaskRef<D>, Events, Option<Arc<[Alternative]>>),
     Launched(GrantId, SmallVec<[Option<Event>; 2]>),
     Paused(GrantId, SmallVec<[Option<Event>; 2]>),
     Resumed(GrantId, Resumer<D>),
@@ -100,8 +104,24 @@ pub(crate) struct Devices<D: Domain> {
     runahead: u32,
     /// How many bodies that wait keep memory, as of the last turn.
     keeping: AtomicUsize,
+    /// What each device has before it, as of the last turn, if somebody wants to know.
+    gauges: Box<[Gauge]>,
+    /// The estimated device-nanoseconds of those who wait.
+    backlog: AtomicU64,
+    gauged: AtomicBool,
     book: CachePadded<Mutex<Book<D>>>,
     mail: Injector<Letter<D>>,
+}
+
+/// What a device has before it.
+#[derive(Default)]
+struct Gauge {
+    /// In nanoseconds, of what was granted and is not complete.
+    ahead: AtomicU64,
+    /// How many tasks that is.
+    granted: AtomicU32,
+    /// Tasks that a policy sent here and that were not granted.
+    waiting: AtomicU32,
 }
 
 struct Book<D: Domain> {
@@ -149,6 +169,9 @@ impl<D: Domain> Devices<D> {
         Self {
             runahead: limits.runahead,
             keeping: AtomicUsize::new(0),
+            gauges: capacities.iter().map(|_| Gauge::default()).collect(),
+            backlog: AtomicU64::new(0),
+            gauged: AtomicBool::new(false),
             book: CachePadded::new(Mutex::new(Book {
                 ledger: Gang::new(&capacities, limits),
                 resuming: HashMap::new(),
@@ -159,7 +182,7 @@ impl<D: Domain> Devices<D> {
         }
     }
 
-    fn device(&self, id: DeviceId) -> &dyn Device {
+    pub(super) fn device(&self, id: DeviceId) -> &dyn Device {
         self.machine.device(id).as_ref()
     }
 
@@ -181,8 +204,8 @@ impl<D: Domain> Devices<D> {
                 Steal::Empty => break,
             };
             match letter {
-                Letter::Ask(task, prefer) => {
-                    let request = request(&task, prefer);
+                Letter::Ask(task, prefer, sets) => {
+                    let request = request(&task, prefer, sets);
                     if let Err(task) = ledger.submit(task, request) {
                         outbox.stranded.push(task);
                     }
@@ -221,11 +244,25 @@ impl<D: Domain> Devices<D> {
                         outbox.starved = ledger.give_up(|task| task.state.load().has(LINKED));
                     }
                     self.keeping.store(ledger.keeping(), Ordering::SeqCst);
+                    self.gauge(ledger);
                     return !self.mail.is_empty();
                 }
             }
         }
         true
+    }
+
+    /// Notes what devices have before them.
+    fn gauge(&self, ledger: &Gang<TaskRef<D>>) {
+        if !self.gauged.load(Ordering::Relaxed) {
+            return;
+        }
+        for (index, gauge) in self.gauges.iter().enumerate() {
+            let (ahead, granted) = ledger.ahead(index);
+            gauge.ahead.store(ahead, Ordering::Relaxed);
+            gauge.granted.store(granted, Ordering::Relaxed);
+        }
+        self.backlog.store(ledger.backlog(), Ordering::Relaxed);
     }
 
     /// Tells the ledger of those events that are complete already.
@@ -254,31 +291,33 @@ fn enable_peers(machine: &Machine) {
 }
 
 /// What a task asks the ledger for.
-fn request<D: Domain>(task: &Task<D>, prefer: Events) -> Request {
+fn request<D: Domain>(task: &Task<D>, prefer: Events, sets: Option<Arc<[Alternative]>>) -> Request {
     let options = task.options().expect("a task on devices has options");
+    let estimates = options.mapping.as_ref().map(|mapping| mapping.estimates());
     Request {
-        alternatives: Arc::clone(
-            options
-                .devices
-                .as_ref()
-                .expect("a task on devices says on which"),
-        ),
-        estimates: SmallVec::new(),
+        alternatives: sets.unwrap_or_else(|| Arc::clone(sets_of(options))),
+        estimates: estimates.unwrap_or_default(),
         priority: options.priority,
         prefer,
     }
 }
 
-/// Whether a task runs on devices with streams.
+/// The sets of devices that a task on devices says.
+fn sets_of(options: &Options) -> &Arc<[Alternative]> {
+    let mapped = options.mapping.as_ref().map(|mapping| mapping.sets());
+    let sets = mapped.or(options.devices.as_ref());
+    sets.expect("a task on devices says on which")
+}
+
+/// Whether a task runs on devices with streams. One that is not mapped does not, yet.
 #[inline]
 pub(crate) fn is_on_devices<D: Domain>(task: &Task<D>) -> bool {
-    task.options()
-        .is_some_and(|options| options.need == Need::Devices)
+    task.needs() == Need::Devices
 }
 
 impl<D: Domain> Engine<D> {
     /// The devices of a task's own kind of need.
-    fn devices(&self) -> &Devices<D> {
+    pub(super) fn devices(&self) -> &Devices<D> {
         self.devices
             .as_ref()
             .expect("a task on devices is refused where there are none")
@@ -291,9 +330,13 @@ impl<D: Domain> Engine<D> {
 
     /// The devices of the task that runs on this thread, each with its stream, in the set's order.
     pub fn lent(&self) -> SmallVec<[(DeviceId, Stream); 2]> {
-        let Some((task, _)) = self.current() else {
-            return SmallVec::new();
-        };
+        match self.current() {
+            Some((task, _)) => self.lent_to(&task),
+            None => SmallVec::new(),
+        }
+    }
+
+    pub(super) fn lent_to(&self, task: &Task<D>) -> SmallVec<[(DeviceId, Stream); 2]> {
         let links = task.links.lock();
         let grant = links
             .rare
@@ -311,7 +354,15 @@ impl<D: Domain> Engine<D> {
     /// The flag of a new task with these options.
     pub(super) fn ahead(&self, options: &Options) -> u32 {
         match &self.devices {
-            Some(devices) if options.need == Need::Devices && devices.runahead != 0 => AHEAD,
+            Some(devices) if devices.runahead != 0 => {
+                let mapped = |mapping: &Mapping| !mapping.choices().devices().is_empty();
+                let mapped = options.mapping.as_deref().is_some_and(mapped);
+                if mapped || options.need == Need::Devices {
+                    AHEAD
+                } else {
+                    0
+                }
+            }
             _ => 0,
         }
     }
@@ -365,10 +416,8 @@ impl<D: Domain> Engine<D> {
             }
         }
         for task in outbox.stranded.drain(..) {
-            if task.state.advance(Phase::Ready, Phase::Running).is_ok() {
-                let error = self.stranded(&task);
-                self.settle(&task, Outcome::Failed(Failure::Device(error)));
-            }
+            let error = self.stranded(&task);
+            self.send_elsewhere(task, error);
         }
         outbox.unwanted.clear();
         if let Some(task) = outbox.starved.take() {
@@ -383,8 +432,9 @@ impl<D: Domain> Engine<D> {
     /// Why a task gets no memory: those who have it wait for tasks that can get none.
     fn starved(&self, task: &Task<D>) -> DeviceError {
         let options = task.options().expect("a task on devices has options");
-        let set = options.devices.iter().flat_map(|sets| sets.first()).next();
-        let set = set.expect("a request has an alternative");
+        let set = sets_of(options)
+            .first()
+            .expect("a request has an alternative");
         let device = match set.members.first() {
             Some(gang::Member::Device(device)) => *device,
             _ => self.devices().capacities[0].id,
@@ -408,8 +458,8 @@ impl<D: Domain> Engine<D> {
     /// Why no device is left for a task.
     fn stranded(&self, task: &Task<D>) -> DeviceError {
         let options = task.options().expect("a task on devices has options");
-        let wanted = options.devices.iter().flat_map(|sets| sets.iter());
-        let named = wanted
+        let named = sets_of(options)
+            .iter()
             .flat_map(|set| set.members.iter())
             .find_map(|member| match member {
                 gang::Member::Device(device) => Some(*device),
@@ -422,8 +472,12 @@ impl<D: Domain> Engine<D> {
         )
     }
 
-    /// Asks for the devices of a task that is ready.
-    pub(super) fn ask_for_devices(self: &Arc<Self>, task: TaskRef<D>) {
+    /// Asks for the devices of a task that is ready: for those sets, or for all that it says.
+    pub(super) fn ask_for_devices(
+        self: &Arc<Self>,
+        task: TaskRef<D>,
+        sets: Option<Arc<[Alternative]>>,
+    ) {
         let (loan, behind) = {
             let mut links = task.links.lock();
             let flight = links.flight();
@@ -435,18 +489,94 @@ impl<D: Domain> Engine<D> {
         self.post(match loan {
             // It waited, and has its devices.
             Some(id) => Letter::Resumed(id, Resumer::Task(task)),
-            None => Letter::Ask(task, behind),
+            None => Letter::Ask(task, behind, sets),
         });
         if !self.is_worker() {
             self.relieve();
         }
     }
 
+    /// Asks for all sets of devices of a task that the ledger has just given back.
+    pub(super) fn ask_again(&self, task: TaskRef<D>) {
+        let behind = task.links.lock().flight().behind.clone();
+        // Who has the turn looks at the mail once more.
+        self.devices().mail.push(Letter::Ask(task, behind, None));
+    }
+
+    // ---- what devices have before them ------------------------------------------------------
+
+    /// Somebody wants to know from now on.
+    pub(super) fn gauge_devices(&self) {
+        if let Some(devices) = &self.devices {
+            devices.gauged.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// The devices that have so much memory.
+    pub(super) fn devices_with(&self, memory: u64) -> impl Iterator<Item = DeviceId> {
+        let all = self.devices.iter().flat_map(|it| it.capacities.iter());
+        all.filter(move |it| it.memory >= memory).map(|it| it.id)
+    }
+
+    /// A task that a policy sent to these devices waits, or does no more.
+    pub(super) fn count_waiting(&self, places: u64, waits: bool) {
+        for (index, gauge) in self.devices().gauges.iter().enumerate() {
+            if places >> index & 1 == 0 {
+                continue;
+            }
+            if waits {
+                gauge.waiting.fetch_add(1, Ordering::Relaxed);
+            } else {
+                gauge.waiting.fetch_sub(1, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// When these devices are free, in nanoseconds from now, and how many tasks they have before them.
+    pub(super) fn load_of(&self, devices: &[DeviceId]) -> (u64, u32) {
+        let gauges = devices
+            .iter()
+            .map(|id| &self.devices().gauges[usize::from(id.index())]);
+        gauges.fold((0, 0), |(time, tasks), gauge| {
+            let waiting = gauge.waiting.load(Ordering::Relaxed);
+            let granted = gauge.granted.load(Ordering::Relaxed);
+            (
+                time.max(gauge.ahead.load(Ordering::Relaxed)),
+                tasks.max(waiting + granted),
+            )
+        })
+    }
+
+    /// When a set of devices is free, in nanoseconds from now.
+    pub(super) fn wait_for_devices(&self, set: &Alternative) -> u64 {
+        let devices = self.devices();
+        let ahead = |id: DeviceId| {
+            let gauge = &devices.gauges[usize::from(id.index())];
+            gauge.ahead.load(Ordering::Relaxed)
+        };
+        let named = |id: DeviceId| set.members.contains(&gang::Member::Device(id));
+        let all = devices.capacities.iter().map(|capacity| capacity.id);
+        let mut others: SmallVec<[u64; 8]> =
+            all.clone().filter(|&id| !named(id)).map(ahead).collect();
+        others.sort_unstable();
+        let any = |member: &&gang::Member| matches!(member, gang::Member::Any(_));
+        let others = others
+            .into_iter()
+            .take(set.members.iter().filter(any).count());
+        let free = all.filter(|&id| named(id)).map(ahead).chain(others).max();
+        let count = devices.gauges.len().max(1) as u64;
+        free.unwrap_or(0) + devices.backlog.load(Ordering::Relaxed) / count
+    }
+
+    // ---- dispatch ---------------------------------------------------------------------------
+
     fn dispatch(self: &Arc<Self>, task: TaskRef<D>, mut grant: Grant) {
         self.make_streams(&mut grant);
+        self.settle_choice(&task, &grant);
         {
             let mut links = task.links.lock();
             let flight = links.flight();
+            flight.places = grant.lent.iter().fold(0, |all, it| all | bit(it.device));
             flight.loan = Some(grant);
             flight.paused = false;
         }
@@ -473,7 +603,10 @@ impl<D: Domain> Engine<D> {
             return false;
         }
         match self.order_streams(task) {
-            Ok(()) => true,
+            Ok(()) => {
+                self.mark_start(task);
+                true
+            }
             Err(error) => {
                 self.note_loss(&error);
                 self.settle(task, Outcome::Failed(Failure::Device(error)));
@@ -639,6 +772,7 @@ impl<D: Domain> Engine<D> {
         };
         // Before anybody can hear of the launch: nobody may take the engine for quiet meanwhile.
         self.elsewhere.fetch_add(1, Ordering::SeqCst);
+        self.mark_end(task, &grant);
         let (pending, failure) = self.hand_in(&grant, false);
         if let (Some(error), Outcome::Value(_)) = (failure, &outcome) {
             outcome = Outcome::Failed(Failure::Device(error));
@@ -658,8 +792,7 @@ impl<D: Domain> Engine<D> {
             self.when_complete(task, event);
         }
         // The body itself.
-        let settled = landed(task, None);
-        self.work_off(settled.into_iter().collect());
+        self.work_off(landed(task, None).into_iter().collect());
     }
 
     fn when_complete(self: &Arc<Self>, task: &TaskRef<D>, event: Event) {
@@ -707,6 +840,9 @@ impl<D: Domain> Engine<D> {
     pub(crate) fn pause(self: &Arc<Self>, task: &Task<D>) {
         if !is_on_devices(task) {
             return;
+        }
+        if let Some(mapping) = task.mapping() {
+            mapping.note(DISTURBED);
         }
         let grant = {
             let mut links = task.links.lock();
@@ -765,7 +901,7 @@ impl<D: Domain> Engine<D> {
         }
         let requeued = task.state.advance(Phase::Running, Phase::Ready).is_ok();
         debug_assert!(requeued, "this thread owns the task");
-        self.ask_for_devices(Arc::clone(task));
+        self.ask_for_devices(Arc::clone(task), None);
         true
     }
 
@@ -787,13 +923,20 @@ pub(super) fn landed<D: Domain>(
     task: &TaskRef<D>,
     failure: Option<DeviceError>,
 ) -> Option<Settled<D>> {
-    let outcome = task.land(failure)?;
+    match task.land(failure) {
+        Landed::Done(outcome) => Some(settled(task, outcome)),
+        Landed::Nothing | Landed::Free => None,
+    }
+}
+
+/// A task whose work is complete, and what it comes to.
+pub(super) fn settled<D: Domain>(task: &TaskRef<D>, outcome: Outcome<D>) -> Settled<D> {
     let outcome = match task.poisoned() {
         Some(root) => Outcome::Failed(Failure::Dependency(root)),
         None => outcome,
     };
-    Some(Settled {
+    Settled {
         task: Arc::clone(task),
         outcome,
-    })
+    }
 }

@@ -1,7 +1,9 @@
 //! What the runtime needs of a device; see the module for the rules.
 
+use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// A kind of device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -73,6 +75,16 @@ pub struct Event {
     pub stream: Stream,
     /// The position; of two on one stream the larger one is later.
     pub position: u64,
+}
+
+/// A mark for a time on a stream of a device; what is in it is the implementation's.
+#[derive(Clone)]
+pub struct Mark(pub Arc<dyn Any + Send + Sync>);
+
+impl fmt::Debug for Mark {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Mark").finish_non_exhaustive()
+    }
 }
 
 /// Memory of a device, by the address in that device's address space.
@@ -179,6 +191,16 @@ pub trait Device: Send + Sync {
     /// # Errors
     /// [`DeviceError::Lost`].
     fn record(&self, stream: Stream) -> Result<Event, DeviceError>;
+
+    /// Marks the time at which all that is enqueued on the stream now is done; if it is done already, the
+    /// time of this call. It costs more than an event.
+    ///
+    /// # Errors
+    /// [`DeviceError::Lost`].
+    fn mark(&self, stream: Stream) -> Result<Mark, DeviceError>;
+
+    /// The time from one mark of this device to another. None unless the streams got to both.
+    fn elapsed(&self, from: &Mark, to: &Mark) -> Option<Duration>;
 
     /// What is enqueued on the stream from now on starts after the event, which may be of another
     /// device of the machine. Waiting for a failed event fails what is enqueued afterwards.

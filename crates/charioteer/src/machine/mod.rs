@@ -44,7 +44,7 @@ pub mod virtual_gpu;
 
 pub use description::{Description, DescriptionError, Gpu, Host, Link, Links, MAX_GPUS, Time};
 pub use device::{
-    Completion, Device, DeviceError, DeviceId, DeviceInfo, DevicePointer, Event, HOST, Kind,
+    Completion, Device, DeviceError, DeviceId, DeviceInfo, DevicePointer, Event, HOST, Kind, Mark,
     Operation, Stream,
 };
 pub use machine::{Machine, VirtualMachine};

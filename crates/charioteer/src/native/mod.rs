@@ -46,6 +46,9 @@ use std::time::{Duration, Instant};
 use crate::engine::{Config, Engine, Handle};
 pub use crate::engine::{Counts, SpawnError, WaitError};
 use crate::machine::{DeviceError, DeviceId, Machine, Stream};
+use crate::mapping::model::Models;
+use crate::mapping::policy::Mapper;
+use crate::mapping::{Choice, Choices, Mapping};
 use crate::schedule::gang::{Alternative, Limits};
 use crate::task::{Failure, Need, Options, Outcome, TaskRef, Until, WHOLE_CORE};
 pub use domain::Cause;
@@ -107,6 +110,8 @@ pub enum TaskError {
     TimedOut(Duration),
     /// What it enqueued on a device failed, or the device did.
     Device(DeviceError),
+    /// The answer of the user's policy was none: what it was.
+    Mapping(Arc<str>),
     /// It was never spawned; the names of all such tasks.
     Unspawned(Arc<[String]>),
     /// Waiting for it was refused.
@@ -121,6 +126,7 @@ impl fmt::Display for TaskError {
             Self::Cancelled => f.write_str("the task was cancelled"),
             Self::TimedOut(limit) => write!(f, "the task took longer than {limit:?}"),
             Self::Device(error) => error.fmt(f),
+            Self::Mapping(why) => f.write_str(why),
             Self::Unspawned(names) => write!(f, "never spawned: {}", names.join(", ")),
             Self::Wait(error) => error.fmt(f),
         }
@@ -156,6 +162,8 @@ pub struct Builder {
     trace: Option<PathBuf>,
     machine: Option<Arc<Machine>>,
     limits: Limits,
+    mapper: Mapper,
+    models: Arc<Models>,
 }
 
 impl Builder {
@@ -178,6 +186,21 @@ impl Builder {
     #[must_use]
     pub fn overtaking(mut self, device_times: u64) -> Self {
         self.limits.overtaking = device_times;
+        self
+    }
+
+    /// Who maps the tasks that have a [choice](Spawner::choices), the earliest finish time unless said.
+    /// [`Mapper::User`] fails each such task: there is nobody to ask.
+    #[must_use]
+    pub fn mapper(mut self, mapper: Mapper) -> Self {
+        self.mapper = mapper;
+        self
+    }
+
+    /// What is known of run times, and is to learn from this runtime.
+    #[must_use]
+    pub fn models(mut self, models: Arc<Models>) -> Self {
+        self.models = models;
         self
     }
 
@@ -218,6 +241,8 @@ impl Builder {
                 trace: self.trace,
                 machine: self.machine,
                 limits: self.limits,
+                mapper: self.mapper,
+                models: self.models,
             },
         )?;
         Ok(Runtime {
@@ -281,6 +306,14 @@ impl Runtime {
     #[must_use]
     pub fn handle(&self) -> Spawn {
         Spawn(Arc::clone(&self.engine))
+    }
+
+    /// The choices of a function, for [`Spawner::choices`].
+    ///
+    /// # Errors
+    /// [`SpawnError::Devices`] if the machine can never serve any.
+    pub fn choices(&self, function: &str, list: Vec<Choice>) -> Result<Arc<Choices>, SpawnError> {
+        self.engine.choices(function, list)
     }
 
     /// What it did so far.
@@ -437,6 +470,15 @@ impl Spawner {
     pub fn on(mut self, alternatives: impl Into<Arc<[Alternative]>>) -> Self {
         self.options.need = Need::Devices;
         self.options.devices = Some(alternatives.into());
+        self
+    }
+
+    /// It runs on one of these choices, which is chosen when it is ready, for a call of that size.
+    /// [`Current::choice`] says which it is.
+    pub fn choices(mut self, choices: &Arc<Choices>, size: u64) -> Self {
+        let mapping = Mapping::new(Arc::clone(choices), size);
+        self.options.need = Need::Mapped;
+        self.options.mapping = Some(Box::new(mapping));
         self
     }
 
@@ -714,6 +756,7 @@ fn error_of(task: &TaskRef<Native>) -> TaskError {
         }
         Some(Outcome::Failed(Failure::TimedOut(limit))) => TaskError::TimedOut(*limit),
         Some(Outcome::Failed(Failure::Device(error))) => TaskError::Device(error.clone()),
+        Some(Outcome::Failed(Failure::Mapping(why))) => TaskError::Mapping(Arc::clone(why)),
         Some(Outcome::Failed(Failure::Unspawned(names))) => TaskError::Unspawned(Arc::clone(names)),
         Some(Outcome::Failed(Failure::Cancelled) | Outcome::Value(_)) | None => {
             TaskError::Cancelled
@@ -746,6 +789,12 @@ impl Current {
     #[must_use]
     pub fn streams(&self) -> Vec<(DeviceId, Stream)> {
         self.lent.clone()
+    }
+
+    /// Which of its [choices](Spawner::choices) it is, by the index in their list, if it has any.
+    #[must_use]
+    pub fn choice(&self) -> Option<usize> {
+        self.task.mapping()?.choice()
     }
 
     /// Its name.

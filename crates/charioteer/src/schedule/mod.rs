@@ -7,12 +7,13 @@
 //! one small structure under one lock, touched when threads park, wake or wait, not per task.
 //! Where bodies need a session of their domain, such as being attached to an interpreter, the
 //! [`gate`] says how many threads may be in one. Tasks that need devices wait in the ledger of
-//! [`gang`].
+//! [`gang`]. Tasks that have a choice between these ways go through [`map`] first.
 
 pub mod gang;
 pub(crate) mod gate;
 #[cfg(loom)]
 mod loom_deque;
+pub mod map;
 pub(crate) mod places;
 pub(crate) mod queues;
 pub(crate) mod timer;

@@ -411,7 +411,7 @@ impl<D: Domain> Places<D> {
                 Some(Grant { cores, part: None })
             }
             // Tasks on devices have the ledger's grants, and no core's.
-            Need::Share(0) | Need::Devices => Some(Grant::default()),
+            Need::Share(0) | Need::Devices | Need::Mapped => Some(Grant::default()),
             Need::Share(part) => {
                 let shared = book
                     .parts

@@ -6,6 +6,7 @@ use smallvec::SmallVec;
 
 use super::state::LAUNCHED;
 use super::{Domain, Failure, Link, Outcome, Task, TaskRef};
+use crate::engine::Marks;
 use crate::machine::{DeviceError, Event};
 use crate::schedule::gang::Grant;
 
@@ -15,6 +16,12 @@ pub(crate) struct Flight<D: Domain> {
     pub(crate) loan: Option<Grant>,
     /// The body waits, and its share of the loan is another's.
     pub(crate) paused: bool,
+    /// The devices of the loan, as bits by index; they stay when it is given back.
+    pub(crate) places: u64,
+    /// Around the body's work, if it is timed.
+    pub(crate) marks: Option<Box<Marks>>,
+    /// The task is mapped to cores, and goes there when nothing is incomplete any more.
+    pub(crate) held: bool,
     /// Events of predecessors that were launched and not complete when they let this task go.
     pub(crate) behind: SmallVec<[Event; 2]>,
     /// Where the body's own work ends, for dependents that run ahead.
@@ -27,11 +34,31 @@ pub(crate) struct Flight<D: Domain> {
     outcome: Option<Outcome<D>>,
 }
 
+/// What came of a part that is complete.
+pub(crate) enum Landed<D: Domain> {
+    /// Nothing yet.
+    Nothing,
+    /// The task was held, and is not any more.
+    Free,
+    /// The task was launched, and has its outcome.
+    Done(Outcome<D>),
+}
+
+impl<D: Domain> Flight<D> {
+    /// Whether a predecessor that the task ran ahead of is not done, as long as it is not launched.
+    pub(crate) fn is_ahead(&self) -> bool {
+        self.incomplete > 0
+    }
+}
+
 impl<D: Domain> Default for Flight<D> {
     fn default() -> Self {
         Self {
             loan: None,
             paused: false,
+            places: 0,
+            marks: None,
+            held: false,
             behind: SmallVec::new(),
             events: SmallVec::new(),
             incomplete: 0,
@@ -108,9 +135,8 @@ impl<D: Domain> Task<D> {
         flight.behind.extend_from_slice(events);
     }
 
-    /// One part that was incomplete is complete, or failed: the outcome, if that was the last one and
-    /// the task was launched.
-    pub(crate) fn land(&self, failure: Option<DeviceError>) -> Option<Outcome<D>> {
+    /// One part that was incomplete is complete, or failed: what comes of that.
+    pub(crate) fn land(&self, failure: Option<DeviceError>) -> Landed<D> {
         let mut links = self.links.lock();
         let flight = links.flight();
         let gone = match (failure, &mut flight.outcome) {
@@ -121,14 +147,16 @@ impl<D: Domain> Task<D> {
             _ => None,
         };
         flight.incomplete -= 1;
-        let outcome = if flight.incomplete == 0 {
-            flight.outcome.take()
+        let landed = if flight.incomplete != 0 {
+            Landed::Nothing
+        } else if std::mem::take(&mut flight.held) {
+            Landed::Free
         } else {
-            None
+            flight.outcome.take().map_or(Landed::Nothing, Landed::Done)
         };
         drop(links);
         // A value that came to nothing is dropped with no lock held (invariant 8).
         drop(gone);
-        outcome
+        landed
     }
 }

@@ -60,7 +60,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub(crate) use flight::Flight;
+pub(crate) use flight::{Flight, Landed};
 pub(crate) use latch::End;
 pub use latch::{Latch, Until, Waker};
 pub use link::Link;
@@ -69,6 +69,8 @@ pub use state::Phase;
 
 use crate::machine::DeviceError;
 use crate::schedule::gang::Alternative;
+use crate::schedule::map::Mapping;
+use crate::schedule::map::policy::Call;
 use crate::sync::{AtomicU32, Cell, Mutex, Ordering};
 use state::{DIRTY, LINKED, Snapshot, State};
 
@@ -151,6 +153,18 @@ pub trait Domain: Send + Sync + Sized + 'static {
     /// Tells the user of a failure that nobody can receive any more.
     fn report_unread(&self, task: &TaskRef<Self>);
 
+    /// Maps calls by the user's policy, of an engine that is opened with
+    /// [`Mapper::User`](crate::mapping::policy::Mapper::User): for each call, in order, the index of a
+    /// candidate, or how the policy failed, which fails the task. An index that is none, or a missing
+    /// answer, fails the task as [`Failure::Mapping`].
+    ///
+    /// Called in a [session](Domain::session), with no lock held, on a thread of the engine's own; in a
+    /// runtime without workers on the one that made the task ready. The policy may not wait for tasks.
+    fn choose(&self, calls: &[Call]) -> Vec<Result<usize, Self::Error>> {
+        let _ = calls;
+        Vec::new()
+    }
+
     /// Whether [`Domain::report_unread`] is wanted at all.
     fn wants_unread(&self) -> bool {
         false
@@ -191,6 +205,8 @@ pub enum Failure<D: Domain> {
     TimedOut(Duration),
     /// What its body enqueued on a device failed, or the device did.
     Device(DeviceError),
+    /// The user's policy gave an answer that is none: what.
+    Mapping(Arc<str>),
     /// It was never spawned, and the runtime closed; the names of all such tasks.
     Unspawned(Arc<[String]>),
 }
@@ -215,6 +231,8 @@ pub enum Need {
     Share(u32),
     /// Devices with streams, as [`Options::devices`] says.
     Devices,
+    /// What [`Options::mapping`] comes to when the task is ready.
+    Mapped,
 }
 
 /// The parts of one core that [`Need::Share`] counts in.
@@ -236,6 +254,8 @@ pub struct Options {
     pub alternatives: Option<Arc<[u16]>>,
     /// The sets of devices any of which will do, of a task whose need is [`Need::Devices`].
     pub devices: Option<Arc<[Alternative]>>,
+    /// The choices of a task whose need is [`Need::Mapped`], which says nothing else of what it needs.
+    pub mapping: Option<Box<Mapping>>,
 }
 
 impl Options {
@@ -247,7 +267,28 @@ impl Options {
         need: Need::Core,
         alternatives: None,
         devices: None,
+        mapping: None,
     };
+
+    /// Those of a task that is mapped when it is ready.
+    #[must_use]
+    pub fn mapped(mapping: Mapping) -> Self {
+        Self {
+            need: Need::Mapped,
+            mapping: Some(Box::new(mapping)),
+            ..Self::DEFAULT
+        }
+    }
+
+    /// What a task needs, as far as it is decided: [`Need::Mapped`] of one that is to be mapped.
+    #[inline]
+    #[must_use]
+    pub fn needs(&self) -> Need {
+        match (self.need, &self.mapping) {
+            (Need::Mapped, Some(mapping)) => mapping.need(),
+            (need, _) => need,
+        }
+    }
 }
 
 impl Default for Options {
@@ -460,6 +501,18 @@ impl<D: Domain> Task<D> {
         // SAFETY: written by the spawner, which owned the task, and never after it was published;
         // callers own the task or have seen that it was published.
         self.options.with(|options| unsafe { &*options }.as_deref())
+    }
+
+    /// What it needs, as far as that is decided.
+    #[inline]
+    pub(crate) fn needs(&self) -> Need {
+        self.options().map_or(Need::Core, Options::needs)
+    }
+
+    /// Its choices, if it has any.
+    #[inline]
+    pub(crate) fn mapping(&self) -> Option<&Mapping> {
+        self.options()?.mapping.as_deref()
     }
 
     /// The task where this one's failure began: itself, or a predecessor.

@@ -36,11 +36,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::engine::{Engine, Running, WaitError, is_on_devices};
+use crate::schedule::map::DISTURBED;
 use crate::schedule::places::{Assignment, Grant};
 use crate::schedule::queues::{Lane, Own};
 use crate::sync::{Ordering, assert_unlocked, perturb, yield_now};
 use crate::task::state::{BLOCKED, CANCEL, WOKEN};
-use crate::task::{Content, Domain, End, Latch, Link, Need, Phase, Step, TaskRef, Until, Waker};
+use crate::task::{
+    Content, Domain, End, Latch, Link, Need, Phase, Step, Task, TaskRef, Until, Waker,
+};
 use crate::trace::Event;
 
 /// How deep waits may run what they wait for on their own stack.
@@ -59,6 +62,13 @@ const LEAVE: Duration = Duration::from_micros(if cfg!(loom) { 0 } else { 5 });
 
 /// How many tasks of one lane a thread runs before it looks at the other.
 const TURN: u32 = 32;
+
+/// The body of a task waits, so that its time says nothing.
+pub(crate) fn disturb<D: Domain>(task: &Task<D>) {
+    if let Some(mapping) = task.mapping() {
+        mapping.note(DISTURBED);
+    }
+}
 
 /// Passes the time between two looks. What is looked for may come from a thread that the system put
 /// on the same core; it gets that core.
@@ -330,6 +340,7 @@ impl<D: Domain> Worker<D> {
         if let Some(limit) = task.options().and_then(|options| options.timeout) {
             engine.begin_attempt(task, limit);
         }
+        let clock = engine.start_clock(task);
         loop {
             perturb();
             assert_unlocked();
@@ -353,11 +364,15 @@ impl<D: Domain> Worker<D> {
             self.running.set(outer);
             match step {
                 Step::Done(result) => {
+                    if let Some(start) = clock {
+                        Engine::stop_clock(task, start);
+                    }
                     engine.end_attempt(task, result);
                     return;
                 }
                 Step::Elsewhere => return,
                 Step::Sleep => {
+                    disturb(task);
                     self.pass_on_request(task);
                     engine.pause(task);
                     if engine.sleep(task) || engine.requeue(task) {
@@ -366,6 +381,7 @@ impl<D: Domain> Worker<D> {
                     // Woken, or asked to end, meanwhile.
                 }
                 Step::Await(targets, until) => {
+                    disturb(task);
                     self.pass_on_request(task);
                     engine.pause(task);
                     if engine.suspend(task, targets, until) || engine.requeue(task) {
@@ -389,9 +405,7 @@ impl<D: Domain> Worker<D> {
         if self.depth.get() >= DEPTH || task.phase() != Phase::Ready || !self.engine.owns(task) {
             return;
         }
-        let ordinary = task
-            .options()
-            .is_none_or(|options| options.need == Need::Core);
+        let ordinary = task.needs() == Need::Core;
         if !ordinary || !(self.slot.is_none() || self.grant.borrow().is_ordinary()) {
             return;
         }
@@ -454,6 +468,9 @@ impl<D: Domain> Worker<D> {
         deadline: Option<Instant>,
     ) -> Result<bool, WaitError> {
         let engine = &self.engine;
+        if let Some(waiting) = self.running() {
+            disturb(waiting);
+        }
         if until == Until::All && deadline.is_none() {
             for task in tasks {
                 self.run_inline(task);

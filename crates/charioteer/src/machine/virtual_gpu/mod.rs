@@ -66,12 +66,12 @@ use std::time::Duration;
 
 use self::crew::{Core, nanoseconds};
 use self::memory::Buffer;
-use self::state::{LATE, LOST, Shared, Work, unknown};
+use self::state::{LATE, LOST, Shared, Stamp, Work, unknown};
 use self::timeline::Timelines;
 use super::description::Description;
 use super::device::{
-    Completion, Device, DeviceError, DeviceId, DeviceInfo, DevicePointer, Event, HOST, Operation,
-    Stream,
+    Completion, Device, DeviceError, DeviceId, DeviceInfo, DevicePointer, Event, HOST, Mark,
+    Operation, Stream,
 };
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 
@@ -79,7 +79,7 @@ use crate::sync::{AtomicU32, AtomicU64, Ordering};
 /// thread that made it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Observed {
-    /// An operation, a pause, a copy, or a release of memory was enqueued: the event that it
+    /// An operation, a pause, a copy, a mark, or a release of memory was enqueued: the event that it
     /// completes.
     Enqueued(Event),
     /// An event was recorded.
@@ -338,6 +338,21 @@ impl Device for VirtualGpu {
         };
         self.core.observe(Observed::Recorded(event));
         Ok(event)
+    }
+
+    fn mark(&self, stream: Stream) -> Result<Mark, DeviceError> {
+        self.check(stream)?;
+        let stamp = Arc::new(Stamp::new());
+        let work = Work::Mark(Arc::clone(&stamp));
+        let enqueue = |state: &mut state::State, now| state.enqueue(stream, work, now);
+        let event = self.core.change(enqueue)?;
+        self.core.observe(Observed::Enqueued(event));
+        Ok(Mark(stamp))
+    }
+
+    fn elapsed(&self, from: &Mark, to: &Mark) -> Option<Duration> {
+        let time = |mark: &Mark| mark.0.downcast_ref::<Stamp>()?.time();
+        Some(Duration::from_nanos(time(to)?.saturating_sub(time(from)?)))
     }
 
     fn wait(&self, stream: Stream, event: Event) -> Result<(), DeviceError> {

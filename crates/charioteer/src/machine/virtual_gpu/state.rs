@@ -95,8 +95,28 @@ pub(super) enum Work {
     },
     /// Gives the allocation at the address back.
     Free(u64),
+    /// Notes the time.
+    Mark(Arc<Stamp>),
     /// It is being run.
     Taken,
+}
+
+/// When a stream got to a mark, once it has.
+pub(super) struct Stamp(AtomicU64);
+
+impl Stamp {
+    /// No time.
+    const NEVER: u64 = u64::MAX;
+
+    pub(super) fn new() -> Self {
+        Self(AtomicU64::new(Self::NEVER))
+    }
+
+    /// Nanoseconds by the clock of the machine. Who knows that the stream is beyond the mark sees it.
+    pub(super) fn time(&self) -> Option<u64> {
+        let time = self.0.load(Ordering::Relaxed);
+        (time != Self::NEVER).then_some(time)
+    }
 }
 
 struct Entry {
@@ -685,7 +705,7 @@ impl State {
                 }
                 Some(Run::Copy(stream, copy))
             }
-            Work::Busy(_) | Work::Wait { .. } | Work::Free(_) | Work::Taken => {
+            Work::Busy(_) | Work::Wait { .. } | Work::Free(_) | Work::Mark(_) | Work::Taken => {
                 unreachable!("it takes no thread")
             }
         }
@@ -763,6 +783,8 @@ impl State {
         let entry = self.stream(stream).queue.pop_front();
         match entry.expect("what is done was there").work {
             Work::Taken | Work::Busy(_) | Work::Wait { .. } => {}
+            // Before the position is published as done.
+            Work::Mark(stamp) => stamp.0.store(at, Ordering::Relaxed),
             Work::Free(address) => {
                 self.release(stream.device, address, Some(Event { stream, position }));
             }
@@ -852,6 +874,10 @@ impl State {
             }
             Work::Free(_) => {
                 self.step(stream, ready);
+                return true;
+            }
+            Work::Mark(_) => {
+                self.step(stream, begin);
                 return true;
             }
             Work::Operation(_) | Work::Copy(_) => begin,

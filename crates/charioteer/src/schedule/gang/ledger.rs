@@ -183,7 +183,14 @@ impl<T> Gang<T> {
         let order = {
             let (books, held, runahead) = (&self.books, &self.held, self.limits.runahead);
             self.queue.order(limit, |shape| {
-                choose(books, shape, held, u64::MAX, runahead).is_some()
+                let rules = Rules {
+                    held,
+                    budget: u64::MAX,
+                    runahead,
+                    waits: true,
+                };
+                // One that had rather wait is served too: devices are held for it.
+                !matches!(choose(books, shape, &rules), Chosen::Nothing)
             })
         };
         for &shape in &order.sweep {
@@ -215,7 +222,21 @@ impl<T> Gang<T> {
         };
         let runahead = self.limits.runahead;
         let shape = self.queue.shape(index);
-        let choice = choose(&self.books, shape, held, budget, runahead)?;
+        let declined = shape.head().and_then(|head| head.declined);
+        let rules = Rules {
+            held,
+            budget,
+            runahead,
+            waits: declined.is_none_or(|since| self.grants - since < self.limits.overtaking),
+        };
+        let choice = match choose(&self.books, shape, &rules) {
+            Chosen::Now(choice) => choice,
+            Chosen::Later => {
+                self.queue.decline(index, self.grants);
+                return None;
+            }
+            Chosen::Nothing => return None,
+        };
         let (alternative, ref plan) = shape.plans[choice.plan];
         let amount = Amount {
             share: plan.share,
@@ -276,8 +297,17 @@ impl<T> Gang<T> {
     /// Holds devices for a sweep's task that does not fit yet: those on which it fits, then those
     /// that are free soonest.
     fn hold(&mut self, shape: usize) {
-        let plans = self.queue.shape(shape).plans.iter().map(|(_, plan)| plan);
-        let plan = plans.min_by_key(|plan| plan.width()).expect("it waits");
+        let shape = self.queue.shape(shape);
+        let head = shape.head().expect("it waits");
+        // Where nothing is known, the narrowest.
+        let plan = shape.plans.iter().min_by_key(|(alternative, plan)| {
+            let finish = head.known(*alternative).map(|estimate| {
+                let free = free_at(&self.books, plan);
+                free.map_or(u64::MAX, |free| free.saturating_add(estimate))
+            });
+            (finish, plan.width())
+        });
+        let (_, plan) = plan.expect("it has a plan");
         let amount = Amount {
             share: plan.share,
             memory: plan.memory,
@@ -481,6 +511,23 @@ impl<T> Gang<T> {
         Some(self.queue.pop(shape).token)
     }
 
+    /// What a device has before it, by its index: the estimated run times, in nanoseconds, of what was
+    /// granted and is not complete, and how many tasks that is.
+    ///
+    /// # Panics
+    /// If there is no such device.
+    #[must_use]
+    pub fn ahead(&self, index: usize) -> (u64, u32) {
+        let book = &self.books[index];
+        (book.ahead, book.unfinished())
+    }
+
+    /// The device-nanoseconds that those who wait take at least, as estimated.
+    #[must_use]
+    pub fn backlog(&self) -> u64 {
+        self.queue.work()
+    }
+
     /// How many tasks wait.
     #[must_use]
     pub fn waiting(&self) -> usize {
@@ -495,19 +542,35 @@ enum Held {
     BySweep,
 }
 
-/// The policy: which alternative the first task of a shape gets, and on which devices. Of the
-/// alternatives that fit now it is the one that is estimated to finish first; of the devices of a
-/// kind those that have a stream to take over, then those that are free soonest, then the first.
-/// Members of a kind are in the order of their devices, so that a set is the same however it came
-/// about.
-fn choose<T>(
-    books: &[Book],
-    shape: &Shape<T>,
-    held: &[Amount],
+/// Within what a choice is made.
+struct Rules<'a> {
+    /// What is held for others.
+    held: &'a [Amount],
+    /// How many devices the task may take.
     budget: u64,
     runahead: u32,
-) -> Option<Choice> {
-    let head = shape.head()?;
+    /// Whether it may wait though an alternative fits.
+    waits: bool,
+}
+
+enum Chosen {
+    Now(Choice),
+    /// An alternative fits, and another one is estimated to finish earlier though it does not fit yet.
+    Later,
+    /// None fits.
+    Nothing,
+}
+
+/// The policy: which alternative the first task of a shape gets, and on which devices. It is the one
+/// that is estimated to finish first: when its devices are free, and its run time. If that one does not
+/// fit yet, the task waits for it, unless it has waited for too many grants. Where run times are not
+/// known the first one that fits is taken. Of the devices of a kind it gets those that have a stream to
+/// take over, then those that are free soonest, then the first. Members of a kind are in the order of
+/// their devices, so that a set is the same however it came about.
+fn choose<T>(books: &[Book], shape: &Shape<T>, rules: &Rules<'_>) -> Chosen {
+    let Some(head) = shape.head() else {
+        return Chosen::Nothing;
+    };
     let mut preferred = 0;
     for &event in &head.prefer {
         let device = event.stream.device;
@@ -518,16 +581,23 @@ fn choose<T>(
         }
     }
     let mut best: Option<(u64, Choice)> = None;
+    // When the best of those that do not fit yet would finish.
+    let mut later = u64::MAX;
     for (place, (alternative, plan)) in shape.plans.iter().enumerate() {
-        if !plan.takes_nothing() && plan.width() > budget {
+        if !plan.takes_nothing() && plan.width() > rules.budget {
             continue;
         }
-        let Some(books_of_it) = fit(books, plan, held, preferred, runahead) else {
+        let Some(books_of_it) = fit(books, plan, rules.held, preferred, rules.runahead) else {
+            if let (Some(estimate), true) = (head.known(*alternative), rules.waits)
+                && let Some(free) = free_at(books, plan)
+            {
+                later = later.min(free.saturating_add(estimate));
+            }
             continue;
         };
-        let estimate = head.estimate(*alternative);
+        let estimate = head.known(*alternative).unwrap_or(0);
         let ahead = books_of_it.iter().map(|&index| books[index].ahead).max();
-        let finish = ahead.unwrap_or(0) + estimate;
+        let finish = ahead.unwrap_or(0).saturating_add(estimate);
         if best.as_ref().is_none_or(|(least, _)| finish < *least) {
             let choice = Choice {
                 plan: place,
@@ -537,7 +607,25 @@ fn choose<T>(
             best = Some((finish, choice));
         }
     }
-    best.map(|(_, choice)| choice)
+    match best {
+        Some((finish, _)) if later < finish => Chosen::Later,
+        Some((_, choice)) => Chosen::Now(choice),
+        None => Chosen::Nothing,
+    }
+}
+
+/// When a plan's devices are free, in nanoseconds from now, as estimated. None while paused bodies keep
+/// the memory that it needs.
+fn free_at(books: &[Book], plan: &Plan) -> Option<u64> {
+    let mut used = 0;
+    let mut free = 0;
+    for &bits in &plan.members {
+        let books_of_it = ones(bits & !used).filter(|&index| books[index].has_room(plan.memory));
+        let book = books_of_it.min_by_key(|&index| books[index].ahead)?;
+        used |= bit(book);
+        free = free.max(books[book].ahead);
+    }
+    Some(free)
 }
 
 /// The best devices for a plan, in the order of its members, if it fits.

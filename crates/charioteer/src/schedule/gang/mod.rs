@@ -73,8 +73,10 @@
 //!
 //! # Policy
 //!
-//! `choose` in `ledger.rs` says which of the alternatives that fit a task gets, and on which
-//! devices.
+//! `choose` in `ledger.rs` says which alternative a task gets, and on which devices. Where run times are
+//! known it is the one that is estimated to finish first; a task may wait for one that is faster and
+//! busy, though a slower one fits. Then devices are held for it like for any task that does not fit. It
+//! declines so for as many grants as it may be overtaken by device-times, and then takes what fits.
 //!
 //! Rooms: `request` (what is asked for, and whether a machine can give it), `device` (the book of
 //! one device), `queue` (who waits, ranks, the bound, sweeps), `ledger` (what joins them). All this

@@ -22,16 +22,22 @@ pub(super) struct Waiting<T> {
     pub(super) token: T,
     pub(super) prefer: SmallVec<[Event; 2]>,
     estimates: SmallVec<[Option<Duration>; 2]>,
+    /// The device-nanoseconds that it takes at least, as estimated.
+    work: u64,
+    /// How many grants there had been when it first waited although an alternative fitted.
+    pub(super) declined: Option<u64>,
     ticket: u64,
 }
 
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX >> 16)
+}
+
 impl<T> Waiting<T> {
-    /// In nanoseconds; 0 where it is unknown.
-    pub(super) fn estimate(&self, alternative: usize) -> u64 {
+    /// How long an alternative takes in nanoseconds, if that is known.
+    pub(super) fn known(&self, alternative: usize) -> Option<u64> {
         let estimate = self.estimates.get(alternative).copied().flatten();
-        estimate.map_or(0, |time| {
-            u64::try_from(time.as_nanos()).unwrap_or(u64::MAX >> 16)
-        })
+        estimate.map(nanoseconds)
     }
 }
 
@@ -183,6 +189,8 @@ pub(super) struct Queue<T> {
     enough: usize,
     tickets: u64,
     waiting: usize,
+    /// The sum of what those who wait take.
+    work: u64,
     sweep: Option<Sweep>,
 }
 
@@ -197,12 +205,28 @@ impl<T> Queue<T> {
             enough: REMEMBERED,
             tickets: 0,
             waiting: 0,
+            work: 0,
             sweep: None,
         }
     }
 
     pub(super) fn waiting(&self) -> usize {
         self.waiting
+    }
+
+    /// The device-nanoseconds that those who wait take at least, as estimated.
+    pub(super) fn work(&self) -> u64 {
+        self.work
+    }
+
+    /// The first task of a shape waits although an alternative fits.
+    pub(super) fn decline(&mut self, index: usize, grants: u64) {
+        let shape = &mut self.shapes[index];
+        if let Some(mut lane) = shape.lanes.first_entry()
+            && let Some(head) = lane.get_mut().tasks.front_mut()
+        {
+            head.declined.get_or_insert(grants);
+        }
     }
 
     pub(super) fn shape(&self, shape: usize) -> &Shape<T> {
@@ -236,6 +260,14 @@ impl<T> Queue<T> {
                 shape.lanes.clear();
             }
         }
+        let work = (shape.plans.iter())
+            .filter_map(|(index, plan)| {
+                let time = request.estimates.get(*index).copied().flatten()?;
+                Some(nanoseconds(time).saturating_mul(plan.width()))
+            })
+            .min()
+            .unwrap_or(0);
+        self.work = self.work.saturating_add(work);
         let lane = shape
             .lanes
             .entry(Reverse(request.priority))
@@ -244,6 +276,8 @@ impl<T> Queue<T> {
             token,
             prefer: request.prefer,
             estimates: request.estimates,
+            work,
+            declined: None,
             ticket: self.tickets,
         });
         self.tickets += 1;
@@ -319,6 +353,7 @@ impl<T> Queue<T> {
             }
         }
         self.waiting -= 1;
+        self.work = self.work.saturating_sub(task.work);
         task
     }
 
@@ -343,6 +378,8 @@ impl<T> Queue<T> {
             if shape.plans.is_empty() && shape.live.is_some() {
                 for lane in std::mem::take(&mut shape.lanes).into_values() {
                     self.waiting -= lane.tasks.len();
+                    let work = lane.tasks.iter().map(|task| task.work);
+                    self.work = work.fold(self.work, u64::saturating_sub);
                     tokens.extend(lane.tasks.into_iter().map(|task| task.token));
                 }
                 self.retire(index);
