@@ -61,7 +61,6 @@ use crate::work::{self, Worker};
 use devices::Devices;
 pub(crate) use devices::is_on_devices;
 use mapping::Maps;
-pub(crate) use mapping::Marks;
 
 mod devices;
 #[cfg(all(test, loom))]

@@ -503,6 +503,17 @@ impl<D: Domain> Engine<D> {
         self.devices().mail.push(Letter::Ask(task, behind, None));
     }
 
+    /// Whether nothing that a task comes after is on its way on devices, but for what it ran ahead of.
+    pub(super) fn may_leave_devices(&self, task: &Task<D>) -> bool {
+        let (behind, is_ahead) = {
+            let mut links = task.links.lock();
+            let flight = links.flight();
+            (flight.behind.clone(), flight.is_ahead())
+        };
+        // What is on its way else is of an attempt of its own that failed.
+        is_ahead || (behind.iter()).all(|event| self.devices().is_complete(*event))
+    }
+
     // ---- what devices have before them ------------------------------------------------------
 
     /// Somebody wants to know from now on.
@@ -572,6 +583,12 @@ impl<D: Domain> Engine<D> {
 
     fn dispatch(self: &Arc<Self>, task: TaskRef<D>, mut grant: Grant) {
         self.make_streams(&mut grant);
+        if grant.lent.iter().any(|lent| lent.stream.is_none())
+            && let Some(mapping) = task.mapping()
+            && mapping.may_turn_back()
+        {
+            return self.turn_back(task, &grant);
+        }
         self.settle_choice(&task, &grant);
         {
             let mut links = task.links.lock();
@@ -582,6 +599,34 @@ impl<D: Domain> Engine<D> {
         }
         let priority = task.options().map_or(0, |options| options.priority);
         self.enqueue(task, priority);
+    }
+
+    /// A task with a choice was granted a device that turns out to be lost: gives the grant back, and lets
+    /// it choose again.
+    #[cold]
+    fn turn_back(self: &Arc<Self>, task: TaskRef<D>, grant: &Grant) {
+        let mut events: SmallVec<[Option<Event>; 2]> = SmallVec::new();
+        for lent in &grant.lent {
+            let Some(stream) = lent.stream else {
+                self.post(Letter::Lost(lent.device));
+                events.push(None);
+                continue;
+            };
+            // What it took over is not free before its events.
+            let device = self.devices().device(lent.device);
+            let ordered = lent
+                .waits
+                .iter()
+                .try_for_each(|wait| device.follow(stream, *wait));
+            events.push(ordered.and_then(|()| device.record(stream)).ok());
+        }
+        let pending = events.clone();
+        self.post(Letter::Launched(grant.id, events));
+        for event in pending.into_iter().flatten() {
+            self.tell_when_complete(event);
+        }
+        self.choose_again(&task);
+        self.ask_for_devices(task, None);
     }
 
     /// Makes the streams that a grant lacks. On a device that is lost there are none, and the body does

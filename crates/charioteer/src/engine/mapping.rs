@@ -30,7 +30,7 @@ use crate::schedule::gang::{Alternative, Grant, Member};
 use crate::schedule::map::model::Models;
 use crate::schedule::map::policy::{Call, Candidate, Mapper};
 use crate::schedule::map::{
-    BEGUN, COUNTED, Choice, Choices, DISTURBED, Decision, EXPLORES, Mapping, On, TIMED,
+    BEGUN, COUNTED, Choice, Choices, DISTURBED, Decision, EXPLORES, Mapping, Marks, On, TIMED,
 };
 use crate::sync::{AtomicU32, AtomicU64, Condvar, Mutex, Ordering, assert_unlocked};
 use crate::task::state::AHEAD;
@@ -54,13 +54,6 @@ pub(crate) struct Maps<D: Domain> {
 struct Parked<D: Domain> {
     tasks: Vec<TaskRef<D>>,
     closed: bool,
-}
-
-/// The marks around a body's work on its streams, in the order of its devices.
-#[derive(Default)]
-pub(crate) struct Marks {
-    start: SmallVec<[(DeviceId, Mark); 2]>,
-    end: SmallVec<[(DeviceId, Mark); 2]>,
 }
 
 impl<D: Domain> Maps<D> {
@@ -208,11 +201,11 @@ impl<D: Domain> Engine<D> {
     fn by_finish_time(&self, mapping: &Mapping) -> Decision {
         let choices = mapping.choices();
         let (cores, devices) = (choices.cores(), choices.devices());
-        match (cores, devices) {
-            ([only], []) | ([], [only]) => return Decision::Choice(*only),
-            _ => {}
-        }
         let advice = choices.advise(mapping.size(), true);
+        if let ([only], []) | ([], [only]) = (cores, devices) {
+            mapping.set_estimate(advice.estimates[0].unwrap_or(0));
+            return Decision::Choice(*only);
+        }
         let at = |place: usize| match place.checked_sub(cores.len()) {
             None => cores[place],
             Some(place) => devices[place],
@@ -343,13 +336,14 @@ impl<D: Domain> Engine<D> {
         if task.phase() == Phase::Ready
             && let Some(mapping) = task.mapping()
         {
-            mapping.give_back();
-            self.uncount(mapping);
             if let Decision::Choice(_) = mapping.decision() {
-                mapping.decide(Decision::Devices);
+                self.choose_again(&task);
                 return self.ask_again(task);
             }
             let cores = mapping.choices().cores();
+            if !self.may_leave_devices(&task) {
+                return self.fail_ready(&task, Failure::Device(error));
+            }
             let known = mapping.choices().advise(mapping.size(), false).estimates;
             let best = (0..cores.len()).min_by_key(|&place| known[place].unwrap_or(u64::MAX));
             if let Some(best) = best {
@@ -359,6 +353,15 @@ impl<D: Domain> Engine<D> {
             }
         }
         self.fail_ready(&task, Failure::Device(error));
+    }
+
+    /// Opens the choice between all sets of devices again.
+    pub(super) fn choose_again(&self, task: &Task<D>) {
+        if let Some(mapping) = task.mapping() {
+            mapping.give_back();
+            self.uncount(mapping);
+            mapping.decide(Decision::Devices);
+        }
     }
 
     // ---- policies ---------------------------------------------------------------------------

@@ -316,6 +316,12 @@ impl Runtime {
         self.engine.choices(function, list)
     }
 
+    /// What is known of run times.
+    #[must_use]
+    pub fn models(&self) -> &Arc<Models> {
+        self.engine.models()
+    }
+
     /// What it did so far.
     #[must_use]
     pub fn counts(&self) -> Counts {

@@ -6,9 +6,9 @@ use smallvec::SmallVec;
 
 use super::state::LAUNCHED;
 use super::{Domain, Failure, Link, Outcome, Task, TaskRef};
-use crate::engine::Marks;
 use crate::machine::{DeviceError, Event};
 use crate::schedule::gang::Grant;
+use crate::schedule::map::Marks;
 
 /// Under the lock of the task's links.
 pub(crate) struct Flight<D: Domain> {

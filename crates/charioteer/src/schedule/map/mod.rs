@@ -40,6 +40,7 @@ use smallvec::SmallVec;
 
 use self::model::{Advice, Function};
 use super::gang::{Alternative, Member, WHOLE};
+use crate::machine::{DeviceId, Mark};
 use crate::sync::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use crate::task::{Need, WHOLE_CORE};
 
@@ -265,6 +266,12 @@ pub(crate) const BEGUN: u32 = 16;
 /// No time was measured.
 const NONE: u64 = u64::MAX;
 
+/// The marks around a body's work on its streams, in the order of its devices.
+pub(crate) struct Marks {
+    pub(crate) start: SmallVec<[(DeviceId, Mark); 2]>,
+    pub(crate) end: SmallVec<[(DeviceId, Mark); 2]>,
+}
+
 /// The choices of one task, and what became of them.
 pub struct Mapping {
     choices: Arc<Choices>,
@@ -433,6 +440,11 @@ impl Mapping {
             self.note(TIMED);
         }
         timed
+    }
+
+    /// Whether the task may still go another way: its body has not begun.
+    pub(crate) fn may_turn_back(&self) -> bool {
+        !self.has(BEGUN)
     }
 
     /// It took so long.

@@ -13,7 +13,7 @@
 //!   measured times, or by the power law. Tries are counted when they are decided, so that a thousand
 //!   calls at once try no more than one after the other would; a try that measured nothing, since the
 //!   task was cancelled, say, is given back.
-//! * **Sampling.** The first calls of an entry are timed, and later every [`SAMPLE`]th, so that the one
+//! * **Sampling.** The first [`RECENT`] calls of an entry are timed, and later every [`SAMPLE`]th, so that the one
 //!   in use is known to have changed. One that is not used is not timed: it is noticed only when the
 //!   one in use has become slower than it was.
 //!
@@ -82,6 +82,8 @@ struct Entry {
     recent: SmallVec<[u64; RECENT]>,
     /// How many were measured.
     timed: u64,
+    /// Calls that are timed and measured nothing, yet or for good.
+    outstanding: usize,
     /// How many calls ran, timed or not.
     calls: u64,
     /// How many calls were made to try it.
@@ -173,10 +175,6 @@ impl Entry {
         let mut times = self.recent.clone();
         times.sort_unstable();
         times.get(times.len().checked_sub(1)? / 2).copied()
-    }
-
-    fn is_full(&self) -> bool {
-        self.recent.len() == RECENT
     }
 }
 
@@ -309,18 +307,22 @@ impl Function {
         let mut book = self.book.lock();
         let entry = book.series[series].entry(size);
         entry.calls += 1;
-        !entry.is_full() || entry.calls.is_multiple_of(SAMPLE)
+        let timed =
+            entry.recent.len() + entry.outstanding < RECENT || entry.calls.is_multiple_of(SAMPLE);
+        entry.outstanding += usize::from(timed);
+        timed
     }
 
     /// A call took so long.
     pub(crate) fn record(&self, series: usize, size: u64, nanoseconds: u64) {
         let mut book = self.book.lock();
         let entry = book.series[series].entry(size);
-        if entry.is_full() {
+        if entry.recent.len() == RECENT {
             entry.recent.remove(0);
         }
         entry.recent.push(nanoseconds);
         entry.timed += 1;
+        entry.outstanding = entry.outstanding.saturating_sub(1);
     }
 }
 
