@@ -484,3 +484,6 @@ impl fmt::Debug for Models {
         f.debug_list().entries(self.known()).finish()
     }
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests;
