@@ -9,7 +9,10 @@ use std::time::Duration;
 
 use charioteer::gang::{Alternative, Member, WHOLE};
 use charioteer::machine::{Description, DeviceError, DeviceId, Kind, Machine, Time};
+use charioteer::mapping::policy::Mapper;
+use charioteer::mapping::{Choice, Choices, On};
 use charioteer::native::{Builder, Runtime, SpawnError, Task, TaskError, TaskSpace, current};
+use charioteer::task::Need;
 use common::within;
 use proptest::prelude::*;
 
@@ -561,6 +564,29 @@ struct Plan {
     work: u64,
     fails: bool,
     host: bool,
+    /// It may also run on one device, or on a core, as times say or costs that are made up.
+    chooses: Option<[Option<u64>; 3]>,
+}
+
+/// Nothing, so that times are measured, or a cost in microseconds.
+fn cost() -> impl Strategy<Value = Option<u64>> {
+    prop_oneof![Just(None), (0..50_u64).prop_map(Some)]
+}
+
+/// The choices of a plan that has some: its own set, one device, a core.
+fn choices(runtime: &Runtime, plan: &Plan, costs: &[Option<u64>; 3]) -> Arc<Choices> {
+    let own = On::Devices(set(plan.width, plan.share, plan.memory)[0].clone());
+    let one = On::Devices(set(1, plan.share, plan.memory)[0].clone());
+    let list = [own, one, On::Cores(Need::Core)]
+        .into_iter()
+        .zip(costs)
+        .map(|(on, cost)| Choice {
+            variant: 0,
+            label: String::new(),
+            on,
+            cost: cost.map(Duration::from_micros),
+        });
+    runtime.choices("random", list.collect()).unwrap()
 }
 
 fn plans(gpus: usize) -> impl Strategy<Value = Vec<Plan>> {
@@ -572,28 +598,36 @@ fn plans(gpus: usize) -> impl Strategy<Value = Vec<Plan>> {
         0..30_u64,
         proptest::bool::weighted(0.05),
         proptest::bool::weighted(0.2),
+        proptest::option::weighted(0.4, [cost(), cost(), cost()]),
     );
-    let one = one.prop_map(|(width, share, memory, after, work, fails, host)| Plan {
-        width,
-        share,
-        memory,
-        after,
-        work,
-        fails,
-        host,
-    });
+    let one = one.prop_map(
+        |(width, share, memory, after, work, fails, host, chooses)| Plan {
+            width,
+            share,
+            memory,
+            after,
+            work,
+            fails,
+            host,
+            chooses,
+        },
+    );
     proptest::collection::vec(one, 1..60)
 }
 
 /// Runs random programs and holds what the operations saw against the plan: every operation comes
 /// after those of all predecessors, on whatever device, and shares never exceed a device.
-fn check(gpus: usize, workers: usize, runahead: u32, plans: &[Plan]) {
+fn check(gpus: usize, workers: usize, runahead: u32, policy: &str, plans: &[Plan]) {
     let machine = machine(gpus, Time::Real);
     let runtime = builder(&machine, workers)
         .runahead(runahead)
+        .mapper(Mapper::named(policy, 1).unwrap())
         .open()
         .unwrap();
     let finished: Arc<Vec<AtomicUsize>> =
+        Arc::new(plans.iter().map(|_| AtomicUsize::new(0)).collect());
+    // On how many devices, or one core, it ran.
+    let places: Arc<Vec<AtomicUsize>> =
         Arc::new(plans.iter().map(|_| AtomicUsize::new(0)).collect());
     let taken: Arc<Vec<AtomicUsize>> = Arc::new((0..gpus).map(|_| AtomicUsize::new(0)).collect());
     let wrong = Log::default();
@@ -606,36 +640,44 @@ fn check(gpus: usize, workers: usize, runahead: u32, plans: &[Plan]) {
             .filter(|at| *at < index)
             .collect();
         let mut task = runtime.task();
-        if !plan.host {
+        if let Some(costs) = &plan.chooses {
+            task = task.choices(&choices(&runtime, plan, costs), plan.work);
+        } else if !plan.host {
             task = task.on(set(plan.width, plan.share, plan.memory));
         }
         for at in &after {
             task = task.after(&tasks[*at]);
         }
-        let (machine, finished, taken, wrong) = (
+        let (machine, places, finished, taken, wrong) = (
             Arc::clone(&machine),
+            Arc::clone(&places),
             Arc::clone(&finished),
             Arc::clone(&taken),
             Arc::clone(&wrong),
         );
         let plan = plan.clone();
-        let expected: Vec<(usize, usize)> = after
-            .iter()
-            .map(|at| (*at, if plans[*at].host { 1 } else { plans[*at].width }))
-            .collect();
         let body = move || {
+            let width = match current().unwrap().choice() {
+                None if plan.host => 0,
+                None | Some(0) => plan.width,
+                Some(1) => 1,
+                Some(_) => 0,
+            };
+            assert_eq!(current().unwrap().streams().len(), width);
+            places[index].store(width.max(1), Ordering::SeqCst);
             let look = {
-                let (finished, wrong) = (Arc::clone(&finished), Arc::clone(&wrong));
-                let expected = expected.clone();
+                let (places, finished) = (Arc::clone(&places), Arc::clone(&finished));
+                let (wrong, after) = (Arc::clone(&wrong), after.clone());
                 move || {
-                    for (at, count) in &expected {
-                        if finished[*at].load(Ordering::SeqCst) != *count {
+                    for at in &after {
+                        let count = places[*at].load(Ordering::SeqCst);
+                        if count == 0 || finished[*at].load(Ordering::SeqCst) != count {
                             wrong.lock().unwrap().push(index);
                         }
                     }
                 }
             };
-            if plan.host {
+            if width == 0 {
                 look();
                 finished[index].fetch_add(1, Ordering::SeqCst);
             } else {
@@ -698,9 +740,13 @@ proptest! {
         (gpus, plans) in (1..=6_usize).prop_flat_map(|gpus| (Just(gpus), plans(gpus))),
         workers in 0..4_usize,
         runahead in prop_oneof![Just(0_u32), Just(1), Just(64)],
+        policy in prop_oneof![
+            4 => Just("eft"), 1 => Just("locality"), 1 => Just("load"), 1 => Just("random"),
+            1 => Just("round-robin"),
+        ],
     ) {
-        common::within_on((gpus, workers, runahead, &plans), 60, || {
-            check(gpus, workers, runahead, &plans);
+        common::within_on((gpus, workers, runahead, policy, &plans), 60, || {
+            check(gpus, workers, runahead, policy, &plans);
         });
     }
 }

@@ -11,8 +11,12 @@ use std::sync::{Arc, Barrier, Mutex};
 use std::time::{Duration, Instant};
 
 use charioteer::engine::{Config, Counts, Engine, Handle, Registry, Running, WaitError};
+use charioteer::gang::{Alternative, Member, WHOLE};
+use charioteer::machine::{Description, Kind, Machine, Time};
+use charioteer::mapping::policy::{Call, Mapper};
+use charioteer::mapping::{Choice, Choices, Mapping, On};
 use charioteer::task::{
-    Domain, Failure, Options, Outcome, Phase, Step, Task, TaskRef, Trouble, Until,
+    Domain, Failure, Need, Options, Outcome, Phase, Step, Task, TaskRef, Trouble, Until,
 };
 use common::within;
 
@@ -28,6 +32,10 @@ struct Scripted {
     asked: Arc<AtomicUsize>,
     patience: Option<Duration>,
     interrupt: Arc<AtomicBool>,
+    /// What maps calls, of an engine that asks the user.
+    policy: Option<Arc<dyn Fn(&Call) -> Result<usize, u32> + Send + Sync>>,
+    /// How many calls it was asked for at once, at most.
+    batch: Arc<AtomicUsize>,
 }
 
 struct Label(u32);
@@ -54,6 +62,14 @@ impl Domain for Scripted {
 
     fn run(&self, running: &Running<'_, Self>, body: &mut Body) -> Step<Self> {
         body(running)
+    }
+
+    fn choose(&self, calls: &[Call]) -> Vec<Result<usize, u32>> {
+        self.batch.fetch_max(calls.len(), Ordering::SeqCst);
+        let policy = self.policy.iter();
+        policy
+            .flat_map(|policy| calls.iter().map(|call| policy(call)))
+            .collect()
     }
 
     fn session(&self, run: &mut dyn FnMut()) {
@@ -721,5 +737,203 @@ fn a_handle_counts_from_its_making() {
         assert_eq!(wait(&runtime, handle.task()), Ok(3));
         close(&runtime);
         assert_eq!(ENGINES.get(runtime.id()).map(|engine| engine.id()), None);
+    });
+}
+
+// ---- the user's policy --------------------------------------------------------------------------
+
+/// An engine with two devices whose calls a policy of the user maps, and choices: a device, a core.
+fn open_with_policy(
+    workers: usize,
+    policy: impl Fn(&Call) -> Result<usize, u32> + Send + Sync + 'static,
+) -> (Runtime, Arc<Choices>) {
+    let description = Description::uniform(2, 2, 1 << 20, Time::Real).unwrap();
+    let config = Config {
+        workers,
+        machine: Some(Machine::virtual_machine(description)),
+        mapper: Mapper::User,
+        ..Config::default()
+    };
+    let domain = Scripted {
+        policy: Some(Arc::new(policy)),
+        ..Scripted::default()
+    };
+    let runtime = Engine::open(domain, config).unwrap();
+    let choice = |on| Choice {
+        variant: 0,
+        label: String::new(),
+        on,
+        cost: None,
+    };
+    let device = Alternative {
+        members: [Member::Any(Kind::Gpu)].into(),
+        share: WHOLE,
+        memory: 0,
+    };
+    let list = vec![choice(On::Devices(device)), choice(On::Cores(Need::Core))];
+    let choices = runtime.choices("f", list).unwrap();
+    (runtime, choices)
+}
+
+/// A task that gives 10 times its choice, and the number of its device.
+fn spawn_mapped(
+    runtime: &Runtime,
+    choices: &Arc<Choices>,
+    dependencies: &[TaskRef<Scripted>],
+) -> TaskRef<Scripted> {
+    let options = Options::mapped(Mapping::new(Arc::clone(choices), 0));
+    let body = |running: &Running<'_, Scripted>| {
+        let device = running
+            .engine
+            .lent()
+            .first()
+            .map_or(0, |(id, _)| id.index());
+        assert_eq!(running.engine.choice(), running.choice());
+        let choice = u32::try_from(running.choice().unwrap()).unwrap();
+        value(10 * choice + u32::from(device))
+    };
+    runtime
+        .spawn(
+            Label(0),
+            Box::new(body),
+            Some(Box::new(options)),
+            dependencies,
+        )
+        .unwrap()
+}
+
+#[test]
+fn the_users_policy_chooses_devices_and_cores() {
+    within(60, || {
+        for workers in [0, 1, 3] {
+            let (runtime, choices) = open_with_policy(workers, |call| {
+                // The candidates are both devices and a core.
+                assert_eq!(call.candidates.len(), 3);
+                Ok(call.turn % 3)
+            });
+            let tasks: Vec<_> = (0..300)
+                .map(|_| spawn_mapped(&runtime, &choices, &[]))
+                .collect();
+            let mut seen = [0; 3];
+            for task in &tasks {
+                let got = wait(&runtime, task).unwrap();
+                seen[[0, 1, 10].iter().position(|it| *it == got).unwrap()] += 1;
+            }
+            assert_eq!(seen, [100, 100, 100], "{workers} workers");
+            close(&runtime);
+        }
+    });
+}
+
+#[test]
+fn a_policy_that_fails_or_answers_nonsense_fails_its_tasks() {
+    within(60, || {
+        for workers in [0, 2] {
+            let (runtime, choices) = open_with_policy(workers, |call| match call.turn % 4 {
+                0 => Ok(2),
+                1 => Ok(3),
+                2 => Ok(usize::MAX),
+                _ => Err(7),
+            });
+            let mut outcomes = Vec::new();
+            for _ in 0..8 {
+                let task = spawn_mapped(&runtime, &choices, &[]);
+                let dependent = spawn_mapped(&runtime, &choices, std::slice::from_ref(&task));
+                outcomes.push(wait(&runtime, &task));
+                if wait(&runtime, &task).is_err() {
+                    assert_eq!(wait(&runtime, &dependent), Err("dependency"));
+                } else {
+                    let _ = wait(&runtime, &dependent);
+                }
+                Engine::tell(&task);
+                Engine::tell(&dependent);
+            }
+            assert!(outcomes.contains(&Ok(10)));
+            assert!(outcomes.contains(&Err("mapping")));
+            assert!(outcomes.contains(&Err("raised")));
+            assert!(outcomes.iter().all(|it| *it != Err("dependency")));
+            close(&runtime);
+        }
+    });
+}
+
+#[test]
+fn a_policy_that_gives_no_answer_fails_its_tasks() {
+    within(60, || {
+        for workers in [0, 1] {
+            // The domain knows no policy.
+            let config = Config {
+                workers,
+                mapper: Mapper::User,
+                ..Config::default()
+            };
+            let runtime = Engine::open(Scripted::default(), config).unwrap();
+            let core = Choice {
+                variant: 0,
+                label: String::new(),
+                on: On::Cores(Need::Core),
+                cost: None,
+            };
+            let choices = runtime.choices("f", vec![core]).unwrap();
+            let task = spawn_mapped(&runtime, &choices, &[]);
+            assert_eq!(wait(&runtime, &task), Err("mapping"));
+            // It is a root, which the end of the runtime gives if nobody hears of it.
+            spawn_mapped(&runtime, &choices, &[]);
+            assert_eq!(close(&runtime).len(), 2);
+        }
+    });
+}
+
+#[test]
+fn tasks_that_wait_for_the_policy_are_asked_for_at_once_and_can_be_cancelled() {
+    within(60, || {
+        let (asked, go) = (
+            Arc::new(AtomicBool::new(false)),
+            Arc::new(AtomicBool::new(false)),
+        );
+        let (runtime, choices) = {
+            let (asked, go) = (Arc::clone(&asked), Arc::clone(&go));
+            open_with_policy(1, move |_| {
+                asked.store(true, Ordering::SeqCst);
+                until(|| go.load(Ordering::SeqCst));
+                Ok(2)
+            })
+        };
+        let batch = Arc::clone(&runtime.domain().batch);
+        let first = spawn_mapped(&runtime, &choices, &[]);
+        until(|| asked.load(Ordering::SeqCst));
+        let tasks: Vec<_> = (0..50)
+            .map(|_| spawn_mapped(&runtime, &choices, &[]))
+            .collect();
+        // The policy takes its time, and ordinary tasks run meanwhile.
+        let plain = spawn(&runtime, 0, &[], |_| value(3));
+        assert_eq!(wait(&runtime, &plain), Ok(3));
+        assert!(tasks.iter().skip(25).all(Engine::cancel));
+        go.store(true, Ordering::SeqCst);
+        assert_eq!(wait(&runtime, &first), Ok(10));
+        for (index, task) in tasks.iter().enumerate() {
+            let expected = if index < 25 { Ok(10) } else { Err("cancelled") };
+            assert_eq!(wait(&runtime, task), expected);
+        }
+        assert_eq!(batch.load(Ordering::SeqCst), 50);
+        close(&runtime);
+    });
+}
+
+#[test]
+fn a_runtime_closes_while_its_policy_thinks() {
+    within(60, || {
+        for workers in [0, 2] {
+            let (runtime, choices) = open_with_policy(workers, |call| {
+                std::thread::sleep(Duration::from_millis(2));
+                Ok(call.turn % 3)
+            });
+            let mut last = spawn_mapped(&runtime, &choices, &[]);
+            for _ in 0..20 {
+                last = spawn_mapped(&runtime, &choices, &[last]);
+            }
+            close(&runtime);
+            assert!(matches!(last.outcome(), Some(Outcome::Value(_))));
+        }
     });
 }

@@ -7,9 +7,9 @@
 //! moment.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::time::Duration;
 
 use proptest::prelude::*;
-use smallvec::SmallVec;
 
 use crate::machine::{DeviceId, Event, Kind, Stream};
 use crate::schedule::gang::{
@@ -24,6 +24,8 @@ enum Action {
         request: usize,
         priority: i32,
         follows: bool,
+        /// Run times in milliseconds, where they are known.
+        times: [Option<u64>; 3],
     },
     Next,
     Launch(usize),
@@ -66,8 +68,10 @@ fn alternative(devices: u16) -> impl Strategy<Value = Alternative> {
 fn action() -> impl Strategy<Value = Action> {
     let which = any::<usize>;
     prop_oneof![
-        8 => (which(), prop_oneof![4 => Just(0), 1 => -1..=1], any::<bool>())
-            .prop_map(|(request, priority, follows)| Action::Submit { request, priority, follows }),
+        8 => (which(), prop_oneof![4 => Just(0), 1 => -1..=1], any::<bool>(), times())
+            .prop_map(|(request, priority, follows, times)| {
+                Action::Submit { request, priority, follows, times }
+            }),
         8 => Just(Action::Next),
         6 => which().prop_map(Action::Launch),
         2 => which().prop_map(Action::Pause),
@@ -75,6 +79,12 @@ fn action() -> impl Strategy<Value = Action> {
         5 => which().prop_map(Action::Complete),
         1 => which().prop_map(Action::Cancel),
     ]
+}
+
+/// Half of them know no times, the others some or all.
+fn times() -> impl Strategy<Value = [Option<u64>; 3]> {
+    let some = prop_oneof![3 => (0..100_u64).prop_map(Some), 1 => Just(None)];
+    prop_oneof![Just([None; 3]), [some.clone(), some.clone(), some]]
 }
 
 fn program() -> impl Strategy<Value = Program> {
@@ -264,12 +274,15 @@ impl Checker {
                 request,
                 priority,
                 follows,
+                times,
             } => {
                 let request = request % self.requests.len();
                 let prefer = self.recent.iter().rev().take(usize::from(follows) * 2);
                 let asked = Request {
                     alternatives: self.requests[request].clone(),
-                    estimates: SmallVec::new(),
+                    estimates: (times.iter())
+                        .map(|time| time.map(Duration::from_millis))
+                        .collect(),
                     priority,
                     prefer: prefer.copied().collect(),
                 };

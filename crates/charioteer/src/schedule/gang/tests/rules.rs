@@ -445,6 +445,99 @@ fn the_alternative_that_finishes_first_is_taken() {
     assert_eq!(devices(&start(&mut gang).1), [1]);
 }
 
+/// A request for any device or any two, of which the run times are known, in milliseconds.
+fn one_or_two(one: u64, two: u64) -> Request {
+    Request {
+        estimates: [one, two].map(|it| Some(Duration::from_millis(it))).into(),
+        ..request(&[any(1), any(2)].into())
+    }
+}
+
+#[test]
+fn a_faster_set_that_is_busy_is_waited_for_if_that_finishes_first() {
+    let mut gang = Gang::new(&gpus(2, 0), LIMITS);
+    let busy = |time| Request {
+        estimates: smallvec![Some(Duration::from_millis(time))],
+        ..one(named(&[0]))
+    };
+    gang.submit("busy", busy(5)).unwrap();
+    let (_, first) = start(&mut gang);
+    // On two it finishes at 5 + 10 ms, on the one that is free at 100.
+    gang.submit("waits", one_or_two(100, 10)).unwrap();
+    nothing(&mut gang);
+    // Both are held for it.
+    gang.submit("younger", one(any(1))).unwrap();
+    nothing(&mut gang);
+    gang.launched(first.id, &[None]);
+    let (token, grant) = start(&mut gang);
+    assert_eq!((token, devices(&grant)), ("waits", vec![0, 1]));
+    gang.launched(grant.id, &[None, None]);
+    assert_eq!(start(&mut gang).0, "younger");
+
+    // It does not wait for longer than that takes.
+    let mut gang = Gang::new(&gpus(2, 0), LIMITS);
+    gang.submit("busy", busy(95)).unwrap();
+    start(&mut gang);
+    gang.submit("waits not", one_or_two(100, 10)).unwrap();
+    assert_eq!(devices(&start(&mut gang).1), [1]);
+}
+
+#[test]
+fn a_task_that_waits_for_a_faster_set_waits_for_so_many_grants_alone() {
+    let limits = Limits {
+        overtaking: 4,
+        ..LIMITS
+    };
+    let mut gang = Gang::new(&gpus(3, 0), limits);
+    let urgent = || Request {
+        priority: 1,
+        estimates: smallvec![Some(Duration::from_millis(5))],
+        ..one(named(&[0]))
+    };
+    let fast_or_slow = Request {
+        estimates: [1, 100].map(|it| Some(Duration::from_millis(it))).into(),
+        ..request(&[named(&[0]), named(&[1])].into())
+    };
+    gang.submit("urgent", urgent()).unwrap();
+    let (_, mut running) = start(&mut gang);
+    gang.submit("waits", fast_or_slow).unwrap();
+    nothing(&mut gang);
+    // Those that are more urgent keep the fast one from it.
+    let mut grants = 0;
+    loop {
+        gang.submit("urgent", urgent()).unwrap();
+        gang.launched(running.id, &[None]);
+        let (token, grant) = start(&mut gang);
+        assert_eq!(token, "urgent");
+        running = grant;
+        grants += 1;
+        if let Some(Step::Start(token, grant)) = gang.next(|_| true) {
+            assert_eq!((token, devices(&grant)), ("waits", vec![1]));
+            break;
+        }
+        assert!(grants < 10, "it waits for ever");
+    }
+    assert_eq!(grants, 4);
+}
+
+#[test]
+fn a_set_whose_memory_paused_bodies_keep_is_not_waited_for() {
+    let mut gang = Gang::new(&gpus(2, 10), LIMITS);
+    gang.submit("keeps", part(WHOLE, 8)).unwrap();
+    let (_, body) = start(&mut gang);
+    gang.paused(body.id, &[None]);
+    let asked = Request {
+        estimates: [100, 1].map(|it| Some(Duration::from_millis(it))).into(),
+        ..request(
+            &[any(1), any(2)]
+                .map(|set| Alternative { memory: 5, ..set })
+                .into(),
+        )
+    };
+    gang.submit("starts", asked).unwrap();
+    assert_eq!(devices(&start(&mut gang).1), [1]);
+}
+
 #[test]
 fn a_paused_body_keeps_its_memory_and_its_stream_and_returns_first() {
     let mut gang = Gang::new(&gpus(1, 10), LIMITS);
