@@ -476,7 +476,7 @@ fn waiting_is_not_timed() {
             let handle = handle.clone();
             let task = runtime.task().choices(&choices, 1).spawn(move || {
                 let child = handle.spawn(|| std::thread::sleep(Duration::from_millis(1)));
-                child.result().map(|()| ()).unwrap();
+                child.result().unwrap();
             });
             task.unwrap().result().unwrap();
         }
@@ -598,7 +598,7 @@ impl Policy for Nonsense {
     }
 
     fn choose(&self, call: &Call) -> usize {
-        if call.turn % 2 == 0 {
+        if call.turn.is_multiple_of(2) {
             call.candidates.len()
         } else {
             0

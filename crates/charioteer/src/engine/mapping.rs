@@ -79,6 +79,9 @@ impl<D: Domain> Maps<D> {
 
     /// Tells the thread that asks the user's policy to end.
     pub(super) fn close(&self) {
+        if !matches!(self.mapper, Mapper::User) {
+            return;
+        }
         self.parked.lock().closed = true;
         self.bell.notify_all();
     }
@@ -119,7 +122,7 @@ impl<D: Domain> Engine<D> {
     pub fn choices(&self, function: &str, list: Vec<Choice>) -> Result<Arc<Choices>, SpawnError> {
         let refusal = |choice: &Choice| match &choice.on {
             On::Cores(Need::Cores(cores)) if usize::from(*cores) > self.cores => {
-                Some(SpawnError::Cores(usize::from(*cores), self.cores).to_string())
+                Some(format!("{cores} cores wanted, {} there", self.cores))
             }
             On::Cores(Need::Devices | Need::Mapped) => Some("these are no cores".to_owned()),
             On::Cores(_) => None,

@@ -194,7 +194,7 @@ impl Series {
     fn provisional(&self, size: u64) -> Option<u64> {
         let known = |(_, entry): (&u32, &Entry)| {
             let time = entry.median()?;
-            (entry.size > 0 && time > 0).then(|| (entry.size, time))
+            (entry.size > 0 && time > 0).then_some((entry.size, time))
         };
         if size == 0 {
             return None;
