@@ -33,10 +33,12 @@ struct Scripted {
     patience: Option<Duration>,
     interrupt: Arc<AtomicBool>,
     /// What maps calls, of an engine that asks the user.
-    policy: Option<Arc<dyn Fn(&Call) -> Result<usize, u32> + Send + Sync>>,
+    policy: Option<Arc<UserPolicy>>,
     /// How many calls it was asked for at once, at most.
     batch: Arc<AtomicUsize>,
 }
+
+type UserPolicy = dyn Fn(&Call) -> Result<usize, u32> + Send + Sync;
 
 struct Label(u32);
 

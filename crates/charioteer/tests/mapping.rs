@@ -430,6 +430,40 @@ fn a_lost_device_leaves_other_choices() {
 }
 
 #[test]
+fn a_task_that_can_get_no_memory_goes_to_cores() {
+    within(60, || {
+        for workers in [0, 1, 3] {
+            for name in ["eft", "round-robin"] {
+                let machine = machine(1, Time::Real);
+                let mapper = Mapper::named(name, 0).unwrap();
+                let runtime = builder(&machine, workers).mapper(mapper).open().unwrap();
+                let large = |choice: Choice| match choice.on {
+                    On::Devices(set) => Choice {
+                        on: On::Devices(Alternative {
+                            memory: MEMORY / 2 + 1,
+                            ..set
+                        }),
+                        ..choice
+                    },
+                    On::Cores(_) => choice,
+                };
+                let keeps = runtime.choices("f", vec![large(gpus(1))]).unwrap();
+                let list = vec![costs(large(gpus(1)), 1), costs(cpu(), 1000)];
+                let wants = runtime.choices("g", list).unwrap();
+                let handle = runtime.handle();
+                let outer = runtime.task().choices(&keeps, 0).spawn(move || {
+                    let child = handle.task().choices(&wants, 0);
+                    let child = child.spawn(|| current().unwrap().choice().unwrap());
+                    *child.unwrap().result().unwrap()
+                });
+                assert_eq!(*outer.unwrap().result().unwrap(), 1, "{name}");
+                runtime.close().unwrap();
+            }
+        }
+    });
+}
+
+#[test]
 fn cancelled_tasks_leave_no_load_and_no_trial_behind() {
     within(60, || {
         for workers in [1, 3] {

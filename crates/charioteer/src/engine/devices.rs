@@ -421,10 +421,8 @@ impl<D: Domain> Engine<D> {
         }
         outbox.unwanted.clear();
         if let Some(task) = outbox.starved.take() {
-            if task.state.advance(Phase::Ready, Phase::Running).is_ok() {
-                let error = self.starved(&task);
-                self.settle(&task, Outcome::Failed(Failure::Device(error)));
-            }
+            let error = self.starved(&task);
+            self.send_elsewhere(task, error);
             self.relieve();
         }
     }

@@ -7,8 +7,8 @@
 //! asks for it alone.
 //!
 //! What is mapped to devices goes to the ledger, with all its sets or with the one that was chosen. If
-//! devices are lost and that one cannot be served any more, the task goes back to all its sets, and then
-//! to its choices on cores, before it fails.
+//! that one cannot be served any more, since devices are lost or bodies that wait keep their memory, the
+//! task goes back to all its sets, and then to its choices on cores, before it fails.
 //!
 //! What is mapped to cores and ran ahead of predecessors whose work on devices is not complete is *held*:
 //! the last of these sends it on when it is done, or poisons it.
@@ -334,7 +334,8 @@ impl<D: Domain> Engine<D> {
         }
     }
 
-    /// No set of devices that a task asked for is left. Another way for it, or why there is none.
+    /// A task gets no set of devices that it asked for, since they are lost, or since nobody who has
+    /// their memory gives it back: another way for it, else the error.
     pub(super) fn send_elsewhere(self: &Arc<Self>, task: TaskRef<D>, error: DeviceError) {
         if task.phase() == Phase::Ready
             && let Some(mapping) = task.mapping()

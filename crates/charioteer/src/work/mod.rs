@@ -755,6 +755,8 @@ fn block_alone<D: Domain>(
 ) {
     // Known before it looks at the queues: a thread that pushes afterwards nudges it.
     engine.helpers.lock().push(Arc::clone(latch));
+    // What this thread made ready since it last looked is in a queue of its own.
+    help();
     while !latch.is_open() && engine.advance_time() {
         help();
     }
