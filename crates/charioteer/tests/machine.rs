@@ -963,6 +963,61 @@ fn an_observer_is_told_what_the_devices_see() {
 }
 
 #[test]
+fn marks_measure_what_lies_between_them() {
+    within(LIMIT, || {
+        let machine = machine(2, Time::Virtual);
+        let (first, second) = (gpu(&machine, 0), gpu(&machine, 1));
+        let (stream, other) = (
+            first.create_stream().unwrap(),
+            second.create_stream().unwrap(),
+        );
+        let milliseconds = Duration::from_millis;
+        second.busy(other, milliseconds(7)).unwrap();
+        let before = second.record(other).unwrap();
+        // Behind the wait, so that it is not counted.
+        first.wait(stream, before).unwrap();
+        let start = first.mark(stream).unwrap();
+        first.busy(stream, milliseconds(5)).unwrap();
+        let end = first.mark(stream).unwrap();
+        first.busy(stream, milliseconds(1)).unwrap();
+        assert_eq!(first.elapsed(&start, &end), None, "the stream is not there");
+        sync(first, stream).unwrap();
+        assert_eq!(first.elapsed(&start, &end), Some(milliseconds(5)));
+        // On a stream that rests it is now, not when its last work ended.
+        second.busy(other, milliseconds(30)).unwrap();
+        sync(second, other).unwrap();
+        let start = first.mark(stream).unwrap();
+        first.busy(stream, milliseconds(2)).unwrap();
+        let end = first.mark(stream).unwrap();
+        sync(first, stream).unwrap();
+        assert_eq!(first.elapsed(&start, &end), Some(milliseconds(2)));
+        // Of a device that is lost they say nothing.
+        let start = first.mark(stream).unwrap();
+        first.busy(stream, milliseconds(2)).unwrap();
+        let end = first.mark(stream).unwrap();
+        first.lose("pulled out");
+        assert_eq!(first.elapsed(&start, &end), None);
+        assert!(first.mark(stream).is_err());
+    });
+}
+
+#[test]
+fn in_real_time_marks_measure_as_well() {
+    within(LIMIT, || {
+        let machine = machine(1, Time::Real);
+        let gpu = gpu(&machine, 0);
+        let stream = gpu.create_stream().unwrap();
+        let start = gpu.mark(stream).unwrap();
+        let time = Duration::from_millis(3);
+        gpu.busy(stream, time).unwrap();
+        let end = gpu.mark(stream).unwrap();
+        sync(gpu, stream).unwrap();
+        let elapsed = gpu.elapsed(&start, &end).unwrap();
+        assert!(elapsed >= time, "{elapsed:?}");
+    });
+}
+
+#[test]
 fn a_synchronisation_counts_if_it_has_to_block() {
     let machine = machine(1, Time::Virtual);
     let gpu = gpu(&machine, 0);
