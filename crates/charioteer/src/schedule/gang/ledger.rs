@@ -222,7 +222,7 @@ impl<T> Gang<T> {
         };
         let runahead = self.limits.runahead;
         let shape = self.queue.shape(index);
-        let declined = shape.head().and_then(|head| head.declined);
+        let declined = shape.declined();
         let rules = Rules {
             held,
             budget,

@@ -22,10 +22,6 @@ pub(super) struct Waiting<T> {
     pub(super) token: T,
     pub(super) prefer: SmallVec<[Event; 2]>,
     estimates: SmallVec<[Option<Duration>; 2]>,
-    /// The device-nanoseconds that it takes at least, as estimated.
-    work: u64,
-    /// How many grants there had been when it first waited although an alternative fitted.
-    pub(super) declined: Option<u64>,
     ticket: u64,
 }
 
@@ -50,6 +46,9 @@ struct Lane<T> {
     overtaken: u64,
     /// Grants that overtook tasks here: those with a ticket below the first number, by the second.
     younger: BinaryHeap<Reverse<(u64, u64)>>,
+    /// How many grants there had been when the oldest, by its ticket, first waited although an
+    /// alternative fitted.
+    declined: Option<(u64, u64)>,
 }
 
 impl<T> Lane<T> {
@@ -58,6 +57,7 @@ impl<T> Lane<T> {
             tasks: VecDeque::new(),
             overtaken: 0,
             younger: BinaryHeap::new(),
+            declined: None,
         }
     }
 
@@ -138,6 +138,22 @@ impl<T> Shape<T> {
     fn top(&self) -> Option<(i32, &Lane<T>)> {
         let (&Reverse(priority), lane) = self.lanes.first_key_value()?;
         Some((priority, lane))
+    }
+
+    /// The device-nanoseconds that a task takes at least, as estimated.
+    fn work(&self, estimates: &[Option<Duration>]) -> u64 {
+        let plans = self.plans.iter().filter_map(|(index, plan)| {
+            let time = estimates.get(*index).copied().flatten()?;
+            Some(nanoseconds(time).saturating_mul(plan.width()))
+        });
+        plans.min().unwrap_or(0)
+    }
+
+    /// How many grants there had been when its first task first waited although an alternative fitted.
+    pub(super) fn declined(&self) -> Option<u64> {
+        let lane = self.top()?.1;
+        let (ticket, grants) = lane.declined?;
+        (ticket == lane.oldest()).then_some(grants)
     }
 
     /// The first of its tasks.
@@ -222,10 +238,11 @@ impl<T> Queue<T> {
     /// The first task of a shape waits although an alternative fits.
     pub(super) fn decline(&mut self, index: usize, grants: u64) {
         let shape = &mut self.shapes[index];
-        if let Some(mut lane) = shape.lanes.first_entry()
-            && let Some(head) = lane.get_mut().tasks.front_mut()
+        if shape.declined().is_none()
+            && let Some(mut lane) = shape.lanes.first_entry()
         {
-            head.declined.get_or_insert(grants);
+            let lane = lane.get_mut();
+            lane.declined = Some((lane.oldest(), grants));
         }
     }
 
@@ -260,14 +277,9 @@ impl<T> Queue<T> {
                 shape.lanes.clear();
             }
         }
-        let work = (shape.plans.iter())
-            .filter_map(|(index, plan)| {
-                let time = request.estimates.get(*index).copied().flatten()?;
-                Some(nanoseconds(time).saturating_mul(plan.width()))
-            })
-            .min()
-            .unwrap_or(0);
-        self.work = self.work.saturating_add(work);
+        if !request.estimates.is_empty() {
+            self.work = self.work.saturating_add(shape.work(&request.estimates));
+        }
         let lane = shape
             .lanes
             .entry(Reverse(request.priority))
@@ -276,8 +288,6 @@ impl<T> Queue<T> {
             token,
             prefer: request.prefer,
             estimates: request.estimates,
-            work,
-            declined: None,
             ticket: self.tickets,
         });
         self.tickets += 1;
@@ -353,7 +363,10 @@ impl<T> Queue<T> {
             }
         }
         self.waiting -= 1;
-        self.work = self.work.saturating_sub(task.work);
+        if !task.estimates.is_empty() {
+            let work = self.shapes[index].work(&task.estimates);
+            self.work = self.work.saturating_sub(work);
+        }
         task
     }
 
@@ -378,11 +391,16 @@ impl<T> Queue<T> {
             if shape.plans.is_empty() && shape.live.is_some() {
                 for lane in std::mem::take(&mut shape.lanes).into_values() {
                     self.waiting -= lane.tasks.len();
-                    let work = lane.tasks.iter().map(|task| task.work);
-                    self.work = work.fold(self.work, u64::saturating_sub);
                     tokens.extend(lane.tasks.into_iter().map(|task| task.token));
                 }
                 self.retire(index);
+            }
+        }
+        // What is left may take other devices.
+        self.work = 0;
+        for shape in &self.shapes {
+            for task in shape.lanes.values().flat_map(|lane| &lane.tasks) {
+                self.work = self.work.saturating_add(shape.work(&task.estimates));
             }
         }
         tokens
