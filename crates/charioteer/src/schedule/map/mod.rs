@@ -10,7 +10,7 @@
 //! # When it is chosen
 //!
 //! A task is mapped when it is ready, by a [policy](policy). That says at least its kind, on cores or on
-//! devices, since these have schedulers of their own ([`places`](super::places), the
+//! devices, since these have schedulers of their own (places of cores, the
 //! [ledger](super::gang)). By the policy of earliest finish times the set of devices is chosen late, by
 //! the ledger at the grant, which then knows what is free; another policy says which devices. Either way
 //! the task then waits, is granted and runs like a task that had no choice. A task that comes back, for a

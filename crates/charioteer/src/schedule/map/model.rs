@@ -1,19 +1,19 @@
 //! What is known of run times: by function, choice and size, from history.
 //!
-//! A [`Models`] has a [`Function`] for each name, a *series* for each choice of a function that was
+//! A [`Models`] has a book for each function, by name, a *series* for each choice of a function that was
 //! ever offered, and in it an *entry* for each size. Sizes that differ by less than an eighth share an
 //! entry, so that there are few however many are asked for.
 //!
-//! * **An estimate** is the lower median of the last [`RECENT`] times of the entry: a first call that
-//!   warms something up, or a run that was preempted, does not move it, and a lasting change of speed
+//! * **An estimate** is the lower median of the last times of the entry, seven at most: a first
+//!   call that warms something up, or a run that was preempted, does not move it, and a lasting change of speed
 //!   does once it is the majority. Where nothing was measured it is what was declared (`cost=`); else
 //!   a power law through the two measured sizes of the series that are nearest, which is provisional.
-//! * **Exploration.** A choice without a declared cost is tried [`TRIES`] times for each size before
-//!   times decide, and less often if it is hopeless: more than [`HOPELESS`] times the best one, by two
+//! * **Exploration.** A choice without a declared cost is tried three times for each size before
+//!   times decide, and less often if it is hopeless: more than twice as slow as the best one, by two
 //!   measured times, or by the power law. Tries are counted when they are decided, so that a thousand
 //!   calls at once try no more than one after the other would; a try that measured nothing, since the
 //!   task was cancelled, say, is given back.
-//! * **Sampling.** The first [`RECENT`] calls of an entry are timed, and later every [`SAMPLE`]th, so that the one
+//! * **Sampling.** The first seven calls of an entry are timed, and later every eighth, so that the one
 //!   in use is known to have changed. One that is not used is not timed: it is noticed only when the
 //!   one in use has become slower than it was.
 //!
