@@ -5,9 +5,10 @@
 //! entry, so that there are few however many are asked for.
 //!
 //! * **An estimate** is the lower median of the last times of the entry, seven at most: a first
-//!   call that warms something up, or a run that was preempted, does not move it, and a lasting change of speed
-//!   does once it is the majority. Where nothing was measured it is what was declared (`cost=`); else
-//!   a power law through the two measured sizes of the series that are nearest, which is provisional.
+//!   call that warms something up, or a run that was preempted, does not move it, and a lasting
+//!   change of speed does once it is the majority. Where nothing was measured it is what was
+//!   declared (`cost=`); else a power law through the two measured sizes of the series that are
+//!   nearest, which is provisional.
 //! * **Exploration.** A choice without a declared cost is tried three times for each size before
 //!   times decide, and less often if it is hopeless: more than twice as slow as the best one, by two
 //!   measured times, or by the power law. Tries are counted when they are decided, so that a thousand
