@@ -133,6 +133,12 @@ class Runtime:
 
     # ---- opening and closing ----------------------------------------------------------------
 
+    @property
+    def devices(self) -> _core.OpenMachine | None:
+        """The machine's devices while the runtime is open: their clock, their counters, and the
+        faults of virtual ones. ``None`` where there are none, and before and after."""
+        return None if self._closed else self._devices
+
     def open(self) -> Self:
         """Opens the runtime, as entering its block does.
 
