@@ -61,6 +61,7 @@ pub(crate) use devices::is_on_devices;
 mod devices;
 #[cfg(all(test, loom))]
 mod loom_models;
+mod witness;
 
 /// Threads beyond the workers that stand in for bodies that wait.
 const SPARE_THREADS: usize = 62;
@@ -357,7 +358,7 @@ pub struct Engine<D: Domain> {
     /// Whether threads that ended may go, and what they wait at for that; see [`Engine::close`].
     seen_off: AtomicBool,
     parting: Condvar,
-    trace: Option<Trace>,
+    trace: Option<Arc<Trace>>,
     pub(crate) devices: Option<Devices<D>>,
 }
 
@@ -384,8 +385,11 @@ impl<D: Domain> Engine<D> {
             config.workers
         };
         let threads = config.workers + SPARE_THREADS;
+        let id = ENGINES.fetch_add(1, Ordering::Relaxed);
+        let trace = config.trace.map(|path| Trace::create(&path)).transpose()?;
+        let trace = trace.map(Arc::new);
         let engine = Arc::new(Self {
-            id: ENGINES.fetch_add(1, Ordering::Relaxed),
+            id,
             domain,
             workers: config.workers,
             cores,
@@ -418,11 +422,14 @@ impl<D: Domain> Engine<D> {
             alive: AtomicUsize::new(0),
             seen_off: AtomicBool::new(false),
             parting: Condvar::new(),
-            trace: config.trace.map(|path| Trace::create(&path)).transpose()?,
             devices: config
                 .machine
                 .filter(|machine| machine.gpus() != 0)
-                .map(|machine| Devices::new(machine, config.limits)),
+                .map(|machine| {
+                    let traced = trace.as_ref().map(|trace| (trace, id));
+                    Devices::new(machine, config.limits, traced)
+                }),
+            trace,
         });
         D::engines().add(Arc::clone(&engine));
         let mut slots = engine.places.open().into_iter();
@@ -483,7 +490,7 @@ impl<D: Domain> Engine<D> {
     /// The time for an event that is about to take effect; zero if nothing is traced.
     #[inline]
     fn now(&self) -> u64 {
-        self.trace.as_ref().map_or(0, Trace::now)
+        self.trace.as_ref().map_or(0, |trace| trace.now())
     }
 
     #[inline]
@@ -1858,6 +1865,7 @@ impl<D: Domain> Engine<D> {
         let mut failures: Vec<TaskRef<D>> = failures.into_values().collect();
         failures.sort_by_key(|task| task.id);
         D::engines().remove(self.id);
+        self.dismiss_witness();
         if let Some(trace) = &self.trace
             && let Err(error) = trace.close()
         {
@@ -1875,6 +1883,7 @@ impl<D: Domain> Engine<D> {
     pub fn abandon(self: &Arc<Self>) {
         self.gate.store(CLOSED, Ordering::SeqCst);
         D::engines().remove(self.id);
+        self.dismiss_witness();
     }
 }
 

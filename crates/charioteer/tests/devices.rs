@@ -10,7 +10,7 @@ use std::time::Duration;
 use charioteer::gang::{Alternative, Member, WHOLE};
 use charioteer::machine::{Description, DeviceError, DeviceId, Kind, Machine, Time};
 use charioteer::native::{Builder, Runtime, SpawnError, Task, TaskError, TaskSpace, current};
-use common::within;
+use common::{prove, trace_path, within};
 use proptest::prelude::*;
 
 const MEMORY: u64 = 1 << 30;
@@ -589,8 +589,10 @@ fn plans(gpus: usize) -> impl Strategy<Value = Vec<Plan>> {
 /// after those of all predecessors, on whatever device, and shares never exceed a device.
 fn check(gpus: usize, workers: usize, runahead: u32, plans: &[Plan]) {
     let machine = machine(gpus, Time::Real);
+    let path = trace_path();
     let runtime = builder(&machine, workers)
         .runahead(runahead)
+        .trace(&path)
         .open()
         .unwrap();
     let finished: Arc<Vec<AtomicUsize>> =
@@ -684,6 +686,10 @@ fn check(gpus: usize, workers: usize, runahead: u32, plans: &[Plan]) {
         wrong.lock().unwrap()
     );
     assert!(taken.iter().all(|taken| taken.load(Ordering::SeqCst) == 0));
+    let checked = prove(&path);
+    assert_eq!(checked.tasks, plans.len());
+    let on_devices = plans.iter().filter(|plan| !plan.host);
+    assert!(checked.grants <= on_devices.count());
 }
 
 proptest! {

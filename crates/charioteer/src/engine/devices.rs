@@ -39,17 +39,19 @@ use std::sync::Arc;
 use crossbeam_utils::CachePadded;
 use smallvec::SmallVec;
 
+use super::witness::{Owners, Witness};
 use super::{Engine, Moving, Settled, SpawnError};
 use crate::machine::{Device, DeviceError, DeviceId, Event, Machine, Stream};
 use crate::schedule::gang::{
     self, Alternative, Capacity, Gang, Grant, GrantId, Limits, Request, Step,
 };
 use crate::schedule::queues::{Injector, Steal};
-use crate::sync::{AtomicUsize, Mutex, Ordering, fence};
+use crate::sync::{AtomicUsize, Mutex, Ordering, fence, yield_now};
 use crate::task::state::{AHEAD, LAUNCHED, LINKED};
 use crate::task::{
     Domain, Failure, Flight, Latch, Need, Options, Outcome, Phase, Task, TaskRef, Until, Waker,
 };
+use crate::trace::{DeviceEvent, Trace};
 
 /// How many letters and grants are handled before the turn is passed on.
 const BATCH: usize = 64;
@@ -100,6 +102,8 @@ pub(crate) struct Devices<D: Domain> {
     runahead: u32,
     /// How many bodies that wait keep memory, as of the last turn.
     keeping: AtomicUsize,
+    /// Of a runtime that is traced.
+    pub(super) witness: Option<Witness>,
     book: CachePadded<Mutex<Book<D>>>,
     mail: Injector<Letter<D>>,
 }
@@ -107,6 +111,7 @@ pub(crate) struct Devices<D: Domain> {
 struct Book<D: Domain> {
     ledger: Gang<TaskRef<D>>,
     resuming: HashMap<GrantId, Resumer<D>>,
+    owners: Owners,
 }
 
 /// What came of a turn, to be carried out with no lock held.
@@ -134,7 +139,11 @@ impl<D: Domain> Default for Outbox<D> {
 }
 
 impl<D: Domain> Devices<D> {
-    pub(crate) fn new(machine: Arc<Machine>, limits: Limits) -> Self {
+    pub(crate) fn new(
+        machine: Arc<Machine>,
+        limits: Limits,
+        traced: Option<(&Arc<Trace>, u32)>,
+    ) -> Self {
         let capacities: Box<[Capacity]> = (0..machine.gpus())
             .map(|index| {
                 let index = u16::try_from(index).expect("numbers of devices have 16 bits");
@@ -146,12 +155,16 @@ impl<D: Domain> Devices<D> {
             })
             .collect();
         enable_peers(&machine);
+        let witness =
+            traced.map(|(trace, engine)| Witness::new::<D>(trace, &machine, &capacities, engine));
         Self {
             runahead: limits.runahead,
             keeping: AtomicUsize::new(0),
+            witness,
             book: CachePadded::new(Mutex::new(Book {
                 ledger: Gang::new(&capacities, limits),
                 resuming: HashMap::new(),
+                owners: Owners::default(),
             })),
             capacities,
             mail: Injector::new(),
@@ -172,7 +185,8 @@ impl<D: Domain> Devices<D> {
 
     /// Reads the mail, and takes what can be granted now. True if there may be more.
     fn rule(&self, book: &mut Book<D>, outbox: &mut Outbox<D>) -> bool {
-        let ledger = &mut book.ledger;
+        let (ledger, owners) = (&mut book.ledger, &mut book.owners);
+        let witness = self.witness.as_ref();
         let mut stuck = false;
         for _ in 0..BATCH {
             let letter = match self.mail.steal() {
@@ -188,10 +202,16 @@ impl<D: Domain> Devices<D> {
                     }
                 }
                 Letter::Launched(id, events) => {
+                    if let Some(witness) = witness {
+                        owners.returned(witness, id, &events);
+                    }
                     ledger.launched(id, &events);
                     self.sweep(ledger, &events);
                 }
                 Letter::Paused(id, events) => {
+                    if let Some(witness) = witness {
+                        owners.paused(witness, id, &events);
+                    }
                     ledger.paused(id, &events);
                     self.sweep(ledger, &events);
                 }
@@ -207,8 +227,17 @@ impl<D: Domain> Devices<D> {
         }
         for _ in 0..BATCH {
             match ledger.next(|task| task.phase() == Phase::Ready) {
-                Some(Step::Start(task, grant)) => outbox.granted.push((task, grant)),
+                Some(Step::Start(task, grant)) => {
+                    if let Some(witness) = witness {
+                        let alternative = &alternatives(&task)[grant.alternative];
+                        owners.granted(witness, task.id, &grant, alternative);
+                    }
+                    outbox.granted.push((task, grant));
+                }
                 Some(Step::Resume(grant)) => {
+                    if let Some(witness) = witness {
+                        owners.resumed(witness, grant.id);
+                    }
                     let resumer = book.resuming.remove(&grant.id);
                     outbox
                         .resumed
@@ -253,16 +282,18 @@ fn enable_peers(machine: &Machine) {
     }
 }
 
+/// The sets of devices any of which will do for a task.
+fn alternatives<D: Domain>(task: &Task<D>) -> &Arc<[Alternative]> {
+    let options = task.options().expect("a task on devices has options");
+    let sets = options.devices.as_ref();
+    sets.expect("a task on devices says on which")
+}
+
 /// What a task asks the ledger for.
 fn request<D: Domain>(task: &Task<D>, prefer: Events) -> Request {
     let options = task.options().expect("a task on devices has options");
     Request {
-        alternatives: Arc::clone(
-            options
-                .devices
-                .as_ref()
-                .expect("a task on devices says on which"),
-        ),
+        alternatives: Arc::clone(alternatives(task)),
         estimates: SmallVec::new(),
         priority: options.priority,
         prefer,
@@ -444,6 +475,11 @@ impl<D: Domain> Engine<D> {
 
     fn dispatch(self: &Arc<Self>, task: TaskRef<D>, mut grant: Grant) {
         self.make_streams(&mut grant);
+        if let Some(witness) = &self.devices().witness {
+            for stream in grant.lent.iter().filter_map(|lent| lent.stream) {
+                witness.log(DeviceEvent::Lent(stream), task.id);
+            }
+        }
         {
             let mut links = task.links.lock();
             let flight = links.flight();
@@ -509,6 +545,9 @@ impl<D: Domain> Engine<D> {
                     device.follow(stream, event)?;
                 }
             }
+        }
+        if let Some(witness) = &self.devices().witness {
+            witness.log(DeviceEvent::Begun, task.id);
         }
         Ok(())
     }
@@ -698,6 +737,18 @@ impl<D: Domain> Engine<D> {
         self.return_loan(task);
         if task.state.load().has(LAUNCHED) {
             self.elsewhere.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+
+    /// Logs nothing any more of what devices see, once all that happened so far is logged.
+    pub(super) fn dismiss_witness(&self) {
+        let Some(devices) = &self.devices else { return };
+        if let Some(witness) = &devices.witness {
+            // Who told of the last completion may have the turn still.
+            while self.elsewhere.load(Ordering::SeqCst) != 0 && self.unfinished() == 0 {
+                yield_now();
+            }
+            witness.leave();
         }
     }
 

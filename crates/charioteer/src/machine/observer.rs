@@ -8,8 +8,8 @@
 
 use std::sync::{Arc, PoisonError, RwLock};
 
-use super::device::{DeviceId, Event, Stream};
-use crate::sync::{AtomicBool, Order, Ordering, assert_unlocked};
+use super::device::{Event, Stream};
+use crate::sync::{AtomicBool, Order, Ordering};
 
 /// What kind of work was enqueued.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,9 +58,10 @@ pub enum Observed {
     Abandoned(Event),
 }
 
-/// Told what the device layer sees, with no lock of the core held, by whichever thread saw it.
+/// Told what the device layer sees by whichever thread saw it. The devices hold no lock then; who
+/// called them may.
 pub trait Observer: Send + Sync {
-    /// Called once for each thing seen; it calls no device.
+    /// Called once for each thing seen; it calls neither a device nor anybody else.
     fn observe(&self, observed: Observed);
 }
 
@@ -95,7 +96,6 @@ impl Observers {
 
     #[cold]
     fn tell_all(&self, observed: Observed) {
-        assert_unlocked();
         let list = self.list.read().unwrap_or_else(PoisonError::into_inner);
         self.order.point();
         for observer in &*list {
