@@ -559,7 +559,14 @@ impl<D: Domain> Engine<D> {
             .lent
             .iter()
             .map(|lent| {
-                let event = self.devices().device(lent.device).record(lent.stream?);
+                let (device, stream) = (self.devices().device(lent.device), lent.stream?);
+                // Of a body that never began: what it was granted may be in flight elsewhere, and is
+                // given on behind that.
+                let waits = lent.waits.iter();
+                let event = waits
+                    .filter(|event| event.stream != stream)
+                    .try_for_each(|event| device.follow(stream, *event))
+                    .and_then(|()| device.record(stream));
                 event.map_err(|error| failure = Some(error)).ok()
             })
             .collect();

@@ -56,7 +56,7 @@ mod file;
 mod numbers;
 mod record;
 
-pub use check::{Checked, Violation, check};
+pub use check::{Checked, NoEvidence, Rule, Violation, check};
 pub use file::{TraceFile, read};
 pub use record::{DeviceEvent, DeviceRecord, Event, Record};
 

@@ -145,6 +145,3 @@ pub fn check(trace: &TraceFile) -> Result<Checked, NoEvidence> {
     }
     Ok(claims.finish())
 }
-
-#[cfg(test)]
-mod tests;
