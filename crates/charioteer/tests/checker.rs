@@ -12,7 +12,7 @@ use charioteer::native::{Runtime, Spawn, Task, current};
 use charioteer::trace::{
     self, Checked, DeviceEvent, DeviceRecord, Event, Rule, TraceFile, Violation,
 };
-use common::trace_path;
+use common::{take_trace, trace_path};
 
 const MEMORY: u64 = 1 << 20;
 
@@ -97,9 +97,7 @@ fn program() -> TraceFile {
     plain("left", on(&[1], WHOLE / 2, 0), &[]);
     plain("right", on(&[1], WHOLE / 2, 0), &[]);
     runtime.close().unwrap();
-    let file = trace::read(&path).unwrap();
-    std::fs::remove_file(&path).unwrap();
-    file
+    take_trace(&path)
 }
 
 fn check(file: &TraceFile) -> Checked {

@@ -82,11 +82,16 @@ pub fn trace_path() -> PathBuf {
     ))
 }
 
-/// Checks the trace of a runtime that is closed, which keeps every promise, and removes the file.
-pub fn prove(path: &std::path::Path) -> Checked {
+/// Reads the trace of a runtime that is closed, and removes the file.
+pub fn take_trace(path: &std::path::Path) -> TraceFile {
     let file = trace::read(path).expect("the trace is complete");
     std::fs::remove_file(path).expect("it was just read");
-    let checked = trace::check(&file).expect("it has evidence");
+    file
+}
+
+/// That a trace keeps every promise.
+pub fn prove(file: &TraceFile) -> Checked {
+    let checked = trace::check(file).expect("it has evidence");
     let violations: Vec<String> = checked.violations.iter().map(ToString::to_string).collect();
     assert!(violations.is_empty(), "{violations:#?}");
     checked

@@ -8,18 +8,24 @@
 //! from those whose end is before its beginning, or from what nobody used so far, and each piece goes
 //! from hand to hand.
 //!
-//! So it is enough to find who takes what from whom. Uses are taken in the order in which the ledger
-//! granted them. Each first takes what came before it on its own stream, then what it waits for, oldest
-//! first, then what the host had seen complete before its body began. What the host has seen can
-//! be taken by everybody who comes later, so that is what is spared. The ledger takes what is on the own
-//! stream, then what is complete, then the oldest that is in flight, and the order in which things are
-//! given back is logged as the ledger sees it. So whatever the ledger could hand on, this finds too.
+//! So it is enough to find who takes what from whom. Uses are taken in the order in which their bodies
+//! begin. Each first takes what came before it on its own stream, then what it waits for, oldest first,
+//! as the ledger does, then what the host had seen complete before its body began. That can be taken by
+//! everybody who comes later, so it is spared. Hardly ever nothing is left for a use though there
+//! could be, since others took what it needs and could have taken something else. Then a path of such
+//! exchanges is looked for, which makes the answer exact. A trace in which many uses find nothing is wrong
+//! whatever an exact answer to the rest were, and paths are no longer looked for.
 //!
 //! A use whose body never began, or whose work did not run since its device was lost, is none.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
+
+use smallvec::SmallVec;
 
 use super::evidence::{Clock, Evidence, Position, Track, has};
+
+/// How many uses of a device may exceed it before it is no longer asked exactly by how much.
+const THOROUGH: usize = 64;
 
 /// How much of what.
 #[derive(Clone, Copy, Debug)]
@@ -46,14 +52,12 @@ impl Needs {
     }
 }
 
-/// A use of a device, from a grant until it is given back.
+/// A use of a device, from where the body begins until it is given back.
 #[derive(Debug)]
 pub(super) struct Use {
     pub(super) task: u64,
     pub(super) needs: Needs,
-    /// By the number of the record: when it was granted, when its body began, when the host saw its
-    /// end complete.
-    granted: usize,
+    /// By the number of the record: when its body began, when the host saw its end complete.
     pub(super) begun: Option<usize>,
     pub(super) seen: Option<usize>,
     /// Its stream, and what that was behind when the body began.
@@ -66,11 +70,10 @@ pub(super) struct Use {
 }
 
 impl Use {
-    pub(super) fn new(task: u64, needs: Needs, granted: usize) -> Self {
+    pub(super) fn new(task: u64, needs: Needs) -> Self {
         Self {
             task,
             needs,
-            granted,
             begun: None,
             seen: None,
             track: None,
@@ -81,8 +84,7 @@ impl Use {
     }
 
     fn is_none(&self, evidence: &Evidence) -> bool {
-        let lost = self.track.is_some_and(|track| evidence.is_lost(track));
-        self.begun.is_none() || (lost && !self.worked)
+        !self.worked && self.track.is_none_or(|track| evidence.is_lost(track))
     }
 }
 
@@ -92,7 +94,7 @@ enum Entry {
     Give(usize),
 }
 
-/// What a device has, and its uses in the ledger's order.
+/// What a device has, and its uses as their bodies begin and as they are given back.
 #[derive(Debug)]
 pub(super) struct Book {
     share: u64,
@@ -105,12 +107,6 @@ pub(super) struct Excess {
     pub(super) using: usize,
     /// Who has what is missing.
     pub(super) other: Option<usize>,
-}
-
-/// What was given back and nobody took over so far.
-struct Piece {
-    from: usize,
-    left: u64,
 }
 
 impl Book {
@@ -135,12 +131,7 @@ impl Book {
         let mut excess = Vec::new();
         let is_share = |using: usize| matches!(uses[using].needs, Needs::Share(_));
         for (capacity, shares) in [(self.share, true), (self.memory, false)] {
-            let mut pool = Pool {
-                uses,
-                rest: capacity,
-                pieces: VecDeque::new(),
-                held: VecDeque::new(),
-            };
+            let mut pool = Pool::new(uses, capacity);
             for &entry in &self.entries {
                 let (Entry::Take(using) | Entry::Give(using)) = entry;
                 if is_share(using) != shares || uses[using].is_none(evidence) {
@@ -156,6 +147,23 @@ impl Book {
     }
 }
 
+/// What a use took, and from whom; from nobody, if it was of what everybody could take.
+struct Take {
+    using: usize,
+    parts: SmallVec<[(Option<usize>, u64); 2]>,
+}
+
+/// What was given back and nobody took over so far.
+struct Piece {
+    from: usize,
+    left: u64,
+}
+
+/// Whether the host had seen the end of one use when the body of the other began.
+fn is_seen(one: &Use, other: &Use) -> bool {
+    one.seen.is_some() && one.seen <= other.begun
+}
+
 struct Pool<'a> {
     uses: &'a [Use],
     /// What can be taken by everybody.
@@ -164,51 +172,99 @@ struct Pool<'a> {
     pieces: VecDeque<Piece>,
     /// Who has how much.
     held: VecDeque<(usize, u64)>,
+    takes: Vec<Take>,
+    /// How many takes there were when a use was given back.
+    given: HashMap<usize, usize>,
+    /// How often a take exceeded what there was for it.
+    excesses: usize,
 }
 
-impl Pool<'_> {
+impl<'a> Pool<'a> {
+    fn new(uses: &'a [Use], capacity: u64) -> Self {
+        Self {
+            uses,
+            rest: capacity,
+            pieces: VecDeque::new(),
+            held: VecDeque::new(),
+            takes: Vec::new(),
+            given: HashMap::new(),
+            excesses: 0,
+        }
+    }
+
+    fn end(&self, using: usize) -> Position {
+        self.uses[using]
+            .end
+            .expect("pieces were given back behind an event")
+    }
+
+    /// Whether the end of one use is before the beginning of the other.
+    fn is_before(&self, one: usize, other: usize) -> bool {
+        let (end, other) = (self.end(one), &self.uses[other]);
+        Some(end.0) == other.track
+            || has(other.clock.as_ref(), end)
+            || self.uses[one]
+                .seen
+                .is_some_and(|seen| Some(seen) <= other.begun)
+    }
+
     fn take(&mut self, using: usize) -> Option<Excess> {
-        let uses = self.uses;
-        let taker = &uses[using];
+        let taker = &self.uses[using];
         let needs = taker.needs.amount();
-        let mut wanted = needs;
-        let seen_by =
-            |piece: &Piece, record: usize| uses[piece.from].seen.is_some_and(|seen| seen <= record);
-        // Nobody who is granted later begins before this.
-        let rest = &mut self.rest;
+        if needs == 0 {
+            return None;
+        }
+        // Who begins later begins after what is before this.
+        let (uses, rest) = (self.uses, &mut self.rest);
         self.pieces.retain(|piece| {
-            let rests = seen_by(piece, taker.granted);
+            let rests = is_seen(&uses[piece.from], taker);
             if rests {
                 *rest += piece.left;
             }
             !rests
         });
-        let begun = taker.begun.expect("a use without a body is none");
-        let end = |piece: &Piece| {
-            uses[piece.from]
-                .end
-                .expect("it was given back behind an event")
+        let mut take = Take {
+            using,
+            parts: SmallVec::new(),
         };
-        let own = |piece: &Piece| Some(end(piece).0) == taker.track;
-        let waited_for = |piece: &Piece| has(taker.clock.as_ref(), end(piece));
-        let seen = |piece: &Piece| seen_by(piece, begun);
-        for may in [&own as &dyn Fn(&Piece) -> bool, &waited_for, &seen] {
-            for piece in self.pieces.iter_mut().filter(|piece| may(piece)) {
-                let part = piece.left.min(wanted);
-                piece.left -= part;
-                wanted -= part;
+        let mut wanted = needs;
+        for own in [true, false] {
+            for at in 0..self.pieces.len() {
+                let Piece { from, left } = self.pieces[at];
+                let end = self.end(from);
+                let may = if own {
+                    Some(end.0) == taker.track
+                } else {
+                    has(taker.clock.as_ref(), end)
+                };
+                let part = left.min(wanted);
+                if may && part > 0 {
+                    self.pieces[at].left -= part;
+                    wanted -= part;
+                    take.parts.push((Some(from), part));
+                }
             }
         }
         let part = self.rest.min(wanted);
-        self.rest -= part;
-        wanted -= part;
-        self.pieces.retain(|piece| piece.left > 0);
-        if needs > 0 {
-            self.held.push_back((using, needs - wanted));
+        if part > 0 {
+            self.rest -= part;
+            wanted -= part;
+            take.parts.push((None, part));
         }
+        while wanted > 0 && self.excesses < THOROUGH {
+            let Some((from, part)) = self.exchange(using, wanted) else {
+                break;
+            };
+            wanted -= part;
+            take.parts.push((from, part));
+        }
+        self.pieces.retain(|piece| piece.left > 0);
+        self.held.push_back((using, needs - wanted));
+        self.takes.push(take);
         if wanted == 0 {
             return None;
         }
+        self.excesses += 1;
         let in_flight = self.pieces.front().map(|piece| piece.from);
         let holds = |&&(other, amount): &&(usize, u64)| other != using && amount > 0;
         let held = self.held.iter().find(holds).map(|&(other, _)| other);
@@ -216,6 +272,79 @@ impl Pool<'_> {
             using,
             other: in_flight.or(held),
         })
+    }
+
+    /// Finds something for a use that nothing is left for, by letting others take something else: a
+    /// path from a piece that is left to one that this use may take, over those who took one and may
+    /// take the other. Gives what came free, and from whom it was.
+    fn exchange(&mut self, using: usize, wanted: u64) -> Option<(Option<usize>, u64)> {
+        // By source: the take that may have it instead of a part, and the source of that part.
+        let mut reached: HashMap<usize, Option<(usize, usize)>> = HashMap::new();
+        let mut queue: VecDeque<usize> = VecDeque::new();
+        for piece in self.pieces.iter().filter(|piece| piece.left > 0) {
+            reached.insert(piece.from, None);
+            queue.push_back(piece.from);
+        }
+        while let Some(source) = queue.pop_front() {
+            for at in self.given[&source]..self.takes.len() {
+                if !self.is_before(source, self.takes[at].using) {
+                    continue;
+                }
+                for place in 0..self.takes[at].parts.len() {
+                    let (from, part) = self.takes[at].parts[place];
+                    let fits = from.is_none_or(|from| self.is_before(from, using));
+                    if fits && part > 0 {
+                        return Some(self.pass_on((at, from), source, &reached, wanted));
+                    }
+                    if let Some(from) = from
+                        && part > 0
+                        && !reached.contains_key(&from)
+                    {
+                        reached.insert(from, Some((at, source)));
+                        queue.push_back(from);
+                    }
+                }
+            }
+        }
+        None
+    }
+
+    /// Lets a take give up its part from somebody and have `source` instead, which another gives up in
+    /// turn, until something is reached that is left.
+    fn pass_on(
+        &mut self,
+        (at, freed): (usize, Option<usize>),
+        source: usize,
+        reached: &HashMap<usize, Option<(usize, usize)>>,
+        wanted: u64,
+    ) -> (Option<usize>, u64) {
+        let mut steps = vec![(at, freed, source)];
+        let mut last = source;
+        while let Some((at, next)) = reached[&last] {
+            steps.push((at, Some(last), next));
+            last = next;
+        }
+        let piece = self.pieces.iter().position(|piece| piece.from == last);
+        let piece = &mut self.pieces[piece.expect("the path begins at what is left")];
+        let parts = steps.iter().map(|&(at, from, _)| {
+            let parts = self.takes[at].parts.iter();
+            let part = parts.filter(|part| part.0 == from).map(|part| part.1).max();
+            part.expect("the path goes over a part")
+        });
+        let amount = parts.min().unwrap_or(0).min(piece.left).min(wanted);
+        piece.left -= amount;
+        for (at, from, instead) in steps {
+            let parts = &mut self.takes[at].parts;
+            let part = parts
+                .iter_mut()
+                .filter(|part| part.0 == from)
+                .max_by_key(|part| part.1)
+                .expect("the path goes over a part");
+            part.1 -= amount;
+            parts.retain(|part| part.1 > 0);
+            parts.push((Some(instead), amount));
+        }
+        (freed, amount)
     }
 
     fn give(&mut self, using: usize) {
@@ -226,6 +355,7 @@ impl Pool<'_> {
         // Without an event it is gone with its device.
         if left > 0 && self.uses[using].end.is_some() {
             self.pieces.push_back(Piece { from: using, left });
+            self.given.insert(using, self.takes.len());
         }
     }
 }

@@ -241,19 +241,10 @@ impl<'a> Claims<'a> {
         grant
     }
 
-    /// Opens a use of a device.
-    fn take(&mut self, task: u64, device: DeviceId, needs: Needs) -> usize {
+    /// A use of a device that opens when the body begins.
+    fn take(&mut self, task: u64, needs: Needs) -> usize {
         let index = self.uses.len();
-        self.uses.push(Use::new(task, needs, self.records));
-        if let Some(book) = self.books.get_mut(&device) {
-            book.take(index);
-        } else {
-            let text = format!(
-                "{} was granted {device}, which the machine has not",
-                self.name(task)
-            );
-            self.violate(Rule::Capacity, task, None, text);
-        }
+        self.uses.push(Use::new(task, needs));
         index
     }
 
@@ -302,9 +293,10 @@ impl<'a> Claims<'a> {
                 index
             }
         };
-        let compute = self.take(task, device, Needs::Share(share));
-        let store = self.take(task, device, Needs::Memory(memory));
+        let compute = self.take(task, Needs::Share(share));
+        let store = self.take(task, Needs::Memory(memory));
         let grant = &mut self.grants[index];
+        let unknown = !self.books.contains_key(&device);
         let twice = grant.list.iter().any(|other| other.device == device);
         let apart = grant.time != record.time || grant.members != members;
         grant.list.push(Member {
@@ -316,7 +308,13 @@ impl<'a> Claims<'a> {
             unordered: Vec::new(),
             returned: false,
         });
-        if twice {
+        if unknown {
+            let text = format!(
+                "{} is granted {device}, which there is not",
+                self.name(task)
+            );
+            self.violate(Rule::Capacity, task, None, text);
+        } else if twice {
             let text = format!("{} is granted {device} twice", self.name(task));
             self.violate(Rule::Set, task, None, text);
         } else if apart {
@@ -376,13 +374,16 @@ impl<'a> Claims<'a> {
         for at in 0..there {
             let member = &self.grants[index].list[at];
             let clock = member.track.and_then(|track| self.evidence.now(track));
-            let (track, compute, store) = (member.track, member.compute, member.store);
-            for using in compute.into_iter().chain(Some(store)) {
-                let using = &mut self.uses[using];
+            let (device, track) = (member.device, member.track);
+            for index_of in member.compute.into_iter().chain(Some(member.store)) {
+                let using = &mut self.uses[index_of];
                 if using.begun.is_none() {
                     using.begun = Some(self.records);
                     using.track = track;
                     using.clock.clone_from(&clock);
+                    if let Some(book) = self.books.get_mut(&device) {
+                        book.take(index_of);
+                    }
                 }
             }
         }
@@ -487,7 +488,7 @@ impl<'a> Claims<'a> {
             let (device, share, is_paused) =
                 (member.device, member.share, member.compute.is_none());
             if is_paused {
-                let compute = self.take(task, device, Needs::Share(share));
+                let compute = self.take(task, Needs::Share(share));
                 self.grants[index].list[at].compute = Some(compute);
             } else {
                 let text = format!("{} gets a share of {device} that it has", self.name(task));
