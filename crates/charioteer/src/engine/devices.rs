@@ -509,7 +509,10 @@ impl<D: Domain> Engine<D> {
             return false;
         }
         match self.order_streams(task) {
-            Ok(()) => true,
+            Ok(()) => {
+                self.log_begun(task);
+                true
+            }
             Err(error) => {
                 self.note_loss(&error);
                 self.settle(task, Outcome::Failed(Failure::Device(error)));
@@ -533,23 +536,32 @@ impl<D: Domain> Engine<D> {
                 .collect();
             (lent, std::mem::take(&mut flight.behind))
         };
+        // One that is lost keeps none of the others from being told, since what is given back there
+        // is behind what they were told.
+        let mut result = Ok(());
         for (device, stream, waits) in lent {
             let Some(stream) = stream else {
-                return Err(DeviceError::Lost(device, Arc::from("it gives no stream")));
+                result = Err(DeviceError::Lost(device, Arc::from("it gives no stream")));
+                continue;
             };
             let device = self.devices().device(device);
-            for event in waits.into_iter().chain(behind.iter().copied()) {
+            let told = waits
+                .into_iter()
+                .chain(behind.iter().copied())
                 // On the same stream the order is there by itself.
-                if event.stream != stream {
-                    // Who depends on what fails learns of it from the graph.
-                    device.follow(stream, event)?;
-                }
-            }
+                .filter(|event| event.stream != stream)
+                // Who depends on what fails learns of it from the graph.
+                .try_for_each(|event| device.follow(stream, event));
+            result = result.and(told);
         }
+        result
+    }
+
+    /// The streams of a task are in order: its body begins or goes on.
+    fn log_begun(&self, task: &Task<D>) {
         if let Some(witness) = &self.devices().witness {
             witness.log(DeviceEvent::Begun, task.id);
         }
-        Ok(())
     }
 
     /// Where the work of a task on its streams ends now, device by device; none on one that is lost.
@@ -813,6 +825,7 @@ impl<D: Domain> Engine<D> {
         if let Err(error) = self.order_streams(task) {
             self.note_loss(&error);
         }
+        self.log_begun(task);
     }
 
     /// A body that was to be suspended is not: one that [paused](Engine::pause) goes on when it has its
