@@ -667,11 +667,13 @@ pub fn task_stream(py: Python<'_>) -> PyResult<Option<(u64, PyStream)>> {
 }
 
 /// Why a trace file could not be read.
-fn unreadable(error: std::io::Error) -> PyErr {
+fn unreadable(error: std::io::Error, path: std::path::PathBuf) -> PyErr {
     if error.kind() == std::io::ErrorKind::InvalidData {
-        pyo3::exceptions::PyValueError::new_err(error.to_string())
-    } else {
-        PyErr::from(error)
+        return pyo3::exceptions::PyValueError::new_err(error.to_string());
+    }
+    match error.raw_os_error() {
+        Some(number) => PyOSError::new_err((number, error.to_string(), path)),
+        None => PyErr::from(error),
     }
 }
 
@@ -694,7 +696,7 @@ pub fn check_trace(
         let refuse = |refused| std::io::Error::new(std::io::ErrorKind::InvalidData, refused);
         charioteer::trace::check(&file).map_err(refuse)
     });
-    let checked = checked.map_err(unreadable)?;
+    let checked = checked.map_err(|error| unreadable(error, path))?;
     let violations = checked.violations.into_iter();
     Ok((
         checked.tasks,
@@ -717,7 +719,7 @@ pub fn read_trace(
     Vec<(u64, u32, &'static str, u64, u64)>,
     std::collections::HashMap<u64, String>,
 )> {
-    let file = charioteer::trace::read(&path).map_err(unreadable)?;
+    let file = charioteer::trace::read(&path).map_err(|error| unreadable(error, path))?;
     let records = file
         .records
         .iter()

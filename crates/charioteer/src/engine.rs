@@ -46,11 +46,11 @@ use crate::sync::{
 };
 use crate::task::state::{
     BLOCKED, CANCEL, CANCELLED, DELIVERED, DIRTY, FAILED, LINKED, LOOSE_WAIT, OUTSIDE, POISONED,
-    REPORTED, SLEEPING, Snapshot, TIMED_OUT, TOLD, WOKEN, validate,
+    REPORTED, SLEEPING, Snapshot, TIMED_OUT, TOLD, WOKEN,
 };
 use crate::task::{
-    Awaits, Content, Domain, Failure, Latch, Link, Need, Options, Outcome, Phase, Task, TaskRef,
-    Trouble, Until, Waker,
+    Awaits, Content, Domain, Ending, Failure, Latch, Link, Need, Options, Outcome, Phase, Task,
+    TaskRef, Trouble, Until, Waker,
 };
 use crate::trace::{Event, Trace};
 use crate::work::{self, Worker};
@@ -1018,7 +1018,7 @@ impl<D: Domain> Engine<D> {
                         Failure::Dependency(root)
                     };
                     worklist.push(Settled {
-                        outcome: Outcome::Failed(failure),
+                        ending: Ending::Given(Outcome::Failed(failure)),
                         task,
                     });
                 }
@@ -1623,40 +1623,40 @@ impl<D: Domain> Engine<D> {
     /// Gives a task that this thread owns its outcome, and everything that follows from it.
     fn settle(self: &Arc<Self>, task: &TaskRef<D>, outcome: Outcome<D>) {
         let mut worklist = Vec::new();
-        self.settle_one(task, outcome, &mut worklist);
+        self.settle_one(task, Ending::Given(outcome), &mut worklist);
         self.work_off(worklist);
     }
 
     fn work_off(self: &Arc<Self>, mut worklist: Vec<Settled<D>>) {
-        while let Some(Settled { task, outcome }) = worklist.pop() {
-            settle_anywhere(Some(self), &task, outcome, &mut worklist);
+        while let Some(Settled { task, ending }) = worklist.pop() {
+            settle_anywhere(Some(self), &task, ending, &mut worklist);
         }
     }
 
     fn settle_one(
         self: &Arc<Self>,
         task: &TaskRef<D>,
-        outcome: Outcome<D>,
+        ending: Ending<D>,
         worklist: &mut Vec<Settled<D>>,
     ) {
-        let is_root = matches!(
-            outcome,
-            Outcome::Failed(
-                Failure::Raised(_)
-                    | Failure::TimedOut(_)
-                    | Failure::Device(_)
-                    | Failure::Unspawned(_)
-            )
-        );
+        let (event, is_root) = task.foresee(&ending, |outcome| match outcome {
+            Outcome::Value(_) => (Event::Done, false),
+            Outcome::Failed(failure) => {
+                let is_root = matches!(
+                    failure,
+                    Failure::Raised(_)
+                        | Failure::TimedOut(_)
+                        | Failure::Device(_)
+                        | Failure::Unspawned(_)
+                );
+                (Event::Failed, is_root)
+            }
+        });
         if is_root && !self.domain.wants_unread() {
             self.keep_failure(task);
         }
         let time = self.now();
-        let event = match &outcome {
-            Outcome::Value(_) => Event::Done,
-            Outcome::Failed(_) => Event::Failed,
-        };
-        publish(task, outcome, worklist, Some(self));
+        publish(task, ending, worklist, Some(self));
         self.record_at(time, event, task);
         if is_on_devices(task) {
             self.arrived(task);
@@ -1921,7 +1921,7 @@ impl<D: Domain> Drop for Moving<'_, D> {
 /// A task and the outcome that it is about to get from the thread that owns it.
 struct Settled<D: Domain> {
     task: TaskRef<D>,
-    outcome: Outcome<D>,
+    ending: Ending<D>,
 }
 
 /// Whether a task may itself wait for others, or have predecessors.
@@ -1956,30 +1956,21 @@ fn claim_to_cancel<D: Domain>(task: &Task<D>, from: Phase) -> bool {
 /// Publishes the outcome of a task that this thread owns and works through who waits for it.
 fn publish<D: Domain>(
     task: &TaskRef<D>,
-    outcome: Outcome<D>,
+    ending: Ending<D>,
     worklist: &mut Vec<Settled<D>>,
     engine: Option<&Arc<Engine<D>>>,
 ) {
     assert_unlocked();
-    let flags = match &outcome {
-        Outcome::Value(_) => 0,
-        // Who claimed it to cancel it has said so already.
-        Outcome::Failed(Failure::Cancelled) if !task.is_cancelled() => FAILED | CANCELLED,
-        Outcome::Failed(_) => FAILED,
-    };
-    let body = task.content.with_mut(|content| {
-        // SAFETY: this thread owns the task; nobody else looks before `Done`.
-        std::mem::replace(unsafe { &mut *content }, Content::Outcome(outcome))
+    let mut failed = false;
+    let before = task.conclude(ending, |outcome| {
+        failed = matches!(outcome, Outcome::Failed(_));
+        match outcome {
+            Outcome::Value(_) => 0,
+            // Who claimed it to cancel it has said so already.
+            Outcome::Failed(Failure::Cancelled) if !task.is_cancelled() => FAILED | CANCELLED,
+            Outcome::Failed(_) => FAILED,
+        }
     });
-    validate(
-        !matches!(body, Content::Outcome(_)),
-        "a task has one outcome (invariant 1)",
-    );
-    // Freed before anybody can know that the task is done: a finished task keeps neither body nor
-    // arguments, and who sees it done may count on that.
-    drop(body);
-    let before = task.state.leave_running(Phase::Done, flags);
-    let failed = flags != 0;
     task.take_links(before).for_each(|link| match link {
         Link::Dependent(next) => {
             if failed {
@@ -2017,27 +2008,27 @@ fn publish<D: Domain>(
 /// As [`Engine::settle`], of a task that belongs to no open engine.
 fn settle_orphan<D: Domain>(task: &TaskRef<D>, outcome: Outcome<D>) {
     let mut worklist = Vec::new();
-    publish(task, outcome, &mut worklist, None);
-    while let Some(Settled { task, outcome }) = worklist.pop() {
-        settle_anywhere(None, &task, outcome, &mut worklist);
+    publish(task, Ending::Given(outcome), &mut worklist, None);
+    while let Some(Settled { task, ending }) = worklist.pop() {
+        settle_anywhere(None, &task, ending, &mut worklist);
     }
 }
 
 fn settle_anywhere<D: Domain>(
     near: Option<&Arc<Engine<D>>>,
     task: &TaskRef<D>,
-    outcome: Outcome<D>,
+    ending: Ending<D>,
     worklist: &mut Vec<Settled<D>>,
 ) {
     let id = task.engine.load(Ordering::Relaxed);
     match near {
-        Some(engine) if engine.id == id => engine.settle_one(task, outcome, worklist),
+        Some(engine) if engine.id == id => engine.settle_one(task, ending, worklist),
         _ => match Engine::of(task) {
             Some(engine) => {
-                engine.settle_one(task, outcome, worklist);
+                engine.settle_one(task, ending, worklist);
                 engine.summon();
             }
-            None => publish(task, outcome, worklist, None),
+            None => publish(task, ending, worklist, None),
         },
     }
 }

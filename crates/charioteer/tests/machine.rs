@@ -967,6 +967,7 @@ fn an_observer_is_told_what_the_devices_see() {
         Observed::Completed(waited),
         Observed::Completed(last),
         Observed::Synchronised(last),
+        Observed::Seen(event),
         Observed::Waits {
             stream: t,
             from: 3,

@@ -602,7 +602,6 @@ fn evidence_that_is_taken_away_is_missed_exactly_if_it_mattered() {
     });
     result.unwrap();
     let (matter, do_not) = (matter.into_inner(), do_not.into_inner());
-    println!("{matter} {do_not}");
     assert!(
         matter > 50 && do_not > 50,
         "{matter} that mattered, {do_not} that did not"

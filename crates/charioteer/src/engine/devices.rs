@@ -28,7 +28,8 @@
 //! counts it among what is `incomplete`, so that none of them is done before it knows.
 //!
 //! Whoever takes a loan out of its task gives it back: the thread that ends the body, or cancels the task
-//! after it was dispatched, or finds in the queue that somebody did.
+//! after it was dispatched, or finds in the queue that somebody did. What a body never used is given
+//! back behind whatever it was granted behind: its streams are told to wait for that all the same.
 //!
 //! A body that waits gives the compute share back and keeps devices, streams and memory; when the wait is
 //! over it asks for the share again, before all who only begin.
@@ -49,7 +50,8 @@ use crate::schedule::queues::{Injector, Steal};
 use crate::sync::{AtomicUsize, Mutex, Ordering, fence, yield_now};
 use crate::task::state::{AHEAD, LAUNCHED, LINKED};
 use crate::task::{
-    Domain, Failure, Flight, Latch, Need, Options, Outcome, Phase, Task, TaskRef, Until, Waker,
+    Domain, Ending, Failure, Flight, Latch, Need, Options, Outcome, Phase, Task, TaskRef, Until,
+    Waker,
 };
 use crate::trace::{DeviceEvent, Trace};
 
@@ -433,6 +435,8 @@ impl<D: Domain> Engine<D> {
         let keeping = |devices: &Devices<D>| devices.keeping.load(Ordering::SeqCst) != 0;
         if self.devices.as_ref().is_some_and(keeping) && self.is_stuck() && !self.has_missing() {
             self.post(Letter::Stuck);
+            // Others may have left their letters to this turn, and summoned before it granted them.
+            self.summon();
         }
     }
 
@@ -634,22 +638,25 @@ impl<D: Domain> Engine<D> {
     pub(crate) fn return_loan(self: &Arc<Self>, task: &Task<D>) {
         // What paused is about to have its share again, and comes back here then.
         if let Some(grant) = Self::take_loan(task, |flight| !flight.paused) {
-            let (pending, _) = self.hand_in(&grant, false);
-            for event in pending {
-                self.tell_when_complete(event);
-            }
+            self.hand_back(&grant, false);
         }
+    }
+
+    /// As [`hand_in`](Self::hand_in), where nobody but the ledger waits for what is not complete.
+    fn hand_back(self: &Arc<Self>, grant: &Grant, pause: bool) -> Events {
+        let (pending, _) = self.hand_in(grant, pause);
+        for event in &pending {
+            self.tell_when_complete(*event);
+        }
+        pending
     }
 
     /// The attempt of a task on devices ended, and another one follows: after all that this one put on
     /// its streams.
     pub(super) fn put_off(self: &Arc<Self>, task: &TaskRef<D>) {
         if let Some(grant) = Self::take_loan(task, |_| true) {
-            let (pending, _) = self.hand_in(&grant, false);
-            task.links.lock().flight().behind.clone_from(&pending);
-            for event in pending {
-                self.tell_when_complete(event);
-            }
+            let pending = self.hand_back(&grant, false);
+            task.links.lock().flight().behind = pending;
         }
     }
 
@@ -785,10 +792,7 @@ impl<D: Domain> Engine<D> {
             flight.loan.clone()
         };
         if let Some(grant) = grant {
-            let (pending, _) = self.hand_in(&grant, true);
-            for event in pending {
-                self.tell_when_complete(event);
-            }
+            self.hand_back(&grant, true);
         }
     }
 
@@ -858,13 +862,14 @@ pub(super) fn landed<D: Domain>(
     task: &TaskRef<D>,
     failure: Option<DeviceError>,
 ) -> Option<Settled<D>> {
-    let outcome = task.land(failure)?;
-    let outcome = match task.poisoned() {
-        Some(root) => Outcome::Failed(Failure::Dependency(root)),
-        None => outcome,
-    };
+    if !task.land(failure) {
+        return None;
+    }
+    if let Some(root) = task.poisoned() {
+        task.divert(Outcome::Failed(Failure::Dependency(root)));
+    }
     Some(Settled {
         task: Arc::clone(task),
-        outcome,
+        ending: Ending::Landed,
     })
 }

@@ -45,8 +45,8 @@ pub enum Observed {
     },
     /// The host was blocked until the event was complete.
     Synchronised(Event),
-    /// The host learnt that the event is complete: `is_complete` said yes, a `synchronize` found it
-    /// so, or a completion is about to be called.
+    /// The host learnt that the event is complete: `is_complete` said yes, a `synchronize` or a call
+    /// that makes a stream wait found it so, or a completion is about to be called.
     Seen(Event),
     /// The stream got as far as the event. Others may have seen that before it is told, and what
     /// was enqueued may be complete before that is told.

@@ -198,6 +198,8 @@ impl VirtualGpu {
         }
         self.shared().stream_waits.fetch_add(1, Ordering::Relaxed);
         let from = if passed {
+            // The stream is told nothing: it is the host that saw it.
+            self.core.observers.tell(Observed::Seen(event));
             self.core.timeline(stream).map_or(0, Timeline::tail) + 1
         } else {
             let wait = Work::Wait { event, inherits };
