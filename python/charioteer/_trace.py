@@ -1,7 +1,7 @@
 """What a trace proves: the face of the checker, which is the core's.
 
-The checker is in Rust (``charioteer::trace::check``); its module documentation says what is evidence,
-what is claimed, and what is proved.
+The checker is in Rust (``charioteer::trace::check``); its module documentation says what is
+evidence, what is claimed, and what is proved.
 """
 
 from __future__ import annotations

@@ -27,10 +27,10 @@ def run(options: argparse.Namespace) -> int:
     except ValueError as error:
         raise UserError(str(error)) from error
     broken = checked.violations
-    print(
-        f"{checked.tasks} tasks, {checked.grants} grants of devices, {checked.pairs} pairs in order:"
-        f" {len(broken) or 'no'} violation{'' if len(broken) == 1 else 's'}"
+    looked_at = (
+        f"{checked.tasks} tasks, {checked.grants} grants of devices, {checked.pairs} pairs in order"
     )
+    print(f"{looked_at}: {len(broken) or 'no'} violation{'' if len(broken) == 1 else 's'}")
     shown = broken if options.all else broken[:_SHOWN]
     for violation in shown:
         print(violation)
