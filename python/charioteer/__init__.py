@@ -30,6 +30,7 @@ from charioteer._core import (
 from charioteer._futures import TaskGroup, WaitResult, as_completed, gather, wait
 from charioteer._native import In, InOut, Out, native
 from charioteer._runtime import Runtime
+from charioteer._trace import TraceCheck, Violation, check_trace
 from charioteer.devices import Device, DeviceSet, Kind, Requirement, cpu, gpu
 from charioteer.errors import (
     AccessError,
@@ -94,10 +95,13 @@ __all__ = [
     "TaskList",
     "TaskSpace",
     "TaskTimeoutError",
+    "TraceCheck",
     "UnspawnedDependencyError",
+    "Violation",
     "WaitResult",
     "WorkerLimitError",
     "as_completed",
+    "check_trace",
     "cpu",
     "current",
     "gather",

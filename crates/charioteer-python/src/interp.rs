@@ -632,23 +632,10 @@ fn value_now<'py>(py: Python<'py>, task: &Task) -> PyResult<Bound<'py, PyAny>> {
         Plain(native::Plain),
     }
     // One more reference calls nobody.
-    let peek = || {
-        task.peek(|value| match value {
-            Value::Object(object) => Peeked::Object(object.clone_ref(py)),
-            Value::Plain(plain) => Peeked::Plain(*plain),
-        })
-    };
-    let mut peeked = peek();
-    if peeked.is_none() && !task.is_done() {
-        // Its outcome is on the way from the flight to the task, in the hands of a thread that may have
-        // to attach before it gets there.
-        gateway::detach(py, Site::Wait, || {
-            while !task.is_done() {
-                std::thread::yield_now();
-            }
-        });
-        peeked = peek();
-    }
+    let peeked = task.peek(|value| match value {
+        Value::Object(object) => Peeked::Object(object.clone_ref(py)),
+        Value::Plain(plain) => Peeked::Plain(*plain),
+    });
     match peeked {
         Some(Peeked::Object(object)) => Ok(object.into_bound(py)),
         Some(Peeked::Plain(plain)) => Ok(plain.object(py).into_bound(py)),

@@ -58,8 +58,8 @@ mod _core {
     use super::native::NativeFunction;
     #[pymodule_export]
     use super::runtime::{
-        Context, PyEngine, after_fork, current_context, is_open, is_worker, read_trace,
-        set_default_runtime_factory, task_stream,
+        Context, PyEngine, after_fork, check_trace, current_context, is_open, is_worker,
+        read_trace, set_default_runtime_factory, task_stream,
     };
     #[pymodule_export]
     use super::space::{TaskList, TaskSpace, View};

@@ -667,6 +667,48 @@ pub fn task_stream(py: Python<'_>) -> PyResult<Option<(u64, PyStream)>> {
     Ok(Some((context.task.id(), context.stream(py)?)))
 }
 
+/// Why a trace file could not be read.
+fn unreadable(error: std::io::Error, path: std::path::PathBuf) -> PyErr {
+    if error.kind() == std::io::ErrorKind::InvalidData {
+        return pyo3::exceptions::PyValueError::new_err(error.to_string());
+    }
+    match error.raw_os_error() {
+        Some(number) => PyOSError::new_err((number, error.to_string(), path)),
+        None => PyErr::from(error),
+    }
+}
+
+/// Checks a trace file: how many tasks, grants and ordered pairs it has, and what was broken as `(rule,
+/// task, other or None, text)`. `ValueError` for a file that is no trace or of a version that proves
+/// nothing, `OSError` if it cannot be read.
+#[pyfunction]
+#[allow(clippy::type_complexity)]
+pub fn check_trace(
+    py: Python<'_>,
+    path: std::path::PathBuf,
+) -> PyResult<(
+    usize,
+    usize,
+    usize,
+    Vec<(&'static str, u64, Option<u64>, String)>,
+)> {
+    let checked = gateway::detach(py, Site::Wait, || {
+        let file = charioteer::trace::read(&path)?;
+        let refuse = |refused| std::io::Error::new(std::io::ErrorKind::InvalidData, refused);
+        charioteer::trace::check(&file).map_err(refuse)
+    });
+    let checked = checked.map_err(|error| unreadable(error, path))?;
+    let violations = checked.violations.into_iter();
+    Ok((
+        checked.tasks,
+        checked.grants,
+        checked.pairs,
+        violations
+            .map(|broken| (broken.rule.name(), broken.task, broken.other, broken.text))
+            .collect(),
+    ))
+}
+
 /// The events of a trace file: `(wall, [(time, thread, event, task, other)], {task: name})`, times
 /// in nanoseconds. `ValueError` for a file that is no trace, `OSError` if it cannot be read.
 #[pyfunction]
@@ -678,13 +720,7 @@ pub fn read_trace(
     Vec<(u64, u32, &'static str, u64, u64)>,
     std::collections::HashMap<u64, String>,
 )> {
-    let file = charioteer::trace::read(&path).map_err(|error| {
-        if error.kind() == std::io::ErrorKind::InvalidData {
-            pyo3::exceptions::PyValueError::new_err(error.to_string())
-        } else {
-            PyErr::from(error)
-        }
-    })?;
+    let file = charioteer::trace::read(&path).map_err(|error| unreadable(error, path))?;
     let records = file
         .records
         .iter()

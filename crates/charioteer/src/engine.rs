@@ -49,11 +49,11 @@ use crate::sync::{
 };
 use crate::task::state::{
     BLOCKED, CANCEL, CANCELLED, DELIVERED, DIRTY, FAILED, LINKED, LOOSE_WAIT, OUTSIDE, POISONED,
-    REPORTED, SLEEPING, Snapshot, TIMED_OUT, TOLD, WOKEN, validate,
+    REPORTED, SLEEPING, Snapshot, TIMED_OUT, TOLD, WOKEN,
 };
 use crate::task::{
-    Awaits, Content, Domain, Failure, Landed, Latch, Link, Need, Options, Outcome, Phase, Task,
-    TaskRef, Trouble, Until, Waker,
+    Awaits, Content, Domain, Ending, Failure, Landed, Latch, Link, Need, Options, Outcome, Phase,
+    Task, TaskRef, Trouble, Until, Waker,
 };
 use crate::trace::{Event, Trace};
 use crate::work::{self, Worker};
@@ -66,6 +66,7 @@ mod devices;
 #[cfg(all(test, loom))]
 mod loom_models;
 mod mapping;
+mod witness;
 
 /// Threads beyond the workers that stand in for bodies that wait.
 const SPARE_THREADS: usize = 62;
@@ -371,7 +372,7 @@ pub struct Engine<D: Domain> {
     /// Whether threads that ended may go, and what they wait at for that; see [`Engine::close`].
     seen_off: AtomicBool,
     parting: Condvar,
-    trace: Option<Trace>,
+    trace: Option<Arc<Trace>>,
     pub(crate) devices: Option<Devices<D>>,
     maps: Maps<D>,
 }
@@ -410,8 +411,11 @@ impl<D: Domain> Engine<D> {
             config.workers
         };
         let threads = config.workers + SPARE_THREADS;
+        let id = ENGINES.fetch_add(1, Ordering::Relaxed);
+        let trace = config.trace.map(|path| Trace::create(&path)).transpose()?;
+        let trace = trace.map(Arc::new);
         let engine = Arc::new(Self {
-            id: ENGINES.fetch_add(1, Ordering::Relaxed),
+            id,
             domain,
             workers: config.workers,
             cores,
@@ -444,12 +448,15 @@ impl<D: Domain> Engine<D> {
             alive: AtomicUsize::new(0),
             seen_off: AtomicBool::new(false),
             parting: Condvar::new(),
-            trace: config.trace.map(|path| Trace::create(&path)).transpose()?,
             devices: config
                 .machine
                 .filter(|machine| machine.gpus() != 0)
-                .map(|machine| Devices::new(machine, config.limits)),
+                .map(|machine| {
+                    let traced = trace.as_ref().map(|trace| (trace, id));
+                    Devices::new(machine, config.limits, traced)
+                }),
             maps: Maps::new(config.mapper, config.models),
+            trace,
         });
         D::engines().add(Arc::clone(&engine));
         let mut slots = engine.places.open().into_iter();
@@ -516,7 +523,7 @@ impl<D: Domain> Engine<D> {
     /// The time for an event that is about to take effect; zero if nothing is traced.
     #[inline]
     fn now(&self) -> u64 {
-        self.trace.as_ref().map_or(0, Trace::now)
+        self.trace.as_ref().map_or(0, |trace| trace.now())
     }
 
     #[inline]
@@ -1072,7 +1079,7 @@ impl<D: Domain> Engine<D> {
                         Failure::Dependency(root)
                     };
                     worklist.push(Settled {
-                        outcome: Outcome::Failed(failure),
+                        ending: Ending::Given(Outcome::Failed(failure)),
                         task,
                     });
                 }
@@ -1689,42 +1696,42 @@ impl<D: Domain> Engine<D> {
     /// Gives a task that this thread owns its outcome, and everything that follows from it.
     fn settle(self: &Arc<Self>, task: &TaskRef<D>, outcome: Outcome<D>) {
         let mut worklist = Vec::new();
-        self.settle_one(task, outcome, &mut worklist);
+        self.settle_one(task, Ending::Given(outcome), &mut worklist);
         self.work_off(worklist);
     }
 
     fn work_off(self: &Arc<Self>, mut worklist: Vec<Settled<D>>) {
-        while let Some(Settled { task, outcome }) = worklist.pop() {
-            settle_anywhere(Some(self), &task, outcome, &mut worklist);
+        while let Some(Settled { task, ending }) = worklist.pop() {
+            settle_anywhere(Some(self), &task, ending, &mut worklist);
         }
     }
 
     fn settle_one(
         self: &Arc<Self>,
         task: &TaskRef<D>,
-        outcome: Outcome<D>,
+        ending: Ending<D>,
         worklist: &mut Vec<Settled<D>>,
     ) {
-        let is_root = matches!(
-            outcome,
-            Outcome::Failed(
-                Failure::Raised(_)
-                    | Failure::TimedOut(_)
-                    | Failure::Device(_)
-                    | Failure::Mapping(_)
-                    | Failure::Unspawned(_)
-            )
-        );
+        let (event, is_root) = task.foresee(&ending, |outcome| match outcome {
+            Outcome::Value(_) => (Event::Done, false),
+            Outcome::Failed(failure) => {
+                let is_root = matches!(
+                    failure,
+                    Failure::Raised(_)
+                        | Failure::TimedOut(_)
+                        | Failure::Device(_)
+                        | Failure::Mapping(_)
+                        | Failure::Unspawned(_)
+                );
+                (Event::Failed, is_root)
+            }
+        });
         if is_root && !self.domain.wants_unread() {
             self.keep_failure(task);
         }
-        self.account(task, &outcome);
+        self.account(task, event == Event::Done);
         let time = self.now();
-        let event = match &outcome {
-            Outcome::Value(_) => Event::Done,
-            Outcome::Failed(_) => Event::Failed,
-        };
-        publish(task, outcome, worklist, Some(self));
+        publish(task, ending, worklist, Some(self));
         self.record_at(time, event, task);
         if is_on_devices(task) {
             self.arrived(task);
@@ -1934,6 +1941,7 @@ impl<D: Domain> Engine<D> {
         let mut failures: Vec<TaskRef<D>> = failures.into_values().collect();
         failures.sort_by_key(|task| task.id);
         D::engines().remove(self.id);
+        self.dismiss_witness();
         if let Some(trace) = &self.trace
             && let Err(error) = trace.close()
         {
@@ -1951,6 +1959,7 @@ impl<D: Domain> Engine<D> {
     pub fn abandon(self: &Arc<Self>) {
         self.gate.store(CLOSED, Ordering::SeqCst);
         D::engines().remove(self.id);
+        self.dismiss_witness();
     }
 }
 
@@ -1988,7 +1997,7 @@ impl<D: Domain> Drop for Moving<'_, D> {
 /// A task and the outcome that it is about to get from the thread that owns it.
 struct Settled<D: Domain> {
     task: TaskRef<D>,
-    outcome: Outcome<D>,
+    ending: Ending<D>,
 }
 
 /// Whether a task may itself wait for others, or have predecessors.
@@ -2023,34 +2032,25 @@ fn claim_to_cancel<D: Domain>(task: &Task<D>, from: Phase) -> bool {
 /// Publishes the outcome of a task that this thread owns and works through who waits for it.
 fn publish<D: Domain>(
     task: &TaskRef<D>,
-    outcome: Outcome<D>,
+    ending: Ending<D>,
     worklist: &mut Vec<Settled<D>>,
     engine: Option<&Arc<Engine<D>>>,
 ) {
     assert_unlocked();
-    let flags = match &outcome {
-        Outcome::Value(_) => 0,
-        // Who claimed it to cancel it has said so already.
-        Outcome::Failed(Failure::Cancelled) if !task.is_cancelled() => FAILED | CANCELLED,
-        Outcome::Failed(_) => FAILED,
-    };
-    let body = task.content.with_mut(|content| {
-        // SAFETY: this thread owns the task; nobody else looks before `Done`.
-        std::mem::replace(unsafe { &mut *content }, Content::Outcome(outcome))
-    });
-    validate(
-        !matches!(body, Content::Outcome(_)),
-        "a task has one outcome (invariant 1)",
-    );
-    // Freed before anybody can know that the task is done: a finished task keeps neither body nor
-    // arguments, and who sees it done may count on that.
-    drop(body);
     let places = match engine {
         Some(engine) if engine.maps.follows() => mapping::places_of(task),
         _ => 0,
     };
-    let before = task.state.leave_running(Phase::Done, flags);
-    let failed = flags != 0;
+    let mut failed = false;
+    let before = task.conclude(ending, |outcome| {
+        failed = matches!(outcome, Outcome::Failed(_));
+        match outcome {
+            Outcome::Value(_) => 0,
+            // Who claimed it to cancel it has said so already.
+            Outcome::Failed(Failure::Cancelled) if !task.is_cancelled() => FAILED | CANCELLED,
+            Outcome::Failed(_) => FAILED,
+        }
+    });
     task.take_links(before).for_each(|link| match link {
         Link::Dependent(next) => {
             if failed {
@@ -2080,7 +2080,7 @@ fn publish<D: Domain>(
             }
             match next.land(None) {
                 Landed::Nothing => {}
-                Landed::Done(outcome) => worklist.push(devices::settled(&next, outcome)),
+                Landed::Done => worklist.push(devices::settled(&next)),
                 Landed::Free => {
                     let engine_of_next = next.engine.load(Ordering::Relaxed);
                     match engine.filter(|engine| engine.id == engine_of_next) {
@@ -2108,27 +2108,27 @@ fn publish<D: Domain>(
 /// As [`Engine::settle`], of a task that belongs to no open engine.
 fn settle_orphan<D: Domain>(task: &TaskRef<D>, outcome: Outcome<D>) {
     let mut worklist = Vec::new();
-    publish(task, outcome, &mut worklist, None);
-    while let Some(Settled { task, outcome }) = worklist.pop() {
-        settle_anywhere(None, &task, outcome, &mut worklist);
+    publish(task, Ending::Given(outcome), &mut worklist, None);
+    while let Some(Settled { task, ending }) = worklist.pop() {
+        settle_anywhere(None, &task, ending, &mut worklist);
     }
 }
 
 fn settle_anywhere<D: Domain>(
     near: Option<&Arc<Engine<D>>>,
     task: &TaskRef<D>,
-    outcome: Outcome<D>,
+    ending: Ending<D>,
     worklist: &mut Vec<Settled<D>>,
 ) {
     let id = task.engine.load(Ordering::Relaxed);
     match near {
-        Some(engine) if engine.id == id => engine.settle_one(task, outcome, worklist),
+        Some(engine) if engine.id == id => engine.settle_one(task, ending, worklist),
         _ => match Engine::of(task) {
             Some(engine) => {
-                engine.settle_one(task, outcome, worklist);
+                engine.settle_one(task, ending, worklist);
                 engine.summon();
             }
-            None => publish(task, outcome, worklist, None),
+            None => publish(task, ending, worklist, None),
         },
     }
 }

@@ -13,7 +13,7 @@ use charioteer::mapping::policy::Mapper;
 use charioteer::mapping::{Choice, Choices, On};
 use charioteer::native::{Builder, Runtime, SpawnError, Task, TaskError, TaskSpace, current};
 use charioteer::task::Need;
-use common::within;
+use common::{prove, take_trace, trace_path, within};
 use proptest::prelude::*;
 
 const MEMORY: u64 = 1 << 30;
@@ -619,9 +619,11 @@ fn plans(gpus: usize) -> impl Strategy<Value = Vec<Plan>> {
 /// after those of all predecessors, on whatever device, and shares never exceed a device.
 fn check(gpus: usize, workers: usize, runahead: u32, policy: &str, plans: &[Plan]) {
     let machine = machine(gpus, Time::Real);
+    let path = trace_path();
     let runtime = builder(&machine, workers)
         .runahead(runahead)
         .mapper(Mapper::named(policy, 1).unwrap())
+        .trace(&path)
         .open()
         .unwrap();
     let finished: Arc<Vec<AtomicUsize>> =
@@ -726,6 +728,10 @@ fn check(gpus: usize, workers: usize, runahead: u32, policy: &str, plans: &[Plan
         wrong.lock().unwrap()
     );
     assert!(taken.iter().all(|taken| taken.load(Ordering::SeqCst) == 0));
+    let checked = prove(&take_trace(&path));
+    assert_eq!(checked.tasks, plans.len());
+    let on_devices = plans.iter().filter(|plan| !plan.host);
+    assert!(checked.grants <= on_devices.count());
 }
 
 proptest! {

@@ -8,10 +8,10 @@ use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Barrier, Mutex};
 use std::time::Duration;
 
-use charioteer::machine::virtual_gpu::{Observed, Observer, Traffic, VirtualGpu};
+use charioteer::machine::virtual_gpu::{Traffic, VirtualGpu};
 use charioteer::machine::{
-    Description, Device, DeviceError, DeviceId, DevicePointer, Event, Gpu, HOST, Host, Link, Links,
-    Machine, Operation, Stream, Time,
+    Description, Device, DeviceError, DeviceId, DevicePointer, Enqueued, Event, Gpu, HOST, Host,
+    Link, Links, Machine, Observed, Observer, Operation, Stream, Time,
 };
 use common::within;
 
@@ -932,11 +932,11 @@ impl Observer for Log {
 fn an_observer_is_told_what_the_devices_see() {
     let machine = machine(1, Time::Virtual);
     let log = Arc::new(Log::default());
-    let virtual_machine = machine.as_virtual().unwrap();
-    assert!(virtual_machine.set_observer(Arc::clone(&log) as _));
-    assert!(!virtual_machine.set_observer(Arc::clone(&log) as _));
+    let observer: Arc<dyn Observer> = Arc::clone(&log) as _;
     let gpu = gpu(&machine, 0);
-    let [s, t] = [(); 2].map(|()| gpu.create_stream().unwrap());
+    let s = gpu.create_stream().unwrap();
+    machine.add_observer(Arc::clone(&observer));
+    let t = gpu.create_stream().unwrap();
     gpu.busy(s, Duration::from_nanos(1)).unwrap();
     let event = gpu.record(s).unwrap();
     gpu.wait(t, event).unwrap();
@@ -944,19 +944,35 @@ fn an_observer_is_told_what_the_devices_see() {
     gpu.enqueue(t, operation(|| ())).unwrap();
     let last = gpu.record(t).unwrap();
     gpu.synchronize(last).unwrap();
+    gpu.follow(t, event).unwrap();
+    gpu.synchronize(last).unwrap();
+    machine.remove_observer(&observer);
+    gpu.busy(s, Duration::from_nanos(1)).unwrap();
     let waited = Event {
         position: 1,
         ..last
     };
     let expected = [
-        Observed::Enqueued(event),
+        Observed::Created(t),
+        Observed::Enqueued(event, Enqueued::Busy),
         Observed::Recorded(event),
-        Observed::Waits(t, event),
-        Observed::Enqueued(last),
+        Observed::Waits {
+            stream: t,
+            from: 1,
+            event,
+        },
+        Observed::Enqueued(last, Enqueued::Operation),
         Observed::Recorded(last),
         Observed::Completed(event),
         Observed::Completed(waited),
         Observed::Completed(last),
+        Observed::Synchronised(last),
+        Observed::Seen(event),
+        Observed::Waits {
+            stream: t,
+            from: 3,
+            event,
+        },
         Observed::Seen(last),
     ];
     assert_eq!(*log.0.lock().unwrap(), expected);
@@ -1015,6 +1031,39 @@ fn in_real_time_marks_measure_as_well() {
         let elapsed = gpu.elapsed(&start, &end).unwrap();
         assert!(elapsed >= time, "{elapsed:?}");
     });
+}
+
+#[test]
+fn an_observer_is_told_from_where_on_a_stream_does_nothing() {
+    let machine = machine(2, Time::Virtual);
+    let log = Arc::new(Log::default());
+    machine.add_observer(Arc::clone(&log) as _);
+    let at = |stream, position| Event { stream, position };
+    let [first, second] = [0, 1].map(|index| gpu(&machine, index));
+    let [s, t] = [first, second].map(|gpu| gpu.create_stream().unwrap());
+    first.busy(s, Duration::from_nanos(5)).unwrap();
+    let failing: Operation =
+        Box::new(|| Err(DeviceError::Operation(DeviceId::gpu(1), "no".into())));
+    second.enqueue(t, failing).unwrap();
+    // Behind a failure a wait is waited for all the same.
+    second.wait(t, at(s, 1)).unwrap();
+    machine.as_virtual().unwrap().clock().advance();
+    assert!(second.is_complete(at(t, 1)).is_err());
+    assert_eq!(second.is_complete(at(t, 2)), Ok(false));
+    first.lose("on purpose");
+    assert!(second.is_complete(at(t, 2)).is_err());
+    let told = log.0.lock().unwrap();
+    let ends =
+        |observed: &&Observed| matches!(observed, Observed::Failed(_) | Observed::Abandoned(_));
+    let ends: Vec<_> = told.iter().filter(ends).copied().collect();
+    assert_eq!(
+        ends,
+        [
+            Observed::Failed(at(t, 1)),
+            Observed::Failed(at(s, 1)),
+            Observed::Abandoned(at(s, 0)),
+        ]
+    );
 }
 
 #[test]

@@ -1,4 +1,4 @@
-"""The command line: ``charioteer info``, ``run``, ``demo`` and ``bench``.
+"""The command line: ``charioteer info``, ``run``, ``check``, ``demo`` and ``bench``.
 
 Protocol. :func:`main` parses, calls one command and returns its exit status; it never calls
 ``sys.exit`` itself except through ``argparse``. A command that meets a mistake of its user (a file
@@ -34,6 +34,7 @@ examples:
   charioteer info                        what this machine offers and what would be used
   charioteer info --machine virtual:8    what a machine with eight virtual GPUs has
   charioteer run --stats script.py 100   run a script and count what the runtime did
+  charioteer check FILE                  prove from the trace of a run that its order was kept
   charioteer demo                        a real job: Gaussian-process classification of digits
   charioteer bench overhead --quick      what a task costs here, beside other runtimes
   charioteer bench gil --quick           what the GIL costs tasks here
@@ -103,6 +104,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from charioteer.cli import script
 
             return script.run(options)
+        if command == "check":
+            from charioteer.cli import check
+
+            return check.run(options)
         from charioteer.cli import bench
 
         return bench.run(options)
@@ -196,6 +201,17 @@ def _parser() -> argparse.ArgumentParser:
         help="print the runtime's counters to standard error when it has closed",
     )
     run.add_argument("script", metavar="SCRIPT", help="the Python file to run")
+
+    check = commands.add_parser(
+        "check",
+        help="prove from a trace that devices, sets and order were kept",
+        description="Prove from the trace of a run that no device was exceeded, that sets were"
+        " granted as one, that no stream had two bodies, that device work came after that of"
+        " dependencies, and that every task ended once. The exit status is 1 if a promise was"
+        " broken.",
+    )
+    check.add_argument("--all", action="store_true", help="print all violations, not the first 20")
+    check.add_argument("trace", metavar="TRACE", help="the trace file of a run that has ended")
 
     # For the help text alone: main() hands the demo over before parsing.
     commands.add_parser(

@@ -28,7 +28,8 @@
 //! counts it among what is `incomplete`, so that none of them is done before it knows.
 //!
 //! Whoever takes a loan out of its task gives it back: the thread that ends the body, or cancels the task
-//! after it was dispatched, or finds in the queue that somebody did.
+//! after it was dispatched, or finds in the queue that somebody did. What a body never used is given
+//! back behind whatever it was granted behind: its streams are told to wait for that all the same.
 //!
 //! A body that waits gives the compute share back and keeps devices, streams and memory; when the wait is
 //! over it asks for the share again, before all who only begin.
@@ -40,6 +41,7 @@ use crossbeam_utils::CachePadded;
 use smallvec::SmallVec;
 
 use super::mapping::bit;
+use super::witness::{Owners, Witness};
 use super::{Engine, Moving, Settled, SpawnError};
 use crate::machine::{Device, DeviceError, DeviceId, Event, Machine, Stream};
 use crate::schedule::gang::{
@@ -47,12 +49,15 @@ use crate::schedule::gang::{
 };
 use crate::schedule::map::{DISTURBED, Mapping};
 use crate::schedule::queues::{Injector, Steal};
-use crate::sync::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Mutex, Ordering, fence};
+use crate::sync::{
+    AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Mutex, Ordering, fence, yield_now,
+};
 use crate::task::state::{AHEAD, LAUNCHED, LINKED};
 use crate::task::{
-    Domain, Failure, Flight, Landed, Latch, Need, Options, Outcome, Phase, Task, TaskRef, Until,
-    Waker,
+    Domain, Ending, Failure, Flight, Landed, Latch, Need, Options, Outcome, Phase, Task, TaskRef,
+    Until, Waker,
 };
+use crate::trace::{DeviceEvent, Trace};
 
 /// How many letters and grants are handled before the turn is passed on.
 const BATCH: usize = 64;
@@ -109,6 +114,8 @@ pub(crate) struct Devices<D: Domain> {
     /// The estimated device-nanoseconds of those who wait.
     backlog: AtomicU64,
     gauged: AtomicBool,
+    /// Of a runtime that is traced.
+    pub(super) witness: Option<Witness>,
     book: CachePadded<Mutex<Book<D>>>,
     mail: Injector<Letter<D>>,
 }
@@ -127,6 +134,7 @@ struct Gauge {
 struct Book<D: Domain> {
     ledger: Gang<TaskRef<D>>,
     resuming: HashMap<GrantId, Resumer<D>>,
+    owners: Owners,
 }
 
 /// What came of a turn, to be carried out with no lock held.
@@ -154,7 +162,11 @@ impl<D: Domain> Default for Outbox<D> {
 }
 
 impl<D: Domain> Devices<D> {
-    pub(crate) fn new(machine: Arc<Machine>, limits: Limits) -> Self {
+    pub(crate) fn new(
+        machine: Arc<Machine>,
+        limits: Limits,
+        traced: Option<(&Arc<Trace>, u32)>,
+    ) -> Self {
         let capacities: Box<[Capacity]> = (0..machine.gpus())
             .map(|index| {
                 let index = u16::try_from(index).expect("numbers of devices have 16 bits");
@@ -166,15 +178,19 @@ impl<D: Domain> Devices<D> {
             })
             .collect();
         enable_peers(&machine);
+        let witness =
+            traced.map(|(trace, engine)| Witness::new::<D>(trace, &machine, &capacities, engine));
         Self {
             runahead: limits.runahead,
             keeping: AtomicUsize::new(0),
             gauges: capacities.iter().map(|_| Gauge::default()).collect(),
             backlog: AtomicU64::new(0),
             gauged: AtomicBool::new(false),
+            witness,
             book: CachePadded::new(Mutex::new(Book {
                 ledger: Gang::new(&capacities, limits),
                 resuming: HashMap::new(),
+                owners: Owners::default(),
             })),
             capacities,
             mail: Injector::new(),
@@ -195,7 +211,8 @@ impl<D: Domain> Devices<D> {
 
     /// Reads the mail, and takes what can be granted now. True if there may be more.
     fn rule(&self, book: &mut Book<D>, outbox: &mut Outbox<D>) -> bool {
-        let ledger = &mut book.ledger;
+        let (ledger, owners) = (&mut book.ledger, &mut book.owners);
+        let witness = self.witness.as_ref();
         let mut stuck = false;
         for _ in 0..BATCH {
             let letter = match self.mail.steal() {
@@ -211,10 +228,16 @@ impl<D: Domain> Devices<D> {
                     }
                 }
                 Letter::Launched(id, events) => {
+                    if let Some(witness) = witness {
+                        owners.returned(witness, id, &events);
+                    }
                     ledger.launched(id, &events);
                     self.sweep(ledger, &events);
                 }
                 Letter::Paused(id, events) => {
+                    if let Some(witness) = witness {
+                        owners.paused(witness, id, &events);
+                    }
                     ledger.paused(id, &events);
                     self.sweep(ledger, &events);
                 }
@@ -230,8 +253,17 @@ impl<D: Domain> Devices<D> {
         }
         for _ in 0..BATCH {
             match ledger.next(|task| task.phase() == Phase::Ready) {
-                Some(Step::Start(task, grant)) => outbox.granted.push((task, grant)),
+                Some(Step::Start(task, grant)) => {
+                    if let Some(witness) = witness {
+                        let alternative = &alternatives(&task)[grant.alternative];
+                        owners.granted(witness, task.id, &grant, alternative);
+                    }
+                    outbox.granted.push((task, grant));
+                }
                 Some(Step::Resume(grant)) => {
+                    if let Some(witness) = witness {
+                        owners.resumed(witness, grant.id);
+                    }
                     let resumer = book.resuming.remove(&grant.id);
                     outbox
                         .resumed
@@ -288,6 +320,13 @@ fn enable_peers(machine: &Machine) {
             let _ = machine.device(own).enable_peer(peer);
         }
     }
+}
+
+/// The sets of devices any of which will do for a task.
+fn alternatives<D: Domain>(task: &Task<D>) -> &Arc<[Alternative]> {
+    let options = task.options().expect("a task on devices has options");
+    let sets = options.devices.as_ref();
+    sets.expect("a task on devices says on which")
 }
 
 /// What a task asks the ledger for.
@@ -450,6 +489,8 @@ impl<D: Domain> Engine<D> {
         let keeping = |devices: &Devices<D>| devices.keeping.load(Ordering::SeqCst) != 0;
         if self.devices.as_ref().is_some_and(keeping) && self.is_stuck() && !self.has_missing() {
             self.post(Letter::Stuck);
+            // Others may have left their letters to this turn, and summoned before it granted them.
+            self.summon();
         }
     }
 
@@ -588,6 +629,11 @@ impl<D: Domain> Engine<D> {
             return self.turn_back(task, &grant);
         }
         self.settle_choice(&task, &grant);
+        if let Some(witness) = &self.devices().witness {
+            for stream in grant.lent.iter().filter_map(|lent| lent.stream) {
+                witness.log(DeviceEvent::Lent(stream), task.id);
+            }
+        }
         {
             let mut links = task.links.lock();
             let flight = links.flight();
@@ -647,6 +693,7 @@ impl<D: Domain> Engine<D> {
         }
         match self.order_streams(task) {
             Ok(()) => {
+                self.log_begun(task);
                 self.mark_start(task);
                 true
             }
@@ -673,20 +720,32 @@ impl<D: Domain> Engine<D> {
                 .collect();
             (lent, std::mem::take(&mut flight.behind))
         };
+        // One that is lost keeps none of the others from being told, since what is given back there
+        // is behind what they were told.
+        let mut result = Ok(());
         for (device, stream, waits) in lent {
             let Some(stream) = stream else {
-                return Err(DeviceError::Lost(device, Arc::from("it gives no stream")));
+                result = Err(DeviceError::Lost(device, Arc::from("it gives no stream")));
+                continue;
             };
             let device = self.devices().device(device);
-            for event in waits.into_iter().chain(behind.iter().copied()) {
+            let told = waits
+                .into_iter()
+                .chain(behind.iter().copied())
                 // On the same stream the order is there by itself.
-                if event.stream != stream {
-                    // Who depends on what fails learns of it from the graph.
-                    device.follow(stream, event)?;
-                }
-            }
+                .filter(|event| event.stream != stream)
+                // Who depends on what fails learns of it from the graph.
+                .try_for_each(|event| device.follow(stream, event));
+            result = result.and(told);
         }
-        Ok(())
+        result
+    }
+
+    /// The streams of a task are in order: its body begins or goes on.
+    fn log_begun(&self, task: &Task<D>) {
+        if let Some(witness) = &self.devices().witness {
+            witness.log(DeviceEvent::Begun, task.id);
+        }
     }
 
     /// Where the work of a task on its streams ends now, device by device; none on one that is lost.
@@ -696,7 +755,14 @@ impl<D: Domain> Engine<D> {
             .lent
             .iter()
             .map(|lent| {
-                let event = self.devices().device(lent.device).record(lent.stream?);
+                let (device, stream) = (self.devices().device(lent.device), lent.stream?);
+                // Of a body that never began: what it was granted may be in flight elsewhere, and is
+                // given on behind that.
+                let waits = lent.waits.iter();
+                let event = waits
+                    .filter(|event| event.stream != stream)
+                    .try_for_each(|event| device.follow(stream, *event))
+                    .and_then(|()| device.record(stream));
                 event.map_err(|error| failure = Some(error)).ok()
             })
             .collect();
@@ -752,22 +818,25 @@ impl<D: Domain> Engine<D> {
     pub(crate) fn return_loan(self: &Arc<Self>, task: &Task<D>) {
         // What paused is about to have its share again, and comes back here then.
         if let Some(grant) = Self::take_loan(task, |flight| !flight.paused) {
-            let (pending, _) = self.hand_in(&grant, false);
-            for event in pending {
-                self.tell_when_complete(event);
-            }
+            self.hand_back(&grant, false);
         }
+    }
+
+    /// As [`hand_in`](Self::hand_in), where nobody but the ledger waits for what is not complete.
+    fn hand_back(self: &Arc<Self>, grant: &Grant, pause: bool) -> Events {
+        let (pending, _) = self.hand_in(grant, pause);
+        for event in &pending {
+            self.tell_when_complete(*event);
+        }
+        pending
     }
 
     /// The attempt of a task on devices ended, and another one follows: after all that this one put on
     /// its streams.
     pub(super) fn put_off(self: &Arc<Self>, task: &TaskRef<D>) {
         if let Some(grant) = Self::take_loan(task, |_| true) {
-            let (pending, _) = self.hand_in(&grant, false);
-            task.links.lock().flight().behind.clone_from(&pending);
-            for event in pending {
-                self.tell_when_complete(event);
-            }
+            let pending = self.hand_back(&grant, false);
+            task.links.lock().flight().behind = pending;
         }
     }
 
@@ -877,6 +946,18 @@ impl<D: Domain> Engine<D> {
         }
     }
 
+    /// Logs nothing any more of what devices see, once all that happened so far is logged.
+    pub(super) fn dismiss_witness(&self) {
+        let Some(devices) = &self.devices else { return };
+        if let Some(witness) = &devices.witness {
+            // Who told of the last completion may have the turn still.
+            while self.elsewhere.load(Ordering::SeqCst) != 0 && self.unfinished() == 0 {
+                yield_now();
+            }
+            witness.leave();
+        }
+    }
+
     // ---- waiting ----------------------------------------------------------------------------
 
     /// The body of `task` is about to wait: gives its share of the devices back.
@@ -894,10 +975,7 @@ impl<D: Domain> Engine<D> {
             flight.loan.clone()
         };
         if let Some(grant) = grant {
-            let (pending, _) = self.hand_in(&grant, true);
-            for event in pending {
-                self.tell_when_complete(event);
-            }
+            self.hand_back(&grant, true);
         }
     }
 
@@ -934,6 +1012,7 @@ impl<D: Domain> Engine<D> {
         if let Err(error) = self.order_streams(task) {
             self.note_loss(&error);
         }
+        self.log_begun(task);
     }
 
     /// A body that was to be suspended is not: one that [paused](Engine::pause) goes on when it has its
@@ -967,19 +1046,18 @@ pub(super) fn landed<D: Domain>(
     failure: Option<DeviceError>,
 ) -> Option<Settled<D>> {
     match task.land(failure) {
-        Landed::Done(outcome) => Some(settled(task, outcome)),
+        Landed::Done => Some(settled(task)),
         Landed::Nothing | Landed::Free => None,
     }
 }
 
 /// A task whose work is complete, and what it comes to.
-pub(super) fn settled<D: Domain>(task: &TaskRef<D>, outcome: Outcome<D>) -> Settled<D> {
-    let outcome = match task.poisoned() {
-        Some(root) => Outcome::Failed(Failure::Dependency(root)),
-        None => outcome,
-    };
+pub(super) fn settled<D: Domain>(task: &TaskRef<D>) -> Settled<D> {
+    if let Some(root) = task.poisoned() {
+        task.divert(Outcome::Failed(Failure::Dependency(root)));
+    }
     Settled {
         task: Arc::clone(task),
-        outcome,
+        ending: Ending::Landed,
     }
 }

@@ -4,16 +4,24 @@ use std::sync::Arc;
 
 use loom::thread;
 
-use super::{Config, Engine, OPEN, settle_orphan};
+use super::devices::landed;
+use super::{Config, Engine, OPEN, publish, settle_orphan};
 use crate::loom_domain::{Body, Model, explore, explore_at_most};
+use crate::machine::{Description, DeviceId, Event, Machine, Stream, Time};
+use crate::schedule::gang::{Alternative, Member, WHOLE};
 use crate::sync::{AtomicUsize, Condvar, Mutex, Ordering};
-use crate::task::{Content, Failure, Link, Outcome, Phase, Task, TaskRef, Until};
+use crate::task::{Content, Failure, Link, Need, Options, Outcome, Phase, Task, TaskRef, Until};
 
 /// Opens an engine. It has to be closed at the end of the model: what is left in the registry would
 /// be found by the model's next run, where loom knows nothing of it.
 fn open(workers: usize) -> Arc<Engine<Model>> {
+    open_on(workers, None)
+}
+
+fn open_on(workers: usize, machine: Option<Arc<Machine>>) -> Arc<Engine<Model>> {
     let config = Config {
         workers,
+        machine,
         ..Config::default()
     };
     let engine = Engine::open(Model, config).expect("loom refuses no thread");
@@ -339,6 +347,155 @@ fn a_body_waits_in_an_engine_that_closes() {
         assert!(engine.close_when_quiet(&mut || false));
         assert_eq!(ran.load(Ordering::Relaxed), 2);
         completer.join().unwrap();
+        engine.close();
+    });
+}
+
+// ---- tasks on devices ---------------------------------------------------------------------------
+
+/// A machine with one accelerator.
+fn machine() -> Arc<Machine> {
+    Machine::virtual_machine(Description::uniform(1, 1, 1, Time::Real).unwrap())
+}
+
+/// The options of a task that takes the whole accelerator.
+fn on_device() -> Option<Box<Options>> {
+    let whole = Alternative {
+        members: Box::new([Member::Device(DeviceId::gpu(0))]),
+        share: WHOLE,
+        memory: 0,
+    };
+    Some(Box::new(Options {
+        need: Need::Devices,
+        devices: Some(Arc::new([whole])),
+        ..Options::DEFAULT
+    }))
+}
+
+/// Two parts of a launched task land while somebody who was let go looks at its value: it is in the
+/// flight or in the task at every moment, and one of the two that land ends the task.
+#[test]
+fn a_launched_task_shows_its_value_until_it_is_done_and_then() {
+    explore(|| {
+        let task = ready();
+        task.state.advance(Phase::Ready, Phase::Running).unwrap();
+        let stream = Stream {
+            device: DeviceId::gpu(0),
+            number: 0,
+        };
+        let event = Event {
+            stream,
+            position: 1,
+        };
+        task.launch(Outcome::Value(()), &[event], true);
+        let land = |task: &TaskRef<Model>| {
+            let settled = landed(task, None);
+            let last = settled.is_some();
+            if let Some(settled) = settled {
+                publish(&settled.task, settled.ending, &mut Vec::new(), None);
+            }
+            last
+        };
+        let device = {
+            let task = Arc::clone(&task);
+            thread::spawn(move || land(&task))
+        };
+        let reader = {
+            let task = Arc::clone(&task);
+            thread::spawn(move || assert!(task.peek(|()| ()).is_some()))
+        };
+        let by_body = land(&task);
+        reader.join().unwrap();
+        assert_ne!(by_body, device.join().unwrap());
+        assert!(task.is_done() && task.peek(|()| ()).is_some());
+    });
+}
+
+/// Two threads post to the ledger at once: whoever finds the turn taken leaves its letter to who has
+/// it, and both tasks run.
+#[test]
+fn no_letter_is_left_in_the_mailbox() {
+    explore_at_most(2, || {
+        let engine = open_on(0, Some(machine()));
+        let ran = count();
+        let other = {
+            let engine = Arc::clone(&engine);
+            let body = counting(&ran);
+            thread::spawn(move || engine.spawn_detached("other", body, on_device(), &[]))
+        };
+        let spawned = engine.spawn_detached("one", counting(&ran), on_device(), &[]);
+        spawned.unwrap();
+        other.join().unwrap().unwrap();
+        assert!(engine.close_when_quiet(&mut || false));
+        assert_eq!(ran.load(Ordering::Relaxed), 2);
+        engine.close();
+    });
+}
+
+/// A task that is asked for, granted, dispatched or running is cancelled: whoever takes the loan out of
+/// it gives it back, so that the next one gets the device.
+#[test]
+fn a_loan_is_given_back_whoever_ends_the_task() {
+    explore_at_most(2, || {
+        let engine = open_on(0, Some(machine()));
+        let task = Arc::new(Task::unspawned("task"));
+        let canceller = {
+            let task = Arc::clone(&task);
+            thread::spawn(move || Engine::cancel(&task))
+        };
+        let ran = count();
+        let _ = engine.spawn_as(&task, counting(&ran), on_device(), &[]);
+        canceller.join().unwrap();
+        assert!(task.is_done());
+        assert_eq!(task.is_cancelled(), ran.load(Ordering::Relaxed) == 0);
+        let next = engine.spawn("next", counting(&ran), on_device(), &[]);
+        assert!(engine.close_when_quiet(&mut || false));
+        assert!(!next.unwrap().is_failed());
+        engine.close();
+    });
+}
+
+/// A dependent is spawned while its predecessor runs, is launched, and its work ends: it is let go once,
+/// by the launch, by its own spawner or by the end, finds its predecessor's value, and is done after it.
+#[test]
+fn a_dependent_runs_ahead_or_behind() {
+    explore_at_most(1, || {
+        let machine = machine();
+        let engine = open_on(0, Some(Arc::clone(&machine)));
+        let first: Body = {
+            let engine = Arc::clone(&engine);
+            Box::new(move || {
+                let gpu = machine.as_virtual().unwrap().gpu(DeviceId::gpu(0));
+                for (_, stream) in engine.lent() {
+                    gpu.enqueue(stream, Box::new(|| Ok(()))).unwrap();
+                }
+                Ok(())
+            })
+        };
+        let task = Arc::new(Task::unspawned("first"));
+        let ran = count();
+        let second: Body = {
+            let mut run = counting(&ran);
+            let first = Arc::clone(&task);
+            Box::new(move || {
+                assert!(first.peek(|()| ()).is_some());
+                run()
+            })
+        };
+        let spawner = {
+            let (engine, first) = (Arc::clone(&engine), Arc::clone(&task));
+            thread::spawn(move || {
+                let before = std::slice::from_ref(&first);
+                engine.spawn("second", second, on_device(), before).unwrap()
+            })
+        };
+        engine.spawn_as(&task, first, on_device(), &[]).unwrap();
+        let (first, second) = (task, spawner.join().unwrap());
+        let tasks = std::slice::from_ref(&second);
+        assert_eq!(engine.wait(tasks, Until::All, None), Ok(true));
+        assert!(engine.close_when_quiet(&mut || false));
+        assert!(first.is_done() && second.is_done() && !second.is_failed());
+        assert_eq!(ran.load(Ordering::Relaxed), 1);
         engine.close();
     });
 }

@@ -34,7 +34,7 @@ use crate::schedule::map::{
 };
 use crate::sync::{AtomicU32, AtomicU64, Condvar, Mutex, Ordering, assert_unlocked};
 use crate::task::state::AHEAD;
-use crate::task::{Domain, Failure, Need, Outcome, Phase, Task, TaskRef};
+use crate::task::{Domain, Ending, Failure, Need, Outcome, Phase, Task, TaskRef};
 
 /// How many parked tasks the user's policy is asked for at once.
 const BATCH: usize = 256;
@@ -320,8 +320,8 @@ impl<D: Domain> Engine<D> {
             }
             Some(root) => {
                 if task.state.advance(Phase::Ready, Phase::Running).is_ok() {
-                    let outcome = Outcome::Failed(Failure::Dependency(root));
-                    worklist.push(Settled { task, outcome });
+                    let ending = Ending::Given(Outcome::Failed(Failure::Dependency(root)));
+                    worklist.push(Settled { task, ending });
                 }
             }
         }
@@ -666,13 +666,13 @@ impl<D: Domain> Engine<D> {
     }
 
     /// A task is about to have its outcome: what that says of run times.
-    pub(super) fn account(&self, task: &Task<D>, outcome: &Outcome<D>) {
+    pub(super) fn account(&self, task: &Task<D>, has_value: bool) {
         let Some(mapping) = task.mapping() else {
             return;
         };
         let on_devices = mapping.need() == Need::Devices;
         self.uncount(mapping);
-        if matches!(outcome, Outcome::Value(_)) && mapping.has(TIMED) && !mapping.has(DISTURBED) {
+        if has_value && mapping.has(TIMED) && !mapping.has(DISTURBED) {
             let time = if on_devices {
                 self.marked_time(task)
             } else {

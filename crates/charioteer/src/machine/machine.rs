@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use super::description::{Description, Host, Links, Time};
 use super::device::{Device, DeviceId, HOST, Kind};
-use super::virtual_gpu::{Clock, Observer, VirtualGpu, build};
+use super::observer::Observer;
+use super::virtual_gpu::{Clock, VirtualGpu, build};
 
 /// A machine: what it is, and its devices. When it is dropped its devices are lost.
 pub struct Machine {
@@ -86,6 +87,20 @@ impl Machine {
         &self.devices[usize::from(device.index())]
     }
 
+    /// Tells `observer` from now on what the devices are asked for and what they see.
+    pub fn add_observer(&self, observer: Arc<dyn Observer>) {
+        if let Some(devices) = &self.virtual_machine {
+            devices.clock.observers().add(observer);
+        }
+    }
+
+    /// Tells `observer` nothing any more. When this returns, no call of it is under way.
+    pub fn remove_observer(&self, observer: &Arc<dyn Observer>) {
+        if let Some(devices) = &self.virtual_machine {
+            devices.clock.observers().remove(observer);
+        }
+    }
+
     /// Ends virtual devices now, whoever still knows of them: they are lost. The machine's end does the
     /// same.
     pub fn close(&self) {
@@ -131,12 +146,6 @@ impl VirtualMachine {
     #[must_use]
     pub fn clock(&self) -> &Clock {
         &self.clock
-    }
-
-    /// Tells `observer` from now on what the devices see. There is one for the machine's life: `false`
-    /// if it has one already.
-    pub fn set_observer(&self, observer: Arc<dyn Observer>) -> bool {
-        self.clock.set_observer(observer)
     }
 }
 

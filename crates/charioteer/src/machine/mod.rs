@@ -32,6 +32,7 @@
 //! | `device` | the interface, with the names that all share |
 //! | `description` | a machine as plain data, and what a transfer takes on it |
 //! | `machine` | [`Machine`]: a description and its devices |
+//! | `observer` | who is told what devices are asked for and what becomes of it |
 //! | [`virtual_gpu`] | a device in host memory, in real and in virtual time |
 //!
 //! This folder knows nobody.
@@ -40,6 +41,7 @@ mod description;
 mod device;
 #[allow(clippy::module_inception, reason = "named for what it holds")]
 mod machine;
+mod observer;
 pub mod virtual_gpu;
 
 pub use description::{Description, DescriptionError, Gpu, Host, Link, Links, MAX_GPUS, Time};
@@ -48,3 +50,4 @@ pub use device::{
     Operation, Stream,
 };
 pub use machine::{Machine, VirtualMachine};
+pub use observer::{Enqueued, Observed, Observer};

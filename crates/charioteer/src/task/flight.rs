@@ -4,11 +4,19 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use super::state::LAUNCHED;
-use super::{Domain, Failure, Link, Outcome, Task, TaskRef};
+use super::state::{LAUNCHED, Snapshot, validate};
+use super::{Content, Domain, Failure, Link, Outcome, Phase, Task, TaskRef};
 use crate::machine::{DeviceError, Event};
 use crate::schedule::gang::Grant;
 use crate::schedule::map::Marks;
+
+/// What a task comes to that its owner is about to end.
+pub(crate) enum Ending<D: Domain> {
+    /// This.
+    Given(Outcome<D>),
+    /// What is in its flight, all parts of which have landed.
+    Landed,
+}
 
 /// Under the lock of the task's links.
 pub(crate) struct Flight<D: Domain> {
@@ -30,18 +38,19 @@ pub(crate) struct Flight<D: Domain> {
     /// events that are not complete, and the body.
     /// A predecessor may be done before it is counted, so this may be below zero for a moment.
     incomplete: i32,
-    /// What the task will come to when nothing is incomplete any more.
+    /// What the task will come to when nothing is incomplete any more; until it is done, so that
+    /// there is no moment when it is neither here nor in the task.
     outcome: Option<Outcome<D>>,
 }
 
 /// What came of a part that is complete.
-pub(crate) enum Landed<D: Domain> {
+pub(crate) enum Landed {
     /// Nothing yet.
     Nothing,
     /// The task was held, and is not any more.
     Free,
     /// The task was launched, and has its outcome.
-    Done(Outcome<D>),
+    Done,
 }
 
 impl<D: Domain> Flight<D> {
@@ -98,7 +107,7 @@ impl<D: Domain> Task<D> {
                 return Some(f(value));
             }
         }
-        // It may have come there in between.
+        // It is done, or was done in between: its outcome comes there under the lock.
         value(self.outcome()).map(f)
     }
 
@@ -135,8 +144,9 @@ impl<D: Domain> Task<D> {
         flight.behind.extend_from_slice(events);
     }
 
-    /// One part that was incomplete is complete, or failed: what comes of that.
-    pub(crate) fn land(&self, failure: Option<DeviceError>) -> Landed<D> {
+    /// One part that was incomplete is complete, or failed: what comes of that. Who is told that the task
+    /// is [done](Landed::Done) owns it, and is to [conclude](Task::conclude) it.
+    pub(crate) fn land(&self, failure: Option<DeviceError>) -> Landed {
         let mut links = self.links.lock();
         let flight = links.flight();
         let gone = match (failure, &mut flight.outcome) {
@@ -151,12 +161,68 @@ impl<D: Domain> Task<D> {
             Landed::Nothing
         } else if std::mem::take(&mut flight.held) {
             Landed::Free
+        } else if flight.outcome.is_some() {
+            Landed::Done
         } else {
-            flight.outcome.take().map_or(Landed::Nothing, Landed::Done)
+            Landed::Nothing
         };
         drop(links);
         // A value that came to nothing is dropped with no lock held (invariant 8).
         drop(gone);
         landed
+    }
+
+    /// Makes the outcome of a task that has landed another one.
+    pub(crate) fn divert(&self, outcome: Outcome<D>) {
+        let before = self.links.lock().flight().outcome.replace(outcome);
+        drop(before);
+    }
+
+    /// Calls `f` with what a task comes to that this thread owns. `f` is called under a lock, and calls
+    /// nobody.
+    pub(crate) fn foresee<R>(&self, ending: &Ending<D>, f: impl FnOnce(&Outcome<D>) -> R) -> R {
+        match ending {
+            Ending::Given(outcome) => f(outcome),
+            Ending::Landed => {
+                let mut links = self.links.lock();
+                f(links.flight().outcome.as_ref().expect("it has landed"))
+            }
+        }
+    }
+
+    /// Publishes the outcome of a task that this thread owns, with the flags that go with it; gives
+    /// the word before.
+    pub(crate) fn conclude(
+        &self,
+        ending: Ending<D>,
+        flags: impl FnOnce(&Outcome<D>) -> u32,
+    ) -> Snapshot {
+        let replace = |next| {
+            self.content.with_mut(|content| {
+                // SAFETY: this thread owns the task; nobody else looks before `Done`.
+                std::mem::replace(unsafe { &mut *content }, next)
+            })
+        };
+        // Freed before anybody can know that the task is done: a finished task keeps neither body nor
+        // arguments, and who sees it done may count on that.
+        let body = replace(Content::Nothing);
+        validate(
+            !matches!(body, Content::Outcome(_)),
+            "a task has one outcome (invariant 1)",
+        );
+        drop(body);
+        let publish = |outcome: Outcome<D>| {
+            let flags = flags(&outcome);
+            replace(Content::Outcome(outcome));
+            self.state.leave_running(Phase::Done, flags)
+        };
+        match ending {
+            Ending::Given(outcome) => publish(outcome),
+            Ending::Landed => {
+                let mut links = self.links.lock();
+                let outcome = links.flight().outcome.take();
+                publish(outcome.expect("it has landed"))
+            }
+        }
     }
 }

@@ -60,7 +60,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub(crate) use flight::{Flight, Landed};
+pub(crate) use flight::{Ending, Flight, Landed};
 pub(crate) use latch::End;
 pub use latch::{Latch, Until, Waker};
 pub use link::Link;

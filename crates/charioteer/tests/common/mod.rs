@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::time::Duration;
 
-use charioteer::trace::{Event, TraceFile};
+use charioteer::trace::{self, Checked, Event, TraceFile};
 
 /// Runs a test that may hang. After so many seconds the threads of the process are listed, and it is
 /// aborted.
@@ -80,6 +80,21 @@ pub fn trace_path() -> PathBuf {
         std::process::id(),
         NEXT.fetch_add(1, Ordering::Relaxed)
     ))
+}
+
+/// Reads the trace of a runtime that is closed, and removes the file.
+pub fn take_trace(path: &std::path::Path) -> TraceFile {
+    let file = trace::read(path).expect("the trace is complete");
+    std::fs::remove_file(path).expect("it was just read");
+    file
+}
+
+/// That a trace keeps every promise.
+pub fn prove(file: &TraceFile) -> Checked {
+    let checked = trace::check(file).expect("it has evidence");
+    let violations: Vec<String> = checked.violations.iter().map(ToString::to_string).collect();
+    assert!(violations.is_empty(), "{violations:#?}");
+    checked
 }
 
 /// Proves of a complete trace that the events of every task are in a legal order, that a task with

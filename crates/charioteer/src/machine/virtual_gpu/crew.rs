@@ -31,15 +31,15 @@
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use super::state::{Outbox, Run, Shared, Signal, State, Watcher, unknown};
 use super::timeline::Timeline;
-use super::{Observed, Observer};
 use crate::machine::description::{Description, Time};
 use crate::machine::device::{Completion, DeviceError, DeviceId, Event, Kind, Operation, Stream};
+use crate::machine::observer::{Observed, Observers};
 use crate::sync::{AtomicU64, Condvar, Guard, Mutex, Ordering, assert_unlocked, thread_local};
 
 #[derive(Clone, Copy)]
@@ -128,7 +128,7 @@ pub(super) struct Core {
     start: Instant,
     /// Virtual time: when things are. Written under the lock.
     clock: AtomicU64,
-    observer: OnceLock<Arc<dyn Observer>>,
+    pub(super) observers: Observers,
 }
 
 impl Core {
@@ -141,7 +141,7 @@ impl Core {
             time: description.time(),
             start: Instant::now(),
             clock: AtomicU64::new(0),
-            observer: OnceLock::new(),
+            observers: Observers::new(),
         })
     }
 
@@ -151,20 +151,6 @@ impl Core {
             Time::Real => nanoseconds(self.start.elapsed()),
             Time::Virtual => self.clock.load(Ordering::Relaxed),
         }
-    }
-
-    #[inline]
-    pub(super) fn observe(&self, observed: Observed) {
-        if let Some(observer) = self.observer.get() {
-            assert_unlocked();
-            observer.observe(observed);
-        }
-    }
-
-    pub(super) fn set_observer(&self, observer: Arc<dyn Observer>) -> bool {
-        let first = self.observer.set(observer).is_ok();
-        self.state.lock().observed = true;
-        first
     }
 
     /// Whether this thread is running an operation of the device.
@@ -210,6 +196,7 @@ impl Core {
         let mut state = self.state.lock();
         // By the clock under the lock, what is enqueued later is not enqueued earlier.
         let now = self.now();
+        state.observed = self.observers.are_there();
         let result = change(&mut state, now);
         self.leave(state);
         result
@@ -276,8 +263,8 @@ impl Core {
     /// Does what waited for the lock to be free.
     fn deliver(&self, out: Outbox) {
         assert_unlocked();
-        for event in out.completed {
-            self.observe(Observed::Completed(event));
+        for observed in out.observed {
+            self.observers.tell(observed);
         }
         for signal in out.signals {
             signal.set();
@@ -291,7 +278,7 @@ impl Core {
     /// Calls back. A panic there has been reported by the hook, and must not keep others from being
     /// called.
     fn call(&self, event: Event, call: Completion, result: Result<(), DeviceError>) {
-        self.observe(Observed::Seen(event));
+        self.observers.tell(Observed::Seen(event));
         let _ = catch_unwind(AssertUnwindSafe(|| call(result)));
     }
 
@@ -420,16 +407,21 @@ impl Core {
         true
     }
 
-    /// Blocks until the event is complete, and counts that if it takes blocking.
+    /// Blocks until the event is complete, and counts that if it takes blocking; says whether it did.
     pub(super) fn synchronize(
         self: &Arc<Self>,
         event: Event,
         blocked: &AtomicU64,
-    ) -> Result<(), DeviceError> {
-        if self.query(event)? {
-            return Ok(());
+    ) -> (Result<(), DeviceError>, bool) {
+        let complete = self.query(event);
+        if complete != Ok(false) {
+            return (complete.map(drop), false);
         }
         blocked.fetch_add(1, Ordering::Relaxed);
+        (self.block(event), true)
+    }
+
+    fn block(self: &Arc<Self>, event: Event) -> Result<(), DeviceError> {
         if self.time == Time::Virtual {
             while !self.query(event)? {
                 // Nothing may be due because another thread has just done it.
@@ -459,7 +451,7 @@ impl Core {
             },
             _ => call,
         };
-        self.observe(Observed::Seen(event));
+        self.observers.tell(Observed::Seen(event));
         call(self.query(event).map(drop));
     }
 

@@ -22,12 +22,14 @@
 //! # Failure
 //!
 //! An operation that returns an error, or panics, and a copy that fails, fail the position that they
-//! are at, and *the stream is done for*: all behind it is dropped without being run (memory is given
-//! back, though), and each of its events from there on tells the first error. So an event says the
-//! same whenever it is asked. Other streams go on, but for those that wait for a failed event. Whoever
+//! are at, and *the stream is done for*: all behind it is dropped without being run, and each of its
+//! events from there on tells the first error. So an event says the same whenever it is asked. What
+//! others rely on behind a failure takes place all the same: memory is given back, and waits are waited
+//! for, so that an event, failed or not, is complete no sooner than what its stream was told to wait
+//! for. Other streams go on, but for those that wait for a failed event. Whoever
 //! saw a stream fail takes a new one.
 //!
-//! A device that is lost ends all its streams in the same way, at once, except that what is running
+//! A device that is lost ends all its streams at once, waits and all, except that what is running
 //! then ends first, since it may be using memory that somebody waits to have back. An event that was
 //! complete before stays so.
 //!
@@ -67,38 +69,14 @@ use std::time::Duration;
 use self::crew::{Core, nanoseconds};
 use self::memory::Buffer;
 use self::state::{LATE, LOST, Shared, Stamp, Work, unknown};
-use self::timeline::Timelines;
+use self::timeline::{Timeline, Timelines};
 use super::description::Description;
 use super::device::{
     Completion, Device, DeviceError, DeviceId, DeviceInfo, DevicePointer, Event, HOST, Mark,
     Operation, Stream,
 };
+use super::observer::{Enqueued, Observed, Observers};
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
-
-/// What the device layer sees, told to an [`Observer`]. A call is told before it returns, on the
-/// thread that made it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Observed {
-    /// An operation, a pause, a copy, a mark, or a release of memory was enqueued: the event that it
-    /// completes.
-    Enqueued(Event),
-    /// An event was recorded.
-    Recorded(Event),
-    /// The stream was told to wait for the event.
-    Waits(Stream, Event),
-    /// The host learnt that the event is complete: a `synchronize` returned, `is_complete` said
-    /// yes, or a completion is about to be called.
-    Seen(Event),
-    /// The stream got as far as the event. Others may have seen that before it is told, and what
-    /// was enqueued may be complete before that is told.
-    Completed(Event),
-}
-
-/// Told what the device layer sees, with no lock held, by whichever thread saw it.
-pub trait Observer: Send + Sync {
-    /// Called once for each thing seen; it calls no device.
-    fn observe(&self, observed: Observed);
-}
 
 /// What went over one link in one direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -215,23 +193,36 @@ impl VirtualGpu {
             Err(error) if !self.core.recorded(event) => return Err(error),
             complete => complete == Ok(true) || (!inherits && complete != Ok(false)),
         };
-        if event.stream != stream {
-            self.shared().stream_waits.fetch_add(1, Ordering::Relaxed);
-            if !passed {
-                let wait = Work::Wait { event, inherits };
-                self.core
-                    .change(|state, now| state.enqueue(stream, wait, now))?;
-            }
+        if event.stream == stream {
+            return Ok(());
         }
-        self.core.observe(Observed::Waits(stream, event));
+        self.shared().stream_waits.fetch_add(1, Ordering::Relaxed);
+        let from = if passed {
+            // The stream is told nothing: it is the host that saw it.
+            self.core.observers.tell(Observed::Seen(event));
+            self.core.timeline(stream).map_or(0, Timeline::tail) + 1
+        } else {
+            let wait = Work::Wait { event, inherits };
+            let enqueue = |state: &mut state::State, now| state.enqueue(stream, wait, now);
+            self.core.change(enqueue)?.position
+        };
+        self.core.observers.tell(Observed::Waits {
+            stream,
+            from,
+            event,
+        });
         Ok(())
     }
 
     fn put(&self, stream: Stream, work: Work) -> Result<(), DeviceError> {
         self.check(stream)?;
+        let kind = match work {
+            Work::Busy(_) => Enqueued::Busy,
+            _ => Enqueued::Operation,
+        };
         let enqueue = |state: &mut state::State, now| state.enqueue(stream, work, now);
         let event = self.core.change(enqueue)?;
-        self.core.observe(Observed::Enqueued(event));
+        self.core.observers.tell(Observed::Enqueued(event, kind));
         Ok(())
     }
 
@@ -316,7 +307,9 @@ impl Device for VirtualGpu {
     }
 
     fn create_stream(&self) -> Result<Stream, DeviceError> {
-        self.core.change(|state, _| state.create_stream(self.id))
+        let stream = self.core.change(|state, _| state.create_stream(self.id))?;
+        self.core.observers.tell(Observed::Created(stream));
+        Ok(stream)
     }
 
     #[inline]
@@ -336,7 +329,7 @@ impl Device for VirtualGpu {
                 position: timeline.tail(),
             }
         };
-        self.core.observe(Observed::Recorded(event));
+        self.core.observers.tell(Observed::Recorded(event));
         Ok(event)
     }
 
@@ -346,7 +339,8 @@ impl Device for VirtualGpu {
         let work = Work::Mark(Arc::clone(&stamp));
         let enqueue = |state: &mut state::State, now| state.enqueue(stream, work, now);
         let event = self.core.change(enqueue)?;
-        self.core.observe(Observed::Enqueued(event));
+        let observed = Observed::Enqueued(event, Enqueued::Mark);
+        self.core.observers.tell(observed);
         Ok(Mark(stamp))
     }
 
@@ -366,15 +360,19 @@ impl Device for VirtualGpu {
     fn is_complete(&self, event: Event) -> Result<bool, DeviceError> {
         let complete = self.core.query(event);
         if complete != Ok(false) {
-            self.core.observe(Observed::Seen(event));
+            self.core.observers.tell(Observed::Seen(event));
         }
         complete
     }
 
     fn synchronize(&self, event: Event) -> Result<(), DeviceError> {
         let blocked = &self.shared().host_synchronisations;
-        let result = self.core.synchronize(event, blocked);
-        self.core.observe(Observed::Seen(event));
+        let (result, has_blocked) = self.core.synchronize(event, blocked);
+        self.core.observers.tell(if has_blocked {
+            Observed::Synchronised(event)
+        } else {
+            Observed::Seen(event)
+        });
         result
     }
 
@@ -402,7 +400,8 @@ impl Device for VirtualGpu {
         }
         let free = |state: &mut state::State, now| state.free(pointer, stream, now);
         if let Some(event) = self.core.change(free)? {
-            self.core.observe(Observed::Enqueued(event));
+            let freed = Observed::Enqueued(event, Enqueued::Free);
+            self.core.observers.tell(freed);
         }
         Ok(())
     }
@@ -411,6 +410,8 @@ impl Device for VirtualGpu {
         self.core.read(|state| state.free_memory(self.id))
     }
 
+    // SAFETY: the caller's duties are the trait's: the addresses of host memory are used when the copy
+    // is due, by `Transfer::run`, and those of devices are looked up in their address spaces.
     unsafe fn copy(
         &self,
         from: DevicePointer,
@@ -421,7 +422,8 @@ impl Device for VirtualGpu {
         self.check(stream)?;
         let copy = |state: &mut state::State, now| state.copy(from, to, bytes, stream, now);
         let event = self.core.change(copy)?;
-        self.core.observe(Observed::Enqueued(event));
+        let copied = Observed::Enqueued(event, Enqueued::Copy);
+        self.core.observers.tell(copied);
         Ok(())
     }
 
@@ -456,8 +458,8 @@ impl Clock {
         self.core.advance()
     }
 
-    pub(super) fn set_observer(&self, observer: Arc<dyn Observer>) -> bool {
-        self.core.set_observer(observer)
+    pub(super) fn observers(&self) -> &Observers {
+        &self.core.observers
     }
 
     pub(super) fn close(&self) {

@@ -16,6 +16,7 @@ use crate::machine::description::Description;
 use crate::machine::device::{
     Completion, DeviceError, DeviceId, DeviceInfo, DevicePointer, Event, HOST, Operation, Stream,
 };
+use crate::machine::observer::Observed;
 use crate::sync::{AtomicU32, AtomicU64, Condvar, Mutex, Ordering};
 
 /// The device is lost.
@@ -222,8 +223,8 @@ pub(super) enum Run {
 /// What is done once no lock is held.
 #[derive(Default)]
 pub(super) struct Outbox {
-    /// For the observer.
-    pub(super) completed: Vec<Event>,
+    /// For the observers.
+    pub(super) observed: Vec<Observed>,
     pub(super) signals: Vec<Arc<Signal>>,
     pub(super) calls: Vec<(Event, Completion, Result<(), DeviceError>)>,
     /// Dropped: what will never run, and memory.
@@ -232,7 +233,7 @@ pub(super) struct Outbox {
 
 impl Outbox {
     pub(super) fn is_empty(&self) -> bool {
-        self.completed.is_empty()
+        self.observed.is_empty()
             && self.signals.is_empty()
             && self.calls.is_empty()
             && self.drops.is_empty()
@@ -249,6 +250,7 @@ pub(super) struct State {
     sequence: u64,
     /// Streams to look at, before the lock is let go.
     unsettled: VecDeque<Stream>,
+    /// Whether anybody observes.
     pub(super) observed: bool,
     pub(super) out: Outbox,
     /// Who drives it.
@@ -753,7 +755,12 @@ impl State {
         if state.error.is_none() {
             state.error = Some(error);
             let timeline = self.timeline(stream);
-            timeline.fail(timeline.done() + 1);
+            let position = timeline.done() + 1;
+            timeline.fail(position);
+            if self.observed {
+                let failed = Observed::Failed(Event { stream, position });
+                self.out.observed.push(failed);
+            }
         }
     }
 
@@ -767,6 +774,11 @@ impl State {
         let rest: Vec<Entry> = state.queue.drain(keep..).collect();
         let at = state.ready;
         self.out.drops.push(Box::new(rest));
+        if self.observed {
+            let position = self.timeline(stream).done() + keep as u64;
+            let last = Observed::Abandoned(Event { stream, position });
+            self.out.observed.push(last);
+        }
         if keep == 0 {
             self.stream(stream).head = Head::Idle;
             let timeline = self.timeline(stream);
@@ -831,7 +843,8 @@ impl State {
             }
         }
         if self.observed {
-            self.out.completed.push(Event { stream, position });
+            let reached = Observed::Completed(Event { stream, position });
+            self.out.observed.push(reached);
         }
     }
 
@@ -852,11 +865,6 @@ impl State {
         };
         let begin = ready.max(front.at);
         let at = match front.work {
-            // Behind a failure nothing is run, but memory is given back.
-            _ if state.error.is_some() => {
-                self.step(stream, ready);
-                return true;
-            }
             Work::Wait { event, inherits } => {
                 match self.outcome(event) {
                     None => {
@@ -869,6 +877,11 @@ impl State {
                     Some(Err(error)) if inherits => self.fail(stream, error),
                     Some(_) => {}
                 }
+                self.step(stream, ready);
+                return true;
+            }
+            // Behind a failure nothing is run, but memory is given back.
+            _ if state.error.is_some() => {
                 self.step(stream, ready);
                 return true;
             }

@@ -498,7 +498,10 @@ impl<T> Gang<T> {
         self.keeping > 0
             && self.waiting() > 0
             && self.returning.is_empty()
-            && self.books.iter().all(|book| book.unfinished() == 0)
+            && self
+                .books
+                .iter()
+                .all(|book| book.lost || book.unfinished() == 0)
     }
 
     /// Gives a task up that waits: the first of a shape that is `chosen`, else the first.

@@ -603,3 +603,22 @@ fn a_lost_device_fails_those_who_need_it_alone() {
         ("free", 1, vec![0])
     );
 }
+
+/// A body of a lost device returns to nobody's books, and is not waited for.
+#[test]
+fn who_keeps_memory_is_found_out_beside_a_lost_device() {
+    let mut gang = Gang::new(&gpus(2, 4), LIMITS);
+    gang.submit("lost", one(named(&[1]))).unwrap();
+    let (_, lost) = start(&mut gang);
+    gang.submit("keeps", part(WHOLE, 3)).unwrap();
+    let (_, keeps) = start(&mut gang);
+    assert_eq!(devices(&keeps), [0]);
+    gang.fail_device(DeviceId::gpu(1));
+    gang.launched(lost.id, &[None]);
+    gang.paused(keeps.id, &[Some(event(0, 0, 1))]);
+    gang.completed(event(0, 0, 1));
+    gang.submit("starves", part(WHOLE, 2)).unwrap();
+    nothing(&mut gang);
+    assert!(gang.is_stuck());
+    assert_eq!(gang.give_up(|_| true), Some("starves"));
+}

@@ -1,0 +1,322 @@
+//! Which device work is before which, by what the device layer logged alone.
+//!
+//! Work of a stream has a position. Work at one position is before work at another if
+//!
+//! * it is earlier on the same stream, or
+//! * the stream of the later one was told to wait, at or before that position, for an event at or
+//!   behind the earlier one, or for one that is behind it in this way, or
+//! * the host saw it complete before the later one was enqueued.
+//!
+//! An event is a position too: all up to it. When it is complete, so is all that is before it, since
+//! a stream waits for what it was told to wait for, also behind a failure. A device that is lost is the
+//! exception: behind the position where a stream was *abandoned* nothing waited, and nothing ran.
+//!
+//! Records are taken in the order of their times. What the host has seen is one position a stream, up to
+//! which all is complete. Besides that, each stream has a *clock* for each wait: of other streams
+//! the positions that work from there on is behind. What the host has seen already is left out of
+//! clocks, so that they are as long as there are streams with work in flight. A clock without it is as
+//! good, since whoever asks later has seen that too.
+
+use std::collections::{BTreeMap, HashMap};
+use std::rc::Rc;
+
+use crate::machine::{Event, Observed, Stream};
+use crate::trace::record::{DeviceEvent, DeviceRecord};
+
+/// The number of a stream, in the order in which the trace first names them.
+pub(super) type Track = u32;
+
+/// A position on a stream.
+pub(super) type Position = (Track, u64);
+
+/// Positions that something is behind, by stream.
+pub(super) type Clock = Rc<[Position]>;
+
+#[derive(Debug)]
+struct Line {
+    stream: Stream,
+    /// The host saw that all up to here is complete.
+    seen: u64,
+    /// The first position that failed. What is behind it did not run.
+    failed: u64,
+    /// The last position that ran or waited before the device was lost.
+    abandoned: u64,
+    /// From which position on work is behind what, by position; each has all before it.
+    waits: Vec<(u64, Clock)>,
+    /// Who asked to be told when the host sees a position.
+    watched: BTreeMap<u64, Vec<usize>>,
+}
+
+/// What is known up to some record.
+#[derive(Debug, Default)]
+pub(super) struct Evidence {
+    numbers: HashMap<Stream, Track>,
+    lines: Vec<Line>,
+    /// Who is to be told that the host has seen what they watch.
+    pub(super) told: Vec<usize>,
+}
+
+impl Evidence {
+    /// Where streams ended early, of the whole trace: that decides what ran at all.
+    pub(super) fn new(records: &[DeviceRecord]) -> Self {
+        let mut evidence = Self::default();
+        let mut abandoned: HashMap<Track, u64> = HashMap::new();
+        for record in records {
+            match record.event {
+                DeviceEvent::Observed(Observed::Failed(event)) => {
+                    let line = evidence.track(event.stream) as usize;
+                    let line = &mut evidence.lines[line];
+                    line.failed = line.failed.min(event.position);
+                }
+                DeviceEvent::Observed(Observed::Abandoned(event)) => {
+                    let track = evidence.track(event.stream);
+                    // What ran when the device was lost is told of twice, when it is and afterwards.
+                    let last = abandoned.entry(track).or_default();
+                    *last = event.position.max(*last);
+                }
+                _ => {}
+            }
+        }
+        for (track, position) in abandoned {
+            evidence.lines[track as usize].abandoned = position;
+        }
+        evidence
+    }
+
+    /// The number of a stream.
+    pub(super) fn track(&mut self, stream: Stream) -> Track {
+        *self.numbers.entry(stream).or_insert_with(|| {
+            self.lines.push(Line {
+                stream,
+                seen: 0,
+                failed: u64::MAX,
+                abandoned: u64::MAX,
+                waits: Vec::new(),
+                watched: BTreeMap::new(),
+            });
+            Track::try_from(self.lines.len() - 1).expect("fewer than 2^32 streams")
+        })
+    }
+
+    pub(super) fn stream(&self, track: Track) -> Stream {
+        self.lines[track as usize].stream
+    }
+
+    /// Whether the work at a position runs, or is dropped behind a failure.
+    pub(super) fn runs(&self, (track, position): Position) -> bool {
+        let line = &self.lines[track as usize];
+        position <= line.failed.min(line.abandoned)
+    }
+
+    /// Whether the stream was abandoned with its device.
+    pub(super) fn is_lost(&self, track: Track) -> bool {
+        self.lines[track as usize].abandoned != u64::MAX
+    }
+
+    /// Takes a record in.
+    pub(super) fn learn(&mut self, observed: Observed) {
+        match observed {
+            Observed::Waits {
+                stream,
+                from,
+                event,
+            } => self.wait(stream, from, event),
+            Observed::Synchronised(event) | Observed::Seen(event) => self.see(event),
+            Observed::Created(_)
+            | Observed::Enqueued(..)
+            | Observed::Recorded(_)
+            | Observed::Completed(_)
+            | Observed::Failed(_)
+            | Observed::Abandoned(_) => {}
+        }
+    }
+
+    fn wait(&mut self, stream: Stream, from: u64, event: Event) {
+        let (track, other) = (self.track(stream), self.track(event.stream));
+        if from > self.lines[track as usize].abandoned || track == other {
+            return;
+        }
+        let mut new = self
+            .clock((other, event.position))
+            .map_or_else(Vec::new, |clock| clock.to_vec());
+        new.push((other, event.position));
+        let waits = &self.lines[track as usize].waits;
+        // Threads that free memory make streams wait too, so that two may be told out of order.
+        let at = waits.partition_point(|&(position, _)| position <= from);
+        let before = at.checked_sub(1).map(|before| Rc::clone(&waits[before].1));
+        let clock = self.merged(before.as_deref().unwrap_or(&[]), &new, track);
+        let later: Vec<Clock> = self.lines[track as usize].waits[at..]
+            .iter()
+            .map(|(_, clock)| self.merged(clock, &new, track))
+            .collect();
+        let waits = &mut self.lines[track as usize].waits;
+        for ((_, clock), merged) in waits[at..].iter_mut().zip(later) {
+            *clock = merged;
+        }
+        waits.insert(at, (from, clock));
+    }
+
+    /// The later of two clocks for each stream, without what the host has seen, and without `own`.
+    fn merged(&self, one: &[Position], other: &[Position], own: Track) -> Clock {
+        let mut all: Vec<Position> = one
+            .iter()
+            .chain(other)
+            .copied()
+            .filter(|&position| position.0 != own && !self.is_seen(position))
+            .collect();
+        all.sort_unstable();
+        // Of one stream the last is the largest.
+        all.reverse();
+        all.dedup_by_key(|position| position.0);
+        all.reverse();
+        all.into()
+    }
+
+    /// What work at this position is behind on other streams, besides what the host has seen.
+    pub(super) fn clock(&self, (track, position): Position) -> Option<&Clock> {
+        let waits = &self.lines[track as usize].waits;
+        let at = waits.partition_point(|&(from, _)| from <= position);
+        at.checked_sub(1).map(|at| &waits[at].1)
+    }
+
+    /// What work is behind that is enqueued on the stream from now on.
+    pub(super) fn now(&self, track: Track) -> Option<Clock> {
+        let (_, clock) = self.lines[track as usize].waits.last()?;
+        Some(Rc::clone(clock))
+    }
+
+    fn see(&mut self, event: Event) {
+        let track = self.track(event.stream);
+        if self.is_seen((track, event.position)) {
+            return;
+        }
+        let before = self.clock((track, event.position)).map(Rc::clone);
+        self.raise((track, event.position));
+        for &position in before.iter().flat_map(|clock| clock.iter()) {
+            self.raise(position);
+        }
+    }
+
+    fn raise(&mut self, (track, position): Position) {
+        let line = &mut self.lines[track as usize];
+        if line.seen < position {
+            line.seen = position;
+            let later = line.watched.split_off(&(position + 1));
+            let reached = std::mem::replace(&mut line.watched, later);
+            self.told.extend(reached.into_values().flatten());
+        }
+    }
+
+    /// Whether the host has seen that all up to the position is complete.
+    pub(super) fn is_seen(&self, (track, position): Position) -> bool {
+        self.lines[track as usize].seen >= position
+    }
+
+    /// Puts `who` among [`told`](Self::told) as soon as the host has seen the position.
+    pub(super) fn watch(&mut self, (track, position): Position, who: usize) {
+        if self.is_seen((track, position)) {
+            self.told.push(who);
+        } else {
+            let watched = &mut self.lines[track as usize].watched;
+            watched.entry(position).or_default().push(who);
+        }
+    }
+}
+
+/// Whether a clock has the position.
+pub(super) fn has(clock: Option<&Clock>, (track, position): Position) -> bool {
+    let Some(clock) = clock else { return false };
+    clock
+        .binary_search_by_key(&track, |entry| entry.0)
+        .is_ok_and(|at| clock[at].1 >= position)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::DeviceId;
+
+    fn stream(number: u32) -> Stream {
+        Stream {
+            device: DeviceId::gpu(0),
+            number,
+        }
+    }
+
+    fn event(number: u32, position: u64) -> Event {
+        Event {
+            stream: stream(number),
+            position,
+        }
+    }
+
+    fn waits(number: u32, from: u64, event: Event) -> Observed {
+        Observed::Waits {
+            stream: stream(number),
+            from,
+            event,
+        }
+    }
+
+    /// Whether work at a position of one stream is behind a position of another.
+    fn behind(evidence: &mut Evidence, later: Event, earlier: Event) -> bool {
+        let later = (evidence.track(later.stream), later.position);
+        let earlier = (evidence.track(earlier.stream), earlier.position);
+        evidence.is_seen(earlier) || has(evidence.clock(later), earlier)
+    }
+
+    #[test]
+    fn waits_carry_what_is_behind_their_events_from_their_position_on() {
+        let mut evidence = Evidence::default();
+        evidence.learn(waits(1, 4, event(0, 7)));
+        evidence.learn(waits(2, 2, event(1, 3)));
+        evidence.learn(waits(2, 5, event(1, 4)));
+        assert!(!behind(&mut evidence, event(1, 3), event(0, 1)));
+        assert!(behind(&mut evidence, event(1, 4), event(0, 7)));
+        assert!(!behind(&mut evidence, event(1, 4), event(0, 8)));
+        assert!(behind(&mut evidence, event(2, 2), event(1, 3)));
+        assert!(!behind(&mut evidence, event(2, 4), event(0, 7)));
+        assert!(behind(&mut evidence, event(2, 5), event(0, 7)));
+    }
+
+    #[test]
+    fn waits_that_are_told_out_of_order_count_from_their_own_position_on() {
+        let mut evidence = Evidence::default();
+        evidence.learn(waits(1, 6, event(2, 1)));
+        evidence.learn(waits(1, 4, event(0, 1)));
+        assert!(behind(&mut evidence, event(1, 5), event(0, 1)));
+        assert!(!behind(&mut evidence, event(1, 5), event(2, 1)));
+        assert!(behind(&mut evidence, event(1, 6), event(0, 1)));
+        assert!(behind(&mut evidence, event(1, 6), event(2, 1)));
+    }
+
+    #[test]
+    fn what_the_host_sees_shows_all_before_it() {
+        let mut evidence = Evidence::default();
+        evidence.learn(waits(1, 1, event(0, 5)));
+        let track = evidence.track(stream(0));
+        evidence.watch((track, 5), 3);
+        evidence.watch((track, 6), 4);
+        evidence.learn(Observed::Seen(event(1, 2)));
+        assert!(behind(&mut evidence, event(9, 1), event(0, 5)));
+        assert!(!behind(&mut evidence, event(9, 1), event(0, 6)));
+        assert_eq!(evidence.told, [3]);
+    }
+
+    #[test]
+    fn an_abandoned_stream_waits_for_nothing() {
+        let records = [6, 5].map(|position| DeviceRecord {
+            time: 9,
+            task: 0,
+            thread: 0,
+            event: DeviceEvent::Observed(Observed::Abandoned(event(1, position))),
+        });
+        let mut evidence = Evidence::new(&records);
+        evidence.learn(waits(1, 6, event(0, 1)));
+        evidence.learn(waits(1, 7, event(2, 1)));
+        assert!(behind(&mut evidence, event(1, 9), event(0, 1)));
+        assert!(!behind(&mut evidence, event(1, 9), event(2, 1)));
+        let track = evidence.track(stream(1));
+        assert!(evidence.runs((track, 6)) && !evidence.runs((track, 7)));
+    }
+}

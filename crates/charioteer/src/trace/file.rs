@@ -1,0 +1,354 @@
+//! The trace file, written and read; the module has the format.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+
+use super::record::{DeviceRecord, Event, Record};
+
+const MAGIC: &[u8; 8] = b"CHARIOTR";
+const VERSION: u32 = 2;
+/// The oldest that is read.
+const OLDEST: u32 = 1;
+
+const TASKS: u32 = 1;
+const NAME: u32 = 2;
+const END: u32 = 3;
+const DEVICES: u32 = 4;
+
+pub(super) fn write_header(file: &mut impl Write, wall: u64) -> io::Result<()> {
+    file.write_all(MAGIC)?;
+    file.write_all(&VERSION.to_le_bytes())?;
+    file.write_all(&0_u32.to_le_bytes())?;
+    file.write_all(&wall.to_le_bytes())
+}
+
+fn write_block(file: &mut impl Write, tag: u32, count: usize) -> io::Result<()> {
+    let count = u32::try_from(count).expect("a block is small");
+    file.write_all(&tag.to_le_bytes())?;
+    file.write_all(&count.to_le_bytes())
+}
+
+pub(super) fn write_tasks(file: &mut impl Write, records: &[Record]) -> io::Result<()> {
+    if records.is_empty() {
+        return Ok(());
+    }
+    let mut bytes = Vec::with_capacity(records.len() * 32);
+    for record in records {
+        bytes.extend_from_slice(&record.time.to_le_bytes());
+        bytes.extend_from_slice(&record.task.to_le_bytes());
+        bytes.extend_from_slice(&record.other.to_le_bytes());
+        bytes.extend_from_slice(&record.thread.to_le_bytes());
+        bytes.extend_from_slice(&(record.event as u32).to_le_bytes());
+    }
+    write_block(file, TASKS, records.len())?;
+    file.write_all(&bytes)
+}
+
+pub(super) fn write_devices(file: &mut impl Write, records: &[DeviceRecord]) -> io::Result<()> {
+    if records.is_empty() {
+        return Ok(());
+    }
+    let mut bytes = Vec::with_capacity(records.len() * 56);
+    for record in records {
+        let (kind, words) = record.encode();
+        bytes.extend_from_slice(&record.time.to_le_bytes());
+        bytes.extend_from_slice(&record.task.to_le_bytes());
+        bytes.extend_from_slice(&record.thread.to_le_bytes());
+        bytes.extend_from_slice(&kind.to_le_bytes());
+        for word in words {
+            bytes.extend_from_slice(&word.to_le_bytes());
+        }
+    }
+    write_block(file, DEVICES, records.len())?;
+    file.write_all(&bytes)
+}
+
+pub(super) fn write_name(file: &mut impl Write, task: u64, name: &str) -> io::Result<()> {
+    write_block(file, NAME, name.len())?;
+    file.write_all(&task.to_le_bytes())?;
+    file.write_all(name.as_bytes())
+}
+
+pub(super) fn write_end(file: &mut impl Write) -> io::Result<()> {
+    write_block(file, END, 0)
+}
+
+/// A trace that was read.
+#[derive(Clone, Debug, Default)]
+pub struct TraceFile {
+    /// The version of its format.
+    pub version: u32,
+    /// The wall clock at its start, nanoseconds since 1970.
+    pub wall: u64,
+    /// The events of tasks, ordered by time.
+    pub records: Vec<Record>,
+    /// The events of devices, ordered by time. A trace of version 1 has none.
+    pub devices: Vec<DeviceRecord>,
+    /// The names of tasks.
+    pub names: HashMap<u64, String>,
+}
+
+/// Reads a trace file.
+///
+/// # Errors
+/// [`io::ErrorKind::InvalidData`] with a sentence that says what is wrong, for a file that is no
+/// trace, has another version or was cut off; else what the system says.
+pub fn read(path: &Path) -> io::Result<TraceFile> {
+    let mut bytes = Vec::new();
+    File::open(path)?.read_to_end(&mut bytes)?;
+    let mut reader = Reader {
+        path: path.to_path_buf(),
+        left: &bytes,
+    };
+    let mut file = reader.header()?;
+    while reader.block(&mut file)? {}
+    file.records.sort_by_key(|record| record.time);
+    file.devices.sort_by_key(|record| record.time);
+    Ok(file)
+}
+
+struct Reader<'a> {
+    path: PathBuf,
+    left: &'a [u8],
+}
+
+impl<'a> Reader<'a> {
+    fn bad(&self, what: &str) -> io::Error {
+        let what = format!("{}: {what}", self.path.display());
+        io::Error::new(io::ErrorKind::InvalidData, what)
+    }
+
+    fn take(&mut self, count: usize) -> io::Result<&'a [u8]> {
+        let Some((head, tail)) = self.left.split_at_checked(count) else {
+            return Err(self.bad("the trace was cut off"));
+        };
+        self.left = tail;
+        Ok(head)
+    }
+
+    fn number32(&mut self) -> io::Result<u32> {
+        let bytes = self.take(4)?.try_into().expect("four bytes");
+        Ok(u32::from_le_bytes(bytes))
+    }
+
+    fn number64(&mut self) -> io::Result<u64> {
+        let bytes = self.take(8)?.try_into().expect("eight bytes");
+        Ok(u64::from_le_bytes(bytes))
+    }
+
+    fn header(&mut self) -> io::Result<TraceFile> {
+        if !self.left.starts_with(MAGIC) {
+            return Err(self.bad("not a Charioteer trace"));
+        }
+        self.take(MAGIC.len())?;
+        let version = self.number32()?;
+        if !(OLDEST..=VERSION).contains(&version) {
+            return Err(self.bad(&format!(
+                "the trace has version {version}, this reader knows {OLDEST} to {VERSION}"
+            )));
+        }
+        self.number32()?;
+        Ok(TraceFile {
+            version,
+            wall: self.number64()?,
+            ..TraceFile::default()
+        })
+    }
+
+    /// Reads a block; false if it was the end.
+    fn block(&mut self, file: &mut TraceFile) -> io::Result<bool> {
+        let tag = self.number32()?;
+        let count = self.number32()?;
+        match tag {
+            TASKS => {
+                for _ in 0..count {
+                    let record = self.task()?;
+                    file.records.push(record);
+                }
+            }
+            NAME => {
+                let task = self.number64()?;
+                let name = self.take(count as usize)?;
+                file.names
+                    .insert(task, String::from_utf8_lossy(name).into_owned());
+            }
+            END => return Ok(false),
+            DEVICES if file.version >= 2 => {
+                for _ in 0..count {
+                    let record = self.device()?;
+                    file.devices.push(record);
+                }
+            }
+            _ => return Err(self.bad(&format!("no block {tag}"))),
+        }
+        Ok(true)
+    }
+
+    fn task(&mut self) -> io::Result<Record> {
+        let (time, task, other) = (self.number64()?, self.number64()?, self.number64()?);
+        let (thread, event) = (self.number32()?, self.number32()?);
+        let event = Event::of(event).ok_or_else(|| self.bad(&format!("no event {event}")))?;
+        Ok(Record {
+            time,
+            task,
+            other,
+            thread,
+            event,
+        })
+    }
+
+    fn device(&mut self) -> io::Result<DeviceRecord> {
+        let (time, task) = (self.number64()?, self.number64()?);
+        let (thread, kind) = (self.number32()?, self.number32()?);
+        let mut words = [0; 4];
+        for word in &mut words {
+            *word = self.number64()?;
+        }
+        let event = DeviceRecord::decode(kind, words)
+            .ok_or_else(|| self.bad(&format!("no event {kind} of a device with {words:?}")))?;
+        Ok(DeviceRecord {
+            time,
+            task,
+            thread,
+            event,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{DeviceEvent, Trace};
+    use super::*;
+    use crate::machine::{DeviceId, Enqueued, Event as Position, Observed, Stream};
+
+    #[test]
+    fn a_trace_comes_back_as_it_was_written() {
+        let path = std::env::temp_dir().join(format!("charioteer-trace-{}", std::process::id()));
+        let trace = Trace::create(&path).unwrap();
+        for task in 1..=3000 {
+            trace.record(Event::Spawn, task, 0);
+        }
+        trace.name(7, "seven");
+        let events = device_events();
+        for round in 0..200 {
+            for event in &events {
+                trace.record_device(*event, round);
+            }
+        }
+        trace.close().unwrap();
+        let file = read(&path).unwrap();
+        assert_eq!(file.version, 2);
+        assert_eq!(file.records.len(), 3000);
+        assert!(file.records.is_sorted_by_key(|record| record.time));
+        assert_eq!(file.names[&7], "seven");
+        let read_back: Vec<_> = file.devices.iter().map(|record| record.event).collect();
+        assert_eq!(read_back, events.repeat(200));
+        assert!(file.devices.is_sorted_by_key(|record| record.task));
+
+        let bytes = std::fs::read(&path).unwrap();
+        for (cut, message) in [(5, "not a"), (20, "cut off"), (bytes.len() - 8, "cut off")] {
+            std::fs::write(&path, &bytes[..cut]).unwrap();
+            let error = read(&path).unwrap_err().to_string();
+            assert!(error.contains(message), "{cut}: {error}");
+        }
+        let mut other = bytes.clone();
+        other[8] = 99;
+        std::fs::write(&path, &other).unwrap();
+        let error = read(&path).unwrap_err().to_string();
+        assert!(
+            error.contains("version 99") && error.contains("1 to 2"),
+            "{error}"
+        );
+        std::fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn a_trace_of_version_1_is_read() {
+        let path = std::env::temp_dir().join(format!("charioteer-old-{}", std::process::id()));
+        let mut bytes = Vec::new();
+        write_header(&mut bytes, 5).unwrap();
+        bytes[8] = 1;
+        let record = Record {
+            time: 3,
+            task: 1,
+            other: 0,
+            thread: 2,
+            event: Event::Done,
+        };
+        write_tasks(&mut bytes, &[record]).unwrap();
+        let before_devices = bytes.len();
+        write_end(&mut bytes).unwrap();
+        std::fs::write(&path, &bytes).unwrap();
+        let file = read(&path).unwrap();
+        assert_eq!((file.version, file.wall), (1, 5));
+        assert_eq!(file.records, [record]);
+
+        // It has no devices.
+        bytes.truncate(before_devices);
+        let device = DeviceRecord {
+            time: 1,
+            task: 0,
+            thread: 0,
+            event: DeviceEvent::Begun,
+        };
+        write_devices(&mut bytes, &[device]).unwrap();
+        std::fs::write(&path, &bytes).unwrap();
+        assert!(read(&path).unwrap_err().to_string().contains("no block 4"));
+        std::fs::remove_file(&path).unwrap();
+    }
+
+    /// One of each kind.
+    fn device_events() -> Vec<DeviceEvent> {
+        let device = DeviceId(3);
+        let stream = Stream { device, number: 9 };
+        let event = Position {
+            stream,
+            position: 1 << 40,
+        };
+        let member = 2;
+        let mut events = vec![
+            DeviceEvent::Capacity {
+                device,
+                share: 65_536,
+                memory: 1 << 41,
+            },
+            DeviceEvent::Granted {
+                device,
+                member,
+                members: 4,
+                share: 65_536,
+                memory: 17,
+            },
+            DeviceEvent::Lent(stream),
+            DeviceEvent::Begun,
+            DeviceEvent::Resumed,
+        ];
+        for behind in [None, Some(event)] {
+            events.push(DeviceEvent::Paused { member, behind });
+            events.push(DeviceEvent::Returned { member, behind });
+        }
+        let waits = Observed::Waits {
+            stream: Stream { device, number: 1 },
+            from: 77,
+            event,
+        };
+        let observed = [
+            Observed::Created(stream),
+            Observed::Enqueued(event, Enqueued::Operation),
+            Observed::Enqueued(event, Enqueued::Busy),
+            Observed::Enqueued(event, Enqueued::Copy),
+            Observed::Enqueued(event, Enqueued::Free),
+            Observed::Recorded(event),
+            waits,
+            Observed::Synchronised(event),
+            Observed::Seen(event),
+            Observed::Completed(event),
+            Observed::Failed(event),
+            Observed::Abandoned(event),
+        ];
+        events.extend(observed.map(DeviceEvent::Observed));
+        events
+    }
+}

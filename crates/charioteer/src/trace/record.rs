@@ -1,0 +1,288 @@
+//! What a trace has of tasks and of devices.
+
+use crate::machine::{DeviceId, Enqueued, Event as Position, Observed, Stream};
+
+/// What may happen to a task.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Event {
+    /// It was spawned.
+    Spawn = 1,
+    /// It was spawned with a predecessor, named by `other`.
+    Edge = 2,
+    /// Its predecessors are done.
+    Ready = 3,
+    /// A thread runs or resumes its body.
+    Start = 4,
+    /// The body gave its thread up.
+    Suspend = 5,
+    /// The body ended.
+    End = 6,
+    /// The attempt failed, another one follows.
+    Retry = 7,
+    /// It has its outcome: a value.
+    Done = 8,
+    /// It has its outcome: none, by a failure, by cancellation or because a predecessor failed.
+    Failed = 9,
+}
+
+impl Event {
+    pub(super) fn of(number: u32) -> Option<Self> {
+        [
+            Self::Spawn,
+            Self::Edge,
+            Self::Ready,
+            Self::Start,
+            Self::Suspend,
+            Self::End,
+            Self::Retry,
+            Self::Done,
+            Self::Failed,
+        ]
+        .into_iter()
+        .find(|event| *event as u32 == number)
+    }
+
+    /// Its name in lower case.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Spawn => "spawn",
+            Self::Edge => "edge",
+            Self::Ready => "ready",
+            Self::Start => "start",
+            Self::Suspend => "suspend",
+            Self::End => "end",
+            Self::Retry => "retry",
+            Self::Done => "done",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// One event of a trace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// Nanoseconds since the start of the trace.
+    pub time: u64,
+    /// The task.
+    pub task: u64,
+    /// The other task of an edge, else zero.
+    pub other: u64,
+    /// The thread, by a number that is unique in the process.
+    pub thread: u32,
+    /// What happened.
+    pub event: Event,
+}
+
+/// What may happen on a device, to a task's part of one, or what one has.
+///
+/// What the device layer sees is logged at the call. A call that enqueues is logged after it took
+/// effect, as are completions that somebody sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceEvent {
+    /// The device has this much: parts of its compute and bytes of memory.
+    Capacity {
+        /// The device.
+        device: DeviceId,
+        /// Its whole compute, in the unit of shares.
+        share: u32,
+        /// Bytes.
+        memory: u64,
+    },
+    /// The task was granted a part of a device; the members of its set are granted at one moment.
+    Granted {
+        /// The device.
+        device: DeviceId,
+        /// Which member of the set it is, from zero.
+        member: u16,
+        /// How many the set has.
+        members: u16,
+        /// Part of the device's compute.
+        share: u32,
+        /// Bytes of its memory.
+        memory: u64,
+    },
+    /// The stream is the task's own until its grant is given back.
+    Lent(Stream),
+    /// The streams of the task were told what they have to wait for: its body begins or goes on.
+    Begun,
+    /// A body that waits gave its share of that member back, behind the event.
+    Paused {
+        /// Which member of the set.
+        member: u16,
+        /// Behind what; nothing if the device is lost.
+        behind: Option<Position>,
+    },
+    /// The share of every member is the body's again.
+    Resumed,
+    /// No body uses that member any more: it was given back, behind the event.
+    Returned {
+        /// Which member of the set.
+        member: u16,
+        /// Behind what; nothing if the device is lost, or nobody made a stream.
+        behind: Option<Position>,
+    },
+    /// The device layer saw it.
+    Observed(Observed),
+}
+
+/// One event of a device in a trace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceRecord {
+    /// Nanoseconds since the start of the trace.
+    pub time: u64,
+    /// The task that it concerns; of what the device layer saw, the one whose body the thread runs;
+    /// zero if there is none.
+    pub task: u64,
+    /// The thread, by a number that is unique in the process.
+    pub thread: u32,
+    /// What happened.
+    pub event: DeviceEvent,
+}
+
+const NO_POSITION: u64 = u64::MAX;
+
+fn stream_word(stream: Stream) -> u64 {
+    u64::from(stream.device.0) << 32 | u64::from(stream.number)
+}
+
+fn stream_of(word: u64) -> Option<Stream> {
+    Some(Stream {
+        device: DeviceId(u16::try_from(word >> 32).ok()?),
+        number: word as u32, // the lower half
+    })
+}
+
+fn behind_words(behind: Option<Position>) -> [u64; 2] {
+    behind.map_or([0, NO_POSITION], |event| {
+        [stream_word(event.stream), event.position]
+    })
+}
+
+impl DeviceRecord {
+    /// Its kind, and what comes with it.
+    pub(super) fn encode(&self) -> (u32, [u64; 4]) {
+        let two = |event: Position| [stream_word(event.stream), event.position, 0, 0];
+        match self.event {
+            DeviceEvent::Capacity {
+                device,
+                share,
+                memory,
+            } => (1, [device.0.into(), share.into(), memory, 0]),
+            DeviceEvent::Granted {
+                device,
+                member,
+                members,
+                share,
+                memory,
+            } => {
+                let set = u64::from(members) << 32 | u64::from(member);
+                (2, [device.0.into(), set, share.into(), memory])
+            }
+            DeviceEvent::Lent(stream) => (3, [stream_word(stream), 0, 0, 0]),
+            DeviceEvent::Begun => (4, [0; 4]),
+            DeviceEvent::Paused { member, behind } => {
+                let [stream, position] = behind_words(behind);
+                (5, [member.into(), stream, position, 0])
+            }
+            DeviceEvent::Resumed => (6, [0; 4]),
+            DeviceEvent::Returned { member, behind } => {
+                let [stream, position] = behind_words(behind);
+                (7, [member.into(), stream, position, 0])
+            }
+            DeviceEvent::Observed(observed) => match observed {
+                Observed::Created(stream) => (16, [stream_word(stream), 0, 0, 0]),
+                Observed::Enqueued(event, kind) => {
+                    let [stream, position, ..] = two(event);
+                    (17, [stream, position, kind as u64, 0])
+                }
+                Observed::Recorded(event) => (18, two(event)),
+                Observed::Waits {
+                    stream,
+                    from,
+                    event,
+                } => {
+                    let [other, position, ..] = two(event);
+                    (19, [stream_word(stream), from, other, position])
+                }
+                Observed::Synchronised(event) => (20, two(event)),
+                Observed::Seen(event) => (21, two(event)),
+                Observed::Completed(event) => (22, two(event)),
+                Observed::Failed(event) => (23, two(event)),
+                Observed::Abandoned(event) => (24, two(event)),
+            },
+        }
+    }
+
+    /// The event of that kind, if there is one.
+    pub(super) fn decode(kind: u32, words: [u64; 4]) -> Option<DeviceEvent> {
+        let [a, b, c, d] = words;
+        let device = |word| Some(DeviceId(u16::try_from(word).ok()?));
+        let event = |stream, position| {
+            Some(Position {
+                stream: stream_of(stream)?,
+                position,
+            })
+        };
+        let behind = || -> Option<Option<Position>> {
+            if c == NO_POSITION {
+                return Some(None);
+            }
+            Some(Some(event(b, c)?))
+        };
+        Some(match kind {
+            1 => DeviceEvent::Capacity {
+                device: device(a)?,
+                share: u32::try_from(b).ok()?,
+                memory: c,
+            },
+            2 => DeviceEvent::Granted {
+                device: device(a)?,
+                member: u16::try_from(b & 0xffff_ffff).ok()?,
+                members: u16::try_from(b >> 32).ok()?,
+                share: u32::try_from(c).ok()?,
+                memory: d,
+            },
+            3 => DeviceEvent::Lent(stream_of(a)?),
+            4 => DeviceEvent::Begun,
+            5 => DeviceEvent::Paused {
+                member: u16::try_from(a).ok()?,
+                behind: behind()?,
+            },
+            6 => DeviceEvent::Resumed,
+            7 => DeviceEvent::Returned {
+                member: u16::try_from(a).ok()?,
+                behind: behind()?,
+            },
+            _ => DeviceEvent::Observed(match kind {
+                16 => Observed::Created(stream_of(a)?),
+                17 => Observed::Enqueued(event(a, b)?, kind_of_work(c)?),
+                18 => Observed::Recorded(event(a, b)?),
+                19 => Observed::Waits {
+                    stream: stream_of(a)?,
+                    from: b,
+                    event: event(c, d)?,
+                },
+                20 => Observed::Synchronised(event(a, b)?),
+                21 => Observed::Seen(event(a, b)?),
+                22 => Observed::Completed(event(a, b)?),
+                23 => Observed::Failed(event(a, b)?),
+                24 => Observed::Abandoned(event(a, b)?),
+                _ => return None,
+            }),
+        })
+    }
+}
+
+fn kind_of_work(number: u64) -> Option<Enqueued> {
+    [
+        Enqueued::Operation,
+        Enqueued::Busy,
+        Enqueued::Copy,
+        Enqueued::Free,
+        Enqueued::Mark,
+    ]
+    .into_iter()
+    .find(|kind| *kind as u64 == number)
+}

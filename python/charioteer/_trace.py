@@ -1,0 +1,67 @@
+"""What a trace proves: the face of the checker, which is the core's.
+
+The checker is in Rust (``charioteer::trace::check``); its module documentation says what is
+evidence, what is claimed, and what is proved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from os import PathLike
+
+from charioteer import _core
+
+__all__ = ["TraceCheck", "Violation", "check_trace"]
+
+
+@dataclass(frozen=True)
+class Violation:
+    """A promise of the runtime that a trace shows broken."""
+
+    rule: str
+    """What it is about: ``"end"``, ``"order"``, ``"set"``, ``"lending"`` or ``"capacity"``."""
+    task: int
+    """The number of the task that should not have done what it did."""
+    other: int | None
+    """The number of the other task that it concerns, if there is one."""
+    text: str
+    """Who did what on which device and stream, and what is missing."""
+
+    def __str__(self) -> str:
+        return f"{self.rule}: {self.text}"
+
+
+@dataclass(frozen=True)
+class TraceCheck:
+    """What the check of a trace came to."""
+
+    tasks: int
+    """Tasks that the trace has."""
+    grants: int
+    """How often a task was granted devices, a set being one grant."""
+    pairs: int
+    """Pairs of a body and a dependency whose order was looked at."""
+    violations: tuple[Violation, ...]
+    """What was broken; empty if every promise was kept."""
+
+
+def check_trace(path: str | PathLike[str]) -> TraceCheck:
+    """Prove from a trace that the runtime kept its promises about tasks and devices.
+
+    Evidence is what the device layer logged at its calls, such as waits of streams and completions
+    that the host saw. From that alone it is worked out that no device was ever exceeded, that sets
+    were granted as one, that no stream had two bodies, that device work came after that of
+    dependencies, and that every task ended once.
+
+    Args:
+        path: the trace file of a runtime that is closed.
+
+    Returns:
+        What was looked at and what was broken.
+
+    Raises:
+        ValueError: the file is no trace, was cut off, or has version 1, which has no evidence.
+        OSError: it cannot be read.
+    """
+    tasks, grants, pairs, broken = _core.check_trace(path)
+    return TraceCheck(tasks, grants, pairs, tuple(Violation(*each) for each in broken))

@@ -1,0 +1,39 @@
+"""``charioteer check TRACE``: whether a trace shows that the runtime kept its promises."""
+
+from __future__ import annotations
+
+import argparse
+
+import charioteer
+from charioteer.cli import EXIT_FAILED, UserError
+
+__all__ = ["run"]
+
+_SHOWN = 20
+"""Violations that are printed without ``--all``."""
+
+
+def run(options: argparse.Namespace) -> int:
+    """Check the trace and print what was broken; 1 if anything was.
+
+    Raises:
+        UserError: the file cannot be read, is no trace, or has a version that proves nothing.
+    """
+    path: str = options.trace
+    try:
+        checked = charioteer.check_trace(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    broken = checked.violations
+    looked_at = (
+        f"{checked.tasks} tasks, {checked.grants} grants of devices, {checked.pairs} pairs in order"
+    )
+    print(f"{looked_at}: {len(broken) or 'no'} violation{'' if len(broken) == 1 else 's'}")
+    shown = broken if options.all else broken[:_SHOWN]
+    for violation in shown:
+        print(violation)
+    if len(shown) < len(broken):
+        print(f"... and {len(broken) - len(shown)} more; --all shows them")
+    return EXIT_FAILED if broken else 0
