@@ -30,6 +30,7 @@ from charioteer._core import (
 from charioteer._futures import TaskGroup, WaitResult, as_completed, gather, wait
 from charioteer._native import In, InOut, Out, native
 from charioteer._runtime import Runtime
+from charioteer._variants import SpecializedFunction, specialize
 from charioteer.devices import Device, DeviceSet, Kind, Requirement, cpu, gpu
 from charioteer.errors import (
     AccessError,
@@ -43,13 +44,16 @@ from charioteer.errors import (
     DeviceLostError,
     DuplicateTaskError,
     MachineError,
+    ModelError,
     NativeError,
     NoRuntimeError,
     OutOfDeviceMemoryError,
     PlacementError,
+    PolicyError,
     RuntimeActiveError,
     TaskTimeoutError,
     UnspawnedDependencyError,
+    VariantError,
     WorkerLimitError,
 )
 from charioteer.machine import Machine
@@ -80,14 +84,17 @@ __all__ = [
     "Kind",
     "Machine",
     "MachineError",
+    "ModelError",
     "NativeError",
     "NoRuntimeError",
     "Out",
     "OutOfDeviceMemoryError",
     "PlacementError",
+    "PolicyError",
     "Requirement",
     "Runtime",
     "RuntimeActiveError",
+    "SpecializedFunction",
     "Task",
     "TaskFunction",
     "TaskGroup",
@@ -95,6 +102,7 @@ __all__ = [
     "TaskSpace",
     "TaskTimeoutError",
     "UnspawnedDependencyError",
+    "VariantError",
     "WaitResult",
     "WorkerLimitError",
     "as_completed",
@@ -106,6 +114,7 @@ __all__ = [
     "read_trace",
     "spawn",
     "spawn_many",
+    "specialize",
     "task",
     "wait",
 ]
