@@ -506,6 +506,36 @@ def test_run_names_the_machine_of_runtimes_that_name_none(script: Script, tmp_pa
     assert_usage_error(charioteer("run", "--machine", "virtual:", path), "virtual:N")
 
 
+CHOOSES = """
+import charioteer as ch
+body = ch.task(lambda: ch.current().stream.busy(1e-3), placement=[ch.gpu * 2, ch.gpu])
+print([body().result() for _ in range(10)].count(None))
+"""
+
+
+def test_run_keeps_what_it_learns_and_info_shows_it(script: Script, tmp_path: Path) -> None:
+    path, models = script(CHOOSES), tmp_path / "models.json"
+    assert "No run times are known." in charioteer("info", "--models", str(models)).stdout
+    run = ("run", "--machine", "virtual:2", "--policy", "round-robin", "--models", str(models))
+    done = charioteer(*run, path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "10\n", "")
+    known = json.loads(charioteer("info", "--json", "--models", str(models)).stdout)["models"]
+    assert {model["choice"] for model in known} == {"gpu", "gpu*2"}
+    assert sum(model["calls"] for model in known) == 10
+    shown = charioteer("info", "--models", str(models)).stdout
+    assert "<lambda>" in shown
+    assert "gpu*2" in shown
+    assert " ms" in shown
+
+    assert_usage_error(charioteer("run", "--policy", "best", path), "'best'", "round-robin")
+    models.write_text("{")
+    for command in (("info",), ("run", path)):
+        done = charioteer(command[0], "--models", str(models), *command[1:])
+        assert_usage_error(done, "models.json", "no performance models")
+    missing = str(tmp_path / "missing" / "models.json")
+    assert_usage_error(charioteer("run", "--models", missing, path), "No such file")
+
+
 # bench
 
 

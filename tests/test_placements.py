@@ -14,7 +14,9 @@ from support import anything
 import charioteer as ch
 from charioteer import cpu, gpu
 from charioteer._placement import ANY as ANY_DEVICE
-from charioteer._placement import WHOLE, resolve
+from charioteer._placement import CORE as ANY_CORE
+from charioteer._placement import WHOLE, Choice, resolve
+from charioteer._variants import BASE
 from charioteer.devices import Alternative, Member, normal
 
 
@@ -126,7 +128,7 @@ def test_what_is_no_placement(placement: Any) -> None:
 
 def test_reasons_per_alternative() -> None:
     with pytest.raises(ch.PlacementError) as info:
-        resolve(normal([gpu, (cpu, gpu), cpu(0), cpu.require(share=0.5)]), 4, 0, None, None)
+        resolve(normal([gpu, (cpu, gpu), cpu(0), cpu.require(share=0.5)]), (4, 0), None, None)
     reasons = str(info.value).split("; ")
     assert [reason.partition(":")[0] for reason in reasons] == [
         "gpu",
@@ -141,9 +143,10 @@ def test_what_the_machine_lacks_is_no_choice(rt: ch.Runtime) -> None:
     with pytest.raises(ch.PlacementError, match="gpu: the machine has no gpu"):
         ch.spawn(placement=gpu)(int)
     choice = normal([gpu, cpu * 3, (cpu, cpu), cpu.all, cpu * 5])
-    assert resolve(choice, 4, 0, None, None) == ([3, 2, 4], [])
-    devices = [([ANY_DEVICE], WHOLE // 2, 7)]
-    assert resolve(choice, 4, 1, 7, 0.5) == ([], devices)
+    cores = [Choice([ANY_CORE] * count, WHOLE, 0, BASE, False, "") for count in (3, 2, 4)]
+    assert resolve(choice, (4, 0), None, None) == cores
+    first = resolve(choice, (4, 1), 7, 0.5)[0]
+    assert first == Choice([ANY_DEVICE], WHOLE // 2, 7, BASE, False, "")
 
 
 DEVICES = [cpu, gpu, gpu(0), gpu(1), cpu(2), gpu * 2, cpu * 3, gpu.all, cpu.all]

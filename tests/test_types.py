@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import datetime
 from collections.abc import Iterator
-from typing import Any, assert_type
+from typing import TYPE_CHECKING, Any, assert_type
 
 import numpy as np
 import pytest
 
 import charioteer as ch
-from charioteer import blas
+from charioteer import blas, policies
 
 # SciPy's BLAS starts its threads when it is loaded: they are nobody's leak.
 with contextlib.suppress(ImportError):
@@ -184,6 +185,59 @@ def test_native_tasks(runtime: ch.Runtime) -> None:
     target = np.zeros(2)
     copy(target, np.ones(2), 16).result()
     assert target.sum() == 2
+
+
+@ch.task(base=False, cost="1ms", size=lambda x, factor: x)
+def scaled(x: int, factor: float = 2.0) -> float:
+    raise NotImplementedError
+
+
+@scaled.variant(ch.cpu, cost=lambda x, factor: 1e-3 * x)
+def on_a_core(x: int, factor: float = 2.0) -> float:
+    return x * factor
+
+
+@scaled.variant([ch.gpu, *ch.gpu * range(2, 4)], cost=datetime.timedelta(seconds=1))
+async def on_gpus(x: int, factor: float = 2.0) -> float:
+    return x * factor
+
+
+@ch.specialize
+def plain(x: int) -> str:
+    return str(x)
+
+
+@plain.variant(ch.gpu)
+def on_a_gpu(x: int) -> str:
+    return f"gpu {x}"
+
+
+@ch.specialize(base=False)
+def abstract(x: int) -> str:
+    raise NotImplementedError
+
+
+def test_variants(runtime: ch.Runtime) -> None:
+    assert_type(scaled(2), ch.Task[float])
+    assert_type(on_a_core(2), float)
+    assert_type(plain(1), str)
+    assert_type(plain.fn(1), str)
+    abstract.variant(ch.cpu)(plain.fn)
+    if TYPE_CHECKING:
+        scaled.variant(ch.gpu)(plain.fn)  # type: ignore[arg-type]
+    assert scaled(2, factor=0.5).result() == 1.0
+    assert plain(1) == "1"
+    assert ch.spawn(lambda: abstract(2)).result() == "2"
+
+
+def test_policies_and_models(runtime: ch.Runtime) -> None:
+    def policy(call: policies.Call) -> list[float]:
+        return [
+            assert_type(choice.wait, float) + (choice.estimate or 0.0) for choice in call.choices
+        ]
+
+    ch.Runtime(policy=policy, models="models.json")
+    assert_type(runtime.models(), list[policies.Model])
 
 
 def _reads_and_writes(a: ch.In[int], b: ch.InOut[str]) -> ch.Out[bytes]:

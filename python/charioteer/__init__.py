@@ -31,6 +31,7 @@ from charioteer._futures import TaskGroup, WaitResult, as_completed, gather, wai
 from charioteer._native import In, InOut, Out, native
 from charioteer._runtime import Runtime
 from charioteer._trace import TraceCheck, Violation, check_trace
+from charioteer._variants import SpecializedFunction, specialize
 from charioteer.devices import Device, DeviceSet, Kind, Requirement, cpu, gpu
 from charioteer.errors import (
     AccessError,
@@ -44,13 +45,16 @@ from charioteer.errors import (
     DeviceLostError,
     DuplicateTaskError,
     MachineError,
+    ModelError,
     NativeError,
     NoRuntimeError,
     OutOfDeviceMemoryError,
     PlacementError,
+    PolicyError,
     RuntimeActiveError,
     TaskTimeoutError,
     UnspawnedDependencyError,
+    VariantError,
     WorkerLimitError,
 )
 from charioteer.machine import Machine
@@ -81,14 +85,17 @@ __all__ = [
     "Kind",
     "Machine",
     "MachineError",
+    "ModelError",
     "NativeError",
     "NoRuntimeError",
     "Out",
     "OutOfDeviceMemoryError",
     "PlacementError",
+    "PolicyError",
     "Requirement",
     "Runtime",
     "RuntimeActiveError",
+    "SpecializedFunction",
     "Task",
     "TaskFunction",
     "TaskGroup",
@@ -97,6 +104,7 @@ __all__ = [
     "TaskTimeoutError",
     "TraceCheck",
     "UnspawnedDependencyError",
+    "VariantError",
     "Violation",
     "WaitResult",
     "WorkerLimitError",
@@ -110,6 +118,7 @@ __all__ = [
     "read_trace",
     "spawn",
     "spawn_many",
+    "specialize",
     "task",
     "wait",
 ]

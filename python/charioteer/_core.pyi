@@ -11,13 +11,16 @@ from typing import (
     ParamSpec,
     Self,
     SupportsIndex,
+    TypeAlias,
     TypeVar,
     final,
     overload,
 )
 
 from charioteer._futures import Tasks
+from charioteer._variants import Cost, HeldDevices, Size, VariantDecorator
 from charioteer.devices import Device, Placement
+from charioteer.policies import Policy
 
 __all__ = [
     "Allocation",
@@ -49,9 +52,11 @@ __all__ = [
     "current_context",
     "finish_elsewhere",
     "finish_operations",
+    "held_devices",
     "is_failed",
     "is_open",
     "is_worker",
+    "known_models",
     "lapack_adapters",
     "leave_native_step",
     "limits_changed",
@@ -71,6 +76,8 @@ _Q = ParamSpec("_Q")
 _R = TypeVar("_R")
 _R_co = TypeVar("_R_co", covariant=True)
 _S = TypeVar("_S")
+
+_Model: TypeAlias = tuple[str, str, int, int, int, int, float | None]
 
 # Tasks.
 
@@ -172,10 +179,16 @@ class TaskFunction(Generic[_P, _R_co]):
         placement: Placement | None = None,
         share: float | None = None,
         memory: int | str | None = None,
+        cost: Cost | None = None,
+        size: Size | None = None,
         timeout: float | None = None,
         retries: int | None = None,
     ) -> Self: ...
     def map(self, *iterables: Iterable[Any]) -> TaskList[_R_co]: ...
+    def variant(
+        self, placement: Placement, /, *, cost: Cost | None = None
+    ) -> VariantDecorator[_R_co]: ...
+    def _register(self, body: object, placement: object, cost: object) -> None: ...
     @overload
     def __get__(self, instance: None, owner: type | None = None, /) -> Self: ...
     @overload
@@ -228,8 +241,11 @@ def task(
     placement: Placement | None = None,
     share: float | None = None,
     memory: int | str | None = None,
+    cost: Cost | None = None,
+    size: Size | None = None,
     timeout: float | None = None,
     retries: int | None = None,
+    base: bool = True,
 ) -> TaskFunction[_P, _R]: ...
 @overload
 def task(
@@ -242,8 +258,11 @@ def task(
     placement: Placement | None = None,
     share: float | None = None,
     memory: int | str | None = None,
+    cost: Cost | None = None,
+    size: Size | None = None,
     timeout: float | None = None,
     retries: int | None = None,
+    base: bool = True,
 ) -> TaskFunction[_P, _R]: ...
 @overload
 def task(
@@ -256,8 +275,11 @@ def task(
     placement: Placement | None = None,
     share: float | None = None,
     memory: int | str | None = None,
+    cost: Cost | None = None,
+    size: Size | None = None,
     timeout: float | None = None,
     retries: int | None = None,
+    base: bool = True,
 ) -> TaskFunction[_P, _R]: ...
 @overload
 def task(
@@ -270,8 +292,11 @@ def task(
     placement: Placement | None = None,
     share: float | None = None,
     memory: int | str | None = None,
+    cost: Cost | None = None,
+    size: Size | None = None,
     timeout: float | None = None,
     retries: int | None = None,
+    base: bool = True,
 ) -> TaskFunction[_P, _R]: ...
 @overload
 def task(
@@ -284,8 +309,11 @@ def task(
     placement: Placement | None = None,
     share: float | None = None,
     memory: int | str | None = None,
+    cost: Cost | None = None,
+    size: Size | None = None,
     timeout: float | None = None,
     retries: int | None = None,
+    base: bool = True,
 ) -> TaskFunction[_P, _R]: ...
 @overload
 def task(
@@ -298,8 +326,11 @@ def task(
     placement: Placement | None = None,
     share: float | None = None,
     memory: int | str | None = None,
+    cost: Cost | None = None,
+    size: Size | None = None,
     timeout: float | None = None,
     retries: int | None = None,
+    base: bool = True,
 ) -> TaskDecorator: ...
 @overload
 def spawn(
@@ -312,6 +343,8 @@ def spawn(
     placement: Placement | None = None,
     share: float | None = None,
     memory: int | str | None = None,
+    cost: Cost | None = None,
+    size: Size | None = None,
     timeout: float | None = None,
     retries: int | None = None,
 ) -> Task[_R]: ...
@@ -326,6 +359,8 @@ def spawn(
     placement: Placement | None = None,
     share: float | None = None,
     memory: int | str | None = None,
+    cost: Cost | None = None,
+    size: Size | None = None,
     timeout: float | None = None,
     retries: int | None = None,
 ) -> Task[_R]: ...
@@ -340,6 +375,8 @@ def spawn(
     placement: Placement | None = None,
     share: float | None = None,
     memory: int | str | None = None,
+    cost: Cost | None = None,
+    size: Size | None = None,
     timeout: float | None = None,
     retries: int | None = None,
 ) -> Task[_R]: ...
@@ -354,6 +391,8 @@ def spawn(
     placement: Placement | None = None,
     share: float | None = None,
     memory: int | str | None = None,
+    cost: Cost | None = None,
+    size: Size | None = None,
     timeout: float | None = None,
     retries: int | None = None,
 ) -> Task[_R]: ...
@@ -368,6 +407,8 @@ def spawn(
     placement: Placement | None = None,
     share: float | None = None,
     memory: int | str | None = None,
+    cost: Cost | None = None,
+    size: Size | None = None,
     timeout: float | None = None,
     retries: int | None = None,
 ) -> Spawner: ...
@@ -383,6 +424,8 @@ def spawn_many(
     placement: Placement | None = None,
     share: float | None = None,
     memory: int | str | None = None,
+    cost: Cost | None = None,
+    size: Size | None = None,
     timeout: float | None = None,
     retries: int | None = None,
 ) -> TaskList[_R]: ...
@@ -398,6 +441,8 @@ def spawn_many(
     placement: Placement | None = None,
     share: float | None = None,
     memory: int | str | None = None,
+    cost: Cost | None = None,
+    size: Size | None = None,
     timeout: float | None = None,
     retries: int | None = None,
 ) -> TaskList[_R]: ...
@@ -413,6 +458,8 @@ def spawn_many(
     placement: Placement | None = None,
     share: float | None = None,
     memory: int | str | None = None,
+    cost: Cost | None = None,
+    size: Size | None = None,
     timeout: float | None = None,
     retries: int | None = None,
 ) -> TaskList[_R]: ...
@@ -515,6 +562,9 @@ class Engine:
         gil: int | None = None,
         machine: OpenMachine | None = None,
         runahead: int = 64,
+        policy: str | Policy | None = None,
+        seed: int = 0,
+        models: str | None = None,
     ) -> Self: ...
     @property
     def workers(self) -> int: ...
@@ -527,6 +577,8 @@ class Engine:
     def close(self) -> list[Task[Any]]: ...
     def abandon(self) -> None: ...
     def stats(self) -> dict[str, Any]: ...
+    def export_models(self) -> str: ...
+    def models(self) -> list[_Model]: ...
 
 @final
 class Context:
@@ -556,8 +608,10 @@ class Context:
     def check_cancelled(self) -> None: ...
 
 def current_context() -> Context: ...
+def held_devices() -> HeldDevices | None: ...
 def task_stream() -> tuple[int, Stream] | None: ...
 def is_open() -> bool: ...
+def known_models(document: str) -> list[_Model]: ...
 def is_worker() -> bool: ...
 def set_default_runtime_factory(factory: Callable[[], object] | None) -> None: ...
 def check_trace(

@@ -1,14 +1,26 @@
-"""What a placement comes to on one machine.
+"""What a placement comes to on one machine, for a function with these bodies.
 
-A placement is a free choice (:mod:`charioteer.devices`), and the core serves cores and devices with
-streams by different schedulers. So the choice is narrowed here, once a placement and a runtime:
-what the machine cannot serve is left out, with its reason kept in case nothing is left, and of the
-rest the kind of the first alternative decides. Among the alternatives of that kind the scheduler
-chooses when the task is ready.
+A placement is a free choice (:mod:`charioteer.devices`), and a function has a base body and perhaps
+variants (:mod:`charioteer._variants`). Here both are brought together, once a placement and a
+runtime: each alternative that the machine can serve and that some body is for becomes a *choice*,
+or several where it depends on the devices which body serves. What cannot be served is left out,
+with its reason kept in case nothing is left. Among the choices the scheduler chooses when the task
+is ready.
+
+A placement that was said where a function was made says where its base body runs; without one that
+is ``cpu``. The sets of its variants come on top. A placement that was said for a call or a spawn is
+all of the choice.
+
+Needs are those that the alternative says, else those of the variant's set that serves it, else the
+task's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from charioteer._variants import BASE, Match, Totals, Variants, held_on
 from charioteer.devices import Alternative, Member, show_members
 from charioteer.errors import PlacementError
 
@@ -16,90 +28,153 @@ WHOLE = 65_536
 """The parts of a device's compute that a share counts in."""
 
 ANY = -1
-"""Stands for any device, in the sets that the core reads."""
+"""Stands for any GPU, in the sets that the core reads."""
+CORE = -2
+"""Stands for a core."""
 
-DeviceSet = tuple[list[int], int, int]
-"""The devices by number, or :data:`ANY`; the share in 1/65,536; the memory in bytes."""
+CPU = (Alternative((Member("cpu", None, 1),), None, None),)
+
+
+class Choice(NamedTuple):
+    """One set that a task may get, as the core reads it."""
+
+    places: list[int]
+    """In the set's order: a GPU's number, :data:`ANY` or :data:`CORE`."""
+    share: int
+    """In 1/:data:`WHOLE`, of each place."""
+    memory: int
+    """In bytes, on each device."""
+    body: int
+    """The number of the variant that serves it, or :data:`BASE`."""
+    open: bool
+    """Whether another body serves it if it gets certain devices."""
+    label: str
+    """What tells its run times from those of another body on as many devices."""
 
 
 def resolve(
-    placement: tuple[Alternative, ...],
-    cores: int,
-    gpus: int,
+    placement: tuple[Alternative, ...] | None,
+    totals: tuple[int, int],
     memory: int | None,
     share: float | None,
-) -> tuple[list[int], list[DeviceSet]]:
-    """The sets of cores, as numbers of cores, or the sets of devices that will do: one of the two.
+    variants: tuple[Variants, int] | None = None,
+    final: bool = True,
+) -> list[Choice]:
+    """The choices of a task, in the order of the placement.
 
     Args:
-        placement: in normal form.
-        cores: how many the runtime has.
-        gpus: how many the machine has.
+        placement: in normal form; ``None`` if nothing was said.
+        totals: how many cores the runtime has, and how many GPUs the machine.
         memory: what the task says for alternatives that say nothing, in bytes.
         share: likewise, from 0 to 1.
+        variants: of the function, and how many of them count; ``None`` if it has its base alone.
+        final: whether the placement is all of the choice, and variants' sets do not come on top.
 
     Raises:
-        PlacementError: the machine can serve no alternative, with the reason for each.
+        PlacementError: the machine can serve no alternative, or no body is for it, with the reason
+            for each.
     """
-    on_cores: list[int] = []
-    on_devices: list[DeviceSet] = []
+    alternatives = CPU if placement is None else placement
+    if variants is not None and (placement is None or not final):
+        own = alternatives if variants[0].base else ()
+        alternatives = tuple(dict.fromkeys((*own, *variants[0].sets(variants[1]))))
+    have = Totals(*totals)
+    choices: dict[tuple[object, ...], Choice] = {}
     reasons: list[str] = []
-    for alternative in placement:
-        kinds = {member.kind for member in alternative.members}
+    for alternative in alternatives:
         try:
-            if kinds == {"cpu"}:
-                count = _cores(alternative, cores)
-                if not on_devices:
-                    on_cores.append(count)
-            elif kinds == {"gpu"}:
-                devices = _devices(alternative, gpus, memory, share)
-                if not on_cores:
-                    on_devices.append(devices)
-            else:
-                raise PlacementError("a set of cores and devices together is not supported yet")
+            places = _places(alternative, have)
+            for match in _matches(alternative, variants, have):
+                choice = _choice(alternative, places, match, memory, share)
+                choices.setdefault((tuple(choice.places), *choice[1:]), choice)
         except PlacementError as error:
             reasons.append(f"{show_members(alternative.members)}: {error}")
-    if not on_cores and not on_devices:
+    if not choices:
+        if not reasons:
+            assert variants is not None
+            raise PlacementError(f"{variants[0].name} has no variant yet, and no base body")
         raise PlacementError("; ".join(reasons))
     if memory is not None and all(
-        member.kind == "cpu" for alternative in placement for member in alternative.members
+        member.kind == "cpu" for alternative in alternatives for member in alternative.members
     ):
         # Beside an alternative that names a device it says something; the host has no bound.
-        raise PlacementError("memory= is for devices with memory of their own, and none is named")
-    return on_cores, on_devices
+        said = "none is named" if placement is not None else "none is named: say placement=gpu"
+        raise PlacementError(f"memory= is for devices with memory of their own, and {said}")
+    return list(choices.values())
 
 
-def _cores(alternative: Alternative, cores: int) -> int:
-    if any(member.device is not None for member in alternative.members):
-        raise PlacementError("cores are all alike: say how many, cpu * n")
-    if alternative.memory is not None or alternative.share is not None:
-        raise PlacementError("needs of an alternative's own are for devices with memory")
-    places = [member.places for member in alternative.members]
-    count = cores if None in places else sum(place or 0 for place in places)
-    if count > cores:
-        raise PlacementError(f"the runtime has {cores} cores")
-    return count
+def _matches(
+    alternative: Alternative, variants: tuple[Variants, int] | None, totals: Totals
+) -> Iterator[Match]:
+    if variants is None:
+        yield Match(BASE, None, (), False)
+        return
+    none = True
+    table, count = variants
+    for match in table.matches(held_on(alternative, totals), totals, count):
+        none = False
+        yield match
+    if none:
+        raise PlacementError(table.lacking)
 
 
-def _devices(
-    alternative: Alternative, gpus: int, memory: int | None, share: float | None
-) -> DeviceSet:
-    if gpus == 0:
+def _choice(
+    alternative: Alternative,
+    places: list[int],
+    match: Match,
+    memory: int | None,
+    share: float | None,
+) -> Choice:
+    more = iter(match.more)
+    chosen = [next(more, place) if place == ANY else place for place in places]
+    for needs in (match.sets, alternative):
+        if needs is not None:
+            memory = memory if needs.memory is None else needs.memory
+            share = share if needs.share is None else needs.share
+    units = WHOLE if share is None else _units(share)
+    if places[0] == CORE and units < WHOLE:
+        if units and len(places) > 1:
+            raise PlacementError(
+                f"with share={share} a set of cores is taken whole, or with share=0 not at all"
+            )
+        chosen = [CORE]
+    named = match.sets is not None and any(one.device is not None for one in match.sets.members)
+    label = show_members(match.sets.members) if match.sets is not None and named else ""
+    return Choice(chosen, units, memory or 0, match.body, match.open, label)
+
+
+def _places(alternative: Alternative, totals: Totals) -> list[int]:
+    """The places of a set.
+
+    Raises:
+        PlacementError: there are not as many.
+    """
+    kinds = {member.kind for member in alternative.members}
+    wanted = held_on(alternative, totals)
+    if "gpu" in kinds and totals.gpus == 0:
         raise PlacementError("the machine has no gpu")
-    devices = [device for member in alternative.members for device in _places(member, gpus)]
-    if len(devices) > gpus:
-        raise PlacementError(f"the machine has {gpus}")
-    part = share if alternative.share is None else alternative.share
-    wanted = memory if alternative.memory is None else alternative.memory
-    return devices, WHOLE if part is None else _units(part), wanted or 0
-
-
-def _places(member: Member, gpus: int) -> list[int]:
-    if member.device is None:
-        return [ANY] * (gpus if member.places is None else member.places)
-    if member.device >= gpus:
-        raise PlacementError(f"the machine has {gpus}, numbered from 0")
-    return [member.device]
+    if "cpu" in kinds and "gpu" in kinds:
+        raise PlacementError("a set of cores and devices together is not supported yet")
+    if kinds == {"cpu"}:
+        if any(member.device is not None for member in alternative.members):
+            raise PlacementError("cores are all alike: say how many, cpu * n")
+        if alternative.memory is not None or alternative.share is not None:
+            raise PlacementError("needs of an alternative's own are for devices with memory")
+    if wanted.cores > totals.cores:
+        raise PlacementError(f"the runtime has {totals.cores} cores")
+    if wanted.gpus > totals.gpus:
+        raise PlacementError(f"the machine has {totals.gpus}")
+    if any(gpu >= totals.gpus for gpu in wanted.named):
+        raise PlacementError(f"the machine has {totals.gpus}, numbered from 0")
+    places: list[int] = []
+    for member in alternative.members:
+        most = totals.cores if member.kind == "cpu" else totals.gpus
+        if member.device is not None:
+            places.append(member.device)
+        else:
+            count = most if member.places is None else member.places
+            places.extend([CORE if member.kind == "cpu" else ANY] * count)
+    return places
 
 
 def _units(share: float) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -16,8 +17,14 @@ from charioteer._executor import RuntimeExecutor
 from charioteer._quantities import read_count
 from charioteer._support import loaded_loop, warn
 from charioteer.devices import Device, gpu
-from charioteer.errors import CancelledError, NoRuntimeError, UnspawnedDependencyError
+from charioteer.errors import (
+    CancelledError,
+    ModelError,
+    NoRuntimeError,
+    UnspawnedDependencyError,
+)
 from charioteer.machine import Machine
+from charioteer.policies import Model, Policy
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -69,9 +76,17 @@ class Runtime:
             those on sets or parts of cores, are never held back.
         trace: a file to write the events of every task to. Unless said, the environment variable
             ``CHARIOTEER_TRACE``.
+        policy: who chooses among the alternatives of a task that is ready. ``"eft"``, the default,
+            takes the earliest estimated finish, by what is known of run times; ``"locality"`` stays
+            on the devices of the tasks that it depends on, ``"load"`` goes where the fewest tasks
+            are, ``"random"`` and ``"round-robin"`` anywhere. A callable scores the choices, see
+            :mod:`charioteer.policies`. Unless said, the environment variable ``CHARIOTEER_POLICY``.
+        models: a file of measured run times: read when the runtime opens, if it is there, and
+            written when it closes, if there is something new. Unless said, the environment
+            variable ``CHARIOTEER_MODELS``.
 
     Raises:
-        ValueError: a number out of range.
+        ValueError: a number out of range, or a policy that does not exist.
         TypeError: something of the wrong type.
         MachineError: a name or a file of no machine.
     """
@@ -86,6 +101,8 @@ class Runtime:
         on_failure: Callable[[Task[Any]], object] | None = None,
         trace: str | os.PathLike[str] | None = None,
         gil: int | Literal["auto"] = "auto",
+        policy: str | Policy | None = None,
+        models: str | os.PathLike[str] | None = None,
     ) -> None:
         self._machine = _machine(machine)
         self._workers = _worker_count(workers, self._machine)
@@ -106,6 +123,11 @@ class Runtime:
                 raise TypeError(f'gil is "auto" or a number of workers, not {gil!r}')
             if gil < 1:
                 raise ValueError(f"gil lets at least 1 worker in, not {gil}")
+        self._policy = _policy(policy)
+        if models is None:
+            models = os.environ.get("CHARIOTEER_MODELS") or None
+        # A program may change the folder before it closes the runtime.
+        self._models = None if models is None else os.path.abspath(os.fsdecode(models))
         self._gil = None if gil == "auto" else gil
         self._max_pending = max_pending
         self._on_failure = on_failure
@@ -114,6 +136,8 @@ class Runtime:
         self._devices: _core.OpenMachine | None = None
         self._counted: dict[Device, dict[str, Any]] = {}
         self._closed = False
+        self._document: str | None = None
+        self._unsaved: OSError | None = None
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "new" if self._engine is None else "open"
@@ -145,7 +169,8 @@ class Runtime:
         Raises:
             RuntimeActiveError: a runtime is open.
             RuntimeError: this one was open before.
-            OSError: the system refuses a thread or the trace file.
+            OSError: the system refuses a thread, or the file of the trace or of the models.
+            ModelError: the file of the models is damaged, or of another version.
         """
         global _opened, _registered
         if self._engine is not None:
@@ -154,6 +179,7 @@ class Runtime:
 
                 raise RuntimeActiveError("this runtime is open already")
             raise RuntimeError("a runtime is opened once: make another")
+        models = self._document = None if self._models is None else _read_models(self._models)
         devices = self._machine.open() if self._machine and self._machine.gpus else None
         try:
             self._engine = _core.Engine(
@@ -164,10 +190,14 @@ class Runtime:
                 self._gil,
                 devices,
                 self._runahead,
+                self._policy,
+                models=models,
             )
-        except BaseException:
+        except BaseException as error:
             if devices is not None:
                 devices.close()
+            if isinstance(error, ModelError):
+                raise ModelError(f"{self._models}: {error}") from None
             raise
         self._devices = devices
         _opened = self
@@ -240,6 +270,8 @@ class Runtime:
         if (loop := loaded_loop()) is not None:
             loop.loop_close()
         self._failures = self._engine.close()
+        if self._models is not None:
+            self._save_models(self._models, self._engine)
         if self._devices is not None:
             self._count_devices(self._devices)
             self._devices.close()
@@ -247,6 +279,18 @@ class Runtime:
         _pools.close_limits()
         if _opened is self:
             _opened = None
+
+    def _save_models(self, path: str, engine: _core.Engine) -> None:
+        """Writes what was learned, if anything was."""
+        if self._document is None and not engine.models():
+            return
+        document = engine.export_models()
+        if document == self._document:
+            return
+        try:
+            _write(path, document)
+        except OSError as error:
+            self._unsaved = error
 
     def _abandon(self) -> None:
         """Bodies do not end and the user insists: leaves their threads behind."""
@@ -265,6 +309,10 @@ class Runtime:
     def _take_failures(self) -> list[BaseException]:
         failed, self._failures = self._failures, []
         failures: list[BaseException] = []
+        if self._unsaved is not None:
+            self._unsaved.add_note("The models of run times were not written.")
+            failures.append(self._unsaved)
+            self._unsaved = None
         unspawned = False
         for task in failed:
             error = task.exception()
@@ -419,6 +467,17 @@ class Runtime:
             self._count_devices(self._devices)
         return {**self._engine.stats(), "devices": dict(self._counted)}
 
+    def models(self) -> list[Model]:
+        """What is known of run times, by function, choice and size; it stays readable after the
+        runtime closed.
+
+        Raises:
+            NoRuntimeError: the runtime was never open.
+        """
+        if self._engine is None:
+            raise NoRuntimeError("this runtime was never open")
+        return [Model(*known) for known in self._engine.models()]
+
     def _count_devices(self, devices: _core.OpenMachine) -> None:
         self._counted = {gpu(index): devices.counters(index) for index in range(devices.gpus)}
 
@@ -451,6 +510,69 @@ def _machine(said: Machine | str | None) -> Machine | None:
     if not isinstance(said, str):
         raise TypeError(f"machine is a Machine or what Machine.load reads, not {said!r}")
     return Machine.load(said)
+
+
+POLICIES = ("eft", "locality", "load", "random", "round-robin")
+"""The policies that there are, the default first."""
+
+
+def _policy(said: object) -> str | Policy | None:
+    """The policy that was said, or that the environment names; ``None`` for the default."""
+    if said is None:
+        said = os.environ.get("CHARIOTEER_POLICY") or None
+    if said is None or said == POLICIES[0]:
+        return None
+    if isinstance(said, str):
+        if said not in POLICIES:
+            raise ValueError(f"policy is one of {', '.join(POLICIES)} or a callable, not {said!r}")
+        return said
+    if not callable(said):
+        raise TypeError(f"policy is a name or a callable, not {type(said).__name__}")
+    return said
+
+
+def _read_models(path: str) -> str | None:
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except FileNotFoundError:
+        if not os.path.isdir(os.path.dirname(path)):
+            raise  # nor could it be written in the end
+        return None
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{path}: these are no performance models: {error}") from None
+
+
+def load_models(path: str | os.PathLike[str]) -> list[Model]:
+    """What a file of models tells; nothing if it is not there.
+
+    Raises:
+        ModelError: it is damaged, or of another version.
+        OSError: it cannot be read, or its folder is not there.
+    """
+    path = os.path.abspath(os.fsdecode(path))
+    document = _read_models(path)
+    if document is None:
+        return []
+    try:
+        return [Model(*known) for known in _core.known_models(document)]
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
+
+
+def _write(path: str, text: str) -> None:
+    """Replaces a file as a whole, so that nobody ever reads half of it."""
+    beside = f"{path}.{os.getpid()}"
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(beside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        raise
 
 
 def _worker_count(workers: int | None, machine: Machine | None) -> int:

@@ -18,12 +18,15 @@ from charioteer import errors
 from charioteer._futures import future, join_group
 from charioteer._placement import resolve as resolve_placement
 from charioteer._pools import limit_enter, limit_exit, limit_thread, refresh_limits
+from charioteer._variants import Variants, read_cost, read_size, variant_decorator
 from charioteer.devices import held as devices
 from charioteer.devices import normal as normal_placement
 from charioteer.devices import read_memory
+from charioteer.policies import score
 
 __all__ = [
     "MethodType",
+    "Variants",
     "analyse",
     "cancelled_class",
     "claim_coroutine",
@@ -42,10 +45,14 @@ __all__ = [
     "normal_placement",
     "operation_failed",
     "partial",
+    "read_cost",
     "read_memory",
+    "read_size",
     "refresh_limits",
     "resolve_placement",
+    "score",
     "start_thread",
+    "variant_decorator",
     "warn",
     "warn_capture",
 ]

@@ -15,6 +15,20 @@ class PlacementError(CharioteerError, ValueError):
     """No device of the machine can ever run the task; says why, per alternative."""
 
 
+class VariantError(CharioteerError, ValueError):
+    """Two variants of a function would serve the same device set, or a variant takes other
+    parameters than its function."""
+
+
+class PolicyError(CharioteerError, RuntimeError):
+    """The policy that the runtime was opened with raised, which is ``__cause__``, or gave what is
+    no score of each choice."""
+
+
+class ModelError(CharioteerError, ValueError):
+    """A file of models of run times is damaged, or of another version."""
+
+
 class MachineError(CharioteerError, ValueError):
     """A file, or the name of a virtual machine, describes no machine; says where and what to do."""
 

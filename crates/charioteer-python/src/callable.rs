@@ -206,6 +206,67 @@ fn name_of(callable: &Bound<'_, PyAny>) -> PyResult<&'static str> {
     })
 }
 
+/// What people call it.
+pub fn name(callable: &Bound<'_, PyAny>) -> PyResult<&'static str> {
+    if let Ok(function) = callable.cast::<NativeFunction>() {
+        return Ok(Callee::Function(Arc::clone(function.get().function())).name());
+    }
+    if let Ok(routine) = callable.cast::<BlasRoutine>() {
+        return Ok(Callee::Routine(Arc::clone(routine.get().routine())).name());
+    }
+    if callable
+        .get_type()
+        .is(support(callable.py()).partial.bind(callable.py()))
+    {
+        return name(&callable.getattr("func")?);
+    }
+    name_of(callable)
+}
+
+/// What it is called in the models of run times: by its module and where it stands in that, so that the
+/// same function has the same name in the next run.
+pub fn model_name(callable: &Bound<'_, PyAny>) -> PyResult<&'static str> {
+    let py = callable.py();
+    if callable.get_type().is(support(py).partial.bind(py)) {
+        return model_name(&callable.getattr("func")?);
+    }
+    let text = |name: &Bound<'_, PyString>| -> PyResult<Option<String>> {
+        let found = callable.getattr_opt(name)?;
+        Ok(found.and_then(|found| found.extract().ok()))
+    };
+    let qualified = match text(pyo3::intern!(py, "__qualname__"))? {
+        Some(qualified) => qualified,
+        None => name(callable)?.to_owned(),
+    };
+    Ok(match text(pyo3::intern!(py, "__module__"))? {
+        Some(module) => intern(&format!("{module}.{qualified}")),
+        None => intern(&qualified),
+    })
+}
+
+/// The object of a bound method.
+pub fn receiver<'py>(callable: &Bound<'py, PyAny>) -> PyResult<Option<Bound<'py, PyAny>>> {
+    let method = support(callable.py()).method.bind(callable.py());
+    if !callable.get_type().is(method) {
+        return Ok(None);
+    }
+    callable.getattr("__self__").map(Some)
+}
+
+/// The body bound to the object that `function` is bound to, if it is a method.
+pub fn bind_like<'py>(
+    function: &Bound<'py, PyAny>,
+    body: Bound<'py, PyAny>,
+) -> PyResult<Bound<'py, PyAny>> {
+    match receiver(function)? {
+        None => Ok(body),
+        Some(receiver) => {
+            let py = function.py();
+            support(py).method.bind(py).call1((body, receiver))
+        }
+    }
+}
+
 fn prepare_other(callable: &Bound<'_, PyAny>) -> PyResult<Prepared> {
     let py = callable.py();
     if callable.get_type().is(support(py).method.bind(py)) {

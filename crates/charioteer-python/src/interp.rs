@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use charioteer::engine::{Engine, Registry, Running};
 use charioteer::machine::{DeviceId, Event};
+use charioteer::mapping::policy::Call;
 use charioteer::task::{Domain, Failure, Outcome, Step, TaskRef, Trouble, Until};
 use pyo3::exceptions::PyTypeError;
 use pyo3::ffi;
@@ -31,6 +32,7 @@ use crate::gil::Gil;
 use crate::native;
 use crate::support::{error, support};
 use crate::task::{Awaiting, PyTask};
+use crate::variants::Several;
 
 pub type Task = TaskRef<Interp>;
 pub type Core = Engine<Interp>;
@@ -45,11 +47,17 @@ pub struct Interp {
     pub stores: Attached<HashMap<DeviceId, PyRef>>,
     /// Events that tasks recorded under a name, the last of each.
     pub events: std::sync::Mutex<HashMap<String, Event>>,
+    /// Whether the policy is to know of every task on devices, and of every choice of cores.
+    pub maps_all: bool,
+    /// The user's policy.
+    policy: Option<PyRef>,
 }
 
 impl Interp {
-    pub fn new(on_failure: Option<PyRef>, gil: Gil) -> Self {
+    pub fn new(on_failure: Option<PyRef>, gil: Gil, policy: Option<PyRef>, maps_all: bool) -> Self {
         Self {
+            policy,
+            maps_all,
             on_failure,
             gil,
             stores: Attached::new(HashMap::new()),
@@ -68,6 +76,19 @@ pub enum Arguments {
     Named(Box<(PyRef, PyRef)>),
 }
 
+impl Arguments {
+    /// The same objects.
+    pub fn clone_ref(&self, py: Python<'_>) -> Self {
+        let same = |object: &PyRef| PyRef::new(object.clone_ref(py));
+        match self {
+            Self::None => Self::None,
+            Self::One(argument) => Self::One(same(argument)),
+            Self::Many(arguments) => Self::Many(same(arguments)),
+            Self::Named(both) => Self::Named(Box::new((same(&both.0), same(&both.1)))),
+        }
+    }
+}
+
 /// A variable of a module and its value when the body was spawned.
 pub struct Watched {
     pub name: PyRef,
@@ -78,6 +99,29 @@ pub struct Watched {
 pub enum Body {
     Python(PythonBody),
     Native(native::Call),
+    /// The variants that may serve it.
+    Several(Box<Several>),
+}
+
+impl Body {
+    /// A native body whose arguments were all there when it was spawned is not attached.
+    #[inline]
+    pub fn needs_session(&self) -> bool {
+        match self {
+            Self::Python(_) => true,
+            Self::Native(call) => call.needs_session(),
+            Self::Several(several) => several.needs_session(),
+        }
+    }
+
+    /// Whether it is a coroutine in the middle.
+    pub fn has_begun(&self) -> bool {
+        match self {
+            Self::Python(body) => body.coroutine.is_some(),
+            Self::Native(_) => false,
+            Self::Several(several) => several.has_begun(),
+        }
+    }
 }
 
 /// A call of a Python callable.
@@ -688,7 +732,7 @@ pub fn exception_of(py: Python<'_>, task: &Task) -> Option<PyErr> {
             (task.label().to_string(), limit.as_secs_f64()),
         ),
         Failure::Device(failure) => devices::raise(py, failure),
-        Failure::Mapping(why) => error(py, "PlacementError", (why.to_string(),)),
+        Failure::Mapping(why) => error(py, "PolicyError", (&**why,)),
         Failure::Unspawned(names) => error(py, "UnspawnedDependencyError", (names.to_vec(),)),
         Failure::Dependency(root) => {
             let cause = exception_of(py, root);
@@ -719,20 +763,20 @@ impl Domain for Interp {
         match body {
             Body::Python(body) => Self::run_python(running, body),
             Body::Native(call) => call.run(running),
+            Body::Several(several) => match several.body(running) {
+                Ok(body) => self.run(running, body),
+                Err(step) => step,
+            },
         }
     }
 
-    /// A native body whose arguments were all there when it was spawned is not attached.
     #[inline]
     fn needs_session(&self, body: &Body) -> bool {
-        match body {
-            Body::Python(_) => true,
-            Body::Native(call) => call.needs_session(),
-        }
+        body.needs_session()
     }
 
     fn has_begun(&self, body: &Body) -> bool {
-        matches!(body, Body::Python(body) if body.coroutine.is_some())
+        body.has_begun()
     }
 
     #[inline]
@@ -834,6 +878,54 @@ impl Domain for Interp {
 
     fn wants_unread(&self) -> bool {
         self.on_failure.is_some()
+    }
+
+    fn choose(&self, calls: &[Call]) -> Vec<Result<usize, Raised>> {
+        // SAFETY: the engine asks in a session.
+        let py = unsafe { Python::assume_attached() };
+        calls
+            .iter()
+            .map(|call| {
+                self.ask_policy(py, call)
+                    .map_err(|error| Raised::new(py, error))
+            })
+            .collect()
+    }
+}
+
+impl Interp {
+    /// What the user's policy says of a call.
+    fn ask_policy(&self, py: Python<'_>, call: &Call) -> PyResult<usize> {
+        let policy = self.policy.as_ref().expect("only a user's policy is asked");
+        let seconds = |time: Duration| time.as_secs_f64();
+        let candidates = call.candidates.iter().map(|candidate| {
+            let devices = candidate.devices.iter().map(|device| device.index());
+            (
+                PyTuple::new(py, devices.collect::<Vec<_>>()),
+                candidate.cores,
+                candidate.estimate.map(seconds),
+                seconds(candidate.wait),
+                candidate.load,
+                candidate.local,
+            )
+        });
+        let candidates = candidates
+            .map(|(devices, cores, estimate, wait, load, local)| {
+                (devices?, cores, estimate, wait, load, local).into_pyobject(py)
+            })
+            .collect::<PyResult<Vec<_>>>()?;
+        support(py)
+            .score
+            .bind(py)
+            .call1((
+                policy.bind(py),
+                &*call.function,
+                call.size,
+                call.priority,
+                call.turn,
+                candidates,
+            ))?
+            .extract()
     }
 }
 

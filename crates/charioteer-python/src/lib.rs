@@ -37,6 +37,7 @@ mod space;
 mod spawn;
 mod support;
 mod task;
+mod variants;
 
 #[global_allocator]
 static GLOBAL: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -58,8 +59,8 @@ mod _core {
     use super::native::NativeFunction;
     #[pymodule_export]
     use super::runtime::{
-        Context, PyEngine, after_fork, check_trace, current_context, is_open, is_worker,
-        read_trace, set_default_runtime_factory, task_stream,
+        Context, PyEngine, after_fork, check_trace, current_context, held_devices, is_open,
+        is_worker, known_models, read_trace, set_default_runtime_factory, task_stream,
     };
     #[pymodule_export]
     use super::space::{TaskList, TaskSpace, View};

@@ -5,18 +5,18 @@ use std::time::Duration;
 
 use smallvec::SmallVec;
 
-use charioteer::gang::Alternative;
-use charioteer::task::{Need, Options, WHOLE_CORE};
+use charioteer::task::{Need, Options};
 use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyString};
 
 use crate::gateway::PyRef;
 use crate::interp::Task;
-use crate::placement::{Needs, Placement, Sets};
-use crate::runtime;
-use crate::support::{error, support};
+use crate::placement::{Needs, Placement};
+use crate::support::support;
 use crate::task::{PyTask, tasks_in};
+use crate::variants::{Cost, Size};
 
 /// What a task is called, or which handle it is to be.
 pub enum Target {
@@ -56,13 +56,16 @@ pub struct Keywords {
     pub dependencies: SmallVec<[Task; 2]>,
     pub priority: Option<i32>,
     pub placement: Option<Arc<Placement>>,
+    /// The placement is all of the choice: it was said for calls, not for a function.
+    pub restricted: bool,
     pub needs: Needs,
+    pub cost: Option<Cost>,
+    /// The cost is that of every body: it was said for calls, not for a function.
+    pub restricted_cost: bool,
+    pub size: Option<Size>,
     pub timeout: Option<Duration>,
     pub retries: Option<u32>,
 }
-
-/// What a task needs, the numbers of cores in free choice, and the sets of devices.
-type Needed = (Need, Option<Arc<[u16]>>, Option<Arc<[Alternative]>>);
 
 impl Keywords {
     /// These, and where they say nothing, `earlier`.
@@ -73,86 +76,63 @@ impl Keywords {
             target: self.target.or_else(|| earlier.target.clone()),
             dependencies,
             priority: self.priority.or(earlier.priority),
+            restricted: if self.placement.is_some() {
+                self.restricted
+            } else {
+                earlier.restricted
+            },
             placement: self.placement.or_else(|| earlier.placement.clone()),
             needs: Needs {
                 memory: self.needs.memory.or(earlier.needs.memory),
                 share: self.needs.share.or(earlier.needs.share),
             },
+            restricted_cost: if self.cost.is_some() {
+                self.restricted_cost
+            } else {
+                earlier.restricted_cost
+            },
+            cost: self.cost.or_else(|| earlier.cost.clone()),
+            size: self.size.or_else(|| earlier.size.clone()),
             timeout: self.timeout.or(earlier.timeout),
             retries: self.retries.or(earlier.retries),
         }
     }
 
-    /// The core's options; `None` if nothing unusual was said. `PlacementError` if the cores that
-    /// the runtime has can never serve it.
-    pub fn options(&self, py: Python<'_>) -> PyResult<Option<Box<Options>>> {
-        if self.priority.is_none()
+    /// Whether nothing was said of how the task is to be run.
+    pub fn is_plain(&self) -> bool {
+        self.priority.is_none()
             && self.placement.is_none()
             && self.needs == Needs::default()
             && self.timeout.is_none()
             && self.retries.is_none()
-        {
-            return Ok(None);
-        }
-        let (need, alternatives, devices) = self.need(py)?;
-        let options = Options {
-            priority: self.priority.unwrap_or(0),
-            retries: self.retries.unwrap_or(0),
-            timeout: self.timeout,
-            need,
-            alternatives,
-            devices,
-            mapping: None,
-        };
-        Ok((options != Options::DEFAULT).then(|| Box::new(options)))
     }
 
-    /// What the task needs of the machine, and the sets in free choice.
-    fn need(&self, py: Python<'_>) -> PyResult<Needed> {
-        let active = runtime::active(py)?;
-        let engine = &active.engine;
-        let sets = match &self.placement {
-            Some(placement) => placement.resolve(py, engine, self.needs)?,
-            None if self.needs.memory.is_some() => {
-                return Err(error(
-                    py,
-                    "PlacementError",
-                    ("memory= is for tasks on devices: say placement=gpu",),
-                ));
-            }
-            None => Sets::Cores(smallvec::smallvec![1]),
-        };
-        let feasible = match sets {
-            Sets::Devices(sets) => return Ok((Need::Devices, None, Some(sets))),
-            Sets::Cores(counts) => counts,
-        };
-        let share = self.needs.share.unwrap_or(1.0);
-        let first = feasible[0];
-        // Between 0 and 65,536, so the cast is exact.
-        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-        let part = (share * f64::from(WHOLE_CORE)).ceil() as u32;
-        match part {
-            0 => Ok((Need::Share(0), None, None)),
-            WHOLE_CORE if feasible.len() > 1 => {
-                Ok((Need::Cores(first), Some(feasible.to_vec().into()), None))
-            }
-            WHOLE_CORE if first == 1 => Ok((Need::Core, None, None)),
-            WHOLE_CORE => Ok((Need::Cores(first), None, None)),
-            part if feasible.contains(&1) => Ok((Need::Share(part), None, None)),
-            _ => Err(error(
-                py,
-                "PlacementError",
-                (format!(
-                    "cpu * {first} with share={share}: a set of cores is taken whole, or with \
-                     share=0 not at all"
-                ),),
-            )),
+    /// The same as the keywords of a function, whose variants add to its placement and cost.
+    pub fn of_function(self) -> Self {
+        Self {
+            restricted: false,
+            restricted_cost: false,
+            ..self
         }
+    }
+
+    /// Shows the callables in them to the collector.
+    pub fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
+        if let Some(cost) = &self.cost {
+            cost.traverse(visit)?;
+        }
+        if let Some(size) = &self.size {
+            size.traverse(visit)?;
+        }
+        Ok(())
     }
 
     /// Whether the body may get several cores.
     pub fn may_be_wide(options: Option<&Options>) -> bool {
-        options.is_some_and(|options| matches!(options.need, Need::Cores(_)))
+        options.is_some_and(|options| match &options.mapping {
+            Some(mapping) => mapping.choices().may_be_wide(),
+            None => matches!(options.need, Need::Cores(_)),
+        })
     }
 }
 
@@ -165,6 +145,8 @@ pub fn keywords(
     placement: Option<&Bound<'_, PyAny>>,
     share: Option<&Bound<'_, PyAny>>,
     memory: Option<&Bound<'_, PyAny>>,
+    cost: Option<&Bound<'_, PyAny>>,
+    size: Option<&Bound<'_, PyAny>>,
     timeout: Option<&Bound<'_, PyAny>>,
     retries: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<Keywords> {
@@ -184,6 +166,14 @@ pub fn keywords(
     }
     if let Some(placement) = placement {
         keywords.placement = Some(Placement::read(placement)?);
+        keywords.restricted = true;
+    }
+    if let Some(cost) = cost {
+        keywords.cost = Some(Cost::read(cost)?);
+        keywords.restricted_cost = true;
+    }
+    if let Some(size) = size {
+        keywords.size = Some(Size::read(size)?);
     }
     if let Some(share) = share {
         let share: f64 = share

@@ -13,11 +13,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use charioteer::engine::{Config, Engine as CoreEngine};
 use charioteer::machine::{DeviceId, HOST, Machine, Stream};
+use charioteer::mapping::model::Models;
+use charioteer::mapping::policy::Mapper;
 use charioteer::sync::assert_unlocked;
 use charioteer::task::TaskRef;
-use pyo3::exceptions::{PyOSError, PyRuntimeError};
+use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyModule, PyTuple};
+use pyo3::types::{PyDict, PyModule, PyString, PyTuple};
 use smallvec::SmallVec;
 
 use crate::devices::{self, OpenMachine, PyEvent, PyStream};
@@ -158,7 +160,8 @@ impl PyEngine {
     /// Opens a runtime. `RuntimeActiveError` if one is open.
     #[new]
     #[pyo3(signature = (
-        workers, max_pending=None, trace=None, on_failure=None, gil=None, machine=None, runahead=64
+        workers, max_pending=None, trace=None, on_failure=None, gil=None, machine=None, runahead=64,
+        policy=None, seed=0, models=None
     ))]
     #[expect(clippy::too_many_arguments, reason = "from one place")]
     fn open(
@@ -170,7 +173,27 @@ impl PyEngine {
         gil: Option<usize>,
         machine: Option<&Bound<'_, OpenMachine>>,
         runahead: u32,
+        policy: Option<Bound<'_, PyAny>>,
+        seed: u64,
+        models: Option<&str>,
     ) -> PyResult<Self> {
+        let (mapper, policy) = match policy {
+            None => (Mapper::EarliestFinish, None),
+            Some(said) => match said.cast::<PyString>() {
+                Ok(name) => {
+                    let name = name.to_string_lossy();
+                    let mapper = Mapper::named(&name, seed).ok_or_else(|| {
+                        PyValueError::new_err(format!("there is no policy {name:?}"))
+                    })?;
+                    (mapper, None)
+                }
+                Err(_) => (Mapper::User, Some(PyRef::from(said))),
+            },
+        };
+        let known = match models {
+            Some(document) => read_models(py, document)?,
+            None => Models::new(),
+        };
         let machine = machine.map(|machine| machine.get().get(py)).transpose()?;
         let process = std::process::id();
         let taken = !is_forked()
@@ -187,7 +210,12 @@ impl PyEngine {
         }
         let lock = Gil::new(workers, gateway::has_gil(py)?, gil.is_none());
         let engine = CoreEngine::open(
-            Interp::new(on_failure.map(PyRef::from), lock),
+            Interp::new(
+                on_failure.map(PyRef::from),
+                lock,
+                policy,
+                !matches!(mapper, Mapper::EarliestFinish),
+            ),
             Config {
                 workers,
                 max_pending,
@@ -197,7 +225,8 @@ impl PyEngine {
                     runahead,
                     ..charioteer::gang::Limits::default()
                 },
-                ..Config::default()
+                mapper,
+                models: Arc::new(known),
             },
         )
         .map_err(|error| match error.raw_os_error() {
@@ -308,6 +337,16 @@ impl PyEngine {
         forget_mine();
     }
 
+    /// What is known of run times, as a document that another runtime can be opened with.
+    fn export_models(&self) -> String {
+        self.engine.models().export()
+    }
+
+    /// What is known of run times.
+    fn models(&self) -> Vec<Model> {
+        models(self.engine.models())
+    }
+
     /// What the runtime did so far: tasks spawned and finished, threads, visits of the gateway.
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let counts = self.engine.counts();
@@ -334,6 +373,41 @@ impl PyEngine {
         stats.set_item("gateway", sites)?;
         Ok(stats)
     }
+}
+
+/// Function, choice, size, calls, how many of them were timed, how many explored, and the estimate in
+/// seconds.
+type Model = (String, String, u64, u64, u64, u32, Option<f64>);
+
+fn models(models: &Models) -> Vec<Model> {
+    let known = models.known().into_iter();
+    known
+        .map(|known| {
+            (
+                known.function.to_string(),
+                known.choice.to_string(),
+                known.size,
+                known.calls,
+                known.timed,
+                known.explored,
+                known.estimate.map(|time| time.as_secs_f64()),
+            )
+        })
+        .collect()
+}
+
+fn read_models(py: Python<'_>, document: &str) -> PyResult<Models> {
+    let known = Models::new();
+    known
+        .import(document)
+        .map_err(|why| error(py, "ModelError", (why.to_string(),)))?;
+    Ok(known)
+}
+
+/// What a document of models tells. `ModelError` if it is none.
+#[pyfunction]
+pub fn known_models(py: Python<'_>, document: &str) -> PyResult<Vec<Model>> {
+    read_models(py, document).map(|known| models(&known))
 }
 
 fn forget_mine() {
@@ -604,6 +678,37 @@ impl Context {
         }
         Ok(())
     }
+}
+
+/// What the running task of this thread holds; nothing if none runs.
+pub fn held(engine: &Core) -> (usize, Vec<u16>, usize, usize) {
+    let cores = engine.current().map_or(0, |(_, grant)| {
+        grant.cores.len() + usize::from(grant.part.is_some())
+    });
+    let gpus: Vec<u16> = engine.lent().iter().map(|(id, _)| id.index()).collect();
+    let present = engine.machine().map_or(0, |machine| machine.gpus());
+    let cores = if gpus.is_empty() { cores } else { 0 };
+    (cores, gpus, engine.cores(), present)
+}
+
+/// The devices of the running task as sets count them: how many cores, and the numbers of its GPUs; and
+/// how many of each the runtime has. `None` outside of tasks.
+#[pyfunction]
+#[allow(clippy::type_complexity)]
+pub fn held_devices<'py>(
+    py: Python<'py>,
+) -> PyResult<Option<(usize, Bound<'py, PyTuple>, usize, usize)>> {
+    // Opens no runtime: a thread that runs a task looked one up, or does so now.
+    if !is_open() {
+        return Ok(None);
+    }
+    let active = active(py)?;
+    let engine = &active.engine;
+    if engine.current().is_none() {
+        return Ok(None);
+    }
+    let (cores, gpus, all, present) = held(engine);
+    Ok(Some((cores, PyTuple::new(py, gpus)?, all, present)))
 }
 
 /// The context of the running task. `NoRuntimeError` outside of tasks.

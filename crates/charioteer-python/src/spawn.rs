@@ -20,6 +20,7 @@ use crate::runtime;
 use crate::space::{TaskList, TaskSpace};
 use crate::support::{error, support};
 use crate::task::PyTask;
+use crate::variants::{Bodies, Cost, Given, Recipe, Several, VariantTable};
 
 /// What the spawner's `contextvars` are now.
 #[inline]
@@ -111,21 +112,16 @@ fn hold<'py>(
     Ok(Some(Bound::new(py, Held(held.into()))?.into_any()))
 }
 
-/// Spawns a body with everything that is known of it.
-#[allow(clippy::too_many_arguments)]
-fn launch(
+/// The body of one call.
+fn body_of(
     py: Python<'_>,
-    engine: &std::sync::Arc<Core>,
     prepared: Prepared,
     arguments: Arguments,
     substitute: bool,
-    target: Option<&Target>,
-    options: Option<Box<Options>>,
-    dependencies: &[Task],
-) -> PyResult<Option<Handle<Interp>>> {
-    let wide = Keywords::may_be_wide(options.as_deref());
-    let mut name = prepared.name;
-    let body = match prepared.callable {
+    wide: bool,
+    name: &mut &'static str,
+) -> PyResult<Body> {
+    Ok(match prepared.callable {
         Callable::Python(callable, watched) => Body::Python(PythonBody {
             wide,
             callable,
@@ -136,9 +132,52 @@ fn launch(
             coroutine: None,
         }),
         Callable::Native(callee) => {
+            let own = std::ptr::eq(callee.name(), *name);
             let call = native::Call::new(py, callee, arguments, substitute, wide)?;
-            name = call.name();
+            if own {
+                *name = call.name();
+            }
             Body::Native(call)
+        }
+    })
+}
+
+/// Spawns bodies, of which one will run, with everything that is known of them.
+#[allow(clippy::too_many_arguments)]
+fn launch(
+    py: Python<'_>,
+    engine: &std::sync::Arc<Core>,
+    bodies: Bodies,
+    arguments: Arguments,
+    substitute: bool,
+    target: Option<&Target>,
+    options: Option<Box<Options>>,
+    dependencies: &[Task],
+) -> PyResult<Option<Handle<Interp>>> {
+    let wide = Keywords::may_be_wide(options.as_deref());
+    let mut name;
+    let body = match bodies {
+        Bodies::One(prepared) => {
+            name = prepared.name;
+            body_of(py, prepared, arguments, substitute, wide, &mut name)?
+        }
+        Bodies::Several(candidates) => {
+            name = candidates.bodies[0].name;
+            let bodies = candidates
+                .bodies
+                .into_iter()
+                .map(|prepared| {
+                    let mut name = "";
+                    let arguments = arguments.clone_ref(py);
+                    body_of(py, prepared, arguments, substitute, wide, &mut name)
+                })
+                .collect::<PyResult<_>>()?;
+            Body::Several(Box::new(Several {
+                bodies,
+                plan: candidates.plan,
+                matcher: candidates.matcher,
+                running: None,
+            }))
         }
     };
     let result = match target {
@@ -200,7 +239,7 @@ fn handle_of<'py>(
     Ok(object)
 }
 
-fn spawn_error(py: Python<'_>, why: SpawnError, target: Option<&Target>) -> PyErr {
+pub fn spawn_error(py: Python<'_>, why: SpawnError, target: Option<&Target>) -> PyErr {
     match why {
         SpawnError::Closed => runtime::none(py),
         SpawnError::Duplicate => {
@@ -225,7 +264,7 @@ fn spawn_call(
     py: Python<'_>,
     said: &Keywords,
     options: Option<Box<Options>>,
-    prepared: Prepared,
+    bodies: Bodies,
     positional: Option<&Bound<'_, PyTuple>>,
     keyword: Option<&Bound<'_, PyDict>>,
 ) -> PyResult<Option<Handle<Interp>>> {
@@ -237,7 +276,7 @@ fn spawn_call(
         return launch(
             py,
             engine,
-            prepared,
+            bodies,
             Arguments::None,
             false,
             said.target.as_ref(),
@@ -296,7 +335,7 @@ fn spawn_call(
     launch(
         py,
         engine,
-        prepared,
+        bodies,
         arguments,
         substitute,
         said.target.as_ref(),
@@ -310,16 +349,20 @@ fn spawn_inline(
     py: Python<'_>,
     said: &Keywords,
     function: &Bound<'_, PyAny>,
+    table: Option<&VariantTable>,
 ) -> PyResult<Option<Handle<Interp>>> {
     if is_coroutine(function) {
         return spawn_coroutine(py, said, function);
     }
-    let prepared = callable::prepare(function)?;
-    if let Callable::Native(callee) = &prepared.callable {
-        callee.check_inline()?;
-    }
-    let options = said.options(py)?;
+    let recipe = Recipe::new(py, said, function, table)?;
+    let bodies = recipe.prepare(function, table)?;
+    bodies.check_inline()?;
     let (positional, keyword) = callable::defaults(function)?;
+    let given = Given {
+        positional: positional.as_ref(),
+        keyword: keyword.as_ref(),
+    };
+    let options = recipe.options(py, said, function, table, &given)?;
     let substitute = positional
         .iter()
         .flat_map(|positional| positional.iter())
@@ -330,15 +373,15 @@ fn spawn_inline(
                 .map(|(_, argument)| argument),
         )
         .any(|argument| has_handles(&argument));
-    if !substitute {
+    if !substitute && matches!(bodies, Bodies::One(_)) && !recipe.has_variants() {
         // The function finds its defaults by itself.
-        return spawn_call(py, said, options, prepared, None, None);
+        return spawn_call(py, said, options, bodies, None, None);
     }
     spawn_call(
         py,
         said,
         options,
-        prepared,
+        bodies,
         positional.as_ref(),
         keyword.as_ref(),
     )
@@ -368,9 +411,14 @@ fn spawn_coroutine(
         callable: Callable::Python(Hidden::new(give.into_any()), None),
         name: callable::intern(&name),
     };
-    let options = said.options(py)?;
+    let recipe = Recipe::new(py, said, coroutine, None)?;
+    let given = Given {
+        positional: None,
+        keyword: None,
+    };
+    let options = recipe.options(py, said, coroutine, None, &given)?;
     support(py).claim_coroutine.bind(py).call1((coroutine,))?;
-    let spawned = spawn_call(py, said, options, prepared, None, None);
+    let spawned = spawn_call(py, said, options, Bodies::One(prepared), None, None);
     if spawned.is_err() {
         support(py)
             .disclaim_coroutine
@@ -391,6 +439,25 @@ impl Give {
     }
 }
 
+/// Spawns an inline task, of a task function too.
+fn spawn_any<'py>(
+    py: Python<'py>,
+    said: &Keywords,
+    function: &Bound<'py, PyAny>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let over;
+    let (function, said, table) = match function.cast::<TaskFunction>() {
+        Ok(function) => {
+            let function = function.get();
+            over = said.clone().over(&function.said);
+            (function.function.bind(py), &over, Some(function.table(py)))
+        }
+        Err(_) => (function, said, None),
+    };
+    let task = spawn_inline(py, said, function, table)?;
+    handle_of(py, task, said.target.as_ref())
+}
+
 /// What `spawn(...)` with options gives: called with a function, it spawns it.
 #[pyclass(module = "charioteer._core", frozen)]
 pub struct Spawner(Keywords);
@@ -403,17 +470,7 @@ impl Spawner {
         py: Python<'py>,
         function: &Bound<'py, PyAny>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let over;
-        let (function, said) = match function.cast::<TaskFunction>() {
-            Ok(function) => {
-                let function = function.get();
-                over = self.0.clone().over(&function.said);
-                (function.function.bind(py), &over)
-            }
-            Err(_) => (function, &self.0),
-        };
-        let task = spawn_inline(py, said, function)?;
-        handle_of(py, task, said.target.as_ref())
+        spawn_any(py, &self.0, function)
     }
 }
 
@@ -421,7 +478,7 @@ impl Spawner {
 #[pyfunction]
 #[pyo3(signature = (
     target=None, /, *, name=None, dependencies=None, priority=None, placement=None, share=None,
-    memory=None, timeout=None, retries=None
+    memory=None, cost=None, size=None, timeout=None, retries=None
 ))]
 #[allow(clippy::too_many_arguments)]
 pub fn spawn<'py>(
@@ -433,6 +490,8 @@ pub fn spawn<'py>(
     placement: Option<&Bound<'py, PyAny>>,
     share: Option<&Bound<'py, PyAny>>,
     memory: Option<&Bound<'py, PyAny>>,
+    cost: Option<&Bound<'py, PyAny>>,
+    size: Option<&Bound<'py, PyAny>>,
     timeout: Option<&Bound<'py, PyAny>>,
     retries: Option<&Bound<'py, PyAny>>,
 ) -> PyResult<Bound<'py, PyAny>> {
@@ -443,6 +502,8 @@ pub fn spawn<'py>(
         placement,
         share,
         memory,
+        cost,
+        size,
         timeout,
         retries,
     )?;
@@ -459,12 +520,6 @@ pub fn spawn<'py>(
         };
         return Ok(Bound::new(py, Spawner(said))?.into_any());
     }
-    if let Ok(function) = first.cast::<TaskFunction>() {
-        let function = function.get();
-        let said = said.over(&function.said);
-        let task = spawn_inline(py, &said, function.function.bind(py))?;
-        return handle_of(py, task, said.target.as_ref());
-    }
     if let Ok(list) = first.cast::<TaskList>()
         && list.get().is_empty()
     {
@@ -472,8 +527,7 @@ pub fn spawn<'py>(
             "no task has this name: its index lies below the lower bound of its space",
         ));
     }
-    let task = spawn_inline(py, &said, first)?;
-    handle_of(py, task, None)
+    spawn_any(py, &said, first)
 }
 
 /// A function whose calls are tasks.
@@ -481,6 +535,45 @@ pub fn spawn<'py>(
 pub struct TaskFunction {
     function: PyRef,
     said: Keywords,
+    /// Shared by all that `.options()` and binding make of it.
+    variants: PyRef,
+}
+
+impl TaskFunction {
+    fn table<'a>(&'a self, py: Python<'a>) -> &'a VariantTable {
+        let table = self.variants.bind(py);
+        // SAFETY: only this module fills the field, with objects of this class, and what is borrowed
+        // lives as long as the object, which this one keeps.
+        unsafe { table.cast_unchecked::<VariantTable>() }.get()
+    }
+
+    /// The same with another function or other keywords.
+    fn like(&self, py: Python<'_>, function: Py<PyAny>, said: Keywords) -> Self {
+        Self {
+            function: PyRef::new(function),
+            said,
+            variants: PyRef::new(self.variants.clone_ref(py)),
+        }
+    }
+
+    /// Spawns a call.
+    fn spawn(
+        &self,
+        py: Python<'_>,
+        positional: &Bound<'_, PyTuple>,
+        keyword: Option<&Bound<'_, PyDict>>,
+    ) -> PyResult<Option<Handle<Interp>>> {
+        let function = self.function.bind(py);
+        let table = Some(self.table(py));
+        let recipe = Recipe::new(py, &self.said, function, table)?;
+        let bodies = recipe.prepare(function, table)?;
+        let given = Given {
+            positional: Some(positional),
+            keyword,
+        };
+        let options = recipe.options(py, &self.said, function, table, &given)?;
+        spawn_call(py, &self.said, options, bodies, Some(positional), keyword)
+    }
 }
 
 #[pymethods]
@@ -492,9 +585,7 @@ impl TaskFunction {
         arguments: &Bound<'py, PyTuple>,
         keywords: Option<&Bound<'py, PyDict>>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let prepared = callable::prepare(self.function.bind(py))?;
-        let options = self.said.options(py)?;
-        let task = spawn_call(py, &self.said, options, prepared, Some(arguments), keywords)?;
+        let task = self.spawn(py, arguments, keywords)?;
         handle_of(py, task, self.said.target.as_ref())
     }
 
@@ -512,7 +603,7 @@ impl TaskFunction {
     /// The function with a name and options for the next calls.
     #[pyo3(signature = (
         name=None, *, dependencies=None, priority=None, placement=None, share=None,
-        memory=None, timeout=None, retries=None
+        memory=None, cost=None, size=None, timeout=None, retries=None
     ))]
     #[allow(clippy::too_many_arguments)]
     fn options(
@@ -524,6 +615,8 @@ impl TaskFunction {
         placement: Option<&Bound<'_, PyAny>>,
         share: Option<&Bound<'_, PyAny>>,
         memory: Option<&Bound<'_, PyAny>>,
+        cost: Option<&Bound<'_, PyAny>>,
+        size: Option<&Bound<'_, PyAny>>,
         timeout: Option<&Bound<'_, PyAny>>,
         retries: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
@@ -534,13 +627,42 @@ impl TaskFunction {
             placement,
             share,
             memory,
+            cost,
+            size,
             timeout,
             retries,
         )?;
-        Ok(Self {
-            function: PyRef::new(self.function.clone_ref(py)),
-            said: said.over(&self.said),
-        })
+        let said = said.over(&self.said);
+        Ok(self.like(py, self.function.clone_ref(py), said))
+    }
+
+    /// Registers the body below it for device sets.
+    #[pyo3(signature = (placement, /, *, cost=None))]
+    fn variant<'py>(
+        slf: Bound<'py, Self>,
+        placement: &Bound<'py, PyAny>,
+        cost: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let py = slf.py();
+        if let Some(cost) = cost {
+            Cost::read(cost)?;
+        }
+        support(py)
+            .variant_decorator
+            .bind(py)
+            .call1((slf.getattr("_register")?, placement, cost))
+    }
+
+    /// What `variant` does with the body.
+    fn _register(
+        &self,
+        py: Python<'_>,
+        body: &Bound<'_, PyAny>,
+        placement: &Bound<'_, PyAny>,
+        cost: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
+        let function = self.function.bind(py);
+        self.table(py).register(function, body, placement, cost)
     }
 
     /// Spawns one task for each element of `iterables`, taken in step as by `map`.
@@ -549,7 +671,8 @@ impl TaskFunction {
         if matches!(self.said.target, Some(Target::Handle(_))) {
             return Err(PyTypeError::new_err("many tasks cannot have one handle"));
         }
-        many(py, self.function.bind(py), &self.said, iterables)
+        let table = Some(self.table(py));
+        many(py, self.function.bind(py), &self.said, table, iterables)
     }
 
     fn __get__<'py>(
@@ -568,10 +691,7 @@ impl TaskFunction {
         if bound.is(function) {
             return Ok(slf.into_any());
         }
-        let bound = Self {
-            function: bound.into(),
-            said: this.said.clone(),
-        };
+        let bound = this.like(py, bound.unbind(), this.said.clone());
         Ok(Bound::new(py, bound)?.into_any())
     }
 
@@ -612,6 +732,8 @@ impl TaskFunction {
         if function.is_null() {
             return Ok(());
         }
+        visit.call(self.variants.get())?;
+        self.said.traverse(&visit)?;
         visit.call(self.function.get())
     }
 
@@ -623,24 +745,32 @@ impl TaskFunction {
 
 /// What `task(...)` with options gives: called with a function, it makes a task function.
 #[pyclass(module = "charioteer._core", frozen)]
-pub struct TaskDecorator(Keywords);
+pub struct TaskDecorator(Keywords, bool);
 
 #[pymethods]
 impl TaskDecorator {
     #[pyo3(signature = (function, /))]
     fn __call__<'py>(&self, function: &Bound<'py, PyAny>) -> PyResult<Bound<'py, TaskFunction>> {
-        make_task_function(function, self.0.clone())
+        make_task_function(function, self.0.clone(), self.1)
     }
 }
 
 fn make_task_function<'py>(
     function: &Bound<'py, PyAny>,
     said: Keywords,
+    base: bool,
 ) -> PyResult<Bound<'py, TaskFunction>> {
     let py = function.py();
     if let Ok(earlier) = function.cast::<TaskFunction>() {
+        if !base {
+            return Err(PyTypeError::new_err(
+                "base=False is for the function itself: this one is a task function already",
+            ));
+        }
         let earlier = earlier.get();
-        return make_task_function(earlier.function.bind(py), said.over(&earlier.said));
+        let said = said.over(&earlier.said);
+        let made = earlier.like(py, earlier.function.clone_ref(py), said);
+        return named(Bound::new(py, made)?, earlier.function.bind(py));
     }
     // A static or class method is no callable of its own before it is bound.
     if !function.is_callable() && function.getattr_opt("__get__")?.is_none() {
@@ -649,12 +779,24 @@ fn make_task_function<'py>(
             function.get_type().name()?
         )));
     }
+    let table = if base {
+        VariantTable::new()
+    } else {
+        VariantTable::without_base(function)?
+    };
     let made = TaskFunction {
         function: function.clone().into(),
         said,
+        variants: Bound::new(py, table)?.into(),
     };
-    let made = Bound::new(py, made)?;
-    // These two the class has as well, and would hide the function's.
+    named(Bound::new(py, made)?, function)
+}
+
+/// Gives a task function what its class has as well, and would hide the function's.
+fn named<'py>(
+    made: Bound<'py, TaskFunction>,
+    function: &Bound<'py, PyAny>,
+) -> PyResult<Bound<'py, TaskFunction>> {
     for name in ["__doc__", "__module__"] {
         if let Some(value) = function.getattr_opt(name)? {
             made.setattr(name, value)?;
@@ -667,7 +809,7 @@ fn make_task_function<'py>(
 #[pyfunction]
 #[pyo3(signature = (
     function=None, /, *, name=None, dependencies=None, priority=None, placement=None, share=None,
-    memory=None, timeout=None, retries=None
+    memory=None, cost=None, size=None, timeout=None, retries=None, base=true
 ))]
 #[allow(clippy::too_many_arguments)]
 pub fn task<'py>(
@@ -679,8 +821,11 @@ pub fn task<'py>(
     placement: Option<&Bound<'py, PyAny>>,
     share: Option<&Bound<'py, PyAny>>,
     memory: Option<&Bound<'py, PyAny>>,
+    cost: Option<&Bound<'py, PyAny>>,
+    size: Option<&Bound<'py, PyAny>>,
     timeout: Option<&Bound<'py, PyAny>>,
     retries: Option<&Bound<'py, PyAny>>,
+    base: bool,
 ) -> PyResult<Bound<'py, PyAny>> {
     let said = keywords(
         name,
@@ -689,6 +834,8 @@ pub fn task<'py>(
         placement,
         share,
         memory,
+        cost,
+        size,
         timeout,
         retries,
     )?;
@@ -697,9 +844,16 @@ pub fn task<'py>(
             "a task function can be called more than once: give the handle to .options()",
         ));
     }
+    if !base && said.placement.is_some() {
+        return Err(PyTypeError::new_err(
+            "placement says where the base body runs, and base=False says that there is none: give it \
+             to .options()",
+        ));
+    }
+    let said = said.of_function();
     match function {
-        None => Ok(Bound::new(py, TaskDecorator(said))?.into_any()),
-        Some(function) => Ok(make_task_function(function, said)?.into_any()),
+        None => Ok(Bound::new(py, TaskDecorator(said, base))?.into_any()),
+        Some(function) => Ok(make_task_function(function, said, base)?.into_any()),
     }
 }
 
@@ -708,9 +862,10 @@ fn many(
     py: Python<'_>,
     function: &Bound<'_, PyAny>,
     said: &Keywords,
+    table: Option<&VariantTable>,
     iterables: &Bound<'_, PyTuple>,
 ) -> PyResult<TaskList> {
-    let handles = many_handles(py, function, said, iterables)?;
+    let handles = many_handles(py, function, said, table, iterables)?;
     if GROUPS.load(Ordering::Relaxed) == 0 {
         return Ok(TaskList::of_handles(
             handles.into_iter().map(PyTask::of).collect(),
@@ -731,16 +886,21 @@ fn many_handles(
     py: Python<'_>,
     function: &Bound<'_, PyAny>,
     said: &Keywords,
+    table: Option<&VariantTable>,
     iterables: &Bound<'_, PyTuple>,
 ) -> PyResult<Vec<Handle<Interp>>> {
     let mut handles = Vec::new();
+    if iterables.is_empty() {
+        return Err(PyTypeError::new_err("map needs at least one iterable"));
+    }
+    let recipe = Recipe::new(py, said, function, table)?;
     if iterables.len() == 1 {
-        let options = said.options(py)?;
         for item in iterables.get_item(0)?.try_iter()? {
             // One element, no keywords: no tuple is needed.
             let item = item?;
             let active = runtime::active(py)?;
-            let prepared = callable::prepare(function)?;
+            let bodies = recipe.prepare(function, table)?;
+            let options = recipe.options_of_one(py, said, function, table, &item)?;
             let mut found = Vec::new();
             let held = hold(&item, &mut found)?;
             let substitute = held.is_some();
@@ -749,11 +909,11 @@ fn many_handles(
             handles.extend(launch(
                 py,
                 &active.engine,
-                prepared,
+                bodies,
                 Arguments::One(item.into()),
                 substitute,
                 said.target.as_ref(),
-                options.clone(),
+                options,
                 &found,
             )?);
         }
@@ -763,10 +923,6 @@ fn many_handles(
         .iter()
         .map(|iterable| iterable.try_iter())
         .collect::<PyResult<Vec<_>>>()?;
-    if iterators.is_empty() {
-        return Err(PyTypeError::new_err("map needs at least one iterable"));
-    }
-    let options = said.options(py)?;
     'elements: loop {
         let mut arguments = Vec::with_capacity(iterators.len());
         for iterator in &iterators {
@@ -776,11 +932,15 @@ fn many_handles(
             }
         }
         let arguments = PyTuple::new(py, arguments)?;
+        let given = Given {
+            positional: Some(&arguments),
+            keyword: None,
+        };
         let task = spawn_call(
             py,
             said,
-            options.clone(),
-            callable::prepare(function)?,
+            recipe.options(py, said, function, table, &given)?,
+            recipe.prepare(function, table)?,
             Some(&arguments),
             None,
         )?;
@@ -793,7 +953,7 @@ fn many_handles(
 #[pyfunction]
 #[pyo3(signature = (
     function, iterable, /, *, name=None, dependencies=None, priority=None, placement=None,
-    share=None, memory=None, timeout=None, retries=None
+    share=None, memory=None, cost=None, size=None, timeout=None, retries=None
 ))]
 #[allow(clippy::too_many_arguments)]
 pub fn spawn_many(
@@ -806,6 +966,8 @@ pub fn spawn_many(
     placement: Option<&Bound<'_, PyAny>>,
     share: Option<&Bound<'_, PyAny>>,
     memory: Option<&Bound<'_, PyAny>>,
+    cost: Option<&Bound<'_, PyAny>>,
+    size: Option<&Bound<'_, PyAny>>,
     timeout: Option<&Bound<'_, PyAny>>,
     retries: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<TaskList> {
@@ -816,6 +978,8 @@ pub fn spawn_many(
         placement,
         share,
         memory,
+        cost,
+        size,
         timeout,
         retries,
     )?;
@@ -826,9 +990,10 @@ pub fn spawn_many(
     if let Ok(function) = function.cast::<TaskFunction>() {
         let function = function.get();
         let said = said.over(&function.said);
-        return many(py, function.function.bind(py), &said, &iterables);
+        let table = Some(function.table(py));
+        return many(py, function.function.bind(py), &said, table, &iterables);
     }
-    many(py, function, &said, &iterables)
+    many(py, function, &said, None, &iterables)
 }
 
 /// Spawns `function(*arguments, **keywords)`; `raw` takes the function as it is, captured variables
@@ -844,16 +1009,7 @@ pub fn submit<'py>(
 ) -> PyResult<Bound<'py, PyAny>> {
     if let Ok(function) = function.cast::<TaskFunction>() {
         let function = function.get();
-        let options = function.said.options(py)?;
-        let prepared = callable::prepare(function.function.bind(py))?;
-        let task = spawn_call(
-            py,
-            &function.said,
-            options,
-            prepared,
-            Some(arguments),
-            keywords,
-        )?;
+        let task = function.spawn(py, arguments, keywords)?;
         return handle_of(py, task, function.said.target.as_ref());
     }
     if is_coroutine(function) {
@@ -869,7 +1025,7 @@ pub fn submit<'py>(
         py,
         &Keywords::default(),
         None,
-        prepared,
+        Bodies::One(prepared),
         Some(arguments),
         keywords,
     )?;

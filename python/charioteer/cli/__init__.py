@@ -18,8 +18,12 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from charioteer import __version__
+
+if TYPE_CHECKING:
+    from charioteer.policies import Model
 
 __all__ = ["UserError", "main"]
 
@@ -43,13 +47,15 @@ environment:
   CHARIOTEER_MACHINE   machine of a runtime that names none: virtual:N or a YAML file
   CHARIOTEER_WORKERS   workers of a runtime that does not say how many (default: usable cores)
   CHARIOTEER_TRACE     trace file of a runtime that does not name one (default: no trace)
+  CHARIOTEER_POLICY    policy of a runtime that does not name one (default: eft)
+  CHARIOTEER_MODELS    file of run times of a runtime that does not name one (default: none)
 """
 
 _RUN_DESCRIPTION = """\
 Run a Python script as the main program. A script that spawns tasks without opening a runtime gets
 one: it opens at the first spawn and closes when the script ends, after its last task. A script
-that opens its own runtime keeps it; --machine, --workers and --trace apply there to whatever the
-script itself leaves open.
+that opens its own runtime keeps it; --machine, --workers, --policy, --models and --trace apply
+there to whatever the script itself leaves open.
 
 Everything after SCRIPT belongs to the script.
 """
@@ -60,7 +66,7 @@ nobody received.
 """
 
 
-_RUN_VALUES = ("--machine", "--workers", "--trace")
+_RUN_VALUES = ("--machine", "--workers", "--policy", "--models", "--trace")
 """The options of ``run`` that are followed by a value."""
 
 
@@ -174,6 +180,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Show what a runtime opened here, now and without arguments would work with.",
     )
     _add_machine(info, "the machine to show")
+    info.add_argument(
+        "--models",
+        metavar="FILE",
+        help="also show what the run times in FILE tell of functions, sets and sizes",
+    )
     info.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     run = commands.add_parser(
@@ -184,8 +195,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         # An abbreviated option would hide from _own_arguments whether a value follows.
         allow_abbrev=False,
-        usage="charioteer run [-h] [--machine MACHINE] [--workers N] [--trace FILE] [--stats]"
-        " SCRIPT [ARGS ...]",
+        usage="charioteer run [-h] [--machine MACHINE] [--workers N] [--policy NAME]"
+        " [--models FILE] [--trace FILE] [--stats] SCRIPT [ARGS ...]",
     )
     _add_machine(run, "machine of a runtime that names none")
     run.add_argument(
@@ -193,6 +204,17 @@ def _parser() -> argparse.ArgumentParser:
         type=_workers,
         metavar="N",
         help="workers of a runtime that does not say how many; 0 runs every task inline",
+    )
+    run.add_argument(
+        "--policy",
+        metavar="NAME",
+        help="how a runtime that does not say chooses among alternatives: eft (default), locality,"
+        " load, random, round-robin",
+    )
+    run.add_argument(
+        "--models",
+        metavar="FILE",
+        help="read measured run times from FILE, if it is there, and write them back at the end",
     )
     run.add_argument("--trace", metavar="FILE", help="write the runtime's event trace to FILE")
     run.add_argument(
@@ -252,6 +274,23 @@ def set_machine(said: str | None) -> None:
     os.environ["CHARIOTEER_MACHINE"] = (
         said if said.startswith("virtual:") else os.path.abspath(said)
     )
+
+
+def read_models(path: str) -> list[Model]:
+    """The run times in a file; none if it is not there yet.
+
+    Raises:
+        UserError: it cannot be read, is damaged, or its folder does not exist.
+    """
+    from charioteer import ModelError
+    from charioteer._runtime import load_models
+
+    try:
+        return load_models(path)
+    except ModelError as error:
+        raise UserError(str(error)) from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def _workers(text: str) -> int:

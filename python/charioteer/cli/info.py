@@ -17,7 +17,7 @@ from typing import Any
 import charioteer
 from charioteer._quantities import show_bandwidth, show_seconds
 from charioteer.bench import records
-from charioteer.cli import UserError, set_machine
+from charioteer.cli import UserError, read_models, set_machine
 from charioteer.machine import Link, Machine, show_cores
 
 __all__ = ["run"]
@@ -27,10 +27,14 @@ def run(options: argparse.Namespace) -> int:
     """Print the facts as a table, or as JSON with ``--json``.
 
     Raises:
-        UserError: a setting in the environment is not valid, or the machine is none.
+        UserError: a setting in the environment is not valid, the machine is none, or the models
+            cannot be read.
     """
     set_machine(options.machine)
+    models = None if options.models is None else read_models(options.models)
     facts = collect()
+    if models is not None:
+        facts["models"] = [model._asdict() for model in models]
     if options.json:
         print(json.dumps(facts, indent=2))
     else:
@@ -205,4 +209,36 @@ def _print_table(facts: dict[str, Any]) -> None:
         )
     if not facts["blas"]:
         table.add_row("BLAS, OpenMP", "none that threadpoolctl knows")
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    console.print(table)
+    if "models" in facts:
+        _print_models(console, facts["models"])
+
+
+def _print_models(console: Any, models: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    if not models:
+        console.print("No run times are known.")
+        return
+    table = Table(title="run times", title_justify="left")
+    for name in ("function", "set", "size", "calls", "timed", "explored", "estimate"):
+        text = name in ("function", "set")
+        table.add_column(name, overflow="fold", justify="left" if text else "right")
+    for model in models:
+        seconds = model["estimate"]
+        table.add_row(
+            model["function"],
+            model["choice"],
+            *(f"{model[name]:,}" for name in ("size", "calls", "timed", "explored")),
+            "" if seconds is None else _duration(seconds),
+        )
+    console.print(table)
+
+
+def _duration(seconds: float) -> str:
+    """For people, who do not count nanoseconds."""
+    for unit, name in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
+        if seconds >= unit:
+            return f"{seconds / unit:.4g} {name}"
+    return f"{seconds / 1e-9:.4g} ns"

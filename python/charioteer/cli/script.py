@@ -28,7 +28,8 @@ from pathlib import Path
 
 import charioteer
 from charioteer import _core
-from charioteer.cli import EXIT_FAILED, EXIT_INTERRUPTED, UserError, set_machine
+from charioteer._runtime import POLICIES
+from charioteer.cli import EXIT_FAILED, EXIT_INTERRUPTED, UserError, read_models, set_machine
 
 __all__ = ["run"]
 
@@ -37,8 +38,8 @@ def run(options: argparse.Namespace) -> int:
     """Run the script that ``options`` name and return its exit status.
 
     Raises:
-        UserError: the script cannot be read, the machine is none, or the trace file's folder does
-            not exist.
+        UserError: the script cannot be read, the machine or the policy is none, the models are
+            damaged, or the folder of a file does not exist.
     """
     path: str = options.script
     source = _read(path)
@@ -46,6 +47,13 @@ def run(options: argparse.Namespace) -> int:
     if options.trace is not None:
         _check_trace(options.trace)
         os.environ["CHARIOTEER_TRACE"] = os.path.abspath(options.trace)
+    if options.policy is not None:
+        if options.policy not in POLICIES:
+            raise UserError(f"there is no policy {options.policy!r}: {', '.join(POLICIES)}")
+        os.environ["CHARIOTEER_POLICY"] = options.policy
+    if options.models is not None:
+        read_models(options.models)
+        os.environ["CHARIOTEER_MODELS"] = os.path.abspath(options.models)
     if options.workers is not None:
         os.environ["CHARIOTEER_WORKERS"] = str(options.workers)
 

@@ -204,7 +204,7 @@ impl<D: Domain> Engine<D> {
     fn by_finish_time(&self, mapping: &Mapping) -> Decision {
         let choices = mapping.choices();
         let (cores, devices) = (choices.cores(), choices.devices());
-        let advice = choices.advise(mapping.size(), true);
+        let advice = mapping.advise(true);
         if let ([only], []) | ([], [only]) = (cores, devices) {
             mapping.set_estimate(advice.estimates[0].unwrap_or(0));
             return Decision::Choice(*only);
@@ -348,7 +348,7 @@ impl<D: Domain> Engine<D> {
             if !self.may_leave_devices(&task) {
                 return self.fail_ready(&task, Failure::Device(error));
             }
-            let known = mapping.choices().advise(mapping.size(), false).estimates;
+            let known = mapping.advise(false).estimates;
             let best = (0..cores.len()).min_by_key(|&place| known[place].unwrap_or(u64::MAX));
             if let Some(best) = best {
                 mapping.set_estimate(known[best].unwrap_or(0));
@@ -383,7 +383,7 @@ impl<D: Domain> Engine<D> {
             .filter(|index| near >> index & 1 != 0)
             .map(DeviceId::gpu)
             .collect();
-        let known = choices.advise(mapping.size(), false).estimates;
+        let known = mapping.advise(false).estimates;
         let estimate = |choice: usize| {
             let place = choices.cores().iter().chain(choices.devices());
             let place = place.clone().position(|&it| it == choice)?;

@@ -211,12 +211,11 @@ impl Choices {
         }
     }
 
-    /// What is known of those that can be served: those on cores, then those on devices. Whether one is
-    /// to be tried, if asked for.
-    pub(crate) fn advise(&self, size: u64, explores: bool) -> Advice {
+    fn advise(&self, size: u64, costs: Option<&[Option<Duration>]>, explores: bool) -> Advice {
         let served = self.cores.iter().chain(&self.devices);
         let known = served.map(|&index| {
-            let cost = self.list[index].cost;
+            let cost = costs.and_then(|costs| costs[index]);
+            let cost = cost.or(self.list[index].cost);
             let cost = cost.map(|cost| u64::try_from(cost.as_nanos()).unwrap_or(u64::MAX >> 16));
             (self.series[index], cost)
         });
@@ -276,6 +275,8 @@ pub(crate) struct Marks {
 pub struct Mapping {
     choices: Arc<Choices>,
     size: u64,
+    /// What was declared of this call, choice by choice, before what was declared of the function.
+    costs: Option<Box<[Option<Duration>]>>,
     decision: AtomicU32,
     notes: AtomicU32,
     /// The devices of its predecessors until it is dispatched, then its own, as bits by index.
@@ -294,12 +295,32 @@ impl Mapping {
         Self {
             choices,
             size,
+            costs: None,
             decision: AtomicU32::new(OPEN),
             notes: AtomicU32::new(0),
             places: AtomicU64::new(0),
             estimate: AtomicU64::new(0),
             time: AtomicU64::new(NONE),
         }
+    }
+
+    /// With the declared run time of this call for each of [`Choices::list`], in order; where there is
+    /// none, [`Choice::cost`] serves.
+    ///
+    /// # Panics
+    /// With another number of them.
+    #[must_use]
+    pub fn with_costs(mut self, costs: Box<[Option<Duration>]>) -> Self {
+        assert_eq!(costs.len(), self.choices.list().len(), "a cost a choice");
+        self.costs = Some(costs);
+        self
+    }
+
+    /// What is known of those that can be served: those on cores, then those on devices. Whether one is
+    /// to be tried, if asked for.
+    pub(crate) fn advise(&self, explores: bool) -> Advice {
+        self.choices
+            .advise(self.size, self.costs.as_deref(), explores)
     }
 
     /// The choices.
@@ -370,7 +391,7 @@ impl Mapping {
         if let Decision::Choice(_) = self.decision() {
             return SmallVec::from_slice(&[Some(Duration::from_nanos(self.estimate()))]);
         }
-        let known = self.choices.advise(self.size, false).estimates;
+        let known = self.advise(false).estimates;
         let known = &known[self.choices.cores.len()..];
         // What is not known where others are is being tried by other calls.
         let worst = known.iter().flatten().max().copied();
@@ -470,13 +491,18 @@ impl Mapping {
 /// Of a task that is to be spawned: nothing is decided.
 impl Clone for Mapping {
     fn clone(&self) -> Self {
-        Self::new(Arc::clone(&self.choices), self.size)
+        Self {
+            costs: self.costs.clone(),
+            ..Self::new(Arc::clone(&self.choices), self.size)
+        }
     }
 }
 
 impl PartialEq for Mapping {
     fn eq(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.choices, &other.choices) && self.size == other.size
+        Arc::ptr_eq(&self.choices, &other.choices)
+            && self.size == other.size
+            && self.costs == other.costs
     }
 }
 

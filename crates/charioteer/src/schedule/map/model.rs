@@ -274,7 +274,8 @@ impl Function {
         let mut explore = None;
         if explores && estimates.len() > 1 {
             let best = estimates.iter().flatten().min().copied();
-            let mut least = TRIES;
+            // Of those that were tried equally often the one that was offered first.
+            let mut least = (TRIES, 0);
             for (place, (index, cost)) in choices.clone().enumerate() {
                 let entry = book.series[index].entries.get(&step(size));
                 let tried = entry.map_or(0, |entry| entry.tried);
@@ -284,8 +285,8 @@ impl Function {
                     && best
                         .zip(estimates[place])
                         .is_some_and(|(best, own)| own > best.saturating_mul(HOPELESS));
-                if cost.is_none() && tried < least && !hopeless {
-                    least = tried;
+                if cost.is_none() && (tried, index) < least && !hopeless {
+                    least = (tried, index);
                     explore = Some(place);
                 }
             }
