@@ -255,7 +255,8 @@ impl<D: Domain> Devices<D> {
             match ledger.next(|task| task.phase() == Phase::Ready) {
                 Some(Step::Start(task, grant)) => {
                     if let Some(witness) = witness {
-                        let alternative = &alternatives(&task)[grant.alternative];
+                        let options = task.options().expect("a task on devices has options");
+                        let alternative = &sets_of(options)[grant.alternative];
                         owners.granted(witness, task.id, &grant, alternative);
                     }
                     outbox.granted.push((task, grant));
@@ -320,13 +321,6 @@ fn enable_peers(machine: &Machine) {
             let _ = machine.device(own).enable_peer(peer);
         }
     }
-}
-
-/// The sets of devices any of which will do for a task.
-fn alternatives<D: Domain>(task: &Task<D>) -> &Arc<[Alternative]> {
-    let options = task.options().expect("a task on devices has options");
-    let sets = options.devices.as_ref();
-    sets.expect("a task on devices says on which")
 }
 
 /// What a task asks the ledger for.
