@@ -345,6 +345,7 @@ def test_the_package_itself_needs_no_scipy() -> None:
     [
         ["gp_classification.py", "--tile", "300", "--workers", "2"],
         ["adaptive_quadrature.py", "--lines", "40", "--workers", "2"],
+        ["wide_and_narrow.py", "--tasks", "500", "--seed", "1"],
         ["fft2d.py", "--images", "4", "--size", "96"],
         ["fft2d.py", "--gpus", "3", "--width", "3", "--images", "2", "--size", "31"],
         ["adaptive_quadrature.py", "--lines", "1", "--tolerance", "1e-10", "--workers", "0"],

@@ -373,8 +373,8 @@ def test_a_lost_device_fails_what_needs_it() -> None:
         def well() -> int:
             return 1
 
-        assert runtime._devices is not None
-        runtime._devices.lose(0, "pulled out")
+        assert runtime.devices is not None
+        runtime.devices.lose(0, "pulled out")
         with pytest.raises(ch.DeviceLostError, match=r"pulled out|lost"):
             doomed.result(timeout=60)
         assert well.result(timeout=60) == 1
@@ -397,8 +397,8 @@ def test_virtual_time_simulates_without_taking_any() -> None:
         tasks = [hour() for _ in range(10)]
         for task in tasks:
             task.result()
-        assert runtime._devices is not None
-        assert runtime._devices.clock.now == 5 * 3600 * 10**9
+        assert runtime.devices is not None
+        assert runtime.devices.clock.now == 5 * 3600 * 10**9
     with pytest.raises(ValueError, match="workers=0"):
         ch.Runtime(machine(2, "virtual"), workers=1)
 

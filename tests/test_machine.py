@@ -256,3 +256,16 @@ def test_a_machine_does_not_change() -> None:
 
 def test_a_runtime_has_a_machine(rt: ch.Runtime) -> None:
     assert rt.machine == Machine.detect()
+
+
+def test_a_machine_with_too_many_devices_is_refused_when_it_is_opened() -> None:
+    runtime = ch.Runtime(Machine.virtual(gpus=65), workers=1)
+    with pytest.raises(ch.MachineError, match="65 GPUs, and a runtime can use 64"):
+        runtime.open()
+    with ch.Runtime(Machine.virtual(gpus=64), workers=1):
+
+        @ch.spawn(placement=gpu(63))
+        def last() -> int:
+            return ch.current().device.index or 0
+
+        assert last.result(timeout=60) == 63

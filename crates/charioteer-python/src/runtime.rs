@@ -232,6 +232,9 @@ impl PyEngine {
         .map_err(|error| match error.raw_os_error() {
             // With three arguments Python picks the subclass, and shows the file.
             Some(number) => PyOSError::new_err((number, error.to_string(), trace)),
+            None if error.kind() == std::io::ErrorKind::InvalidInput => {
+                self::error(py, "MachineError", (error.to_string(),))
+            }
             None => PyOSError::new_err(error.to_string()),
         })?;
         engine.domain().gil.observe(&engine);
