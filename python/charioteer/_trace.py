@@ -6,16 +6,15 @@ evidence, what is claimed, and what is proved.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from os import PathLike
+from typing import NamedTuple
 
 from charioteer import _core
 
 __all__ = ["TraceCheck", "Violation", "check_trace"]
 
 
-@dataclass(frozen=True)
-class Violation:
+class Violation(NamedTuple):
     """A promise of the runtime that a trace shows broken."""
 
     rule: str
@@ -31,8 +30,7 @@ class Violation:
         return f"{self.rule}: {self.text}"
 
 
-@dataclass(frozen=True)
-class TraceCheck:
+class TraceCheck(NamedTuple):
     """What the check of a trace came to."""
 
     tasks: int
