@@ -618,17 +618,18 @@ fn choose<T>(books: &[Book], shape: &Shape<T>, rules: &Rules<'_>) -> Chosen {
 }
 
 /// When a plan's devices are free, in nanoseconds from now, as estimated. None while paused bodies keep
-/// the memory that it needs.
+/// the memory that it needs, and where nobody has any of them: then they are held for another task, which
+/// may wait for what is held for this one.
 fn free_at(books: &[Book], plan: &Plan) -> Option<u64> {
-    let mut used = 0;
-    let mut free = 0;
+    let (mut used, mut free, mut is_busy) = (0, 0, false);
     for &bits in &plan.members {
         let books_of_it = ones(bits & !used).filter(|&index| books[index].has_room(plan.memory));
         let book = books_of_it.min_by_key(|&index| books[index].ahead)?;
         used |= bit(book);
         free = free.max(books[book].ahead);
+        is_busy |= books[book].unfinished() != 0;
     }
-    Some(free)
+    is_busy.then_some(free)
 }
 
 /// The best devices for a plan, in the order of its members, if it fits.
