@@ -1126,6 +1126,19 @@ impl<D: Domain> Engine<D> {
             let own = worker.map(|worker| &worker.own);
             self.queues.push(task, lane, priority, own);
         });
+        self.wake_for(lane);
+    }
+
+    /// The same for one whose turn is behind all that are there, whichever thread they come from.
+    fn enqueue_in_order(self: &Arc<Self>, task: TaskRef<D>, priority: i32) {
+        let lane = Lane::of(&task);
+        self.queues.push(task, lane, priority, None);
+        self.wake_for(lane);
+    }
+
+    /// Wakes a thread for what was put into a lane, if one is to be.
+    #[inline]
+    fn wake_for(self: &Arc<Self>, lane: Lane) {
         if self.places.wants_waking() && (lane == Lane::Outside || self.sessions.has_room()) {
             let todo = self.places.wake();
             self.carry_out(todo);

@@ -636,7 +636,9 @@ impl<D: Domain> Engine<D> {
             flight.paused = false;
         }
         let priority = task.options().map_or(0, |options| options.priority);
-        self.enqueue(task, priority);
+        // In the order of the grants: were this thread's own queue first, one device's tasks would run
+        // as far ahead as they may while others wait for their first.
+        self.enqueue_in_order(task, priority);
     }
 
     /// A task with a choice was granted a device that turns out to be lost: gives the grant back, and lets
