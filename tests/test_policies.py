@@ -377,7 +377,8 @@ def test_the_environment_names_the_policy_and_the_models(
 
 @pytest.fixture(params=[0, 2])
 def workers(request: pytest.FixtureRequest) -> int:
-    return request.param  # type: ignore[no-any-return]
+    count: int = request.param
+    return count
 
 
 def test_a_policy_of_ones_own_scores_the_choices(workers: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import re
+from typing import Any
 
 _MOST_BYTES = 2**63 - 1
 
@@ -151,10 +152,10 @@ def show_seconds(seconds: float) -> str | float:
     return seconds
 
 
-def _integer(value: object, wanted: str) -> int:
+def _integer(value: Any, wanted: str) -> int:
     if not isinstance(value, bool):
         try:
-            number: int = operator.index(value)  # type: ignore[arg-type]
+            number: int = operator.index(value)
             return number
         except TypeError:
             pass

@@ -389,7 +389,8 @@ class SpecializedFunction(Generic[P, R]):
     @property
     def fn(self) -> Callable[P, R]:
         """The undecorated function."""
-        return self._variants.function  # type: ignore[no-any-return]
+        function: Callable[P, R] = self._variants.function
+        return function
 
     def variant(self, placement: Placement, /) -> VariantDecorator[R]:
         """Registers the body below it for device sets.
@@ -420,14 +421,16 @@ class SpecializedFunction(Generic[P, R]):
         body = bodies.get(key)
         if body is None:
             body = bodies[key] = self._body(key)
-        return body(*args, **kwargs)  # type: ignore[no-any-return]
+        result: R = body(*args, **kwargs)
+        return result
 
     def _body(self, key: HeldDevices | None) -> Callable[..., Any]:
         variants = self._variants
         if key is None:
             if not variants.base:
                 raise PlacementError(f"outside of tasks: {variants.lacking}")
-            return variants.function  # type: ignore[no-any-return]
+            base: Callable[..., Any] = variants.function
+            return base
         number = variants.serving_held(key, len(variants.registered))
         serving: Callable[..., Any]
         serving = variants.function if number == BASE else variants.registered[number].body

@@ -1052,18 +1052,19 @@ def _empty_like(
     return _like(empty, prototype, dtype=dtype, shape=shape)
 
 
-@_knows(np.zeros_like)
-def _zeros_like(
-    a: Any, dtype: Any = None, order: str = "K", subok: bool = True, shape: Any = None
-) -> ndarray:
-    return _like(zeros, a, dtype=dtype, shape=shape)
+def _constant_like(function: Any, make: Callable[..., ndarray]) -> None:
+    """A function that makes an array of one constant in the likeness of another."""
+
+    def call(
+        a: Any, dtype: Any = None, order: str = "K", subok: bool = True, shape: Any = None
+    ) -> ndarray:
+        return _like(make, a, dtype=dtype, shape=shape)
+
+    _FUNCTIONS[function] = call
 
 
-@_knows(np.ones_like)
-def _ones_like(
-    a: Any, dtype: Any = None, order: str = "K", subok: bool = True, shape: Any = None
-) -> ndarray:
-    return _like(ones, a, dtype=dtype, shape=shape)
+_constant_like(np.zeros_like, zeros)
+_constant_like(np.ones_like, ones)
 
 
 @_knows(np.full_like)

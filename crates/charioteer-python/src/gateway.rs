@@ -225,28 +225,25 @@ pub fn visits() -> impl Iterator<Item = (&'static str, Visits)> {
 pub fn attach<R>(site: Site, f: impl FnOnce(Python<'_>) -> R) -> R {
     visit(site);
     let asked = Instant::now();
-    Python::attach(|py| {
-        let attached = Instant::now();
-        drop_deferred(py);
-        let result = f(py);
-        count_wait(site, attached - asked);
-        add(&counts(site).inside, attached.elapsed());
-        result
-    })
+    Python::attach(|py| inside(py, site, asked, f))
 }
 
 /// Calls `f` attached to the interpreter, unless that has ended or is about to.
 pub fn try_attach<R>(site: Site, f: impl FnOnce(Python<'_>) -> R) -> Option<R> {
     visit(site);
     let asked = Instant::now();
-    Python::try_attach(|py| {
-        let attached = Instant::now();
-        drop_deferred(py);
-        let result = f(py);
-        count_wait(site, attached - asked);
-        add(&counts(site).inside, attached.elapsed());
-        result
-    })
+    Python::try_attach(|py| inside(py, site, asked, f))
+}
+
+/// Calls `f` on a thread that asked to be attached then, and is.
+#[inline]
+fn inside<R>(py: Python<'_>, site: Site, asked: Instant, f: impl FnOnce(Python<'_>) -> R) -> R {
+    let attached = Instant::now();
+    drop_deferred(py);
+    let result = f(py);
+    count_wait(site, attached - asked);
+    add(&counts(site).inside, attached.elapsed());
+    result
 }
 
 /// Calls `f` detached from the interpreter. Attached again, the thread drops what others left, so

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Conduct",
     "OptionError",
+    "add_outcome_arguments",
+    "carry_out",
     "check_other_python",
     "check_writable",
     "choice",
@@ -59,6 +62,14 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError("must be 1 or more")
     return number
+
+
+def add_outcome_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options that say what becomes of the results."""
+    parser.add_argument("--json", metavar="FILE", help="write all results to FILE as records")
+    parser.add_argument(
+        "--check", action="store_true", help="exit with 1 if a bar is not met or not measured"
+    )
 
 
 def check_writable(path: str) -> None:
@@ -172,3 +183,28 @@ class Conduct:
             console.print(f"{len(self.entries)} records in {self.json}")
         unmet = check and any(verdict.met is not True for _, verdict in self.verdicts)
         return 1 if self.failed or unmet else 0
+
+
+def carry_out(
+    benchmark: str, chosen: Sequence[Measure], runs: int, options: argparse.Namespace
+) -> int:
+    """Make the measures, print them, write the records where the options say.
+
+    Returns:
+        0; 1 if a run of charioteer itself failed, or with ``--check`` if a bar does not hold.
+
+    Raises:
+        OptionError: the file for the records cannot be written.
+    """
+    # Here and not above: the command line loads this module only to parse its options.
+    from rich.console import Console
+
+    from charioteer.bench import report
+
+    if options.json is not None:
+        check_writable(options.json)
+    console = Console(highlight=False)
+    print_machine(console, benchmark)
+    conduct = Conduct(benchmark, runs, options.json)
+    conduct.run(chosen, functools.partial(report.print_measure, console))
+    return conduct.end(console, check=options.check)

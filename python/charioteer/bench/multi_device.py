@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any
 import charioteer as ch
 from charioteer.bench import probes
 from charioteer.bench.command import (
-    Conduct,
     OptionError,
-    check_writable,
+    add_outcome_arguments,
+    carry_out,
     choice,
     positive,
-    print_machine,
 )
 from charioteer.bench.harness import OURS, Bar, Contestant, Key, Measure, Sample, absolute, ratio
 from charioteer.bench.peers import RAY_ACTORS, RAY_RESOURCES
@@ -73,10 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A,B",
         help=f"who runs beside charioteer: all, none, or some of {', '.join(PEERS)}",
     )
-    parser.add_argument("--json", metavar="FILE", help="write all results to FILE as records")
-    parser.add_argument(
-        "--check", action="store_true", help="exit with 1 if a bar is not met or not measured"
-    )
+    add_outcome_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -88,22 +84,12 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         OptionError: the options name an unknown peer, or a file that cannot be written.
     """
-    # Here and not above: the command line loads this module only to parse its options.
-    from rich.console import Console
-
-    from charioteer.bench import report
-
     peers = choice("peer", options.peers, tuple(PEERS))
     if peers is None:
         peers = () if options.quick else tuple(PEERS)
-    if options.json is not None:
-        check_writable(options.json)
-    console = Console(highlight=False)
-    print_machine(console, BENCHMARK)
     tasks = options.tasks or (2_000 if options.quick else 50_000)
-    conduct = Conduct(BENCHMARK, options.runs or (2 if options.quick else 5), options.json)
-    conduct.run(measures(tasks, peers), functools.partial(report.print_measure, console))
-    return conduct.end(console, check=options.check)
+    runs = options.runs or (2 if options.quick else 5)
+    return carry_out(BENCHMARK, measures(tasks, peers), runs, options)
 
 
 def measures(tasks: int, peers: Sequence[str]) -> list[Measure]:

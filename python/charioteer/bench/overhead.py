@@ -15,13 +15,12 @@ from typing import Any
 
 from charioteer.bench import native, probes, records, workloads
 from charioteer.bench.command import (
-    Conduct,
     OptionError,
+    add_outcome_arguments,
+    carry_out,
     check_other_python,
-    check_writable,
     choice,
     positive,
-    print_machine,
 )
 from charioteer.bench.harness import OURS, Bar, Contestant, Key, Measure, Sample, absolute, ratio
 from charioteer.bench.peers import PEERS, THREAD_POOL
@@ -76,10 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an interpreter that also has charioteer, free-threaded if this one is not: "
         "compares the two",
     )
-    parser.add_argument("--json", metavar="FILE", help="write all results to FILE as records")
-    parser.add_argument(
-        "--check", action="store_true", help="exit with 1 if a bar is not met or not measured"
-    )
+    add_outcome_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -91,20 +87,9 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         OptionError: the options name an unknown peer or measure, or a file that cannot be written.
     """
-    # Here and not above: the command line loads this module only to parse its options.
-    from rich.console import Console
-
-    from charioteer.bench import report
-
     settings = Settings.of(options)
     chosen = measures(settings, choice("measure", options.only, NAMES) or NAMES)
-    if options.json is not None:
-        check_writable(options.json)
-    console = Console(highlight=False)
-    print_machine(console, BENCHMARK)
-    conduct = Conduct(BENCHMARK, settings.runs, options.json)
-    conduct.run(chosen, functools.partial(report.print_measure, console))
-    return conduct.end(console, check=options.check)
+    return carry_out(BENCHMARK, chosen, settings.runs, options)
 
 
 class Settings:

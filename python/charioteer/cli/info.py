@@ -105,10 +105,10 @@ def _machine(machine: Machine) -> dict[str, Any]:
     }
 
 
-def _link(link: Link) -> dict[str, float]:
+def _link(link: Link) -> dict[str, float | None]:
     # JSON has no infinity; a link without bandwidth to speak of has none here.
     bandwidth = link.bandwidth if link.bandwidth < float("inf") else None
-    return {"bandwidth": bandwidth, "latency": link.latency}  # type: ignore[dict-item]
+    return {"bandwidth": bandwidth, "latency": link.latency}
 
 
 def _blas() -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 //! # The turn
 //!
 //! The [ledger](crate::schedule::gang) of devices has one owner at a time and no thread of its own.
-//! Whatever concerns it (a task that is ready, a body that ended, a copy of time that passed) goes into
+//! Whatever concerns it (a task that is ready, a body that ended, an event that is complete) goes into
 //! a mailbox, and then its sender tries to take the *turn*: the ledger's lock, which nobody ever waits
 //! for. Who has it empties the mailbox, takes the grants that are possible now, lets go, and dispatches
 //! them with no lock held.
@@ -15,8 +15,8 @@
 //! # A task's way
 //!
 //! *Ready*: its predecessors are launched or done. Its request goes to the ledger with the events of
-//! those that are launched only. *Dispatched*: it has a [`Loan`] of devices and streams, and stands in a
-//! queue like a task on cores; the body is a worker's business, and takes no core's compute but the
+//! those that are launched only. *Dispatched*: it has a [`Grant`] of devices and streams on loan, and stands
+//! in the queue that all threads share, in the order of the grants; the body is a worker's business, and takes no core's compute but the
 //! worker. Before the body runs, its streams are told to wait for what is in flight: the predecessors'
 //! events and those behind which its part of a device is free. *Launched*: the body returned. Events
 //! are recorded on its streams, the loan goes back behind them, and dependents that may run ahead are let
@@ -177,7 +177,7 @@ impl<D: Domain> Devices<D> {
                 }
             })
             .collect();
-        enable_peers(&machine);
+        enable_peers(&machine, &capacities);
         let witness =
             traced.map(|(trace, engine)| Witness::new::<D>(trace, &machine, &capacities, engine));
         Self {
@@ -310,15 +310,11 @@ impl<D: Domain> Devices<D> {
 
 /// Lets devices reach each other's memory wherever there is a link, as bodies over several devices
 /// expect.
-fn enable_peers(machine: &Machine) {
-    let all = || {
-        let numbers = 0..u16::try_from(machine.gpus()).expect("numbers of devices have 16 bits");
-        numbers.map(DeviceId::gpu)
-    };
-    for own in all() {
-        for peer in all().filter(|peer| *peer != own) {
+fn enable_peers(machine: &Machine, devices: &[Capacity]) {
+    for own in devices {
+        for peer in devices.iter().filter(|peer| peer.id != own.id) {
             // Without a link, or on a device that is lost, whoever tries to reach it hears of it.
-            let _ = machine.device(own).enable_peer(peer);
+            let _ = machine.device(own.id).enable_peer(peer.id);
         }
     }
 }
@@ -622,7 +618,8 @@ impl<D: Domain> Engine<D> {
         {
             return self.turn_back(task, &grant);
         }
-        self.settle_choice(&task, &grant);
+        let places = grant.lent.iter().fold(0, |all, it| all | bit(it.device));
+        self.settle_choice(&task, grant.alternative, places);
         if let Some(witness) = &self.devices().witness {
             for stream in grant.lent.iter().filter_map(|lent| lent.stream) {
                 witness.log(DeviceEvent::Lent(stream), task.id);
@@ -631,7 +628,7 @@ impl<D: Domain> Engine<D> {
         {
             let mut links = task.links.lock();
             let flight = links.flight();
-            flight.places = grant.lent.iter().fold(0, |all, it| all | bit(it.device));
+            flight.places = places;
             flight.loan = Some(grant);
             flight.paused = false;
         }

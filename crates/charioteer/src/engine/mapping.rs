@@ -566,16 +566,16 @@ impl<D: Domain> Engine<D> {
     // ---- dispatch and times -----------------------------------------------------------------
 
     /// A task has its devices: says which choice that is.
-    pub(super) fn settle_choice(&self, task: &Task<D>, grant: &Grant) {
+    pub(super) fn settle_choice(&self, task: &Task<D>, alternative: usize, places: u64) {
         let Some(mapping) = task.mapping() else {
             return;
         };
         self.uncount(mapping);
         if mapping.decision() == Decision::Devices {
-            let choice = mapping.choices().devices()[grant.alternative];
+            let choice = mapping.choices().devices()[alternative];
             mapping.decide(Decision::Choice(choice));
         }
-        mapping.set_places(grant.lent.iter().fold(0, |all, it| all | bit(it.device)));
+        mapping.set_places(places);
     }
 
     fn uncount(&self, mapping: &Mapping) {

@@ -1,7 +1,8 @@
 //! The ready tasks that need one core.
 //!
 //! Each thread has a queue of its own for what it spawns and makes ready; others steal from it. A
-//! shared queue takes what other threads spawn. All are first in, first out. Tasks with a priority
+//! shared queue takes what other threads spawn, and tasks on devices, whose order is that of their
+//! grants. All are first in, first out. Tasks with a priority
 //! stand in two heaps beside them: those above zero are looked at first, those below zero last. The
 //! lengths of the heaps are kept in atomics, so that programs without priorities pay two loads.
 //!
