@@ -6,6 +6,7 @@ import contextvars
 import functools
 import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -455,3 +456,22 @@ def test_partials_bind_by_value_too(rt: ch.Runtime) -> None:
             for i in range(3)
         ]
     assert [task.result() for task in tasks] == [(0, "x"), (1, "x"), (2, "x")]
+
+
+def test_one_call_for_many_tasks_binds_what_it_captures_once(rt: ch.Runtime) -> None:
+    factor = 2
+
+    def items() -> Iterator[int]:
+        nonlocal factor
+        for item in range(50):
+            factor = 100 + item
+            yield item
+
+    def body(item: int) -> int:
+        return item * factor
+
+    first = ch.spawn_many(body, items())
+    # `items` has left its last value behind.
+    second = ch.task(body).map(range(50))
+    assert first.result() == [item * 2 for item in range(50)]
+    assert second.result() == [item * 149 for item in range(50)]

@@ -130,11 +130,31 @@ pub struct Prepared {
 /// What is to be called.
 pub enum Callable {
     /// A Python callable, and the module variables to look at before it is called.
-    Python(Hidden, Option<Box<(PyRef, Vec<Watched>)>>),
+    Python(Hidden, Option<Arc<(PyRef, Vec<Watched>)>>),
     Native(Callee),
 }
 
 impl Prepared {
+    /// The same for another task. Without a GIL a function that captures is copied, cells and all: the
+    /// counts of its references and theirs would be what all workers contend for. The interpreter does
+    /// not count those of functions that capture nothing.
+    pub fn again(&self, py: Python<'_>) -> PyResult<Self> {
+        let callable = match &self.callable {
+            Callable::Native(callee) => Callable::Native(callee.clone()),
+            Callable::Python(callable, watched) => {
+                let mut callable = callable.bind(py).clone();
+                if cfg!(Py_GIL_DISABLED) && is_function(&callable) {
+                    callable = bind_captured(&callable)?;
+                }
+                Callable::Python(Hidden::new(callable), watched.clone())
+            }
+        };
+        Ok(Self {
+            callable,
+            name: self.name,
+        })
+    }
+
     /// The same with another object in the place of the Python callable.
     fn wrap<'py>(self, f: impl FnOnce(Hidden) -> PyResult<Bound<'py, PyAny>>) -> PyResult<Self> {
         let callable = match self.callable {
@@ -147,7 +167,7 @@ impl Prepared {
     }
 }
 
-fn is_function(object: &Bound<'_, PyAny>) -> bool {
+pub fn is_function(object: &Bound<'_, PyAny>) -> bool {
     // SAFETY: attached, the object is alive.
     unsafe { ffi::PyFunction_Check(object.as_ptr()) != 0 }
 }
@@ -311,10 +331,9 @@ fn prepare_function(function: &Bound<'_, PyAny>) -> PyResult<Prepared> {
     let py = function.py();
     let raw = function.as_ptr();
     // SAFETY: attached; `function` is a Python function and alive; borrowed references.
-    let (code, closure, globals) = unsafe {
+    let (code, globals) = unsafe {
         (
             ffi::PyFunction_GetCode(raw),
-            ffi::PyFunction_GetClosure(raw),
             ffi::PyFunction_GetGlobals(raw),
         )
     };
@@ -327,16 +346,26 @@ fn prepare_function(function: &Bound<'_, PyAny>) -> PyResult<Prepared> {
     } else {
         watch(py, &facts.globals, globals)
     };
-    let callable = if closure.is_null() {
-        function.clone()
-    } else {
-        // SAFETY: as above.
-        unsafe { with_own_cells(py, raw, code, closure, globals)? }
-    };
     Ok(Prepared {
-        callable: Callable::Python(Hidden::new(callable), watched),
+        callable: Callable::Python(Hidden::new(bind_captured(function)?), watched),
         name: facts.name,
     })
+}
+
+/// The function, or a copy of it with cells of its own if it has any.
+fn bind_captured<'py>(function: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+    let py = function.py();
+    let raw = function.as_ptr();
+    // SAFETY: attached; the caller's is a Python function and alive; borrowed references.
+    unsafe {
+        let closure = ffi::PyFunction_GetClosure(raw);
+        if closure.is_null() {
+            return Ok(function.clone());
+        }
+        let code = ffi::PyFunction_GetCode(raw);
+        let globals = ffi::PyFunction_GetGlobals(raw);
+        with_own_cells(py, raw, code, closure, globals)
+    }
 }
 
 /// Remembers the module variables whose values look like data.
@@ -344,7 +373,7 @@ fn watch(
     py: Python<'_>,
     names: &[PyRef],
     globals: *mut ffi::PyObject,
-) -> Option<Box<(PyRef, Vec<Watched>)>> {
+) -> Option<Arc<(PyRef, Vec<Watched>)>> {
     let mut watched = Vec::new();
     for name in names {
         let mut value = std::ptr::null_mut();
@@ -372,7 +401,7 @@ fn watch(
     }
     // SAFETY: attached, alive.
     let globals = unsafe { Bound::from_borrowed_ptr(py, globals) };
-    Some(Box::new((globals.into(), watched)))
+    Some(Arc::new((globals.into(), watched)))
 }
 
 /// A copy of a function whose cells are its own.

@@ -12,6 +12,7 @@ use std::cell::Cell;
 use std::collections::HashMap;
 use std::fmt;
 use std::ptr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -132,7 +133,7 @@ pub struct PythonBody {
     pub substitute: bool,
     pub context: Hidden,
     /// The globals of the function and those of its variables that a rebinding would change.
-    pub watched: Option<Box<(PyRef, Vec<Watched>)>>,
+    pub watched: Option<Arc<(PyRef, Vec<Watched>)>>,
     pub coroutine: Option<PyRef>,
     /// It may get several cores, and threaded libraries are to use them.
     pub wide: bool,

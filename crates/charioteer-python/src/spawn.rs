@@ -30,11 +30,11 @@ fn context(py: Python<'_>) -> PyResult<Hidden> {
     Ok(Hidden::new(context))
 }
 
-/// Whether this stands for results: a handle, or several.
+/// Whether this stands for results: a handle, or several. The three classes have no subclasses.
 fn is_handle(thing: &Bound<'_, PyAny>) -> bool {
-    thing.is_instance_of::<PyTask>()
-        || thing.is_instance_of::<TaskList>()
-        || thing.is_instance_of::<TaskSpace>()
+    thing.is_exact_instance_of::<PyTask>()
+        || thing.is_exact_instance_of::<TaskList>()
+        || thing.is_exact_instance_of::<TaskSpace>()
 }
 
 /// Whether an argument is a handle or holds one, one level deep.
@@ -510,6 +510,9 @@ pub fn spawn<'py>(
     let Some(first) = target else {
         return Ok(Bound::new(py, Spawner(said))?.into_any());
     };
+    if callable::is_function(first) {
+        return spawn_any(py, &said, first);
+    }
     if first.is_instance_of::<PyTask>() || first.is_instance_of::<pyo3::types::PyString>() {
         if said.target.is_some() {
             return Err(PyTypeError::new_err("the task has two names"));
@@ -894,12 +897,14 @@ fn many_handles(
         return Err(PyTypeError::new_err("map needs at least one iterable"));
     }
     let recipe = Recipe::new(py, said, function, table)?;
+    // What the function captures is bound once, by this call, whatever the iterables do meanwhile.
+    let bound = recipe.prepare(function, table)?;
     if iterables.len() == 1 {
         for item in iterables.get_item(0)?.try_iter()? {
             // One element, no keywords: no tuple is needed.
             let item = item?;
             let active = runtime::active(py)?;
-            let bodies = recipe.prepare(function, table)?;
+            let bodies = bound.again(py)?;
             let options = recipe.options_of_one(py, said, function, table, &item)?;
             let mut found = Vec::new();
             let held = hold(&item, &mut found)?;
@@ -940,7 +945,7 @@ fn many_handles(
             py,
             said,
             recipe.options(py, said, function, table, &given)?,
-            recipe.prepare(function, table)?,
+            bound.again(py)?,
             Some(&arguments),
             None,
         )?;

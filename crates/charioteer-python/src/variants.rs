@@ -599,6 +599,25 @@ pub enum Bodies {
 }
 
 impl Bodies {
+    /// The same for another task.
+    pub fn again(&self, py: Python<'_>) -> PyResult<Self> {
+        Ok(match self {
+            Self::One(prepared) => Self::One(prepared.again(py)?),
+            Self::Several(candidates) => Self::Several(Candidates {
+                bodies: candidates
+                    .bodies
+                    .iter()
+                    .map(|prepared| prepared.again(py))
+                    .collect::<PyResult<_>>()?,
+                plan: Arc::clone(&candidates.plan),
+                matcher: candidates
+                    .matcher
+                    .as_ref()
+                    .map(|matcher| PyRef::new(matcher.clone_ref(py))),
+            }),
+        })
+    }
+
     /// `TypeError` for a native body that takes arguments: it has no defaults.
     pub fn check_inline(&self) -> PyResult<()> {
         let all = match self {
