@@ -147,6 +147,22 @@ def test_a_body_gets_on_beside_a_thread_that_spawns_without_pause(workers: int) 
             assert time.monotonic() < end
 
 
+@pytest.mark.skipif(not HAS_GIL, reason="nobody waits for a GIL here")
+def test_a_body_gets_on_beside_others_that_finish_all_the_time() -> None:
+    # One worker is in this body, and might wait for the GIL; the others run what is spawned.
+    gate = threading.Event()
+    with ch.Runtime(workers=4) as rt:
+        waits = rt.submit(gate.wait)
+        end = time.monotonic() + 30
+        before = rt.stats()["gateway"]["stand_back"]["visits"]
+        while rt.stats()["gateway"]["stand_back"]["visits"] == before:
+            for _ in range(100):
+                ch.spawn(no_op)
+            assert time.monotonic() < end
+        gate.set()
+        assert waits.result(timeout=60)
+
+
 def test_the_gateway_counts_what_it_waits() -> None:
     with ch.Runtime(workers=2) as rt:
         ch.spawn_many(lambda x: x, range(1000)).result()

@@ -24,6 +24,14 @@
 //! does not help, it looks after longer times and waits longer, in the same proportion, so that it
 //! keeps most of its rate in any case.
 //!
+//! Tasks that finish say nothing of one that does not: with many workers there are always others that
+//! run what is spawned, and a body in the middle starves beside them. So each worker counts the bodies
+//! that it begins, and a spawner looks at those of which it saw the same body before: one whose thread
+//! used less than a [part](HUNGRY) of the time up waits for something. If that is the GIL it uses some
+//! of the time for which the spawner stands back; if it uses none it sleeps, and is asked again only
+//! after a [number](ASLEEP) of looks. Clocks are read of such threads alone, so that short bodies cost
+//! the spawner nothing.
+//!
 //! Without a GIL none of this is done.
 
 use std::cell::{Cell, RefCell};
@@ -51,12 +59,20 @@ const SPAWNS: u32 = 32;
 const LOOK: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(2));
 /// The part of that for which it stands back.
 const BACK: f64 = 0.5;
+/// A body whose thread used less than this part of the time up waits for something.
+const HUNGRY: f64 = 0.25;
+/// Less than this part of the time that it was given shows that it was not the GIL.
+const FED: f64 = 0.02;
+/// How many looks pass over a body that sleeps.
+const ASLEEP: u32 = 16;
 
 static NUMBERS: AtomicU64 = AtomicU64::new(1);
 
 thread_local! {
     /// The clock of this worker's thread, and the number of the observer that knows it.
     static CLOCK: RefCell<Option<(u64, Arc<Clock>)>> = const { RefCell::new(None) };
+    /// What this thread saw of the workers when it looked last, in the order of the observer's clocks.
+    static SEEN: RefCell<(u64, Vec<Seen>)> = const { RefCell::new((0, Vec::new())) };
     static SPAWNER: Cell<Spawner> = const { Cell::new(Spawner { spawns: 0, looked: None, finished: 0, pace: LOOK.0 }) };
 }
 
@@ -64,6 +80,8 @@ thread_local! {
 struct Clock {
     id: libc::clockid_t,
     inside: AtomicBool,
+    /// How many bodies the thread has begun; it alone counts.
+    bodies: AtomicU64,
 }
 
 impl Clock {
@@ -74,6 +92,7 @@ impl Clock {
         (error == 0).then_some(Self {
             id,
             inside: AtomicBool::new(false),
+            bodies: AtomicU64::new(0),
         })
     }
 
@@ -98,6 +117,18 @@ struct Spawner {
     looked: Option<Instant>,
     finished: u64,
     pace: Duration,
+}
+
+/// What a spawner saw of a worker.
+#[derive(Clone, Copy, Default)]
+struct Seen {
+    bodies: u64,
+    /// The processor time of its thread, if it is in a body that was seen before.
+    used: Option<Duration>,
+    /// It is what the spawner stands back for.
+    hungry: bool,
+    /// Looks that pass over it.
+    asleep: u32,
 }
 
 /// See the module.
@@ -189,6 +220,19 @@ impl Gil {
         set(false);
     }
 
+    /// A body begins, or goes on, on this thread.
+    #[inline]
+    pub fn began(&self) {
+        if self.observer.is_some() {
+            CLOCK.with(|known| {
+                if let Some((_, clock)) = &*known.borrow() {
+                    let bodies = clock.bodies.load(Ordering::Relaxed);
+                    clock.bodies.store(bodies + 1, Ordering::Relaxed);
+                }
+            });
+        }
+    }
+
     /// A task was spawned by this thread, which is attached and may stand back now.
     #[inline]
     pub fn spawned(&self, py: Python<'_>, engine: &Arc<Core>) {
@@ -198,7 +242,7 @@ impl Gil {
         let mut spawner = SPAWNER.get();
         spawner.spawns = spawner.spawns.wrapping_add(1);
         if spawner.spawns.is_multiple_of(SPAWNS) {
-            spawner.look(py, engine);
+            spawner.look(py, engine, self.observer.as_deref());
         }
         SPAWNER.set(spawner);
     }
@@ -233,7 +277,7 @@ impl Gil {
 }
 
 impl Spawner {
-    fn look(&mut self, py: Python<'_>, engine: &Arc<Core>) {
+    fn look(&mut self, py: Python<'_>, engine: &Arc<Core>, observer: Option<&Observer>) {
         let now = Instant::now();
         let rested = self.looked.map(|looked| now.duration_since(looked));
         if rested.is_some_and(|rested| rested < self.pace) {
@@ -242,13 +286,21 @@ impl Spawner {
         let finished = engine.counts().finished;
         // Its own session, if it is a body.
         let others = engine.sessions() - usize::from(engine.is_worker()).min(engine.sessions());
-        if others != 0
-            && finished == self.finished
-            && rested.is_some_and(|rested| rested < 8 * self.pace)
-        {
+        let recent = rested.filter(|rested| *rested < 8 * self.pace);
+        let hungry = match (others, recent, observer) {
+            (1.., Some(rested), Some(observer)) => observer.hungry(rested),
+            _ => false,
+        };
+        let stalled = others != 0 && recent.is_some() && finished == self.finished;
+        if hungry || stalled {
             let back = self.pace.mul_f64(BACK);
             gateway::detach(py, Site::StandBack, || std::thread::sleep(back));
-            self.pace = (2 * self.pace).min(LOOK.1);
+            let helped = observer.is_some_and(|observer| observer.fed(back));
+            self.pace = if helped {
+                LOOK.0
+            } else {
+                (2 * self.pace).min(LOOK.1)
+            };
         } else {
             self.pace = LOOK.0;
         }
@@ -271,6 +323,69 @@ impl Observer {
                     Some(clock)
                 }
             }
+        })
+    }
+
+    /// Whether a worker is in the middle of a body, since the last look of this thread a time
+    /// ago, and waits for something.
+    fn hungry(&self, rested: Duration) -> bool {
+        let own = CLOCK.with(|known| known.borrow().as_ref().map(|(_, clock)| Arc::as_ptr(clock)));
+        SEEN.with_borrow_mut(|(number, seen)| {
+            if *number != self.number {
+                *number = self.number;
+                seen.clear();
+            }
+            let clocks = lock(&self.clocks);
+            seen.resize(clocks.len(), Seen::default());
+            let mut any = false;
+            for (clock, seen) in clocks.iter().zip(seen) {
+                let bodies = clock.bodies.load(Ordering::Relaxed);
+                let inside = clock.inside.load(Ordering::Relaxed);
+                if !inside || bodies != seen.bodies || own == Some(Arc::as_ptr(clock)) {
+                    *seen = Seen {
+                        bodies,
+                        ..Seen::default()
+                    };
+                    continue;
+                }
+                let now = clock.now();
+                let waits = match (seen.used, now) {
+                    (Some(before), Some(now)) => {
+                        now.saturating_sub(before) < rested.mul_f64(HUNGRY)
+                    }
+                    _ => false,
+                };
+                seen.used = now;
+                seen.hungry = waits && seen.asleep == 0;
+                seen.asleep = seen.asleep.saturating_sub(1);
+                any |= seen.hungry;
+            }
+            any
+        })
+    }
+
+    /// Whether one that this thread stood back for used some of that time.
+    fn fed(&self, back: Duration) -> bool {
+        SEEN.with_borrow_mut(|(_, seen)| {
+            let clocks = lock(&self.clocks);
+            let mut any = false;
+            for (clock, seen) in clocks.iter().zip(seen) {
+                if !std::mem::take(&mut seen.hungry) {
+                    continue;
+                }
+                let now = clock.now();
+                let used = match (seen.used, now) {
+                    (Some(before), Some(now)) => now.saturating_sub(before),
+                    _ => Duration::ZERO,
+                };
+                if used < back.mul_f64(FED) {
+                    seen.asleep = ASLEEP;
+                } else {
+                    any = true;
+                }
+                seen.used = now;
+            }
+            any
         })
     }
 

@@ -418,6 +418,7 @@ impl Interp {
         // SAFETY: workers run bodies in `session`, other threads call us from Python.
         let py = unsafe { Python::assume_attached() };
         Self::follow_limits(py);
+        running.engine.domain().gil.began();
         let cores = if body.wide {
             running.grant().cores.len()
         } else {
