@@ -69,9 +69,9 @@ test-python: .venv/stamps/validating .venv/stamps/test ## The Python suite on a 
 
 test-perturb: .venv/stamps/validating .venv/stamps/test ## The same under random yields (SEED=), and with one worker
 	CHARIOTEER_PERTURB=$(SEED) PYTHONPATH=$(VALIDATING)/site \
-		$(LIMITED) .venv/bin/python $(PYTEST) -m 'not stress'
+		$(LIMITED) .venv/bin/python $(PYTEST) -m 'not stress and not surface'
 	CHARIOTEER_WORKERS=1 CHARIOTEER_PERTURB=$(SEED) PYTHONPATH=$(VALIDATING)/site \
-		$(LIMITED) .venv/bin/python $(PYTEST) -m 'not stress'
+		$(LIMITED) .venv/bin/python $(PYTEST) -m 'not stress and not surface'
 
 test-release: build .venv/stamps/test ## The same on the release build
 	$(LIMITED) .venv/bin/python $(PYTEST)
@@ -81,7 +81,7 @@ test-ft: .venv-ft/stamps/validating ## The same on a free-threaded interpreter; 
 		'import sys, charioteer; sys.exit(sys._is_gil_enabled() and "test-ft: the GIL is on")'
 	PYTHONPATH=$(FREE_THREADED)/site $(LIMITED) .venv-ft/bin/python $(PYTEST)
 	PYTHONPATH=$(FREE_THREADED)/site $(LIMITED) .venv-ft/bin/python $(PYTEST) \
-		-m 'not stress' --parallel-threads=4 --skip-thread-unsafe=true
+		-m 'not stress and not surface' --parallel-threads=4 --skip-thread-unsafe=true
 
 # The options are unstable, and RUSTC_BOOTSTRAP lets a stable compiler take them. With --target they
 # reach no build script. Left out are the large tests, those with locks of the standard library around

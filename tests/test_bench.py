@@ -31,6 +31,8 @@ from charioteer.bench.harness import (
     ratio,
 )
 
+pytestmark = pytest.mark.surface
+
 ROOT = Path(__file__).resolve().parent.parent
 FIELDS = [
     *("benchmark", "runtime", "case", "params", "metric", "unit"),

@@ -232,6 +232,8 @@ def test_what_is_not_there_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 PARLA = """
 import threading
+
+pytestmark = pytest.mark.surface
 class Handle:
     def __init__(self): self.ended = False
     def __await__(self):

@@ -508,6 +508,8 @@ def test_run_names_the_machine_of_runtimes_that_name_none(script: Script, tmp_pa
 
 CHOOSES = """
 import charioteer as ch
+
+pytestmark = pytest.mark.surface
 body = ch.task(lambda: ch.current().stream.busy(1e-3), placement=[ch.gpu * 2, ch.gpu])
 print([body().result() for _ in range(10)].count(None))
 """

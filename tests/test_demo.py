@@ -24,6 +24,8 @@ from charioteer import demo
 from charioteer.demo import command, gp, kernels, serial
 from charioteer.demo.kernels import Tile
 
+pytestmark = pytest.mark.surface
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 # Start SciPy's BLAS threads here: they are nobody's leak.

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.surface
+
 ROOT = Path(__file__).parents[1]
 LIMIT = 60
 """Seconds that an example may take, on a machine that is busy with other tests."""

@@ -13,6 +13,8 @@ import pytest
 import charioteer as ch
 from charioteer import _core
 
+pytestmark = pytest.mark.surface
+
 PACKAGE = Path(ch.__file__).parent
 STUB = ast.parse((PACKAGE / "_core.pyi").read_text())
 

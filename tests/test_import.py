@@ -17,6 +17,8 @@ import pytest
 
 import charioteer as ch
 
+pytestmark = pytest.mark.surface
+
 LATER = [
     "asyncio",
     "concurrent.futures.process",

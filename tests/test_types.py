@@ -19,6 +19,8 @@ import pytest
 import charioteer as ch
 from charioteer import blas, policies
 
+pytestmark = pytest.mark.surface
+
 # SciPy's BLAS starts its threads when it is loaded: they are nobody's leak.
 with contextlib.suppress(ImportError):
     blas.potrf.fn(np.eye(2))
