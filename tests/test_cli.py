@@ -582,6 +582,29 @@ def test_bench_multi_device_end_to_end(tmp_path: Path) -> None:
     assert_usage_error(charioteer("bench", "multi-device", "--peers", "pony"), "ray-actors")
 
 
+def test_bench_metg_end_to_end(tmp_path: Path) -> None:
+    path = tmp_path / "metg.json"
+    done = charioteer(
+        *("bench", "metg", "--quick", "--runs", "1", "--seconds", "0.001"),
+        *("--patterns", "stencil", "--json", str(path)),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    measured = {
+        (entry["runtime"], entry["metric"]): entry["median"]
+        for entry in json.loads(path.read_text())
+        if entry["unit"] == "µs" and not entry["metric"].endswith("bodies")
+    }
+    runtimes = ("charioteer", "charioteer, native bodies", "ThreadPoolExecutor")
+    levels = ("METG(50%)", "METG(90%)")
+    assert set(measured) == {(name, level) for name in runtimes for level in levels}
+    for name in runtimes:
+        assert 0.2 < measured[name, "METG(50%)"] <= measured[name, "METG(90%)"] <= 16_000
+    for wrong, word in (("--patterns=star", "stencil"), ("--peers=pony", "dask")):
+        assert_usage_error(charioteer("bench", "metg", wrong), word)
+    assert_usage_error(charioteer("bench", "metg", "--seconds=0"), "--seconds")
+
+
 def test_bench_overhead_can_be_a_check() -> None:
     short = ("bench", "overhead", "--quick", "--runs", "1", "--only", "free-threading")
     assert charioteer(*short).returncode == 0

@@ -1,4 +1,4 @@
-"""Task graphs of the GIL study, and how each runtime runs one.
+"""Task graphs of the GIL study and of METG, and how each runtime runs one.
 
 A :class:`Graph` is a list of tasks in the order in which a program would spawn them, each with the
 earlier tasks that it depends on. Its body is the same for all tasks. A *runner* runs a graph on one
@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from random import Random
 from time import perf_counter
 from typing import Any
 
@@ -27,6 +28,7 @@ from charioteer.bench.harness import Missing
 from charioteer.bench.peers import load, started_ray
 
 __all__ = [
+    "PATTERNS",
     "SHAPES",
     "Graph",
     "Outcome",
@@ -34,6 +36,7 @@ __all__ = [
     "gil_waited",
     "independent",
     "make",
+    "pattern",
     "steps",
 ]
 
@@ -115,6 +118,85 @@ def steps(tasks: int, width: int = 32) -> Graph:
             near = range(max(0, x - 1), min(width, x + 2)) if step else ()
             before.append(tuple((step - 1) * width + at for at in near))
     return Graph("steps", tuple(before))
+
+
+def _no_comm(step: int, x: int, width: int) -> set[int]:
+    return {x}
+
+
+def _stencil(step: int, x: int, width: int) -> set[int]:
+    return {x - 1, x, x + 1}
+
+
+def _sweep(step: int, x: int, width: int) -> set[int]:
+    return {x - 1, x}
+
+
+def _fft(step: int, x: int, width: int) -> set[int]:
+    apart = 1 << (step - 1) % max(1, (width - 1).bit_length())
+    return {x - apart, x, x + apart}
+
+
+def _tree(step: int, x: int, width: int) -> set[int]:
+    # It fans out until it is as wide as the graph, and keeps to its columns from there on.
+    return {x // 2} if 1 << (step - 1) < width else {x}
+
+
+def _nearest(step: int, x: int, width: int) -> set[int]:
+    return set(range(x - RADIX // 2, x + (RADIX + 1) // 2))
+
+
+def _spread(step: int, x: int, width: int) -> set[int]:
+    return {(x + step + at * width // RADIX) % width for at in range(RADIX)}
+
+
+def _random(step: int, x: int, width: int) -> set[int]:
+    chosen = Random(step * width + x)
+    return {x, *(at for at in _nearest(step, x, width) if chosen.random() < 0.5)}
+
+
+def _all_to_all(step: int, x: int, width: int) -> set[int]:
+    return set(range(width))
+
+
+RADIX = 5
+"""On how many tasks one depends in the patterns ``nearest`` and ``spread``."""
+
+PATTERNS: Mapping[str, Callable[[int, int, int], set[int]] | None] = {
+    "trivial": None,
+    "no_comm": _no_comm,
+    "stencil": _stencil,
+    "sweep": _sweep,
+    "fft": _fft,
+    "tree": _tree,
+    "nearest": _nearest,
+    "spread": _spread,
+    "random": _random,
+    "all_to_all": _all_to_all,
+}
+"""Patterns of dependence: the columns of the step before that a task of a step depends on.
+
+They are those of Task Bench (Slaughter et al., *Task Bench: A Parameterized Benchmark for
+Evaluating Parallel Runtime Performance*, SC 2020), with columns that are not there left out.
+"""
+
+
+def pattern(name: str, width: int, steps: int) -> Graph:
+    """``steps`` steps of ``width`` tasks, of which each depends on tasks of the step before."""
+    needs = PATTERNS[name]
+    widths = [min(width, 1 << step) if name == "tree" else width for step in range(steps)]
+    before: list[tuple[int, ...]] = []
+    first = 0
+    for step, here in enumerate(widths):
+        for x in range(here):
+            if step == 0 or needs is None:
+                before.append(())
+                continue
+            last = widths[step - 1]
+            columns = sorted(at for at in needs(step, x, width) if 0 <= at < last)
+            before.append(tuple(first - last + at for at in columns))
+        first += here
+    return Graph(name, tuple(before))
 
 
 SHAPES: Mapping[str, Callable[[int], Graph]] = {

@@ -22,6 +22,7 @@ BENCHMARKS = {
     "overhead": "charioteer.bench.overhead",
     "gil": "charioteer.bench.gil",
     "multi-device": "charioteer.bench.multi_device",
+    "metg": "charioteer.bench.metg",
 }
 
 
