@@ -97,8 +97,8 @@ test-tsan: ## The core's tests under ThreadSanitizer; not part of `make test`
 		--skip spawning_races_with_closing --skip cancelling_races_with_a_named_spawn
 
 ##@ Measure
-.PHONY: bench bench-rust bench-taskflow bench-overhead bench-gil bench-devices bench-metg bench-ft
-bench: bench-rust bench-taskflow bench-overhead bench-gil bench-devices bench-metg bench-ft ## All benchmarks below
+.PHONY: bench bench-rust bench-taskflow bench-overhead bench-gil bench-devices bench-policies bench-metg bench-ft
+bench: bench-rust bench-taskflow bench-overhead bench-gil bench-devices bench-policies bench-metg bench-ft ## All benchmarks below
 
 bench-rust: build ## Criterion benchmarks of the core
 	@mkdir -p benchmarks/results
@@ -124,6 +124,10 @@ bench-devices: build .venv/stamps/bench ## What a task over several devices cost
 bench-metg: build .venv/stamps/bench ## The smallest tasks that run efficiently, beside other runtimes
 	@mkdir -p benchmarks/results
 	.venv/bin/charioteer bench metg --json benchmarks/results/metg.json
+
+bench-policies: build .venv/stamps/bench ## How good the schedules of each policy are, in simulated time
+	@mkdir -p benchmarks/results
+	.venv/bin/charioteer bench policies --json benchmarks/results/policies.json
 
 bench-ft: .venv-gil/stamps/build .venv-ft/stamps/build ## An empty task without the GIL and with it
 	@mkdir -p benchmarks/results

@@ -605,6 +605,24 @@ def test_bench_metg_end_to_end(tmp_path: Path) -> None:
     assert_usage_error(charioteer("bench", "metg", "--seconds=0"), "--seconds")
 
 
+def test_bench_policies_end_to_end(tmp_path: Path) -> None:
+    path = tmp_path / "policies.json"
+    short = ("bench", "policies", "--runs", "2", "--only", "reduction")
+    done = charioteer(*short, "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    assert "list schedule" in done.stdout
+    assert done.stderr == ""
+    entries = json.loads(path.read_text())
+    policies = {entry["params"].get("policy") for entry in entries}
+    assert policies > {"eft", "locality", "load", "random", "round-robin", "in Python"}
+    assert all(entry["runs"] == 2 and entry["median"] > 0 for entry in entries)
+    # Nothing in it is measured.
+    again = tmp_path / "again.json"
+    assert charioteer(*short, "--json", str(again)).returncode == 0
+    assert json.loads(again.read_text()) == entries
+    assert_usage_error(charioteer("bench", "policies", "--only", "gallop"), "'gallop'", "mix")
+
+
 def test_bench_overhead_can_be_a_check() -> None:
     short = ("bench", "overhead", "--quick", "--runs", "1", "--only", "free-threading")
     assert charioteer(*short).returncode == 0

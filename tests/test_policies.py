@@ -408,6 +408,23 @@ def test_a_policy_of_ones_own_scores_the_choices(workers: int) -> None:
     assert two.choices[2].estimate is not None
 
 
+def test_what_was_sent_to_a_device_counts_in_its_wait() -> None:
+    waits = []
+
+    def first(call: Call) -> list[float]:
+        waits.extend(choice.wait for choice in call.choices if choice.devices == (gpu(0),))
+        return [0.0 if gpu(0) in choice.devices else 1.0 for choice in call.choices]
+
+    # Whether it is granted, as the first one is, or waits for that.
+    with ch.Runtime(machine(2, "virtual"), policy=first, runahead=1):
+        work = ch.task(busy(1e-3), placement=gpu, cost="1ms")
+        tasks = [work(1.0) for _ in range(5)]
+        assert set(ch.gather(tasks).result()) == {("gpu(0)",)}
+        assert waits == pytest.approx([0.0, 1e-3, 2e-3, 3e-3, 4e-3])
+        work(1.0).result()
+        assert waits[5] == 0.0
+
+
 def test_a_policy_chooses_the_device_of_a_kind(workers: int) -> None:
     def highest(call: Call) -> list[float]:
         return [-max(device.index for device in choice.devices) for choice in call.choices]

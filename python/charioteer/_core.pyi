@@ -565,6 +565,7 @@ class Engine:
         policy: str | Policy | None = None,
         seed: int = 0,
         models: str | None = None,
+        overtaking: int = 128,
     ) -> Self: ...
     @property
     def workers(self) -> int: ...

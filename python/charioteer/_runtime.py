@@ -31,6 +31,7 @@ R = TypeVar("R")
 
 _MOST_WORKERS = 4096
 _MOST_AHEAD = 2**32 - 1
+_MOST_OVERTAKING = 2**63 - 1
 
 _opened: Runtime | None = None
 _left_behind: list[_core.Engine] = []
@@ -66,6 +67,9 @@ class Runtime:
         runahead: how many tasks may have work in flight on a device, their bodies done and their
             work not, while more are started behind it. With zero a task starts when those that it
             depends on are complete.
+        overtaking: by how many device-times younger tasks may overtake one that waits for devices:
+            whenever a younger one is given devices that it could have used, so many count. A small
+            bound serves in order, a large one keeps devices busier.
         max_pending: makes a thread that spawns, outside of tasks and their callbacks, wait while
             so many tasks are unfinished.
         on_failure: called with each failed task whose last handle went away unread, instead of
@@ -103,10 +107,12 @@ class Runtime:
         gil: int | Literal["auto"] = "auto",
         policy: str | Policy | None = None,
         models: str | os.PathLike[str] | None = None,
+        overtaking: int = 128,
     ) -> None:
         self._machine = _machine(machine)
         self._workers = _worker_count(workers, self._machine)
         self._runahead = read_count(runahead, "runahead", 0, most=_MOST_AHEAD)
+        self._overtaking = read_count(overtaking, "overtaking", 0, most=_MOST_OVERTAKING)
         if max_pending is not None:
             if isinstance(max_pending, bool) or not isinstance(max_pending, int):
                 raise TypeError(
@@ -192,6 +198,7 @@ class Runtime:
                 self._runahead,
                 self._policy,
                 models=models,
+                overtaking=self._overtaking,
             )
         except BaseException as error:
             if devices is not None:

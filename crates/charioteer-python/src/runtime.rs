@@ -161,7 +161,7 @@ impl PyEngine {
     #[new]
     #[pyo3(signature = (
         workers, max_pending=None, trace=None, on_failure=None, gil=None, machine=None, runahead=64,
-        policy=None, seed=0, models=None
+        policy=None, seed=0, models=None, overtaking=128
     ))]
     #[expect(clippy::too_many_arguments, reason = "from one place")]
     fn open(
@@ -176,6 +176,7 @@ impl PyEngine {
         policy: Option<Bound<'_, PyAny>>,
         seed: u64,
         models: Option<&str>,
+        overtaking: u64,
     ) -> PyResult<Self> {
         let (mapper, policy) = match policy {
             None => (Mapper::EarliestFinish, None),
@@ -222,8 +223,8 @@ impl PyEngine {
                 trace: trace.clone(),
                 machine,
                 limits: charioteer::gang::Limits {
+                    overtaking,
                     runahead,
-                    ..charioteer::gang::Limits::default()
                 },
                 mapper,
                 models: Arc::new(known),

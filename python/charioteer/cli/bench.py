@@ -23,6 +23,7 @@ BENCHMARKS = {
     "gil": "charioteer.bench.gil",
     "multi-device": "charioteer.bench.multi_device",
     "metg": "charioteer.bench.metg",
+    "policies": "charioteer.bench.policies",
 }
 
 

@@ -129,6 +129,8 @@ struct Gauge {
     granted: AtomicU32,
     /// Tasks that a policy sent here and that were not granted.
     waiting: AtomicU32,
+    /// Their estimated nanoseconds.
+    promised: AtomicU64,
 }
 
 struct Book<D: Domain> {
@@ -558,16 +560,19 @@ impl<D: Domain> Engine<D> {
         all.filter(move |it| it.memory >= memory).map(|it| it.id)
     }
 
-    /// A task that a policy sent to these devices waits, or does no more.
-    pub(super) fn count_waiting(&self, places: u64, waits: bool) {
+    /// A task that a policy sent to these devices waits, or does no more; it is estimated to run for so
+    /// many nanoseconds.
+    pub(super) fn count_waiting(&self, places: u64, estimate: u64, waits: bool) {
         for (index, gauge) in self.devices().gauges.iter().enumerate() {
             if places >> index & 1 == 0 {
                 continue;
             }
             if waits {
                 gauge.waiting.fetch_add(1, Ordering::Relaxed);
+                gauge.promised.fetch_add(estimate, Ordering::Relaxed);
             } else {
                 gauge.waiting.fetch_sub(1, Ordering::Relaxed);
+                gauge.promised.fetch_sub(estimate, Ordering::Relaxed);
             }
         }
     }
@@ -580,8 +585,10 @@ impl<D: Domain> Engine<D> {
         gauges.fold((0, 0), |(time, tasks), gauge| {
             let waiting = gauge.waiting.load(Ordering::Relaxed);
             let granted = gauge.granted.load(Ordering::Relaxed);
+            let promised = gauge.promised.load(Ordering::Relaxed);
+            let ahead = gauge.ahead.load(Ordering::Relaxed);
             (
-                time.max(gauge.ahead.load(Ordering::Relaxed)),
+                time.max(ahead.saturating_add(promised)),
                 tasks.max(waiting + granted),
             )
         })

@@ -504,7 +504,7 @@ impl<D: Domain> Engine<D> {
             };
             mapping.set_places(candidate.devices.iter().fold(0, |all, it| all | bit(*it)));
             mapping.note(COUNTED);
-            self.count_waiting(mapping.places(), true);
+            self.count_waiting(mapping.places(), mapping.estimate(), true);
             mapping.decide(Decision::Choice(choice));
             self.ask_for_devices(task, Some(Arc::from([chosen])));
         } else {
@@ -583,7 +583,7 @@ impl<D: Domain> Engine<D> {
             return;
         }
         if mapping.need() == Need::Devices {
-            self.count_waiting(mapping.places(), false);
+            self.count_waiting(mapping.places(), mapping.estimate(), false);
         } else {
             self.maps
                 .time

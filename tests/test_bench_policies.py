@@ -1,0 +1,118 @@
+"""The benchmark of policies: its graphs, bounds and counts, on small cases."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable
+
+import pytest
+
+from charioteer.bench import policies
+from charioteer.bench.policies import Graph, Node
+
+
+def made(name: str) -> Graph:
+    makes: dict[str, Callable[[random.Random], Graph]] = {
+        "cholesky": functools.partial(policies.cholesky, 5),
+        "stencil": functools.partial(policies.stencil, 4, 6),
+        "reduction": functools.partial(policies.reduction, 21),
+        "random": functools.partial(policies.any_graph, 60),
+    }
+    return makes[name](random.Random(3))
+
+
+GRAPHS = ("cholesky", "stencil", "reduction", "random")
+
+
+def test_graphs_are_what_they_are_called() -> None:
+    assert [len(made(name)) for name in GRAPHS] == [35, 24, 41, 60]
+    for name in GRAPHS:
+        for place, node in enumerate(made(name)):
+            assert all(0 <= one < place for one in node.after)
+            assert node.seconds > 0
+    kinds = [node.kind for node in made("cholesky")]
+    assert {kind: kinds.count(kind) for kind in kinds} == {
+        "potrf": 5,
+        "trsm": 10,
+        "syrk": 10,
+        "gemm": 10,
+    }
+    [last] = [place for place, node in enumerate(made("cholesky")) if node.kind == "potrf"][4:]
+    assert last == 34  # and nothing else is without a successor
+    assert {one for node in made("cholesky") for one in node.after} == set(range(34))
+    assert made("stencil")[9].after == (4, 5, 6)
+    assert made("stencil")[8].after == (4, 5)
+    # In a tree everything but the root has one successor.
+    assert sorted(one for node in made("reduction") for one in node.after) == list(range(40))
+
+
+def test_bounds_and_the_list_schedule_of_small_graphs() -> None:
+    chain = [Node("", 1.0, ()), Node("", 2.0, (0,)), Node("", 3.0, (1,))]
+    assert policies.bound(chain, 4) == policies.list_schedule(chain, 4) == 6.0
+    wide = [Node("", 1.0, ())] * 8
+    assert policies.bound(wide, 4) == policies.list_schedule(wide, 4) == 2.0
+    # The chain goes first, or it would end at 4.
+    mixed = [Node("", 1.0, ()), Node("", 1.0, ()), Node("", 1.0, ()), Node("", 2.0, (2,))]
+    assert policies.bound(mixed, 2) == policies.list_schedule(mixed, 2) == 3.0
+    assert policies.list_schedule([Node("", 1.0, ())] * 3, 2) == 2.0
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("policy", policies.POLICIES)
+def test_no_schedule_comes_below_the_bound(name: str, policy: str) -> None:
+    graph = made(name)
+    makespan = policies.run_graph(graph, 3, policies.POLICIES[policy])
+    work = sum(node.seconds for node in graph)
+    # The clock counts whole nanoseconds.
+    assert policies.bound(graph, 3) - 1e-6 <= makespan <= work + 1e-6
+    assert policies.run_graph(graph, 3, policies.POLICIES[policy]) == makespan
+    assert policies.bound(graph, 3) <= policies.list_schedule(graph, 3) <= work
+
+
+def test_the_default_policy_finds_the_fastest_sets() -> None:
+    sample = policies.run_variants(30, "eft", seed=0)
+    assert sample.values[policies.FASTEST] >= 90
+    assert 1 < sample.values[policies.EXCESS] < 1.3
+    anything = policies.run_variants(30, "random", seed=0)
+    assert anything.values[policies.EXCESS] > sample.values[policies.EXCESS]
+
+
+@pytest.mark.parametrize("bound", [0, 4, 32, 128])
+def test_nobody_in_the_mix_is_overtaken_by_more_than_the_bound(bound: int) -> None:
+    sample = policies.run_mix(600, bound, "eft", seed=1)
+    assert 0.4 < sample.values[policies.UTILISATION] <= 1
+    most = sample.values[policies.OVERTAKEN]
+    assert most <= bound
+    assert bound > 32 or most >= bound - 3  # it is made use of
+
+
+def test_overtaking_is_counted_as_one_would() -> None:
+    chance = random.Random(5)
+    for _ in range(50):
+        widths = [chance.choice((1, 2, 4, 8)) for _ in range(12)]
+        grants = chance.sample(range(12), 12)
+        slow = max(
+            sum(widths[other] for other in grants[:place] if other > task)
+            for place, task in enumerate(grants)
+        )
+        assert policies.overtaken(grants, widths) == slow
+
+
+def test_every_bar_is_held() -> None:
+    held = {
+        (measure.name, bar.case, bar.metric): bar.text
+        for measure in policies.measures()
+        for bar in measure.bars
+    }
+    calls = "3 functions, 4 sizes, 400 calls each"
+    mix = "10,000 tasks, overtaken by {} device-times at most"
+    assert held == {
+        ("variants", calls, "calls with the fastest set"): "≥ 95 %",
+        ("variants", calls, "time / oracle"): "≤ 1.05 x",
+        ("mix", mix.format(32), "utilisation"): "≥ 0.88",
+        ("mix", mix.format(32), "overtaken by at most"): "≤ 32",
+        ("mix", mix.format(128), "utilisation"): "≥ 0.95",
+        ("mix", mix.format(128), "overtaken by at most"): "≤ 128",
+    }
+    assert [measure.name for measure in policies.measures()] == list(policies.NAMES)
