@@ -349,6 +349,7 @@ def test_the_package_itself_needs_no_scipy() -> None:
         ["adaptive_quadrature.py", "--lines", "40", "--workers", "2"],
         ["wide_and_narrow.py", "--tasks", "500", "--seed", "1"],
         ["fft2d.py", "--images", "4", "--size", "96"],
+        ["batched_cholesky.py", "--machine", "virtual:0", "--matrices", "6"],
         ["fft2d.py", "--gpus", "3", "--width", "3", "--images", "2", "--size", "31"],
         ["adaptive_quadrature.py", "--lines", "1", "--tolerance", "1e-10", "--workers", "0"],
     ],
@@ -363,3 +364,20 @@ def test_example(command_line: list[str]) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "check failed" not in done.stdout
+
+
+def test_batched_cholesky_takes_the_fastest_set_for_each_size() -> None:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "batched_cholesky.py"), "--matrices", "60"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    counts = {row[0]: [int(count) for count in row[1:4]] for row in rows[2:5]}
+    assert {size: sum(chosen) for size, chosen in counts.items()} == dict.fromkeys(counts, 20)
+    most = {size: chosen.index(max(chosen)) for size, chosen in counts.items()}
+    assert most == {"32": 0, "256": 1, "768": 2}  # a core, a GPU, two
+    assert all(max(chosen) >= 14 for chosen in counts.values())

@@ -449,8 +449,8 @@ def _variants(calls: int) -> Measure:
         ],
         warmup=0,
         note="charioteer is its default policy, eft. Which set is the fastest depends on the size. "
-        f"Calls count from the {LEARNED + 1}st of a function and size on, of that where they are the "
-        "worst; the oracle knows the fastest set from the first call on.",
+        f"Calls count from the {LEARNED + 1}st of a function and size on; the worst is shown. "
+        "The oracle knows the fastest set from the first call on.",
     )
 
 
