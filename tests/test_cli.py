@@ -506,6 +506,24 @@ def test_run_names_the_machine_of_runtimes_that_name_none(script: Script, tmp_pa
     assert_usage_error(charioteer("run", "--machine", "virtual:", path), "virtual:N")
 
 
+PINNED = """
+import os
+import charioteer as ch
+print(len(ch.task(os.sched_getaffinity)(0).result()))
+"""
+
+
+def test_run_pins_workers(script: Script) -> None:
+    path = script(PINNED)
+    done = charioteer("run", "--pin", "compact", path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
+    done = charioteer("run", "--workers", "2", "--pin", "none", path)
+    assert done.stdout == f"{len(os.sched_getaffinity(0))}\n"
+    assert_usage_error(
+        charioteer("run", "--pin", "loose", path), "'loose'", "none, compact, spread"
+    )
+
+
 CHOOSES = """
 import charioteer as ch
 

@@ -1,5 +1,5 @@
 import sys
-from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextvars import Context as ContextVars
 from os import PathLike
@@ -53,6 +53,7 @@ __all__ = [
     "finish_elsewhere",
     "finish_operations",
     "held_devices",
+    "host_nodes",
     "is_failed",
     "is_open",
     "is_worker",
@@ -68,6 +69,7 @@ __all__ = [
     "submit",
     "task",
     "task_stream",
+    "unpinned",
     "work",
 ]
 
@@ -566,6 +568,7 @@ class Engine:
         seed: int = 0,
         models: str | None = None,
         overtaking: int = 128,
+        pin: tuple[str, Sequence[Sequence[int]]] | None = None,
     ) -> Self: ...
     @property
     def workers(self) -> int: ...
@@ -732,3 +735,10 @@ class Allocation:
     def used_on(self, stream: Stream) -> None: ...
 
 def finish_operations(limit: float) -> None: ...
+
+# The processors of the host.
+
+def host_nodes(
+    system: str | PathLike[str], usable: Sequence[int]
+) -> list[tuple[list[int], int]]: ...
+def unpinned(start: Callable[[], _R]) -> _R: ...

@@ -117,7 +117,8 @@ class TaskLoop(asyncio.SelectorEventLoop):
         """Starts the thread, once; the caller holds the guard."""
         if self._started is None:
             self._started = threading.Thread(target=self._main, name="charioteer-loop", daemon=True)
-            self._started.start()
+            # A worker may be pinned, and a thread inherits that.
+            _core.unpinned(self._started.start)
 
     def _main(self) -> None:
         asyncio.set_event_loop(self)

@@ -67,6 +67,12 @@ class Runtime:
         runahead: how many tasks may have work in flight on a device, their bodies done and their
             work not, while more are started behind it. With zero a task starts when those that it
             depends on are complete.
+        pin: keeps workers on cores of the host. ``"none"``, the default, leaves them to the system;
+            ``"compact"`` gives them the cores of one NUMA node after the other, ``"spread"`` those
+            of all nodes in turns, and second threads of a core last in both. While a task runs its
+            thread is on the cores that it holds. The nodes are those of the machine, or those of
+            the host if it names none. With ``workers=0`` there is nobody to pin. Unless said, the
+            environment variable ``CHARIOTEER_PIN``.
         overtaking: by how many device-times younger tasks may overtake one that waits for devices:
             whenever a younger one is given devices that it could have used, so many count. A small
             bound serves in order, a large one keeps devices busier.
@@ -90,7 +96,8 @@ class Runtime:
             variable ``CHARIOTEER_MODELS``.
 
     Raises:
-        ValueError: a number out of range, or a policy that does not exist.
+        ValueError: a number out of range, a policy that does not exist, or threads to pin with
+            ``workers=0``.
         TypeError: something of the wrong type.
         MachineError: a name or a file of no machine.
     """
@@ -108,6 +115,7 @@ class Runtime:
         policy: str | Policy | None = None,
         models: str | os.PathLike[str] | None = None,
         overtaking: int = 128,
+        pin: Literal["none", "compact", "spread"] | None = None,
     ) -> None:
         self._machine = _machine(machine)
         self._workers = _worker_count(workers, self._machine)
@@ -130,6 +138,7 @@ class Runtime:
             if gil < 1:
                 raise ValueError(f"gil lets at least 1 worker in, not {gil}")
         self._policy = _policy(policy)
+        self._pin = _pinning(pin, self._workers)
         if models is None:
             models = os.environ.get("CHARIOTEER_MODELS") or None
         # A program may change the folder before it closes the runtime.
@@ -177,6 +186,8 @@ class Runtime:
             RuntimeError: this one was open before.
             OSError: the system refuses a thread, or the file of the trace or of the models.
             ModelError: the file of the models is damaged, or of another version.
+            MachineError: threads are pinned, and a NUMA node of the machine has cores that this
+                process may not use.
         """
         global _opened, _registered
         if self._engine is not None:
@@ -199,6 +210,7 @@ class Runtime:
                 self._policy,
                 models=models,
                 overtaking=self._overtaking,
+                pin=None if self._pin is None else (self._pin, self._host_nodes()),
             )
         except BaseException as error:
             if devices is not None:
@@ -215,6 +227,11 @@ class Runtime:
             # Before threads are joined, so that the workers are gone when the interpreter ends.
             threading._register_atexit(_close_at_exit)  # type: ignore[attr-defined]
         return self
+
+    def _host_nodes(self) -> list[tuple[int, ...]]:
+        """The cores of the NUMA nodes that workers are pinned to."""
+        nodes = self.machine.host.nodes or Machine.detect().host.nodes
+        return [node.cores for node in nodes]
 
     def close(self, cancel: bool = False) -> None:
         """Waits for every task and ends the threads; nothing if it is closed.
@@ -535,6 +552,28 @@ def _policy(said: object) -> str | Policy | None:
         return said
     if not callable(said):
         raise TypeError(f"policy is a name or a callable, not {type(said).__name__}")
+    return said
+
+
+PINNINGS = ("none", "compact", "spread")
+"""How workers are pinned, the default first."""
+
+
+def _pinning(said: object, workers: int) -> str | None:
+    """How workers are pinned, as it was said or the environment names it; ``None``: not at all."""
+    asked = said is not None
+    if said is None:
+        said = os.environ.get("CHARIOTEER_PIN") or PINNINGS[0]
+    if not isinstance(said, str):
+        raise TypeError(f"pin is one of {', '.join(PINNINGS)}, not {type(said).__name__}")
+    if said not in PINNINGS:
+        raise ValueError(f"pin is one of {', '.join(PINNINGS)}, not {said!r}")
+    if said == PINNINGS[0]:
+        return None
+    if workers == 0:
+        if asked:
+            raise ValueError("with workers=0 tasks run on the program's threads, which none pins")
+        return None
     return said
 
 

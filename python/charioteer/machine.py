@@ -53,7 +53,7 @@ FORMAT = 1
 _KEY = "charioteer-machine"
 _MOST_GPUS = 65_534
 _MOST_CORES = 65_535
-_NODES = Path("/sys/devices/system/node")
+_SYSTEM = Path("/sys/devices/system")
 
 
 class Node(Value):
@@ -234,10 +234,16 @@ class Machine(Value):
     @classmethod
     def detect(cls) -> Self:
         """The machine that the process runs on: the cores that it may use, their memory and NUMA
-        nodes."""
-        usable = os.sched_getaffinity(0)
+        nodes; one node, if Linux does not tell of any."""
+        from charioteer._core import host_nodes
+
+        usable = sorted(os.sched_getaffinity(0))
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return cls(Host(len(usable), memory, _nodes(usable)), name=os.uname().nodename)
+        nodes = host_nodes(_SYSTEM, usable) or [(usable, memory)]
+        return cls(
+            Host(len(usable), memory, [Node(cores, size) for cores, size in nodes]),
+            name=os.uname().nodename,
+        )
 
     @classmethod
     def virtual(
@@ -408,16 +414,7 @@ def _number(device: Device) -> int:
     return 0 if device.kind == cpu else device.index + 1
 
 
-# ---- what is found on this machine ------------------------------------------------------------
-
-
-def _nodes(usable: set[int]) -> Iterator[Node]:
-    """The NUMA nodes with cores that the process may use."""
-    for folder in sorted(_NODES.glob("node[0-9]*"), key=lambda path: int(path.name[4:])):
-        cores = [core for core in _read_cores((folder / "cpulist").read_text()) if core in usable]
-        total = re.search(r"MemTotal:\s*(\d+) kB", (folder / "meminfo").read_text())
-        if cores and total is not None:
-            yield Node(cores, int(total[1]) * 1024)
+# ---- numbers of cores -------------------------------------------------------------------------
 
 
 def _read_cores(text: str) -> list[int]:

@@ -41,6 +41,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use charioteer::Width;
+use charioteer::machine::cpus::unpinned;
 use pyo3::prelude::*;
 
 use crate::gateway::{self, Site};
@@ -399,10 +400,8 @@ impl Observer {
         if thread.is_none() {
             let observer = Arc::clone(self);
             // Without the thread the width stays as it is, and all tasks run as well.
-            *thread = std::thread::Builder::new()
-                .name("charioteer-gil".to_owned())
-                .spawn(move || observer.main())
-                .ok();
+            let builder = std::thread::Builder::new().name("charioteer-gil".to_owned());
+            *thread = unpinned(|| builder.spawn(move || observer.main())).ok();
         }
         drop(thread);
         drop(closed);

@@ -15,6 +15,7 @@
 //! | `runtime` | the open runtime and the running task |
 //! | `kernels` | bodies of a known duration, for benchmarks |
 //! | `devices` | virtual devices: streams, events, memory, operations |
+//! | `cpus` | processors of the host, and threads that are started from pinned ones |
 //! | `support` | what is used from the Python side of the package |
 
 use pyo3::prelude::*;
@@ -22,6 +23,7 @@ use pyo3::prelude::*;
 mod attached;
 mod blas;
 mod callable;
+mod cpus;
 mod devices;
 #[cfg(clippy)]
 mod forbidden;
@@ -47,6 +49,8 @@ static GLOBAL: mimalloc::MiMalloc = mimalloc::MiMalloc;
 mod _core {
     #[pymodule_export]
     use super::blas::{BlasRoutine, lapack_adapters};
+    #[pymodule_export]
+    use super::cpus::{host_nodes, unpinned};
     #[pymodule_export]
     use super::devices::{
         Allocation, Clock, Memory, OpenMachine, PyEvent, PyStream, finish_operations,

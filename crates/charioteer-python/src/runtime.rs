@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use charioteer::engine::{Config, Engine as CoreEngine};
+use charioteer::machine::cpus::{Pinning, Pins};
 use charioteer::machine::{DeviceId, HOST, Machine, Stream};
 use charioteer::mapping::model::Models;
 use charioteer::mapping::policy::Mapper;
@@ -19,6 +20,7 @@ use charioteer::sync::assert_unlocked;
 use charioteer::task::TaskRef;
 use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedStr;
 use pyo3::types::{PyDict, PyModule, PyString, PyTuple};
 use smallvec::SmallVec;
 
@@ -148,6 +150,18 @@ pub fn set_default_runtime_factory(factory: Option<Bound<'_, PyAny>>) {
     drop(old);
 }
 
+/// What Python gets where a runtime cannot be opened.
+fn unopened(py: Python<'_>, error: &std::io::Error, trace: Option<std::path::PathBuf>) -> PyErr {
+    match error.raw_os_error() {
+        // With three arguments Python picks the subclass, and shows the file.
+        Some(number) => PyOSError::new_err((number, error.to_string(), trace)),
+        None if error.kind() == std::io::ErrorKind::InvalidInput => {
+            self::error(py, "MachineError", (error.to_string(),))
+        }
+        None => PyOSError::new_err(error.to_string()),
+    }
+}
+
 /// An open runtime: what the package's `Runtime` holds.
 #[pyclass(name = "Engine", module = "charioteer._core", frozen)]
 pub struct PyEngine {
@@ -161,7 +175,8 @@ impl PyEngine {
     #[new]
     #[pyo3(signature = (
         workers, max_pending=None, trace=None, on_failure=None, gil=None, machine=None, runahead=64,
-        policy=None, seed=0, models=None, overtaking=128
+        policy=None, seed=0, models=None, overtaking=128,
+        pin=None
     ))]
     #[expect(clippy::too_many_arguments, reason = "from one place")]
     fn open(
@@ -177,6 +192,7 @@ impl PyEngine {
         seed: u64,
         models: Option<&str>,
         overtaking: u64,
+        pin: Option<(PyBackedStr, Vec<Vec<u32>>)>,
     ) -> PyResult<Self> {
         let (mapper, policy) = match policy {
             None => (Mapper::EarliestFinish, None),
@@ -209,6 +225,18 @@ impl PyEngine {
                 ("a runtime is open already: one at a time in a process",),
             ));
         }
+        let pins = pin
+            .map(|(how, nodes)| {
+                let pinning = match &*how {
+                    "compact" => Ok(Pinning::Compact),
+                    "spread" => Ok(Pinning::Spread),
+                    _ => Err(PyValueError::new_err(format!(
+                        "there is no pinning {how:?}"
+                    ))),
+                }?;
+                Pins::new(&nodes, pinning, workers).map_err(|error| unopened(py, &error, None))
+            })
+            .transpose()?;
         let lock = Gil::new(workers, gateway::has_gil(py)?, gil.is_none());
         let engine = CoreEngine::open(
             Interp::new(
@@ -228,16 +256,10 @@ impl PyEngine {
                 },
                 mapper,
                 models: Arc::new(known),
+                pins,
             },
         )
-        .map_err(|error| match error.raw_os_error() {
-            // With three arguments Python picks the subclass, and shows the file.
-            Some(number) => PyOSError::new_err((number, error.to_string(), trace)),
-            None if error.kind() == std::io::ErrorKind::InvalidInput => {
-                self::error(py, "MachineError", (error.to_string(),))
-            }
-            None => PyOSError::new_err(error.to_string()),
-        })?;
+        .map_err(|error| unopened(py, &error, trace))?;
         engine.domain().gil.observe(&engine);
         if let Some(width) = gil {
             engine.set_width(width);

@@ -34,6 +34,7 @@ use std::time::{Duration, Instant};
 use crossbeam_utils::CachePadded;
 
 use crate::graph;
+use crate::machine::cpus::Pins;
 use crate::machine::{Machine, Time};
 use crate::schedule::gang::{Limits, MOST_DEVICES};
 use crate::schedule::gate::Gate;
@@ -260,6 +261,8 @@ pub struct Config {
     pub mapper: Mapper,
     /// What is known of run times, and will be.
     pub models: Arc<Models>,
+    /// Where workers are kept, if they are pinned.
+    pub pins: Option<Pins>,
 }
 
 /// Why a task was not spawned. Nothing of it is left behind.
@@ -345,6 +348,8 @@ pub struct Engine<D: Domain> {
     present: usize,
     pub(crate) queues: Queues<D>,
     pub(crate) places: Places<D>,
+    /// Where workers are kept, if they are pinned.
+    pub(crate) pins: Option<Arc<Pins>>,
     pub(crate) sessions: Gate,
     timer: Arc<Timer<D>>,
     shards: Box<[CachePadded<Shard>]>,
@@ -421,7 +426,12 @@ impl<D: Domain> Engine<D> {
             cores,
             present,
             queues: Queues::new(threads),
-            places: Places::new(config.workers, threads),
+            places: Places::new(
+                config.workers,
+                threads,
+                config.pins.as_ref().map(Pins::nodes),
+            ),
+            pins: config.pins.map(Arc::new),
             sessions: Gate::new(),
             timer: Timer::new(),
             shards: (0..SHARDS)

@@ -6,7 +6,8 @@ mod common;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier, Mutex};
 
-use charioteer::native::{Runtime, TaskSpace, current};
+use charioteer::machine::cpus::{Pinning, usable};
+use charioteer::native::{Runtime, Task, TaskSpace, current};
 use common::within;
 
 /// Keeps the only worker busy while `spawn` spawns, then lets everything run.
@@ -373,5 +374,31 @@ fn a_long_task_keeps_nobody_from_a_free_core() {
         long.result().unwrap();
         part.result().unwrap();
         runtime.close().unwrap();
+    });
+}
+
+#[test]
+fn pinned_workers_are_where_their_cores_are() {
+    within(20, || {
+        let all = usable().unwrap();
+        let workers = all.len().min(2);
+        for pinning in [Pinning::Compact, Pinning::Spread] {
+            let builder = Runtime::builder().workers(workers).pin(pinning);
+            let runtime = builder.open().unwrap();
+            let held = |task: Task<Vec<u32>>| task.result().unwrap().len();
+            let place = || usable().unwrap();
+            assert_eq!(held(runtime.spawn(place)), 1);
+            let wide = u16::try_from(workers).unwrap();
+            assert_eq!(
+                held(runtime.task().cores(wide).spawn(place).unwrap()),
+                workers
+            );
+            assert_eq!(
+                held(runtime.task().share(0.0).spawn(place).unwrap()),
+                all.len()
+            );
+            runtime.close().unwrap();
+            assert_eq!(usable().unwrap(), all);
+        }
     });
 }

@@ -48,14 +48,15 @@ environment:
   CHARIOTEER_WORKERS   workers of a runtime that does not say how many (default: usable cores)
   CHARIOTEER_TRACE     trace file of a runtime that does not name one (default: no trace)
   CHARIOTEER_POLICY    policy of a runtime that does not name one (default: eft)
+  CHARIOTEER_PIN       whether workers are pinned to cores: none (default), compact or spread
   CHARIOTEER_MODELS    file of run times of a runtime that does not name one (default: none)
 """
 
 _RUN_DESCRIPTION = """\
 Run a Python script as the main program. A script that spawns tasks without opening a runtime gets
 one: it opens at the first spawn and closes when the script ends, after its last task. A script
-that opens its own runtime keeps it; --machine, --workers, --policy, --models and --trace apply
-there to whatever the script itself leaves open.
+that opens its own runtime keeps it; --machine, --workers, --pin, --policy, --models and --trace
+apply there to whatever the script itself leaves open.
 
 Everything after SCRIPT belongs to the script.
 """
@@ -66,7 +67,7 @@ nobody received.
 """
 
 
-_RUN_VALUES = ("--machine", "--workers", "--policy", "--models", "--trace")
+_RUN_VALUES = ("--machine", "--workers", "--pin", "--policy", "--models", "--trace")
 """The options of ``run`` that are followed by a value."""
 
 
@@ -195,8 +196,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         # An abbreviated option would hide from _own_arguments whether a value follows.
         allow_abbrev=False,
-        usage="charioteer run [-h] [--machine MACHINE] [--workers N] [--policy NAME]"
-        " [--models FILE] [--trace FILE] [--stats] SCRIPT [ARGS ...]",
+        usage="charioteer run [-h] [--machine MACHINE] [--workers N] [--pin NAME]"
+        " [--policy NAME] [--models FILE] [--trace FILE] [--stats] SCRIPT [ARGS ...]",
     )
     _add_machine(run, "machine of a runtime that names none")
     run.add_argument(
@@ -204,6 +205,12 @@ def _parser() -> argparse.ArgumentParser:
         type=_workers,
         metavar="N",
         help="workers of a runtime that does not say how many; 0 runs every task inline",
+    )
+    run.add_argument(
+        "--pin",
+        metavar="NAME",
+        help="whether a runtime that does not say keeps its workers on cores: none (default),"
+        " compact (one NUMA node after the other) or spread (all nodes in turns)",
     )
     run.add_argument(
         "--policy",

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import charioteer
 from charioteer import _core
-from charioteer._runtime import POLICIES
+from charioteer._runtime import PINNINGS, POLICIES
 from charioteer.cli import EXIT_FAILED, EXIT_INTERRUPTED, UserError, read_models, set_machine
 
 __all__ = ["run"]
@@ -38,8 +38,8 @@ def run(options: argparse.Namespace) -> int:
     """Run the script that ``options`` name and return its exit status.
 
     Raises:
-        UserError: the script cannot be read, the machine or the policy is none, the models are
-            damaged, or the folder of a file does not exist.
+        UserError: the script cannot be read, the machine, the pinning or the policy is none, the
+            models are damaged, or the folder of a file does not exist.
     """
     path: str = options.script
     source = _read(path)
@@ -47,6 +47,10 @@ def run(options: argparse.Namespace) -> int:
     if options.trace is not None:
         _check_trace(options.trace)
         os.environ["CHARIOTEER_TRACE"] = os.path.abspath(options.trace)
+    if options.pin is not None:
+        if options.pin not in PINNINGS:
+            raise UserError(f"there is no pinning {options.pin!r}: {', '.join(PINNINGS)}")
+        os.environ["CHARIOTEER_PIN"] = options.pin
     if options.policy is not None:
         if options.policy not in POLICIES:
             raise UserError(f"there is no policy {options.policy!r}: {', '.join(POLICIES)}")

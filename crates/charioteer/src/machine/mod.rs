@@ -29,6 +29,7 @@
 //!
 //! | file | what it has |
 //! |---|---|
+//! | [`cpus`] | the processors of the host, and threads that are kept on some |
 //! | `device` | the interface, with the names that all share |
 //! | `description` | a machine as plain data, and what a transfer takes on it |
 //! | `machine` | [`Machine`]: a description and its devices |
@@ -37,6 +38,7 @@
 //!
 //! This folder knows nobody.
 
+pub mod cpus;
 mod description;
 mod device;
 #[allow(clippy::module_inception, reason = "named for what it holds")]

@@ -45,6 +45,7 @@ use std::time::{Duration, Instant};
 
 use crate::engine::{Config, Engine, Handle};
 pub use crate::engine::{Counts, SpawnError, WaitError};
+use crate::machine::cpus::{self, Pinning, Pins};
 use crate::machine::{DeviceError, DeviceId, Machine, Stream};
 use crate::mapping::model::Models;
 use crate::mapping::policy::Mapper;
@@ -164,6 +165,7 @@ pub struct Builder {
     limits: Limits,
     mapper: Mapper,
     models: Arc<Models>,
+    pin: Option<Pinning>,
 }
 
 impl Builder {
@@ -204,6 +206,13 @@ impl Builder {
         self
     }
 
+    /// Keeps workers on processors, instead of where the system puts them: see [`cpus`].
+    #[must_use]
+    pub fn pin(mut self, pinning: Pinning) -> Self {
+        self.pin = Some(pinning);
+        self
+    }
+
     /// Cores to use; zero runs every body on the thread that spawns it, in a deterministic order.
     #[must_use]
     pub fn workers(mut self, workers: usize) -> Self {
@@ -233,6 +242,7 @@ impl Builder {
         let workers = self
             .workers
             .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
+        let pins = self.pin.map(|pinning| pins(pinning, workers)).transpose()?;
         let engine = Engine::open(
             Native,
             Config {
@@ -243,6 +253,7 @@ impl Builder {
                 limits: self.limits,
                 mapper: self.mapper,
                 models: self.models,
+                pins,
             },
         )?;
         Ok(Runtime {
@@ -250,6 +261,19 @@ impl Builder {
             closed: false,
         })
     }
+}
+
+/// Processors for so many workers, on the nodes of this machine.
+fn pins(pinning: Pinning, workers: usize) -> std::io::Result<Pins> {
+    let usable = cpus::usable()?;
+    let mut nodes: Vec<Vec<u32>> = cpus::nodes(cpus::SYSTEM.as_ref(), &usable)
+        .into_iter()
+        .map(|node| node.cpus)
+        .collect();
+    if nodes.is_empty() {
+        nodes.push(usable);
+    }
+    Pins::new(&nodes, pinning, workers)
 }
 
 /// An open runtime. Dropping it waits for its tasks and forgets failures; [`Runtime::close`] gives

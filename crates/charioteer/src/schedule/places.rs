@@ -18,6 +18,9 @@
 //!   ordinary tasks as there are places may start before the next one is considered, or all that are
 //!   ready if those are fewer, so that neither kind starves the other. They are counted when they
 //!   start: one that runs for long keeps nobody from a core that is free.
+//! * Where workers are pinned, places have NUMA nodes. A set of cores gets places of one node if one
+//!   has enough that are free, the one with the fewest of these, so that larger sets find room; else
+//!   of as few nodes as can be. It waits for no node: places are all that it needs.
 //! * Parts of cores share a place: the first takes a free place, others join it while their parts
 //!   fit, the last one gives it back.
 //!
@@ -147,6 +150,8 @@ impl<D: Domain> Ord for Unusual<D> {
 
 struct Book<D: Domain> {
     free: Vec<u16>,
+    /// The NUMA nodes of all places, where workers are pinned.
+    nodes: Option<Box<[u16]>>,
     /// Cores in parts: the core, what is taken of it, by how many tasks.
     parts: Vec<(u16, u32, u32)>,
     threads: Vec<Thread<D>>,
@@ -207,6 +212,27 @@ impl<D: Domain> Todo<D> {
     }
 }
 
+/// Puts the free places that are best for a set of so many, which is not more than there are, to the
+/// end.
+fn bring_together(free: &mut [u16], nodes: &[u16], count: usize) {
+    let node = |place: u16| nodes[usize::from(place)];
+    let on = |wanted: u16| free.iter().filter(|&&place| node(place) == wanted).count();
+    let mut ranked: Vec<(bool, usize, u16)> = Vec::new();
+    for &place in &*free {
+        let node = node(place);
+        if ranked.iter().all(|&(.., other)| other != node) {
+            let there = on(node);
+            let enough = there >= count;
+            // Of those with enough the one with the fewest, of others the one with the most.
+            let rank = if enough { there } else { usize::MAX - there };
+            ranked.push((!enough, rank, node));
+        }
+    }
+    ranked.sort_unstable();
+    let rank = |place: u16| ranked.iter().position(|&(.., other)| other == node(place));
+    free.sort_unstable_by_key(|&place| cmp::Reverse((rank(place), place)));
+}
+
 pub(crate) struct Places<D: Domain> {
     book: Mutex<Book<D>>,
     count: usize,
@@ -224,12 +250,13 @@ pub(crate) struct Places<D: Domain> {
 }
 
 impl<D: Domain> Places<D> {
-    /// `count` places, and at most `limit` threads.
-    pub(crate) fn new(count: usize, limit: usize) -> Self {
+    /// `count` places, and at most `limit` threads. `nodes`: where the places are, if workers are pinned.
+    pub(crate) fn new(count: usize, limit: usize, nodes: Option<Box<[u16]>>) -> Self {
         let cores = u16::try_from(count).expect("fewer than 65,536 workers");
         Self {
             book: Mutex::new(Book {
                 free: (0..cores).rev().collect(),
+                nodes,
                 parts: Vec::new(),
                 threads: Vec::new(),
                 idle: Vec::new(),
@@ -406,6 +433,9 @@ impl<D: Domain> Places<D> {
             }),
             Need::Cores(count) => {
                 let left = book.free.len().checked_sub(usize::from(count))?;
+                if let Some(nodes) = &book.nodes {
+                    bring_together(&mut book.free, nodes, usize::from(count));
+                }
                 let mut cores = book.free.split_off(left);
                 cores.sort_unstable();
                 Some(Grant { cores, part: None })
@@ -685,5 +715,40 @@ impl<D: Domain> Places<D> {
     pub(crate) fn threads(&self) -> usize {
         let book = self.book.lock();
         book.threads.len() - book.vacant.len()
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::bring_together;
+
+    fn taken(free: &[u16], nodes: &[u16], count: usize) -> Vec<u16> {
+        let mut places = free.to_vec();
+        bring_together(&mut places, nodes, count);
+        let mut all = (free.to_vec(), places.clone());
+        all.0.sort_unstable();
+        all.1.sort_unstable();
+        assert_eq!(all.0, all.1, "none is lost");
+        let mut set = places.split_off(places.len() - count);
+        set.sort_unstable();
+        set
+    }
+
+    #[test]
+    fn sets_stay_on_one_node_where_they_can() {
+        let compact = [0, 0, 0, 0, 1, 1, 1, 1];
+        let spread = [0, 1, 0, 1, 0, 1, 0, 1];
+        assert_eq!(taken(&[7, 6, 5, 4, 3, 2, 1, 0], &compact, 4), [0, 1, 2, 3]);
+        assert_eq!(taken(&[7, 6, 5, 4, 3, 2, 1, 0], &spread, 4), [0, 2, 4, 6]);
+        // The node with fewer is left to whom it suffices.
+        assert_eq!(taken(&[0, 4, 5, 1, 6], &compact, 2), [0, 1]);
+        assert_eq!(taken(&[0, 4, 5, 1, 6], &compact, 3), [4, 5, 6]);
+        // No node has enough: the one with the most, and what lacks from the other.
+        assert_eq!(taken(&[0, 4, 5, 1, 6], &compact, 4), [0, 4, 5, 6]);
+        assert_eq!(taken(&[3, 0, 4], &compact, 3), [0, 3, 4]);
+        // As many nodes as it takes, and no more.
+        let three = [0, 0, 1, 1, 1, 2];
+        assert_eq!(taken(&[0, 1, 2, 3, 4, 5], &three, 5), [0, 1, 2, 3, 4]);
+        assert_eq!(taken(&[5, 2, 0], &three, 1), [0]);
     }
 }

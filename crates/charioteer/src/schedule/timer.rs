@@ -10,6 +10,7 @@ use std::io;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
+use crate::machine::cpus::unpinned;
 use crate::sync::{Condvar, Mutex};
 use crate::task::{Domain, Task, TaskRef};
 
@@ -101,10 +102,8 @@ impl<D: Domain> Timer<D> {
         let mut result = Ok(());
         if heap.thread.is_none() && !heap.closed {
             let timer = Arc::clone(self);
-            match std::thread::Builder::new()
-                .name("charioteer-timer".into())
-                .spawn(move || timer.run(expire))
-            {
+            let builder = std::thread::Builder::new().name("charioteer-timer".into());
+            match unpinned(|| builder.spawn(move || timer.run(expire))) {
                 Ok(thread) => heap.thread = Some(thread),
                 Err(error) => result = Err(error),
             }

@@ -131,11 +131,11 @@ impl<D: Domain> Worker<D> {
                         break;
                     }
                     Assignment::Search(grant) => {
-                        worker.grant.replace(grant);
+                        worker.hold(grant);
                         worker.search(slot);
                     }
                     Assignment::Run(task, grant) => {
-                        worker.grant.replace(grant);
+                        worker.hold(grant);
                         if task.needs_session() {
                             worker.engine.sessions.return_to();
                             worker.in_session(|| worker.claim_and_run(&task));
@@ -204,6 +204,17 @@ impl<D: Domain> Worker<D> {
         // takes the pointer back; engines' numbers are unique in the process, so a matching number
         // means that the worker is one of this domain.
         f(Some(unsafe { &*worker.cast::<Self>() }))
+    }
+
+    /// This worker holds these cores from now on, and keeps to them if workers are pinned.
+    fn hold(&self, grant: Grant) {
+        if let Some(pins) = &self.engine.pins {
+            match grant.part {
+                Some((core, _)) => pins.hold(&[core]),
+                None => pins.hold(&grant.cores),
+            }
+        }
+        self.grant.replace(grant);
     }
 
     /// The cores that this thread holds.
@@ -634,7 +645,7 @@ impl<D: Domain> Worker<D> {
                 engine.sessions.return_to();
             }
         });
-        self.grant.replace(granted);
+        self.hold(granted);
         if replaced { Ok(()) } else { Err(()) }
     }
 }

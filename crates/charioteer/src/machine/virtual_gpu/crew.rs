@@ -37,6 +37,8 @@ use std::time::{Duration, Instant};
 
 use super::state::{Outbox, Run, Shared, Signal, State, Watcher, unknown};
 use super::timeline::Timeline;
+#[cfg(not(loom))]
+use crate::machine::cpus::unpinned;
 use crate::machine::description::{Description, Time};
 use crate::machine::device::{Completion, DeviceError, DeviceId, Event, Kind, Operation, Stream};
 use crate::machine::observer::{Observed, Observers};
@@ -473,10 +475,8 @@ pub(super) fn nanoseconds(duration: Duration) -> u64 {
 
 #[cfg(not(loom))]
 fn spawn(main: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
-    std::thread::Builder::new()
-        .name("charioteer-gpu".into())
-        .spawn(main)
-        .map(drop)
+    let builder = std::thread::Builder::new().name("charioteer-gpu".into());
+    unpinned(|| builder.spawn(main)).map(drop)
 }
 
 #[cfg(loom)]
