@@ -141,6 +141,15 @@ def test_info_takes_the_workers_of_the_environment() -> None:
     assert "inline" in charioteer("info", CHARIOTEER_WORKERS="0").stdout
 
 
+def test_info_says_whether_workers_are_pinned_and_shows_nodes() -> None:
+    shown = charioteer("info", CHARIOTEER_WORKERS="2", CHARIOTEER_PIN="spread").stdout
+    assert "2, pinned to cores (spread)" in shown
+    assert "NUMA node 0: cores" in shown
+    assert "pinned" not in charioteer("info", CHARIOTEER_WORKERS="0", CHARIOTEER_PIN="spread").stdout
+    assert "pinned" not in charioteer("info", CHARIOTEER_PIN="none").stdout
+    assert_usage_error(charioteer("info", CHARIOTEER_PIN="loose"), "'loose'")
+
+
 @pytest.mark.parametrize("value", ["many", "-1", "1.5"])
 def test_info_names_a_bad_setting(value: str) -> None:
     assert_usage_error(charioteer("info", CHARIOTEER_WORKERS=value), "CHARIOTEER_WORKERS")

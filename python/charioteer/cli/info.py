@@ -197,7 +197,9 @@ def _print_table(facts: dict[str, Any]) -> None:
     workers = facts["workers"]
     note = " (set by CHARIOTEER_WORKERS)" if facts["environment"].get("CHARIOTEER_WORKERS") else ""
     inline = ": tasks run inline, in the thread that spawns them" if workers == 0 else ""
-    table.add_row("workers", f"{workers}{inline}{note}")
+    pin = facts["environment"].get("CHARIOTEER_PIN") or "none"
+    pinned = f", pinned to cores ({pin})" if workers and pin != "none" else ""
+    table.add_row("workers", f"{workers}{pinned}{inline}{note}")
     for number, pool in enumerate(facts["blas"]):
         version = f" {pool['version']}" if pool["version"] else ""
         architecture = f", {pool['architecture']}" if pool["architecture"] else ""
