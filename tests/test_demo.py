@@ -349,7 +349,7 @@ def test_the_package_itself_needs_no_scipy() -> None:
         ["adaptive_quadrature.py", "--lines", "40", "--workers", "2"],
         ["wide_and_narrow.py", "--tasks", "500", "--seed", "1"],
         ["fft2d.py", "--images", "4", "--size", "96"],
-        ["batched_cholesky.py", "--machine", "virtual:0", "--matrices", "6"],
+        ["batched_cholesky.py", "--machine", "virtual:0", "--sizes", "32,48"],
         ["fft2d.py", "--gpus", "3", "--width", "3", "--images", "2", "--size", "31"],
         ["adaptive_quadrature.py", "--lines", "1", "--tolerance", "1e-10", "--workers", "0"],
     ],
