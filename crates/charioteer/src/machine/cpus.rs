@@ -282,7 +282,8 @@ impl Pins {
                 .map(|&place| self.places[usize::from(place)].cpu);
             Mask::of(&cpus.collect::<Vec<_>>())
         };
-        HELD.with_borrow_mut(|held| {
+        HELD.with(|held| {
+            let mut held = held.borrow_mut();
             if held.as_ref().is_some_and(|held| held.mask == mask) {
                 return;
             }
@@ -310,7 +311,8 @@ pub fn unpinned<R>(start: impl FnOnce() -> R) -> R {
             });
         }
     }
-    let is_pinned = HELD.with_borrow(|held| {
+    let is_pinned = HELD.with(|held| {
+        let held = held.borrow();
         held.as_ref().is_some_and(|held| {
             let _ = held.pins.home.hold();
             true
