@@ -368,7 +368,7 @@ def test_example(command_line: list[str]) -> None:
 
 def test_batched_cholesky_takes_the_fastest_set_for_each_size() -> None:
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "batched_cholesky.py"), "--matrices", "60"],
+        [sys.executable, str(EXAMPLES / "batched_cholesky.py"), "--matrices", "36"],
         capture_output=True,
         text=True,
         check=False,
@@ -377,7 +377,7 @@ def test_batched_cholesky_takes_the_fastest_set_for_each_size() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
     counts = {row[0]: [int(count) for count in row[1:4]] for row in rows[2:5]}
-    assert {size: sum(chosen) for size, chosen in counts.items()} == dict.fromkeys(counts, 20)
+    assert {size: sum(chosen) for size, chosen in counts.items()} == dict.fromkeys(counts, 12)
     most = {size: chosen.index(max(chosen)) for size, chosen in counts.items()}
     assert most == {"32": 0, "256": 1, "768": 2}  # a core, a GPU, two
-    assert all(max(chosen) >= 14 for chosen in counts.values())
+    assert all(max(chosen) >= 6 for chosen in counts.values())
