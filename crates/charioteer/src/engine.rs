@@ -59,6 +59,7 @@ use crate::trace::{Event, Trace};
 use crate::work::{self, Worker};
 
 use devices::Devices;
+pub use devices::Place;
 pub(crate) use devices::is_on_devices;
 use mapping::Maps;
 
@@ -453,7 +454,7 @@ impl<D: Domain> Engine<D> {
                 .filter(|machine| machine.gpus() != 0)
                 .map(|machine| {
                     let traced = trace.as_ref().map(|trace| (trace, id));
-                    Devices::new(machine, config.limits, traced)
+                    Devices::new(machine, config.limits, config.workers, traced)
                 }),
             maps: Maps::new(config.mapper, config.models),
             trace,
@@ -606,6 +607,13 @@ impl<D: Domain> Engine<D> {
     /// it was given waits until another thread comes free.
     pub(crate) fn carry_out(self: &Arc<Self>, todo: Todo<D>) -> bool {
         let mut started = true;
+        let mut todo = todo;
+        for task in std::mem::take(&mut todo.gone) {
+            if is_on_devices(&task) {
+                // Cancelled after its devices were granted.
+                self.return_loan(&task);
+            }
+        }
         for slot in todo.ring() {
             if let Err(error) = self.start_thread(slot) {
                 started = false;

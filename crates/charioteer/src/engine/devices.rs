@@ -16,8 +16,9 @@
 //!
 //! *Ready*: its predecessors are launched or done. Its request goes to the ledger with the events of
 //! those that are launched only. *Dispatched*: it has a [`Grant`] of devices and streams on loan, and stands
-//! in the queue that all threads share, in the order of the grants; the body is a worker's business, and takes no core's compute but the
-//! worker. Before the body runs, its streams are told to wait for what is in flight: the predecessors'
+//! in the queue that all threads share, in the order of the grants; the body is a worker's business, and takes
+//! no core's compute but the worker's. One whose set has several cores asks [`Places`] for these now, when
+//! it has its devices, and never the other way round. Before the body runs, its streams are told to wait for what is in flight: the predecessors'
 //! events and those behind which its part of a device is free. *Launched*: the body returned. Events
 //! are recorded on its streams, the loan goes back behind them, and dependents that may run ahead are let
 //! go, with these events to wait for. *Done*: every event is complete, and every predecessor that it ran
@@ -32,7 +33,14 @@
 //! back behind whatever it was granted behind: its streams are told to wait for that all the same.
 //!
 //! A body that waits gives the compute share back and keeps devices, streams and memory; when the wait is
-//! over it asks for the share again, before all who only begin.
+//! over it asks for the share again, before all who only begin. Its cores it gives up before the share, and
+//! gets them back after it.
+//!
+//! **Sets with cores.** Their bodies read on the host, so a task that may get one never runs ahead: it is
+//! ready when its predecessors are done. Those that depend on it may run ahead of its work on devices; what
+//! it did on the host is before its launch.
+//!
+//! [`Places`]: crate::schedule::places::Places
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -43,11 +51,12 @@ use smallvec::SmallVec;
 use super::mapping::bit;
 use super::witness::{Owners, Witness};
 use super::{Engine, Moving, Settled, SpawnError};
-use crate::machine::{Device, DeviceError, DeviceId, Event, Machine, Stream};
+use crate::machine::{Device, DeviceError, DeviceId, Event, HOST, Kind, Machine, Stream};
 use crate::schedule::gang::{
-    self, Alternative, Capacity, Gang, Grant, GrantId, Limits, Request, Step,
+    self, Alternative, Capacity, Gang, Grant, GrantId, Limits, Reason, Request, Step,
 };
 use crate::schedule::map::{DISTURBED, Mapping};
+use crate::schedule::places;
 use crate::schedule::queues::{Injector, Steal};
 use crate::sync::{
     AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Mutex, Ordering, fence, yield_now,
@@ -57,7 +66,7 @@ use crate::task::{
     Domain, Ending, Failure, Flight, Landed, Latch, Need, Options, Outcome, Phase, Task, TaskRef,
     Until, Waker,
 };
-use crate::trace::{DeviceEvent, Trace};
+use crate::trace::{DeviceEvent, Event as TraceEvent, Trace};
 
 /// How many letters and grants are handled before the turn is passed on.
 const BATCH: usize = 64;
@@ -165,6 +174,7 @@ impl<D: Domain> Devices<D> {
     pub(crate) fn new(
         machine: Arc<Machine>,
         limits: Limits,
+        workers: usize,
         traced: Option<(&Arc<Trace>, u32)>,
     ) -> Self {
         let capacities: Box<[Capacity]> = (0..machine.gpus())
@@ -178,8 +188,9 @@ impl<D: Domain> Devices<D> {
             })
             .collect();
         enable_peers(&machine, &capacities);
-        let witness =
-            traced.map(|(trace, engine)| Witness::new::<D>(trace, &machine, &capacities, engine));
+        let witness = traced.map(|(trace, engine)| {
+            Witness::new::<D>(trace, &machine, &capacities, workers, engine)
+        });
         Self {
             runahead: limits.runahead,
             keeping: AtomicUsize::new(0),
@@ -331,11 +342,38 @@ fn request<D: Domain>(task: &Task<D>, prefer: Events, sets: Option<Arc<[Alternat
     }
 }
 
+/// What a running task holds a place of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// A core, by its number.
+    Core(u16),
+    /// A device, and the stream on it that is the task's own.
+    Device(DeviceId, Stream),
+}
+
+/// The set that a task was granted, by the number in its grant.
+fn set_of<D: Domain>(task: &Task<D>, alternative: usize) -> &Alternative {
+    let options = task.options().expect("a task on devices has options");
+    // Of a task that is mapped by now the set is known, and that number is of when it was not.
+    match options.mapping.as_deref().and_then(Mapping::set) {
+        Some(set) => set,
+        None => &sets_of(options)[alternative],
+    }
+}
+
 /// The sets of devices that a task on devices says.
 fn sets_of(options: &Options) -> &Arc<[Alternative]> {
     let mapped = options.mapping.as_ref().map(|mapping| mapping.sets());
     let sets = mapped.or(options.devices.as_ref());
     sets.expect("a task on devices says on which")
+}
+
+/// The first device that a set names.
+fn named_in(set: &Alternative) -> Option<DeviceId> {
+    set.members.iter().find_map(|member| match member {
+        gang::Member::Device(device) => Some(*device),
+        gang::Member::Any(_) => None,
+    })
 }
 
 /// Whether a task runs on devices with streams. One that is not mapped does not, yet.
@@ -355,6 +393,34 @@ impl<D: Domain> Engine<D> {
     /// The machine that the engine runs on, if it has more than a host.
     pub fn machine(&self) -> Option<&Arc<Machine>> {
         self.devices.as_ref().map(|devices| &devices.machine)
+    }
+
+    /// What the task that runs on this thread, with this grant of cores, holds in the set's order; nothing
+    /// of devices that are lost.
+    pub fn held_by(&self, task: &Task<D>, grant: &places::Grant) -> SmallVec<[Place; 2]> {
+        let mut cores = grant.cores.iter().copied();
+        if !is_on_devices(task) {
+            let cores = cores.chain(grant.part.map(|(core, _)| core));
+            return cores.map(Place::Core).collect();
+        }
+        let links = task.links.lock();
+        let flight = links.rare.as_ref().and_then(|rare| rare.flight.as_ref());
+        let Some(loan) = flight.and_then(|flight| flight.loan.as_ref()) else {
+            return SmallVec::new();
+        };
+        let mut devices = loan.lent.iter();
+        let members = set_of(task, loan.alternative).members.iter();
+        // Without workers all cores are one thread's, and cores are told apart by their numbers alone.
+        let mut numbers = 0..;
+        let place = |member: &gang::Member| {
+            if member.is_core() {
+                let number = numbers.next().expect("there is always another number");
+                return Some(Place::Core(cores.next().unwrap_or(number)));
+            }
+            let lent = devices.next()?;
+            Some(Place::Device(lent.device, lent.stream?))
+        };
+        members.filter_map(place).collect()
     }
 
     /// The devices of the task that runs on this thread, each with its stream, in the set's order.
@@ -384,9 +450,13 @@ impl<D: Domain> Engine<D> {
     pub(super) fn ahead(&self, options: &Options) -> u32 {
         match &self.devices {
             Some(devices) if devices.runahead != 0 => {
-                let mapped = |mapping: &Mapping| !mapping.choices().devices().is_empty();
-                let mapped = options.mapping.as_deref().is_some_and(mapped);
-                if mapped || options.need == Need::Devices {
+                // The body of a set with cores reads on the host.
+                let sets = match (&options.mapping, &options.devices) {
+                    (Some(mapping), _) => mapping.choices().sets(),
+                    (None, Some(sets)) => sets,
+                    (None, None) => return 0,
+                };
+                if !sets.is_empty() && sets.iter().all(|set| set.cores() == 0) {
                     AHEAD
                 } else {
                     0
@@ -401,6 +471,12 @@ impl<D: Domain> Engine<D> {
             Some(devices) => &devices.capacities[..],
             None => &[],
         };
+        // Of cores the ledger knows nothing, so it may be offered no set that has too many.
+        let wanted = alternatives.iter().map(Alternative::cores).max();
+        if let Some(wanted) = wanted.filter(|wanted| *wanted > self.cores) {
+            let reason = Reason::TooMany(Kind::Cpu, wanted, self.cores);
+            return Err(SpawnError::Devices(vec![reason.to_string()]));
+        }
         gang::check(capacities, alternatives).map_err(|reasons| {
             SpawnError::Devices(reasons.iter().map(ToString::to_string).collect())
         })
@@ -462,10 +538,7 @@ impl<D: Domain> Engine<D> {
         let set = sets_of(options)
             .first()
             .expect("a request has an alternative");
-        let device = match set.members.first() {
-            Some(gang::Member::Device(device)) => *device,
-            _ => self.devices().capacities[0].id,
-        };
+        let device = named_in(set).unwrap_or(self.devices().capacities[0].id);
         DeviceError::OutOfMemory {
             device,
             wanted: set.memory,
@@ -487,13 +560,7 @@ impl<D: Domain> Engine<D> {
     /// Why no device is left for a task.
     fn stranded(&self, task: &Task<D>) -> DeviceError {
         let options = task.options().expect("a task on devices has options");
-        let named = sets_of(options)
-            .iter()
-            .flat_map(|set| set.members.iter())
-            .find_map(|member| match member {
-                gang::Member::Device(device) => Some(*device),
-                gang::Member::Any(_) => None,
-            });
+        let named = sets_of(options).iter().find_map(named_in);
         let device = named.unwrap_or(self.devices().capacities[0].id);
         DeviceError::Lost(
             device,
@@ -599,7 +666,7 @@ impl<D: Domain> Engine<D> {
         let mut others: SmallVec<[u64; 8]> =
             all.clone().filter(|&id| !named(id)).map(ahead).collect();
         others.sort_unstable();
-        let any = |member: &&gang::Member| matches!(member, gang::Member::Any(_));
+        let any = |member: &&gang::Member| matches!(member, gang::Member::Any(Kind::Gpu));
         let others = others
             .into_iter()
             .take(set.members.iter().filter(any).count());
@@ -620,6 +687,7 @@ impl<D: Domain> Engine<D> {
         }
         let places = grant.lent.iter().fold(0, |all, it| all | bit(it.device));
         self.settle_choice(&task, grant.alternative, places);
+        let cores = set_of(&task, grant.alternative).cores();
         if let Some(witness) = &self.devices().witness {
             for stream in grant.lent.iter().filter_map(|lent| lent.stream) {
                 witness.log(DeviceEvent::Lent(stream), task.id);
@@ -631,6 +699,14 @@ impl<D: Domain> Engine<D> {
             flight.places = places;
             flight.loan = Some(grant);
             flight.paused = false;
+        }
+        // One core is what every worker has.
+        if cores > 1 && self.workers != 0 {
+            let need = Need::Cores(u16::try_from(cores).expect("fewer cores than 65,536"));
+            let idle = !self.queues.has_work();
+            let todo = self.places.push_holder(task, need, idle);
+            self.carry_out(todo);
+            return;
         }
         let priority = task.options().map_or(0, |options| options.priority);
         // In the order of the grants: were this thread's own queue first, one device's tasks would run
@@ -739,6 +815,38 @@ impl<D: Domain> Engine<D> {
         if let Some(witness) = &self.devices().witness {
             witness.log(DeviceEvent::Begun, task.id);
         }
+    }
+
+    /// The body of a task has these cores now, or again.
+    pub(crate) fn log_cores(&self, task: &Task<D>, cores: &places::Grant) {
+        if let Some(witness) = self.witness_of_cores(task) {
+            for &core in &cores.cores {
+                let core = Stream {
+                    device: HOST,
+                    number: core.into(),
+                };
+                witness.log(DeviceEvent::Lent(core), task.id);
+            }
+        }
+    }
+
+    /// The body of a task is about to wait and to give its cores up.
+    pub(crate) fn log_cores_left(&self, task: &Task<D>) {
+        if let Some(witness) = self.witness_of_cores(task) {
+            witness.log(DeviceEvent::Left, task.id);
+        }
+    }
+
+    /// What logs which cores a task has: of one with cores and devices, if that is traced.
+    fn witness_of_cores(&self, task: &Task<D>) -> Option<&Witness> {
+        let witness = self.devices.as_ref()?.witness.as_ref()?;
+        if self.workers == 0 || !is_on_devices(task) {
+            return None;
+        }
+        let links = task.links.lock();
+        let loan = links.rare.as_ref()?.flight.as_ref()?.loan.as_ref()?;
+        let has_cores = set_of(task, loan.alternative).cores() != 0;
+        has_cores.then_some(witness)
     }
 
     /// Where the work of a task on its streams ends now, device by device; none on one that is lost.
@@ -1014,6 +1122,8 @@ impl<D: Domain> Engine<D> {
         if !is_on_devices(task) {
             return false;
         }
+        self.record(TraceEvent::Suspend, task);
+        self.record(TraceEvent::Ready, task);
         let requeued = task.state.advance(Phase::Running, Phase::Ready).is_ok();
         debug_assert!(requeued, "this thread owns the task");
         self.ask_for_devices(Arc::clone(task), None);

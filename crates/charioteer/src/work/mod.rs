@@ -324,9 +324,13 @@ impl<D: Domain> Worker<D> {
             if self.engine.is_cancelling() && self.engine.skip_cancelled(task) {
                 return;
             }
-            if !is_on_devices(task) || self.engine.take_off(task) {
-                self.run(task);
+            if is_on_devices(task) {
+                self.engine.log_cores(task, &self.grant.borrow());
+                if !self.engine.take_off(task) {
+                    return;
+                }
             }
+            self.run(task);
         } else if is_on_devices(task) {
             // Cancelled after its devices were granted, or before.
             self.engine.return_loan(task);
@@ -403,6 +407,10 @@ impl<D: Domain> Worker<D> {
     /// Runs `task` here and now if it is ready and this thread may.
     fn run_inline(&self, task: &TaskRef<D>) {
         if self.depth.get() >= DEPTH || task.phase() != Phase::Ready || !self.engine.owns(task) {
+            return;
+        }
+        // Who has devices lends its share before anybody runs for it.
+        if self.running().is_some_and(|waiting| is_on_devices(waiting)) {
             return;
         }
         let ordinary = task.needs() == Need::Core;
@@ -605,7 +613,16 @@ impl<D: Domain> Worker<D> {
         }
         let grant = self.grant.borrow().clone();
         let waiting = self.running();
-        let todo = engine.places.block(&grant, engine.queues.has_work())?;
+        if let Some(waiting) = waiting {
+            // Before somebody else has them.
+            engine.log_cores_left(waiting);
+        }
+        let Ok(todo) = engine.places.block(&grant, engine.queues.has_work()) else {
+            if let Some(waiting) = waiting {
+                engine.log_cores(waiting, &grant);
+            }
+            return Err(());
+        };
         let replaced = engine.carry_out(todo);
         let mut granted = Grant::default();
         let inside = self.inside.get();
@@ -630,6 +647,9 @@ impl<D: Domain> Worker<D> {
                 }
             }
             granted = engine.places.unblock(&grant);
+            if let Some(waiting) = waiting {
+                engine.log_cores(waiting, &granted);
+            }
             if replaced && inside {
                 engine.sessions.return_to();
             }

@@ -42,7 +42,7 @@ pub struct Grant {
     pub id: GrantId,
     /// Which of the request's alternatives it is.
     pub alternative: usize,
-    /// The devices, in the order of the alternative's members.
+    /// The devices, in the order of the alternative's members, without the cores among those.
     pub lent: SmallVec<[Lent; 2]>,
 }
 
