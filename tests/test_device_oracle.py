@@ -56,7 +56,8 @@ def programs(draw: st.DrawFn) -> Program:
             twist=draw(
                 st.sampled_from(
                     ["none"] * 12
-                    + ["raises", "retried", "bad work", "cancelled", "awaits", "computes", "loses"]
+                    + ["raises", "retried", "bad work", "cancelled", "awaits", "waits"]
+                    + ["computes", "loses"]
                 )
             ),
         )
@@ -114,7 +115,14 @@ def run(program: Program, path: Path) -> None:
                 await ch.spawn(placement=gpu)(lambda: None)
                 work()
 
-            body: Any = waits if plan.twist == "awaits" else work
+            def blocks(plan: Plan = plan, work: Any = work) -> None:
+                work()
+                with contextlib.suppress(ch.CancelledError, ch.DependencyError, ch.DeviceError):
+                    ch.spawn(placement=gpu)(lambda: None).result()
+                work()
+
+            bodies: dict[str, Any] = {"awaits": waits, "waits": blocks}
+            body: Any = bodies.get(plan.twist, work)
             task = ch.spawn(
                 placement=placement,
                 dependencies=[tasks[i] for i in plan.after],

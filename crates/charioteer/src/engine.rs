@@ -60,7 +60,7 @@ use crate::work::{self, Worker};
 
 use devices::Devices;
 pub use devices::Place;
-pub(crate) use devices::is_on_devices;
+pub(crate) use devices::{Answer, is_on_devices};
 use mapping::Maps;
 
 mod devices;

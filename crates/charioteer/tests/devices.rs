@@ -15,7 +15,7 @@ use charioteer::native::{
     Builder, Place, Runtime, SpawnError, Task, TaskError, TaskSpace, current,
 };
 use charioteer::task::Need;
-use common::{prove, take_trace, trace_path, within};
+use common::{prove, take_trace, trace_path, within, within_on};
 use proptest::prelude::*;
 
 const MEMORY: u64 = 1 << 30;
@@ -804,4 +804,39 @@ fn a_body_that_waits_for_a_task_on_cores_lends_its_share_to_what_that_needs() {
             runtime.close().unwrap();
         }
     });
+}
+
+#[test]
+fn a_body_has_no_share_while_one_above_it_waits() {
+    for (gpus, time) in [(1, Time::Real), (1, Time::Virtual), (2, Time::Real)] {
+        within_on(&time, 20, || {
+            let machine = machine(gpus, time);
+            let path = trace_path();
+            let runtime = builder(&machine, 0).trace(&path).open().unwrap();
+            let spawn = runtime.handle();
+            let all = move || set(gpus, WHOLE, 0);
+            let order = Log::default();
+            let seen = Arc::clone(&order);
+            let outer = runtime.task().on(all()).spawn(move || {
+                // It has the devices when this body asks for them again after its wait for `awaited`.
+                spawn.task().on(all()).spawn(|| ()).unwrap();
+                let awaited = spawn.spawn(|| ());
+                // Runs meanwhile on top of this body, and waits for the devices too.
+                let (inner, log) = (spawn.clone(), Arc::clone(&seen));
+                spawn.spawn_detached(move || {
+                    for i in 0..3 {
+                        let last = inner.task().on(all()).spawn(move || i).unwrap();
+                        log.lock().unwrap().push(*last.result().unwrap());
+                    }
+                });
+                awaited.result().unwrap();
+                seen.lock().unwrap().push(3);
+                current().unwrap().streams().len()
+            });
+            assert_eq!(*outer.unwrap().result().unwrap(), gpus);
+            runtime.close().unwrap();
+            assert_eq!(*order.lock().unwrap(), [0, 1, 2, 3]);
+            prove(&take_trace(&path));
+        });
+    }
 }

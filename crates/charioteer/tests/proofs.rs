@@ -272,17 +272,12 @@ fn run(program: &Program) -> TraceFile {
     let handle = runtime.handle();
     let mut tasks: Vec<Task<()>> = Vec::new();
     for plan in &program.plans {
-        let mut plan = plan.clone();
-        if program.workers == 0 && matches!(plan.twist, Twist::Waits) {
-            // One thread has one stack: a body may get its share back below one that waits for it.
-            plan.twist = Twist::Awaits;
-        }
         let after: Vec<Task<()>> = plan
             .after
             .iter()
             .filter_map(|back| tasks.get(tasks.len().checked_sub(*back)?).cloned())
             .collect();
-        let task = spawn(&handle, program.workers.max(1), &machine, &plan, &after);
+        let task = spawn(&handle, program.workers.max(1), &machine, plan, &after);
         if let Twist::Cancelled = plan.twist {
             task.cancel();
         }

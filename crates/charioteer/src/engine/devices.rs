@@ -36,6 +36,12 @@
 //! over it asks for the share again, before all who only begin. Its cores it gives up before the share, and
 //! gets them back after it.
 //!
+//! *Without workers* a body that waits for its share runs others on its stack meanwhile. If one of these
+//! waits in turn, the one below cannot go on before that wait is over, whether it has its share or not. So
+//! it has none meanwhile: a wait withdraws what the bodies below it asked for, and lends again what they were
+//! given. Only the uppermost body of a stack has a share, and each share that waits are for can be granted
+//! (overcommitting it would break invariant 5).
+//!
 //! **Sets with cores.** Their bodies read on the host, so a task that may get one never runs ahead: it is
 //! ready when its predecessors are done. Those that depend on it may run ahead of its work on devices; what
 //! it did on the host is before its launch.
@@ -81,10 +87,52 @@ enum Resumer<D: Domain> {
     Thread(Arc<Answer<D>>),
 }
 
-/// How a thread hears that it has its share again.
-struct Answer<D: Domain> {
+/// How a thread hears that a body of its has its share again.
+pub(crate) struct Answer<D: Domain> {
     latch: Arc<Latch<D>>,
-    grant: Mutex<Option<Grant>>,
+    share: Mutex<Share>,
+}
+
+/// The share that a body which waited asked for again.
+enum Share {
+    /// It is to come.
+    Asked,
+    /// It is there.
+    Has(Grant),
+    /// If it comes, it is to be given back.
+    Withdrawn,
+    /// It came, and was given back.
+    Lent,
+}
+
+impl<D: Domain> Answer<D> {
+    fn new() -> Self {
+        let latch = Latch::new(1, Until::All, Waker::Thread(None));
+        let open = latch.registered();
+        debug_assert!(!open, "nobody knows the latch yet");
+        Self {
+            latch,
+            share: Mutex::new(Share::Asked),
+        }
+    }
+
+    fn take(&self) -> Option<Grant> {
+        match std::mem::replace(&mut *self.share.lock(), Share::Lent) {
+            Share::Has(grant) => Some(grant),
+            Share::Asked | Share::Withdrawn | Share::Lent => None,
+        }
+    }
+
+    /// Takes a share that came, or gives it back if the body cannot use it now.
+    fn accept(&self, grant: Grant) -> Option<Grant> {
+        let mut share = self.share.lock();
+        if let Share::Asked = *share {
+            *share = Share::Has(grant);
+            None
+        } else {
+            Some(grant)
+        }
+    }
 }
 
 enum Letter<D: Domain> {
@@ -515,7 +563,9 @@ impl<D: Domain> Engine<D> {
             match resumer {
                 Resumer::Task(task) => self.dispatch(task, grant),
                 Resumer::Thread(answer) => {
-                    *answer.grant.lock() = Some(grant);
+                    if let Some(grant) = answer.accept(grant) {
+                        self.lend_again(&answer, &grant);
+                    }
                     Self::arrive(Some(self), &answer.latch, false);
                 }
             }
@@ -1080,9 +1130,47 @@ impl<D: Domain> Engine<D> {
         }
     }
 
+    /// A body that cannot use the share that it asked for, and was given, lends it again.
+    fn lend_again(self: &Arc<Self>, answer: &Answer<D>, grant: &Grant) {
+        self.hand_back(grant, true);
+        // After the letter: who sees this asks for it anew.
+        *answer.share.lock() = Share::Lent;
+    }
+
+    /// A body above one that asked for its share again, on the same stack, is about to wait: the one
+    /// below cannot use its share, and lends it. Whether it did so only now.
+    pub(crate) fn withdraw(self: &Arc<Self>, answer: &Answer<D>) -> bool {
+        let grant = {
+            let mut share = answer.share.lock();
+            match std::mem::replace(&mut *share, Share::Withdrawn) {
+                Share::Asked => return true,
+                Share::Has(grant) => grant,
+                before @ (Share::Withdrawn | Share::Lent) => {
+                    *share = before;
+                    return false;
+                }
+            }
+        };
+        self.lend_again(answer, &grant);
+        true
+    }
+
+    /// The wait above it is over. If the share came meanwhile, it is asked for when the body below is
+    /// the uppermost again.
+    pub(crate) fn claim_again(answer: &Answer<D>) {
+        let mut share = answer.share.lock();
+        if let Share::Withdrawn = *share {
+            *share = Share::Asked;
+        }
+    }
+
     /// Blocks, with `block`, until the body of `task`, which [paused](Engine::pause) on this thread, has
     /// its share again. If a device failed meanwhile, the body hears of it when it uses the device.
-    pub(crate) fn regain(self: &Arc<Self>, task: &TaskRef<D>, block: impl FnOnce(&Arc<Latch<D>>)) {
+    pub(crate) fn regain(
+        self: &Arc<Self>,
+        task: &TaskRef<D>,
+        block: impl Fn(&Arc<Answer<D>>, &Arc<Latch<D>>),
+    ) {
         if !is_on_devices(task) {
             return;
         }
@@ -1092,19 +1180,18 @@ impl<D: Domain> Engine<D> {
             rare.and_then(|rare| Some(rare.flight.as_ref()?.loan.as_ref()?.id))
         };
         let Some(id) = id else { return };
-        let answer = Arc::new(Answer {
-            latch: Latch::new(1, Until::All, Waker::Thread(None)),
-            grant: Mutex::new(None),
-        });
-        let open = answer.latch.registered();
-        debug_assert!(!open, "nobody knows the latch yet");
-        self.post(Letter::Resumed(id, Resumer::Thread(Arc::clone(&answer))));
-        if !answer.latch.is_open() {
-            block(&answer.latch);
-        }
-        answer.latch.give_up();
-        let grant = answer.grant.lock().take();
-        if let Some(grant) = grant {
+        let grant = loop {
+            let answer = Arc::new(Answer::new());
+            self.post(Letter::Resumed(id, Resumer::Thread(Arc::clone(&answer))));
+            while !answer.latch.is_open() {
+                block(&answer, &answer.latch);
+            }
+            answer.latch.give_up();
+            if let Some(grant) = answer.take() {
+                break grant;
+            }
+        };
+        {
             let mut links = task.links.lock();
             let flight = links.flight();
             flight.loan = Some(grant);

@@ -35,7 +35,7 @@ use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::engine::{Engine, Running, WaitError, is_on_devices};
+use crate::engine::{Answer, Engine, Running, WaitError, is_on_devices};
 use crate::schedule::map::DISTURBED;
 use crate::schedule::places::{Assignment, Grant};
 use crate::schedule::queues::{Lane, Own};
@@ -106,6 +106,8 @@ pub(crate) struct Worker<D: Domain> {
     running: Cell<*const TaskRef<D>>,
     depth: Cell<u32>,
     frames: RefCell<Vec<Frame<D>>>,
+    /// What bodies on this stack, in a runtime without workers, asked for again after a wait.
+    returning: RefCell<Vec<Arc<Answer<D>>>>,
 }
 
 impl<D: Domain> Worker<D> {
@@ -121,6 +123,7 @@ impl<D: Domain> Worker<D> {
             running: Cell::new(std::ptr::null()),
             depth: Cell::new(0),
             frames: RefCell::default(),
+            returning: RefCell::default(),
         };
         let abort = AbortOnUnwind;
         worker.enter(|| {
@@ -166,6 +169,7 @@ impl<D: Domain> Worker<D> {
             running: Cell::new(std::ptr::null()),
             depth: Cell::new(0),
             frames: RefCell::default(),
+            returning: RefCell::default(),
         };
         let abort = AbortOnUnwind;
         engine.places.visit();
@@ -488,12 +492,13 @@ impl<D: Domain> Worker<D> {
             return Ok(true);
         }
         if engine.workers == 0 {
-            return self.wait_alone(tasks, until, deadline);
+            self.wait_alone(tasks, until, deadline)
+        } else {
+            self.block(tasks, until, deadline)
         }
-        self.block_body(tasks, until, deadline)
     }
 
-    /// The wait in a runtime without workers.
+    /// The wait in a runtime without workers. No body on this stack has a share of devices meanwhile.
     fn wait_alone(
         &self,
         tasks: &[TaskRef<D>],
@@ -505,6 +510,8 @@ impl<D: Domain> Worker<D> {
         if let Some(waiting) = waiting {
             engine.pause(waiting);
         }
+        let mut withdrawn = self.returning.borrow().clone();
+        withdrawn.retain(|answer| engine.withdraw(answer));
         // Nobody else runs what the awaited tasks need.
         while !is_over(tasks, until)
             && let Some(task) = engine.queues.pop_any(&self.own)
@@ -514,27 +521,18 @@ impl<D: Domain> Worker<D> {
         let result = if is_over(tasks, until) {
             Ok(true)
         } else {
-            self.block_body(tasks, until, deadline)
+            self.block(tasks, until, deadline)
         };
         if let Some(waiting) = waiting {
-            engine.regain(waiting, |latch| self.help_until(latch, None));
+            engine.regain(waiting, |answer, latch| {
+                self.returning.borrow_mut().push(Arc::clone(answer));
+                self.help_until(latch, None);
+                self.returning.borrow_mut().pop();
+            });
         }
-        result
-    }
-
-    /// Blocks, as the body that runs on this thread if one does.
-    fn block_body(
-        &self,
-        tasks: &[TaskRef<D>],
-        until: Until,
-        deadline: Option<Instant>,
-    ) -> Result<bool, WaitError> {
-        let Some(waiting) = self.running() else {
-            return self.block(None, tasks, until, deadline);
-        };
-        waiting.state.set(BLOCKED);
-        let result = self.block(Some(waiting), tasks, until, deadline);
-        waiting.state.clear(BLOCKED);
+        withdrawn
+            .iter()
+            .for_each(|answer| Engine::claim_again(answer));
         result
     }
 
@@ -554,14 +552,18 @@ impl<D: Domain> Worker<D> {
         block_alone(engine, latch, deadline, help);
     }
 
+    /// Blocks, as the body that runs on this thread if one does.
     fn block(
         &self,
-        waiting: Option<&TaskRef<D>>,
         tasks: &[TaskRef<D>],
         until: Until,
         deadline: Option<Instant>,
     ) -> Result<bool, WaitError> {
         let engine = &self.engine;
+        let waiting = self.running();
+        if let Some(waiting) = waiting {
+            waiting.state.set(BLOCKED);
+        }
         let waiter = waiting.filter(|_| deadline.is_none()).cloned();
         let for_ever = waiter.is_some();
         let loose = if for_ever {
@@ -588,6 +590,9 @@ impl<D: Domain> Worker<D> {
             abandon(&latch, tasks);
         }
         engine.loose_waits.fetch_sub(loose, Ordering::SeqCst);
+        if let Some(waiting) = waiting {
+            waiting.state.clear(BLOCKED);
+        }
         result.map(|()| opened)
     }
 
@@ -641,7 +646,7 @@ impl<D: Domain> Worker<D> {
                 latch.block(deadline, || false);
                 if let Some(waiting) = waiting {
                     // Before it asks for its place: who has the share may need one to end.
-                    engine.regain(waiting, |latch| {
+                    engine.regain(waiting, |_, latch| {
                         latch.block(None, || false);
                     });
                 }
