@@ -918,8 +918,8 @@ impl<D: Domain> Engine<D> {
         {
             return self.check_mapping(options.mapping.as_deref());
         }
-        match options.and_then(|options| options.devices.as_deref()) {
-            Some(alternatives) => self.check_devices(alternatives),
+        match options.and_then(|options| options.devices.as_ref()) {
+            Some(sets) => self.check_spawn(sets),
             None => Ok(()),
         }
     }
@@ -1719,6 +1719,15 @@ impl<D: Domain> Engine<D> {
         let mut worklist = Vec::new();
         self.settle_one(task, Ending::Given(outcome), &mut worklist);
         self.work_off(worklist);
+    }
+
+    /// As [`work_off`](Self::work_off), of one task or none.
+    fn work_off_first(self: &Arc<Self>, settled: Option<Settled<D>>) {
+        if let Some(Settled { task, ending }) = settled {
+            let mut worklist = Vec::new();
+            settle_anywhere(Some(self), &task, ending, &mut worklist);
+            self.work_off(worklist);
+        }
     }
 
     fn work_off(self: &Arc<Self>, mut worklist: Vec<Settled<D>>) {

@@ -309,7 +309,10 @@ mod oracle {
 
     impl Use {
         fn is_before(&self, other: &Self) -> bool {
-            let covers = |end: Position| other.behind.get(&end.stream) >= Some(&end.position);
+            // Nothing is before the first position of a stream.
+            let covers = |end: Position| {
+                end.position == 0 || other.behind.get(&end.stream) >= Some(&end.position)
+            };
             self.ended < other.begun && self.end.is_some_and(covers)
         }
     }

@@ -48,6 +48,7 @@
 //!
 //! [`Places`]: crate::schedule::places::Places
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -73,6 +74,12 @@ use crate::task::{
     Until, Waker,
 };
 use crate::trace::{DeviceEvent, Event as TraceEvent, Trace};
+
+crate::sync::thread_local! {
+    /// The sets that this thread spawned with last, which an engine (its number) can serve. Those who
+    /// spawn many tasks mostly share them.
+    static CHECKED: RefCell<Option<(u32, Arc<[Alternative]>)>> = const { RefCell::new(None) };
+}
 
 /// How many letters and grants are handled before the turn is passed on.
 const BATCH: usize = 64;
@@ -135,11 +142,15 @@ impl<D: Domain> Answer<D> {
     }
 }
 
+/// Of the members of a set, by their places in it; there are no more than [`gang::MOST_DEVICES`].
+type Bits = u64;
+
 enum Letter<D: Domain> {
     /// And its sets, if they are not those of its options.
     Ask(TaskRef<D>, Events, Option<Arc<[Alternative]>>),
-    Launched(GrantId, SmallVec<[Option<Event>; 2]>),
-    Paused(GrantId, SmallVec<[Option<Event>; 2]>),
+    /// Behind these events, of which those are complete.
+    Launched(GrantId, SmallVec<[Option<Event>; 2]>, Bits),
+    Paused(GrantId, SmallVec<[Option<Event>; 2]>, Bits),
     Resumed(GrantId, Resumer<D>),
     /// The event is complete, or failed.
     Landed(Event),
@@ -286,19 +297,19 @@ impl<D: Domain> Devices<D> {
                         outbox.stranded.push(task);
                     }
                 }
-                Letter::Launched(id, events) => {
+                Letter::Launched(id, events, complete) => {
                     if let Some(witness) = witness {
                         owners.returned(witness, id, &events);
                     }
                     ledger.launched(id, &events);
-                    self.sweep(ledger, &events);
+                    sweep(ledger, &events, complete);
                 }
-                Letter::Paused(id, events) => {
+                Letter::Paused(id, events, complete) => {
                     if let Some(witness) = witness {
                         owners.paused(witness, id, &events);
                     }
                     ledger.paused(id, &events);
-                    self.sweep(ledger, &events);
+                    sweep(ledger, &events, complete);
                 }
                 Letter::Resumed(id, resumer) => {
                     book.resuming.insert(id, resumer);
@@ -356,13 +367,14 @@ impl<D: Domain> Devices<D> {
         }
         self.backlog.store(ledger.backlog(), Ordering::Relaxed);
     }
+}
 
-    /// Tells the ledger of those events that are complete already.
-    fn sweep(&self, ledger: &mut Gang<TaskRef<D>>, events: &[Option<Event>]) {
-        for event in events.iter().flatten() {
-            if self.is_complete(*event) {
-                ledger.completed(*event);
-            }
+/// Tells the ledger of those events that were complete when they were recorded. Somebody else tells it of
+/// the others.
+fn sweep<T>(ledger: &mut Gang<T>, events: &[Option<Event>], complete: Bits) {
+    for (place, event) in events.iter().enumerate() {
+        if let (Some(event), true) = (event, complete >> place & 1 != 0) {
+            ledger.completed(*event);
         }
     }
 }
@@ -512,6 +524,23 @@ impl<D: Domain> Engine<D> {
             }
             _ => 0,
         }
+    }
+
+    /// That the sets of a task that is spawned can be served; see [`check_devices`](Self::check_devices).
+    pub(super) fn check_spawn(&self, sets: &Arc<[Alternative]>) -> Result<(), SpawnError> {
+        let is_known = |known: &Option<(u32, Arc<[Alternative]>)>| {
+            let same = |(engine, known): &(u32, _)| *engine == self.id && Arc::ptr_eq(known, sets);
+            known.as_ref().is_some_and(same)
+        };
+        // A thread that ends may still spawn.
+        let known = CHECKED.try_with(|known| is_known(&known.borrow()));
+        if known.unwrap_or(false) {
+            return Ok(());
+        }
+        self.check_devices(sets)?;
+        let news = Some((self.id, Arc::clone(sets)));
+        let _ = CHECKED.try_with(|known| known.replace(news));
+        Ok(())
     }
 
     pub(super) fn check_devices(&self, alternatives: &[Alternative]) -> Result<(), SpawnError> {
@@ -784,7 +813,7 @@ impl<D: Domain> Engine<D> {
             events.push(ordered.and_then(|()| device.record(stream)).ok());
         }
         let pending = events.clone();
-        self.post(Letter::Launched(grant.id, events));
+        self.post(Letter::Launched(grant.id, events, 0));
         for event in pending.into_iter().flatten() {
             self.tell_when_complete(event);
         }
@@ -832,6 +861,10 @@ impl<D: Domain> Engine<D> {
             let Some(loan) = &mut flight.loan else {
                 return Ok(());
             };
+            let waits = |lent: &gang::Lent| lent.stream.is_none() || !lent.waits.is_empty();
+            if flight.behind.is_empty() && !loan.lent.iter().any(waits) {
+                return Ok(());
+            }
             let lent: SmallVec<[_; 2]> = loan
                 .lent
                 .iter_mut()
@@ -935,24 +968,28 @@ impl<D: Domain> Engine<D> {
         let (events, mut failure) = self.record_events(grant);
         let mut pending = Events::new();
         let mut failed = Events::new();
-        for event in events.iter().flatten().copied() {
+        let mut complete = 0;
+        for (place, event) in events.iter().enumerate() {
+            let Some(event) = *event else { continue };
             match self
                 .devices()
                 .device(event.stream.device)
                 .is_complete(event)
             {
-                Ok(true) => {}
+                Ok(true) => complete |= 1 << place,
                 Ok(false) => pending.push(event),
                 Err(error) => {
+                    // One that failed is over, too.
+                    complete |= 1 << place;
                     failed.push(event);
                     failure = Some(error);
                 }
             }
         }
         self.post(if pause {
-            Letter::Paused(grant.id, events)
+            Letter::Paused(grant.id, events, complete)
         } else {
-            Letter::Launched(grant.id, events)
+            Letter::Launched(grant.id, events, complete)
         });
         if let Some(error) = &failure {
             self.note_loss(error);
@@ -1055,7 +1092,7 @@ impl<D: Domain> Engine<D> {
             self.when_complete(task, event);
         }
         // The body itself.
-        self.work_off(landed(task, None).into_iter().collect());
+        self.work_off_first(landed(task, None));
     }
 
     fn when_complete(self: &Arc<Self>, task: &TaskRef<D>, event: Event) {
@@ -1071,8 +1108,7 @@ impl<D: Domain> Engine<D> {
                 }
                 // First, so that dependents find the device, and its stream, free.
                 engine.post(Letter::Landed(event));
-                let settled = landed(&task, failure);
-                engine.work_off(settled.into_iter().collect());
+                engine.work_off_first(landed(&task, failure));
             }),
         );
     }
