@@ -21,6 +21,8 @@ MEMORY = 64 << 20
 class Plan:
     width: int
     """How many devices; 0 is a task on a core."""
+    cores: int
+    """How many cores beside them."""
     share: float
     memory: int
     after: list[int]
@@ -46,6 +48,7 @@ def programs(draw: st.DrawFn) -> Program:
     plans = [
         Plan(
             width=draw(st.integers(0, min(gpus, 4)) | st.integers(0, gpus)),
+            cores=draw(st.sampled_from([0, 0, 0, 1, 2, 4])),
             share=draw(st.sampled_from([1.0, 1.0, 0.5, 0.3, 0.0])),
             memory=draw(st.sampled_from([0, 0, MEMORY // 4, MEMORY // 3])),
             after=draw(st.lists(st.integers(0, i - 1), max_size=3, unique=True)) if i else [],
@@ -53,7 +56,8 @@ def programs(draw: st.DrawFn) -> Program:
             twist=draw(
                 st.sampled_from(
                     ["none"] * 12
-                    + ["raises", "retried", "bad work", "cancelled", "awaits", "computes", "loses"]
+                    + ["raises", "retried", "bad work", "cancelled", "awaits", "waits"]
+                    + ["computes", "loses"]
                 )
             ),
         )
@@ -86,11 +90,15 @@ def run(program: Program, path: Path) -> None:
                 needs: dict[str, Any] = {"share": plan.share}
                 if plan.memory:
                     needs["memory"] = plan.memory
-                placement = (gpu * plan.width).require(**needs)
+                cores = min(plan.cores, max(1, program.workers))
+                devices: Any = (gpu * plan.width, cpu * cores) if cores else gpu * plan.width
+                placement = ch.Requirement(devices, **needs)
 
             def work(plan: Plan = plan) -> None:
                 context = ch.current()
-                for _ in context.each() if context.streams else ():
+                for device in context.each() if context.streams else ():
+                    if device.kind == cpu:
+                        continue
                     context.stream.busy(plan.pause * 5e-5)
                     if plan.twist == "computes":
                         virtual.ones(8).sum()
@@ -107,7 +115,14 @@ def run(program: Program, path: Path) -> None:
                 await ch.spawn(placement=gpu)(lambda: None)
                 work()
 
-            body: Any = waits if plan.twist == "awaits" else work
+            def blocks(plan: Plan = plan, work: Any = work) -> None:
+                work()
+                with contextlib.suppress(ch.CancelledError, ch.DependencyError, ch.DeviceError):
+                    ch.spawn(placement=gpu)(lambda: None).result()
+                work()
+
+            bodies: dict[str, Any] = {"awaits": waits, "waits": blocks}
+            body: Any = bodies.get(plan.twist, work)
             task = ch.spawn(
                 placement=placement,
                 dependencies=[tasks[i] for i in plan.after],

@@ -12,7 +12,7 @@ is ``cpu``. The sets of its variants come on top. A placement that was said for 
 all of the choice.
 
 Needs are those that the alternative says, else those of the variant's set that serves it, else the
-task's.
+task's. In a set of cores and devices together they are those of its devices.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Choice(NamedTuple):
     places: list[int]
     """In the set's order: a GPU's number, :data:`ANY` or :data:`CORE`."""
     share: int
-    """In 1/:data:`WHOLE`, of each place."""
+    """In 1/:data:`WHOLE`, of each device; of each core, if there are only those, which are taken
+    whole beside devices."""
     memory: int
     """In bytes, on each device."""
     body: int
@@ -132,7 +133,7 @@ def _choice(
             memory = memory if needs.memory is None else needs.memory
             share = share if needs.share is None else needs.share
     units = WHOLE if share is None else _units(share)
-    if places[0] == CORE and units < WHOLE:
+    if all(place == CORE for place in places) and units < WHOLE:
         if units and len(places) > 1:
             raise PlacementError(
                 f"with share={share} a set of cores is taken whole, or with share=0 not at all"
@@ -153,13 +154,10 @@ def _places(alternative: Alternative, totals: Totals) -> list[int]:
     wanted = held_on(alternative, totals)
     if "gpu" in kinds and totals.gpus == 0:
         raise PlacementError("the machine has no gpu")
-    if "cpu" in kinds and "gpu" in kinds:
-        raise PlacementError("a set of cores and devices together is not supported yet")
-    if kinds == {"cpu"}:
-        if any(member.device is not None for member in alternative.members):
-            raise PlacementError("cores are all alike: say how many, cpu * n")
-        if alternative.memory is not None or alternative.share is not None:
-            raise PlacementError("needs of an alternative's own are for devices with memory")
+    if any(member.kind == "cpu" and member.device is not None for member in alternative.members):
+        raise PlacementError("cores are all alike: say how many, cpu * n")
+    if kinds == {"cpu"} and alternative[1:] != (None, None):
+        raise PlacementError("needs of an alternative's own are for devices with memory")
     if wanted.cores > totals.cores:
         raise PlacementError(f"the runtime has {totals.cores} cores")
     if wanted.gpus > totals.gpus:

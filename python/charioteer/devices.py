@@ -9,7 +9,8 @@ free choice, in which order breaks ties and lists in lists are flattened. An alt
 * a tuple of those, which is a set: ``(cpu, gpu)``, ``(gpu(0), gpu(3))``.
 
 ``x.require(memory=, share=)`` is the alternative ``x`` with needs of its own, which hold for each
-device of the set; so they belong to the whole set, and no member of a tuple has any.
+device of the set; so they belong to the whole set, and no member of a tuple has any. Cores in a set
+with devices have none: they are taken whole.
 
 Whatever is written, :func:`normal` gives the one normal form that the scheduler reads: a tuple of
 :class:`Alternative`, hashable, without repetitions. It knows no machine: what a machine can serve
@@ -280,9 +281,9 @@ def normal(placement: object) -> tuple[Alternative, ...]:
     return found
 
 
-def held(cores: Iterable[int], gpus: Iterable[int]) -> tuple[Device, ...]:
-    """The devices with those numbers."""
-    return (*(Device(cpu, core) for core in cores), *(Device(gpu, index) for index in gpus))
+def held(places: Iterable[tuple[bool, int]]) -> tuple[Device, ...]:
+    """The devices of a set, from whether each is a core, and its number."""
+    return tuple(Device(cpu if is_core else gpu, number) for is_core, number in places)
 
 
 def _alternatives(placement: object) -> Iterator[Alternative]:

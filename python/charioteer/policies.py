@@ -34,9 +34,9 @@ class Choice(NamedTuple):
     """One way to run a call now."""
 
     devices: tuple[Device, ...]
-    """The devices, in the set's order; none of a choice on cores."""
+    """The devices other than cores, in the set's order; none of a choice on cores alone."""
     cores: int
-    """How many cores; none of a choice on devices."""
+    """How many cores; none of a choice on devices alone."""
     estimate: float | None
     """The run time in seconds: measured, else declared, else unknown."""
     wait: float

@@ -90,10 +90,10 @@ def current_stream() -> Stream:
     found = _stream.get()
     if found is not None and found[0] == task:
         return found[1]
-    if running is None:
+    if running is None or running[1] is None:
         raise RuntimeError(
-            "no stream is current: virtual arrays are used in a task on a virtual GPU, or in"
-            " 'with virtual.stream(s):'"
+            "no stream is current: virtual arrays are used in a task on a virtual GPU, while that"
+            " is current, or in 'with virtual.stream(s):'"
         )
     return running[1]
 

@@ -131,7 +131,10 @@ impl Keywords {
     pub fn may_be_wide(options: Option<&Options>) -> bool {
         options.is_some_and(|options| match &options.mapping {
             Some(mapping) => mapping.choices().may_be_wide(),
-            None => matches!(options.need, Need::Cores(_)),
+            None => match &options.devices {
+                Some(sets) => sets.iter().any(|set| set.cores() > 1),
+                None => matches!(options.need, Need::Cores(_)),
+            },
         })
     }
 }

@@ -212,7 +212,7 @@ impl Plan {
 const CORE: i32 = -2;
 
 fn on(places: &[i32], share: u32, memory: u64) -> On {
-    if places[0] == CORE {
+    if places.iter().all(|place| *place == CORE) {
         let cores = u16::try_from(places.len()).expect("a runtime has fewer workers than 2^16");
         return On::Cores(match share {
             WHOLE_CORE if cores == 1 => Need::Core,
@@ -225,6 +225,7 @@ fn on(places: &[i32], share: u32, memory: u64) -> On {
             .iter()
             .map(|place| match u16::try_from(*place) {
                 Ok(index) => Member::Device(DeviceId::gpu(index)),
+                Err(_) if *place == CORE => Member::Any(Kind::Cpu),
                 Err(_) => Member::Any(Kind::Gpu),
             })
             .collect(),

@@ -11,7 +11,8 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use charioteer::engine::{Config, Engine as CoreEngine};
+use charioteer::Grant;
+use charioteer::engine::{Config, Engine as CoreEngine, Place};
 use charioteer::machine::cpus::{Pinning, Pins};
 use charioteer::machine::{DeviceId, HOST, Machine, Stream};
 use charioteer::mapping::model::Models;
@@ -469,20 +470,55 @@ pub struct Context {
     task: TaskRef<Interp>,
     engine: Option<Arc<Core>>,
     cores: Vec<u16>,
-    lent: SmallVec<[(DeviceId, Stream); 2]>,
+    /// What it holds, in the set's order.
+    places: SmallVec<[Place; 2]>,
 }
 
 impl Context {
-    fn machine(&self, py: Python<'_>) -> PyResult<&Arc<Machine>> {
-        self.engine
-            .as_ref()
-            .and_then(|engine| engine.machine())
-            .filter(|_| !self.lent.is_empty())
-            .ok_or_else(|| self.without(py, "stream"))
+    /// Of the running task of this thread.
+    fn of(engine: Arc<Core>, task: TaskRef<Interp>, grant: Grant) -> Self {
+        let places = engine.held_by(&task, &grant);
+        let mut cores = grant.cores;
+        cores.extend(grant.part.map(|(core, _)| core));
+        Self {
+            task,
+            engine: Some(engine),
+            cores,
+            places,
+        }
     }
 
-    fn without(&self, _: Python<'_>, what: &str) -> PyErr {
-        PyRuntimeError::new_err(format!("{} holds no {what} here", self.task.label()))
+    /// The machine, if the task holds a device with a stream.
+    fn machine(&self) -> Option<&Arc<Machine>> {
+        let machine = self.engine.as_ref()?.machine()?;
+        self.lent().next().map(|_| machine)
+    }
+
+    /// The devices with streams.
+    fn lent(&self) -> impl Iterator<Item = (DeviceId, Stream)> {
+        self.places.iter().filter_map(|place| match *place {
+            Place::Core(_) => None,
+            Place::Device(device, stream) => Some((device, stream)),
+        })
+    }
+
+    /// The device that is current, with its stream, if it has one.
+    fn current(&self) -> Option<(&Arc<Machine>, DeviceId, Stream)> {
+        match *self.places.get(self.at())? {
+            Place::Core(_) => None,
+            Place::Device(device, stream) => Some((self.machine()?, device, stream)),
+        }
+    }
+
+    fn without(&self, what: &str) -> PyErr {
+        let label = self.task.label();
+        PyRuntimeError::new_err(if self.machine().is_some() {
+            format!(
+                "{label} holds no {what} here: a core is current, each() has its devices in turn"
+            )
+        } else {
+            format!("{label} holds no {what} here")
+        })
     }
 
     /// The place in the set of the device that is current: the first, unless `each` made another so.
@@ -513,17 +549,19 @@ impl Context {
         self.cores.clone()
     }
 
-    /// The devices that the task holds here: none with a share of nothing, and none for the rest
-    /// of a coroutine that moved to the event loop.
+    /// The devices that the task holds here, in the set's order: none with a share of nothing, and none
+    /// for the rest of a coroutine that moved to the event loop.
     #[getter]
     fn devices<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
-        let cores = if self.lent.is_empty() {
-            self.cores.clone()
-        } else {
-            Vec::new()
-        };
-        let gpus: Vec<u16> = self.lent.iter().map(|(device, _)| device.index()).collect();
-        let devices = support(py).devices.bind(py).call1((cores, gpus))?;
+        let places: Vec<(bool, u16)> = self
+            .places
+            .iter()
+            .map(|place| match *place {
+                Place::Core(core) => (true, core),
+                Place::Device(device, _) => (false, device.index()),
+            })
+            .collect();
+        let devices = support(py).devices.bind(py).call1((places,))?;
         Ok(devices.cast_into()?)
     }
 
@@ -533,38 +571,39 @@ impl Context {
     fn device<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let devices = self.devices(py)?;
         if devices.is_empty() {
-            return Err(self.without(py, "device"));
+            return Err(self.without("device"));
         }
         devices.get_item(self.at())
     }
 
-    /// The stream on each device, in the set's order; none for a task on cores.
+    /// The stream on each device that has one, in the set's order: cores have none.
     #[getter]
     fn streams<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
-        let Ok(machine) = self.machine(py) else {
+        let Some(machine) = self.machine() else {
             return Ok(PyTuple::empty(py));
         };
         let streams = self
-            .lent
-            .iter()
-            .map(|(_, stream)| Bound::new(py, PyStream::of(machine, *stream)))
+            .lent()
+            .map(|(_, stream)| Bound::new(py, PyStream::of(machine, stream)))
             .collect::<PyResult<Vec<_>>>()?;
         PyTuple::new(py, streams)
     }
 
-    /// The stream on the device that is current. `RuntimeError` if the task holds none here.
+    /// The stream on the device that is current. `RuntimeError` if the task holds none here, or that is
+    /// a core.
     #[getter]
-    fn stream(&self, py: Python<'_>) -> PyResult<PyStream> {
-        Ok(PyStream::of(self.machine(py)?, self.lent[self.at()].1))
+    fn stream(&self) -> PyResult<PyStream> {
+        let (machine, _, stream) = self.current().ok_or_else(|| self.without("stream"))?;
+        Ok(PyStream::of(machine, stream))
     }
 
     /// Makes the device at that place of the set current; the place that was so before.
     fn make_current(&self, at: usize) -> PyResult<usize> {
-        if at != 0 && at >= self.lent.len() {
+        if at != 0 && at >= self.places.len() {
             return Err(pyo3::exceptions::PyIndexError::new_err(format!(
                 "{} holds {} devices",
                 self.task.label(),
-                self.lent.len()
+                self.places.len()
             )));
         }
         let before = self.at();
@@ -580,31 +619,26 @@ impl Context {
     /// The module that computes on the device that is current: NumPy, or one with its interface.
     #[getter]
     fn xp<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyModule>> {
-        py.import(if self.lent.is_empty() {
-            "numpy"
-        } else {
-            "charioteer.virtual"
+        py.import(match self.current() {
+            None => "numpy",
+            Some(_) => "charioteer.virtual",
         })
     }
 
     /// Lets the streams of the set wait for each other, on the devices: what is enqueued on any of
     /// them afterwards starts after all that was enqueued before.
     fn barrier(&self, py: Python<'_>) -> PyResult<()> {
-        let Ok(machine) = self.machine(py) else {
+        let Some(machine) = self.machine() else {
             return Ok(());
         };
         let raise = |error| devices::raise(py, &error);
         let events = self
-            .lent
-            .iter()
-            .map(|(device, stream)| machine.device(*device).record(*stream).map_err(raise))
+            .lent()
+            .map(|(device, stream)| machine.device(device).record(stream).map_err(raise))
             .collect::<PyResult<SmallVec<[_; 2]>>>()?;
-        for (device, stream) in &self.lent {
-            for event in events.iter().filter(|event| event.stream != *stream) {
-                machine
-                    .device(*device)
-                    .wait(*stream, *event)
-                    .map_err(raise)?;
+        for (device, stream) in self.lent() {
+            for event in events.iter().filter(|event| event.stream != stream) {
+                machine.device(device).wait(stream, *event).map_err(raise)?;
             }
         }
         Ok(())
@@ -613,8 +647,7 @@ impl Context {
     /// Records an event behind what is on the current stream, under a name by which later tasks of the
     /// runtime can wait for it.
     fn record(&self, py: Python<'_>, name: String) -> PyResult<PyEvent> {
-        let machine = self.machine(py)?;
-        let (device, stream) = self.lent[self.at()];
+        let (machine, device, stream) = self.current().ok_or_else(|| self.without("stream"))?;
         let event = machine
             .device(device)
             .record(stream)
@@ -632,7 +665,7 @@ impl Context {
     /// Lets the current stream wait for the event that was recorded last under the name. `KeyError` if
     /// none was.
     fn wait(&self, py: Python<'_>, name: &str) -> PyResult<()> {
-        let machine = self.machine(py)?;
+        let (machine, device, stream) = self.current().ok_or_else(|| self.without("stream"))?;
         let event = self.engine.as_ref().and_then(|engine| {
             let events = engine.domain().events.lock();
             events
@@ -645,7 +678,6 @@ impl Context {
                 "no task recorded an event {name:?}"
             )));
         };
-        let (device, stream) = self.lent[self.at()];
         machine
             .device(device)
             .wait(stream, event)
@@ -657,9 +689,9 @@ impl Context {
     #[getter]
     fn store(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         let Some(engine) = &self.engine else {
-            return Err(self.without(py, "device"));
+            return Err(self.without("device"));
         };
-        let device = self.lent.get(self.at()).map_or(HOST, |(device, _)| *device);
+        let device = self.current().map_or(HOST, |(_, device, _)| device);
         let stores = &engine.domain().stores;
         let known = stores.lock(py).get(&device).map(PyRef::as_ptr);
         if let Some(known) = known {
@@ -708,12 +740,18 @@ impl Context {
 
 /// What the running task of this thread holds; nothing if none runs.
 pub fn held(engine: &Core) -> (usize, Vec<u16>, usize, usize) {
-    let cores = engine.current().map_or(0, |(_, grant)| {
-        grant.cores.len() + usize::from(grant.part.is_some())
-    });
-    let gpus: Vec<u16> = engine.lent().iter().map(|(id, _)| id.index()).collect();
+    let mut cores = 0;
+    let mut gpus = Vec::new();
+    let held = engine
+        .current()
+        .map(|(task, grant)| engine.held_by(&task, &grant));
+    for place in held.into_iter().flatten() {
+        match place {
+            Place::Core(_) => cores += 1,
+            Place::Device(id, _) => gpus.push(id.index()),
+        }
+    }
     let present = engine.machine().map_or(0, |machine| machine.gpus());
-    let cores = if gpus.is_empty() { cores } else { 0 };
     (cores, gpus, engine.cores(), present)
 }
 
@@ -748,15 +786,7 @@ pub fn current_context(py: Python<'_>) -> PyResult<Context> {
         Err(_) => None,
     };
     if let Some((engine, task, grant)) = here {
-        let mut cores = grant.cores;
-        cores.extend(grant.part.map(|(core, _)| core));
-        let lent = engine.lent();
-        return Ok(Context {
-            task,
-            engine: Some(engine),
-            cores,
-            lent,
-        });
+        return Ok(Context::of(engine, task, grant));
     }
     // A coroutine that moved to the event loop's thread.
     let elsewhere = support(py).loaded.bind(py).call1(("current_elsewhere",))?;
@@ -765,7 +795,7 @@ pub fn current_context(py: Python<'_>) -> PyResult<Context> {
             task: task.get().task().clone(),
             engine: None,
             cores: Vec::new(),
-            lent: SmallVec::new(),
+            places: SmallVec::new(),
         });
     }
     Err(error(
@@ -775,9 +805,10 @@ pub fn current_context(py: Python<'_>) -> PyResult<Context> {
     ))
 }
 
-/// The stream of the device that is current in the running task, if it has one.
+/// The running task, if it holds devices with streams, and the stream of the one that is current: none if
+/// that is a core.
 #[pyfunction]
-pub fn task_stream(py: Python<'_>) -> PyResult<Option<(u64, PyStream)>> {
+pub fn task_stream(py: Python<'_>) -> PyResult<Option<(u64, Option<PyStream>)>> {
     let Ok(active) = active(py) else {
         return Ok(None);
     };
@@ -785,17 +816,14 @@ pub fn task_stream(py: Python<'_>) -> PyResult<Option<(u64, PyStream)>> {
     let Some((task, grant)) = engine.current() else {
         return Ok(None);
     };
-    let lent = engine.lent();
-    if lent.is_empty() {
+    let context = Context::of(engine, task, grant);
+    if context.machine().is_none() {
         return Ok(None);
     }
-    let context = Context {
-        task,
-        cores: grant.cores,
-        engine: Some(engine),
-        lent,
-    };
-    Ok(Some((context.task.id(), context.stream(py)?)))
+    let stream = context
+        .current()
+        .map(|(machine, _, stream)| PyStream::of(machine, stream));
+    Ok(Some((context.task.id(), stream)))
 }
 
 /// Why a trace file could not be read.

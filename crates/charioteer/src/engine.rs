@@ -60,7 +60,8 @@ use crate::trace::{Event, Trace};
 use crate::work::{self, Worker};
 
 use devices::Devices;
-pub(crate) use devices::is_on_devices;
+pub use devices::Place;
+pub(crate) use devices::{Answer, is_on_devices};
 use mapping::Maps;
 
 mod devices;
@@ -463,7 +464,7 @@ impl<D: Domain> Engine<D> {
                 .filter(|machine| machine.gpus() != 0)
                 .map(|machine| {
                     let traced = trace.as_ref().map(|trace| (trace, id));
-                    Devices::new(machine, config.limits, traced)
+                    Devices::new(machine, config.limits, config.workers, traced)
                 }),
             maps: Maps::new(config.mapper, config.models),
             trace,
@@ -616,6 +617,13 @@ impl<D: Domain> Engine<D> {
     /// it was given waits until another thread comes free.
     pub(crate) fn carry_out(self: &Arc<Self>, todo: Todo<D>) -> bool {
         let mut started = true;
+        let mut todo = todo;
+        for task in std::mem::take(&mut todo.gone) {
+            if is_on_devices(&task) {
+                // Cancelled after its devices were granted.
+                self.return_loan(&task);
+            }
+        }
         for slot in todo.ring() {
             if let Err(error) = self.start_thread(slot) {
                 started = false;
@@ -920,8 +928,8 @@ impl<D: Domain> Engine<D> {
         {
             return self.check_mapping(options.mapping.as_deref());
         }
-        match options.and_then(|options| options.devices.as_deref()) {
-            Some(alternatives) => self.check_devices(alternatives),
+        match options.and_then(|options| options.devices.as_ref()) {
+            Some(sets) => self.check_spawn(sets),
             None => Ok(()),
         }
     }
@@ -1721,6 +1729,15 @@ impl<D: Domain> Engine<D> {
         let mut worklist = Vec::new();
         self.settle_one(task, Ending::Given(outcome), &mut worklist);
         self.work_off(worklist);
+    }
+
+    /// As [`work_off`](Self::work_off), of one task or none.
+    fn work_off_first(self: &Arc<Self>, settled: Option<Settled<D>>) {
+        if let Some(Settled { task, ending }) = settled {
+            let mut worklist = Vec::new();
+            settle_anywhere(Some(self), &task, ending, &mut worklist);
+            self.work_off(worklist);
+        }
     }
 
     fn work_off(self: &Arc<Self>, mut worklist: Vec<Settled<D>>) {

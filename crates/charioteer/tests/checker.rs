@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use charioteer::gang::{Alternative, Member, WHOLE};
-use charioteer::machine::{Description, DeviceId, Machine, Observed, Stream, Time};
+use charioteer::machine::{Description, DeviceId, HOST, Kind, Machine, Observed, Stream, Time};
 use charioteer::native::{Runtime, Spawn, Task, current};
 use charioteer::trace::{
     self, Checked, DeviceEvent, DeviceRecord, Event, Rule, TraceFile, Violation,
@@ -427,4 +427,128 @@ fn records_that_prove_nothing_are_not_missed() {
     let at = waits(&file, "pair", 0)[0];
     file.devices.remove(at);
     finds_nothing(&file);
+}
+
+/// The trace of two workers. `outer` has both cores and gpu(0), and waits for `inner`, which has both
+/// cores and gpu(1), and depends on `before`, on gpu(1).
+fn program_with_cores() -> TraceFile {
+    let description = Description::uniform(2, 2, MEMORY, Time::Real).unwrap();
+    let machine = Machine::virtual_machine(description);
+    let path = trace_path();
+    let runtime = Runtime::builder()
+        .workers(2)
+        .machine(Arc::clone(&machine))
+        .trace(&path)
+        .open()
+        .unwrap();
+    let with_cores = |gpu| {
+        let core = Member::Any(Kind::Cpu);
+        vec![Alternative {
+            members: [core, Member::Device(DeviceId::gpu(gpu)), core].into(),
+            share: WHOLE,
+            memory: 0,
+        }]
+    };
+    let work = |machine: &Arc<Machine>| {
+        let machine = Arc::clone(machine);
+        move || {
+            for (device, stream) in current().unwrap().streams() {
+                let gpu = machine.as_virtual().unwrap().gpu(device);
+                gpu.busy(stream, Duration::from_micros(100)).unwrap();
+            }
+        }
+    };
+    let (handle, inner) = (runtime.handle(), work(&machine));
+    let before = runtime.task().name("before").on(on(&[1], WHOLE, 0));
+    let before = before.spawn(work(&machine)).unwrap();
+    let task = runtime.task().name("outer").on(with_cores(0));
+    let outer = task.spawn(move || {
+        let task = handle.task().name("inner").on(with_cores(1)).after(&before);
+        task.spawn(inner).unwrap().result().unwrap();
+    });
+    outer.unwrap().result().unwrap();
+    runtime.close().unwrap();
+    take_trace(&path)
+}
+
+#[test]
+fn a_set_that_lacks_a_core_is_found() {
+    let whole = program_with_cores();
+    finds_nothing(&whole);
+    let is_core =
+        |event: &DeviceEvent| matches!(event, DeviceEvent::Lent(core) if core.device == HOST);
+    let mut file = whole.clone();
+    let at = find(&file, "inner", is_core);
+    file.devices.remove(at);
+    finds(
+        &file,
+        Rule::Set,
+        "inner",
+        None,
+        "begins with 1 of the 2 cores",
+    );
+    // The one that it had again after its wait.
+    let mut file = whole.clone();
+    let outer = id(&file, "outer");
+    let at = file
+        .devices
+        .iter()
+        .rposition(|record| record.task == outer && is_core(&record.event));
+    file.devices.remove(at.unwrap());
+    finds(
+        &file,
+        Rule::Set,
+        "outer",
+        None,
+        "ends with 1 of the 2 cores",
+    );
+    let mut file = whole.clone();
+    let granted = |event: &DeviceEvent| matches!(event, DeviceEvent::Granted { member: 2, .. });
+    let at = find(&file, "inner", granted);
+    file.devices[at].time += 1;
+    finds(&file, Rule::Set, "inner", None, "a core apart");
+    let mut file = whole;
+    let at = find(&file, "inner", granted);
+    file.devices.remove(at);
+    finds(&file, Rule::Set, "inner", None, "2 of the 3 devices");
+}
+
+#[test]
+fn a_core_that_two_have_or_nobody_has_is_found() {
+    let whole = program_with_cores();
+    let mut file = whole.clone();
+    let at = find(&file, "outer", |event| *event == DeviceEvent::Left);
+    file.devices.remove(at);
+    finds(&file, Rule::Lending, "inner", Some("outer"), "while outer");
+    let mut file = whole;
+    let at = find(
+        &file,
+        "inner",
+        |event| matches!(event, DeviceEvent::Lent(core) if core.device == HOST),
+    );
+    let DeviceEvent::Lent(core) = &mut file.devices[at].event else {
+        panic!("it is lent");
+    };
+    core.number = 2;
+    finds(
+        &file,
+        Rule::Capacity,
+        "inner",
+        None,
+        "core 2, which there is not",
+    );
+}
+
+#[test]
+fn a_body_with_cores_that_begins_before_the_host_saw_the_work_before_it_is_found() {
+    let mut file = program_with_cores();
+    file.devices
+        .retain(|record| !matches!(record.event, DeviceEvent::Observed(Observed::Seen(_))));
+    finds(
+        &file,
+        Rule::Order,
+        "inner",
+        Some("before"),
+        "begins on the host before",
+    );
 }

@@ -11,9 +11,11 @@ use charioteer::gang::{Alternative, Member, WHOLE};
 use charioteer::machine::{Description, DeviceError, DeviceId, Kind, Machine, Time};
 use charioteer::mapping::policy::Mapper;
 use charioteer::mapping::{Choice, Choices, On};
-use charioteer::native::{Builder, Runtime, SpawnError, Task, TaskError, TaskSpace, current};
+use charioteer::native::{
+    Builder, Place, Runtime, SpawnError, Task, TaskError, TaskSpace, current,
+};
 use charioteer::task::Need;
-use common::{prove, take_trace, trace_path, within};
+use common::{prove, take_trace, trace_path, within, within_on};
 use proptest::prelude::*;
 
 const MEMORY: u64 = 1 << 30;
@@ -558,6 +560,8 @@ fn virtual_time_is_deterministic_and_takes_none() {
 #[derive(Clone, Debug)]
 struct Plan {
     width: usize,
+    /// How many cores its set has too.
+    cores: usize,
     share: u32,
     memory: u64,
     after: Vec<usize>,
@@ -575,7 +579,7 @@ fn cost() -> impl Strategy<Value = Option<u64>> {
 
 /// The choices of a plan that has some: its own set, one device, a core.
 fn choices(runtime: &Runtime, plan: &Plan, costs: &[Option<u64>; 3]) -> Arc<Choices> {
-    let own = On::Devices(set(plan.width, plan.share, plan.memory)[0].clone());
+    let own = On::Devices(own_set(plan)[0].clone());
     let one = On::Devices(set(1, plan.share, plan.memory)[0].clone());
     let list = [own, one, On::Cores(Need::Core)]
         .into_iter()
@@ -589,9 +593,20 @@ fn choices(runtime: &Runtime, plan: &Plan, costs: &[Option<u64>; 3]) -> Arc<Choi
     runtime.choices("random", list.collect()).unwrap()
 }
 
+/// The set of a plan, with cores among the devices.
+fn own_set(plan: &Plan) -> Vec<Alternative> {
+    let mut members = vec![Member::Any(Kind::Gpu); plan.width];
+    members.splice(1..1, vec![Member::Any(Kind::Cpu); plan.cores]);
+    vec![Alternative {
+        members: members.into(),
+        share: plan.share,
+        memory: plan.memory,
+    }]
+}
+
 fn plans(gpus: usize) -> impl Strategy<Value = Vec<Plan>> {
     let one = (
-        1..=gpus,
+        (1..=gpus, prop_oneof![4 => Just(0_usize), 1 => 1..3_usize]),
         prop_oneof![Just(WHOLE), Just(WHOLE / 2), Just(WHOLE / 3), Just(0)],
         prop_oneof![Just(0), Just(MEMORY / 3), Just(MEMORY)],
         proptest::collection::vec(0..60_usize, 0..3),
@@ -601,8 +616,9 @@ fn plans(gpus: usize) -> impl Strategy<Value = Vec<Plan>> {
         proptest::option::weighted(0.4, [cost(), cost(), cost()]),
     );
     let one = one.prop_map(
-        |(width, share, memory, after, work, fails, host, chooses)| Plan {
+        |((width, cores), share, memory, after, work, fails, host, chooses)| Plan {
             width,
+            cores,
             share,
             memory,
             after,
@@ -635,6 +651,8 @@ fn check(gpus: usize, workers: usize, runahead: u32, policy: &str, plans: &[Plan
     let wrong = Log::default();
     let mut tasks: Vec<Task<()>> = Vec::new();
     for (index, plan) in plans.iter().enumerate() {
+        let mut plan = plan.clone();
+        plan.cores = plan.cores.min(workers.max(1));
         let after: Vec<usize> = plan
             .after
             .iter()
@@ -643,9 +661,9 @@ fn check(gpus: usize, workers: usize, runahead: u32, policy: &str, plans: &[Plan
             .collect();
         let mut task = runtime.task();
         if let Some(costs) = &plan.chooses {
-            task = task.choices(&choices(&runtime, plan, costs), plan.work);
+            task = task.choices(&choices(&runtime, &plan, costs), plan.work);
         } else if !plan.host {
-            task = task.on(set(plan.width, plan.share, plan.memory));
+            task = task.on(own_set(&plan));
         }
         for at in &after {
             task = task.after(&tasks[*at]);
@@ -657,7 +675,6 @@ fn check(gpus: usize, workers: usize, runahead: u32, policy: &str, plans: &[Plan
             Arc::clone(&taken),
             Arc::clone(&wrong),
         );
-        let plan = plan.clone();
         let body = move || {
             let width = match current().unwrap().choice() {
                 None if plan.host => 0,
@@ -679,6 +696,16 @@ fn check(gpus: usize, workers: usize, runahead: u32, policy: &str, plans: &[Plan
                     }
                 }
             };
+            let places = current().unwrap().places().to_vec();
+            let cores = places.iter().filter(|it| matches!(it, Place::Core(_)));
+            let is_own = !plan.host && matches!(current().unwrap().choice(), None | Some(0));
+            if is_own {
+                assert_eq!(cores.count(), plan.cores);
+            }
+            if is_own && plan.cores > 0 {
+                // It reads on the host.
+                look();
+            }
             if width == 0 {
                 look();
                 finished[index].fetch_add(1, Ordering::SeqCst);
@@ -753,6 +780,63 @@ proptest! {
     ) {
         common::within_on((gpus, workers, runahead, policy, &plans), 60, || {
             check(gpus, workers, runahead, policy, &plans);
+        });
+    }
+}
+
+#[test]
+fn a_body_that_waits_for_a_task_on_cores_lends_its_share_to_what_that_needs() {
+    within(20, || {
+        for workers in [0, 1, 2] {
+            let machine = machine(1, Time::Real);
+            let runtime = open(&machine, workers);
+            let spawn = runtime.handle();
+            let outer = runtime.task().on(any()).spawn(move || {
+                let handle = spawn.clone();
+                // Ready when it is waited for, and it waits for the device itself.
+                let inner = spawn.spawn(move || {
+                    let last = handle.task().on(any()).spawn(|| 3).unwrap();
+                    *last.result().unwrap()
+                });
+                *inner.result().unwrap()
+            });
+            assert_eq!(*outer.unwrap().result().unwrap(), 3);
+            runtime.close().unwrap();
+        }
+    });
+}
+
+#[test]
+fn a_body_has_no_share_while_one_above_it_waits() {
+    for (gpus, time) in [(1, Time::Real), (1, Time::Virtual), (2, Time::Real)] {
+        within_on(time, 20, || {
+            let machine = machine(gpus, time);
+            let path = trace_path();
+            let runtime = builder(&machine, 0).trace(&path).open().unwrap();
+            let spawn = runtime.handle();
+            let all = move || set(gpus, WHOLE, 0);
+            let order = Log::default();
+            let seen = Arc::clone(&order);
+            let outer = runtime.task().on(all()).spawn(move || {
+                // It has the devices when this body asks for them again after its wait for `awaited`.
+                spawn.task().on(all()).spawn(|| ()).unwrap();
+                let awaited = spawn.spawn(|| ());
+                // Runs meanwhile on top of this body, and waits for the devices too.
+                let (inner, log) = (spawn.clone(), Arc::clone(&seen));
+                spawn.spawn_detached(move || {
+                    for i in 0..3 {
+                        let last = inner.task().on(all()).spawn(move || i).unwrap();
+                        log.lock().unwrap().push(*last.result().unwrap());
+                    }
+                });
+                awaited.result().unwrap();
+                seen.lock().unwrap().push(3);
+                current().unwrap().streams().len()
+            });
+            assert_eq!(*outer.unwrap().result().unwrap(), gpus);
+            runtime.close().unwrap();
+            assert_eq!(*order.lock().unwrap(), [0, 1, 2, 3]);
+            prove(&take_trace(&path));
         });
     }
 }

@@ -1,6 +1,6 @@
 //! What devices did is proved from traces: of random programs, whatever goes wrong in them.
 //!
-//! A program has tasks on sets of devices and on cores, with shares and memory, that pause, spawn and
+//! A program has tasks on sets of devices, on cores and on both together, with shares and memory, that pause, spawn and
 //! wait for children, fail by themselves or by their work, are repeated, or are cancelled; devices are
 //! lost and events late. Nothing is asserted of it but that it ends; that it kept its promises is the
 //! checker's word.
@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use charioteer::gang::{Alternative, Member, WHOLE};
 use charioteer::machine::{
-    Description, DeviceError, DeviceId, Enqueued, Event as Position, Kind, Machine, Observed,
+    Description, DeviceError, DeviceId, Enqueued, Event as Position, HOST, Kind, Machine, Observed,
     Stream, Time,
 };
 use charioteer::native::{Runtime, Spawn, Task, current};
@@ -48,6 +48,8 @@ enum Twist {
 struct Plan {
     /// A device by its number, or so many of any; none is a task on cores.
     on: Result<usize, usize>,
+    /// So many cores beside devices, behind the first of these.
+    cores: usize,
     share: u32,
     memory: u64,
     after: Vec<usize>,
@@ -79,19 +81,21 @@ fn plan(gpus: usize) -> impl Strategy<Value = Plan> {
     let share = prop_oneof![
         4 => Just(WHOLE), 3 => Just(WHOLE / 2), 2 => Just(WHOLE / 3), 1 => Just(0),
     ];
+    let cores = prop_oneof![4 => Just(0_usize), 1 => 1..4_usize];
     let memory = prop_oneof![4 => Just(0), 2 => Just(MEMORY / 4), 1 => Just(MEMORY / 3 + 1)];
     let after = proptest::collection::vec(1..12_usize, 0..3);
     let work = (0..3_usize, 0..80_u64);
-    (on, share, memory, after, work, twist()).prop_map(|(on, share, memory, after, work, twist)| {
-        Plan {
+    (on, cores, share, memory, after, work, twist()).prop_map(
+        |(on, cores, share, memory, after, work, twist)| Plan {
             on: on.map_or_else(Err, Ok),
+            cores,
             share,
             memory,
             after,
             work,
             twist,
-        }
-    })
+        },
+    )
 }
 
 #[derive(Clone, Debug)]
@@ -182,18 +186,23 @@ fn work(machine: &Machine, plan: &Plan) -> Result<(), DeviceError> {
     Ok(())
 }
 
-fn spawn(runtime: &Spawn, machine: &Arc<Machine>, plan: &Plan, after: &[Task<()>]) -> Task<()> {
+/// Spawns a plan in a runtime with so many cores.
+fn spawn(
+    runtime: &Spawn,
+    cores: usize,
+    machine: &Arc<Machine>,
+    plan: &Plan,
+    after: &[Task<()>],
+) -> Task<()> {
     let mut task = runtime.task();
-    match plan.on {
-        Ok(0) => {}
-        Ok(count) => {
-            let members = vec![Member::Any(Kind::Gpu); count];
-            task = task.on(set(members, plan.share, plan.memory));
-        }
-        Err(index) => {
-            let device = DeviceId::gpu(u16::try_from(index).unwrap());
-            task = task.on(set(vec![Member::Device(device)], plan.share, plan.memory));
-        }
+    let mut members = match plan.on {
+        Ok(count) => vec![Member::Any(Kind::Gpu); count],
+        Err(index) => vec![Member::Device(DeviceId::gpu(u16::try_from(index).unwrap()))],
+    };
+    if !members.is_empty() {
+        let cores = plan.cores.min(cores);
+        members.splice(1..1, vec![Member::Any(Kind::Cpu); cores]);
+        task = task.on(set(members, plan.share, plan.memory));
     }
     for before in after {
         task = task.after(before);
@@ -205,6 +214,7 @@ fn spawn(runtime: &Spawn, machine: &Arc<Machine>, plan: &Plan, after: &[Task<()>
             let inner = Arc::clone(&machine);
             let plan = Plan {
                 on: Ok(1),
+                cores: 0,
                 share: WHOLE,
                 memory: 0,
                 after: Vec::new(),
@@ -262,17 +272,12 @@ fn run(program: &Program) -> TraceFile {
     let handle = runtime.handle();
     let mut tasks: Vec<Task<()>> = Vec::new();
     for plan in &program.plans {
-        let mut plan = plan.clone();
-        if program.workers == 0 && matches!(plan.twist, Twist::Waits) {
-            // One thread has one stack: a body may get its share back below one that waits for it.
-            plan.twist = Twist::Awaits;
-        }
         let after: Vec<Task<()>> = plan
             .after
             .iter()
             .filter_map(|back| tasks.get(tasks.len().checked_sub(*back)?).cloned())
             .collect();
-        let task = spawn(&handle, &machine, &plan, &after);
+        let task = spawn(&handle, program.workers.max(1), &machine, plan, &after);
         if let Twist::Cancelled = plan.twist {
             task.cancel();
         }
@@ -304,7 +309,10 @@ mod oracle {
 
     impl Use {
         fn is_before(&self, other: &Self) -> bool {
-            let covers = |end: Position| other.behind.get(&end.stream) >= Some(&end.position);
+            // Nothing is before the first position of a stream.
+            let covers = |end: Position| {
+                end.position == 0 || other.behind.get(&end.stream) >= Some(&end.position)
+            };
             self.ended < other.begun && self.end.is_some_and(covers)
         }
     }
@@ -361,11 +369,17 @@ mod oracle {
         let mut firsts: Vec<(u64, Position, usize)> = Vec::new();
         let mut known: HashMap<(u64, u16), (DeviceId, u32, u64)> = HashMap::new();
         let mut streams: HashMap<(u64, DeviceId), Stream> = HashMap::new();
+        let mut with_cores: BTreeSet<u64> = BTreeSet::new();
         let mut open: HashMap<(u64, DeviceId, usize), usize> = HashMap::new();
         let mut uses: HashMap<DeviceId, Vec<Use>> = HashMap::new();
         for (index, record) in trace.devices.iter().enumerate() {
             let task = record.task;
             match record.event {
+                // Cores have no timeline.
+                DeviceEvent::Granted { device: HOST, .. } => {
+                    with_cores.insert(task);
+                }
+                DeviceEvent::Lent(Stream { device: HOST, .. }) => {}
                 DeviceEvent::Granted {
                     device,
                     member,
@@ -470,7 +484,8 @@ mod oracle {
                 .any(|record| record.task == task && begins(record))
         };
         for record in &trace.records {
-            if record.event == Event::Start && !on_devices(record.task) {
+            let on_host = with_cores.contains(&record.task) || !on_devices(record.task);
+            if record.event == Event::Start && on_host {
                 let before = trace
                     .devices
                     .partition_point(|other| other.time <= record.time);

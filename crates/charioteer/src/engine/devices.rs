@@ -16,8 +16,9 @@
 //!
 //! *Ready*: its predecessors are launched or done. Its request goes to the ledger with the events of
 //! those that are launched only. *Dispatched*: it has a [`Grant`] of devices and streams on loan, and stands
-//! in the queue that all threads share, in the order of the grants; the body is a worker's business, and takes no core's compute but the
-//! worker. Before the body runs, its streams are told to wait for what is in flight: the predecessors'
+//! in the queue that all threads share, in the order of the grants; the body is a worker's business, and takes
+//! no core's compute but the worker's. One whose set has several cores asks [`Places`] for these now, when
+//! it has its devices, and never the other way round. Before the body runs, its streams are told to wait for what is in flight: the predecessors'
 //! events and those behind which its part of a device is free. *Launched*: the body returned. Events
 //! are recorded on its streams, the loan goes back behind them, and dependents that may run ahead are let
 //! go, with these events to wait for. *Done*: every event is complete, and every predecessor that it ran
@@ -32,8 +33,22 @@
 //! back behind whatever it was granted behind: its streams are told to wait for that all the same.
 //!
 //! A body that waits gives the compute share back and keeps devices, streams and memory; when the wait is
-//! over it asks for the share again, before all who only begin.
+//! over it asks for the share again, before all who only begin. Its cores it gives up before the share, and
+//! gets them back after it.
+//!
+//! *Without workers* a body that waits for its share runs others on its stack meanwhile. If one of these
+//! waits in turn, the one below cannot go on before that wait is over, whether it has its share or not. So
+//! it has none meanwhile: a wait withdraws what the bodies below it asked for, and lends again what they were
+//! given. Only the uppermost body of a stack has a share, and each share that waits are for can be granted
+//! (overcommitting it would break invariant 5).
+//!
+//! **Sets with cores.** Their bodies read on the host, so a task that may get one never runs ahead: it is
+//! ready when its predecessors are done. Those that depend on it may run ahead of its work on devices; what
+//! it did on the host is before its launch.
+//!
+//! [`Places`]: crate::schedule::places::Places
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -43,11 +58,12 @@ use smallvec::SmallVec;
 use super::mapping::bit;
 use super::witness::{Owners, Witness};
 use super::{Engine, Moving, Settled, SpawnError};
-use crate::machine::{Device, DeviceError, DeviceId, Event, Machine, Stream};
+use crate::machine::{Device, DeviceError, DeviceId, Event, HOST, Kind, Machine, Stream};
 use crate::schedule::gang::{
-    self, Alternative, Capacity, Gang, Grant, GrantId, Limits, Request, Step,
+    self, Alternative, Capacity, Gang, Grant, GrantId, Limits, Reason, Request, Step,
 };
 use crate::schedule::map::{DISTURBED, Mapping};
+use crate::schedule::places;
 use crate::schedule::queues::{Injector, Steal};
 use crate::sync::{
     AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Mutex, Ordering, fence, yield_now,
@@ -57,7 +73,13 @@ use crate::task::{
     Domain, Ending, Failure, Flight, Landed, Latch, Need, Options, Outcome, Phase, Task, TaskRef,
     Until, Waker,
 };
-use crate::trace::{DeviceEvent, Trace};
+use crate::trace::{DeviceEvent, Event as TraceEvent, Trace};
+
+crate::sync::thread_local! {
+    /// The sets that this thread spawned with last, which an engine (its number) can serve. Those who
+    /// spawn many tasks mostly share them.
+    static CHECKED: RefCell<Option<(u32, Arc<[Alternative]>)>> = const { RefCell::new(None) };
+}
 
 /// How many letters and grants are handled before the turn is passed on.
 const BATCH: usize = 64;
@@ -72,17 +94,63 @@ enum Resumer<D: Domain> {
     Thread(Arc<Answer<D>>),
 }
 
-/// How a thread hears that it has its share again.
-struct Answer<D: Domain> {
+/// How a thread hears that a body of its has its share again.
+pub(crate) struct Answer<D: Domain> {
     latch: Arc<Latch<D>>,
-    grant: Mutex<Option<Grant>>,
+    share: Mutex<Share>,
 }
+
+/// The share that a body which waited asked for again.
+enum Share {
+    /// It is to come.
+    Asked,
+    /// It is there.
+    Has(Grant),
+    /// If it comes, it is to be given back.
+    Withdrawn,
+    /// It came, and was given back.
+    Lent,
+}
+
+impl<D: Domain> Answer<D> {
+    fn new() -> Self {
+        let latch = Latch::new(1, Until::All, Waker::Thread(None));
+        let open = latch.registered();
+        debug_assert!(!open, "nobody knows the latch yet");
+        Self {
+            latch,
+            share: Mutex::new(Share::Asked),
+        }
+    }
+
+    fn take(&self) -> Option<Grant> {
+        match std::mem::replace(&mut *self.share.lock(), Share::Lent) {
+            Share::Has(grant) => Some(grant),
+            Share::Asked | Share::Withdrawn | Share::Lent => None,
+        }
+    }
+
+    /// Takes a share that came, or gives it back if the body cannot use it now.
+    fn accept(&self, grant: Grant) -> Option<Grant> {
+        let mut share = self.share.lock();
+        if let Share::Asked = *share {
+            *share = Share::Has(grant);
+            None
+        } else {
+            Some(grant)
+        }
+    }
+}
+
+/// Of the members of a set, by their places in it; there are no more than [`gang::MOST_DEVICES`].
+type Bits = u64;
 
 enum Letter<D: Domain> {
     /// And its sets, if they are not those of its options.
     Ask(TaskRef<D>, Events, Option<Arc<[Alternative]>>),
-    Launched(GrantId, SmallVec<[Option<Event>; 2]>),
-    Paused(GrantId, SmallVec<[Option<Event>; 2]>),
+    /// Behind these events, of which those are complete.
+    Launched(GrantId, SmallVec<[Option<Event>; 2]>, Bits),
+    Paused(GrantId, SmallVec<[Option<Event>; 2]>, Bits),
     Resumed(GrantId, Resumer<D>),
     /// The event is complete, or failed.
     Landed(Event),
@@ -167,6 +235,7 @@ impl<D: Domain> Devices<D> {
     pub(crate) fn new(
         machine: Arc<Machine>,
         limits: Limits,
+        workers: usize,
         traced: Option<(&Arc<Trace>, u32)>,
     ) -> Self {
         let capacities: Box<[Capacity]> = (0..machine.gpus())
@@ -180,8 +249,9 @@ impl<D: Domain> Devices<D> {
             })
             .collect();
         enable_peers(&machine, &capacities);
-        let witness =
-            traced.map(|(trace, engine)| Witness::new::<D>(trace, &machine, &capacities, engine));
+        let witness = traced.map(|(trace, engine)| {
+            Witness::new::<D>(trace, &machine, &capacities, workers, engine)
+        });
         Self {
             runahead: limits.runahead,
             keeping: AtomicUsize::new(0),
@@ -229,19 +299,19 @@ impl<D: Domain> Devices<D> {
                         outbox.stranded.push(task);
                     }
                 }
-                Letter::Launched(id, events) => {
+                Letter::Launched(id, events, complete) => {
                     if let Some(witness) = witness {
                         owners.returned(witness, id, &events);
                     }
                     ledger.launched(id, &events);
-                    self.sweep(ledger, &events);
+                    sweep(ledger, &events, complete);
                 }
-                Letter::Paused(id, events) => {
+                Letter::Paused(id, events, complete) => {
                     if let Some(witness) = witness {
                         owners.paused(witness, id, &events);
                     }
                     ledger.paused(id, &events);
-                    self.sweep(ledger, &events);
+                    sweep(ledger, &events, complete);
                 }
                 Letter::Resumed(id, resumer) => {
                     book.resuming.insert(id, resumer);
@@ -299,13 +369,14 @@ impl<D: Domain> Devices<D> {
         }
         self.backlog.store(ledger.backlog(), Ordering::Relaxed);
     }
+}
 
-    /// Tells the ledger of those events that are complete already.
-    fn sweep(&self, ledger: &mut Gang<TaskRef<D>>, events: &[Option<Event>]) {
-        for event in events.iter().flatten() {
-            if self.is_complete(*event) {
-                ledger.completed(*event);
-            }
+/// Tells the ledger of those events that were complete when they were recorded. Somebody else tells it of
+/// the others.
+fn sweep<T>(ledger: &mut Gang<T>, events: &[Option<Event>], complete: Bits) {
+    for (place, event) in events.iter().enumerate() {
+        if let (Some(event), true) = (event, complete >> place & 1 != 0) {
+            ledger.completed(*event);
         }
     }
 }
@@ -333,11 +404,38 @@ fn request<D: Domain>(task: &Task<D>, prefer: Events, sets: Option<Arc<[Alternat
     }
 }
 
+/// What a running task holds a place of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// A core, by its number.
+    Core(u16),
+    /// A device, and the stream on it that is the task's own.
+    Device(DeviceId, Stream),
+}
+
+/// The set that a task was granted, by the number in its grant.
+fn set_of<D: Domain>(task: &Task<D>, alternative: usize) -> &Alternative {
+    let options = task.options().expect("a task on devices has options");
+    // Of a task that is mapped by now the set is known, and that number is of when it was not.
+    match options.mapping.as_deref().and_then(Mapping::set) {
+        Some(set) => set,
+        None => &sets_of(options)[alternative],
+    }
+}
+
 /// The sets of devices that a task on devices says.
 fn sets_of(options: &Options) -> &Arc<[Alternative]> {
     let mapped = options.mapping.as_ref().map(|mapping| mapping.sets());
     let sets = mapped.or(options.devices.as_ref());
     sets.expect("a task on devices says on which")
+}
+
+/// The first device that a set names.
+fn named_in(set: &Alternative) -> Option<DeviceId> {
+    set.members.iter().find_map(|member| match member {
+        gang::Member::Device(device) => Some(*device),
+        gang::Member::Any(_) => None,
+    })
 }
 
 /// Whether a task runs on devices with streams. One that is not mapped does not, yet.
@@ -357,6 +455,34 @@ impl<D: Domain> Engine<D> {
     /// The machine that the engine runs on, if it has more than a host.
     pub fn machine(&self) -> Option<&Arc<Machine>> {
         self.devices.as_ref().map(|devices| &devices.machine)
+    }
+
+    /// What the task that runs on this thread, with this grant of cores, holds in the set's order; nothing
+    /// of devices that are lost.
+    pub fn held_by(&self, task: &Task<D>, grant: &places::Grant) -> SmallVec<[Place; 2]> {
+        let mut cores = grant.cores.iter().copied();
+        if !is_on_devices(task) {
+            let cores = cores.chain(grant.part.map(|(core, _)| core));
+            return cores.map(Place::Core).collect();
+        }
+        let links = task.links.lock();
+        let flight = links.rare.as_ref().and_then(|rare| rare.flight.as_ref());
+        let Some(loan) = flight.and_then(|flight| flight.loan.as_ref()) else {
+            return SmallVec::new();
+        };
+        let mut devices = loan.lent.iter();
+        let members = set_of(task, loan.alternative).members.iter();
+        // Without workers all cores are one thread's, and cores are told apart by their numbers alone.
+        let mut numbers = 0..;
+        let place = |member: &gang::Member| {
+            if member.is_core() {
+                let number = numbers.next().expect("there is always another number");
+                return Some(Place::Core(cores.next().unwrap_or(number)));
+            }
+            let lent = devices.next()?;
+            Some(Place::Device(lent.device, lent.stream?))
+        };
+        members.filter_map(place).collect()
     }
 
     /// The devices of the task that runs on this thread, each with its stream, in the set's order.
@@ -386,9 +512,13 @@ impl<D: Domain> Engine<D> {
     pub(super) fn ahead(&self, options: &Options) -> u32 {
         match &self.devices {
             Some(devices) if devices.runahead != 0 => {
-                let mapped = |mapping: &Mapping| !mapping.choices().devices().is_empty();
-                let mapped = options.mapping.as_deref().is_some_and(mapped);
-                if mapped || options.need == Need::Devices {
+                // The body of a set with cores reads on the host.
+                let sets = match (&options.mapping, &options.devices) {
+                    (Some(mapping), _) => mapping.choices().sets(),
+                    (None, Some(sets)) => sets,
+                    (None, None) => return 0,
+                };
+                if !sets.is_empty() && sets.iter().all(|set| set.cores() == 0) {
                     AHEAD
                 } else {
                     0
@@ -398,11 +528,34 @@ impl<D: Domain> Engine<D> {
         }
     }
 
+    /// That the sets of a task that is spawned can be served; see [`check_devices`](Self::check_devices).
+    pub(super) fn check_spawn(&self, sets: &Arc<[Alternative]>) -> Result<(), SpawnError> {
+        let is_known = |known: &Option<(u32, Arc<[Alternative]>)>| {
+            let same = |(engine, known): &(u32, _)| *engine == self.id && Arc::ptr_eq(known, sets);
+            known.as_ref().is_some_and(same)
+        };
+        // A thread that ends may still spawn.
+        let known = CHECKED.try_with(|known| is_known(&known.borrow()));
+        if known.unwrap_or(false) {
+            return Ok(());
+        }
+        self.check_devices(sets)?;
+        let news = Some((self.id, Arc::clone(sets)));
+        let _ = CHECKED.try_with(|known| known.replace(news));
+        Ok(())
+    }
+
     pub(super) fn check_devices(&self, alternatives: &[Alternative]) -> Result<(), SpawnError> {
         let capacities = match &self.devices {
             Some(devices) => &devices.capacities[..],
             None => &[],
         };
+        // Of cores the ledger knows nothing, so it may be offered no set that has too many.
+        let wanted = alternatives.iter().map(Alternative::cores).max();
+        if let Some(wanted) = wanted.filter(|wanted| *wanted > self.cores) {
+            let reason = Reason::TooMany(Kind::Cpu, wanted, self.cores);
+            return Err(SpawnError::Devices(vec![reason.to_string()]));
+        }
         gang::check(capacities, alternatives).map_err(|reasons| {
             SpawnError::Devices(reasons.iter().map(ToString::to_string).collect())
         })
@@ -441,7 +594,9 @@ impl<D: Domain> Engine<D> {
             match resumer {
                 Resumer::Task(task) => self.dispatch(task, grant),
                 Resumer::Thread(answer) => {
-                    *answer.grant.lock() = Some(grant);
+                    if let Some(grant) = answer.accept(grant) {
+                        self.lend_again(&answer, &grant);
+                    }
                     Self::arrive(Some(self), &answer.latch, false);
                 }
             }
@@ -464,10 +619,7 @@ impl<D: Domain> Engine<D> {
         let set = sets_of(options)
             .first()
             .expect("a request has an alternative");
-        let device = match set.members.first() {
-            Some(gang::Member::Device(device)) => *device,
-            _ => self.devices().capacities[0].id,
-        };
+        let device = named_in(set).unwrap_or(self.devices().capacities[0].id);
         DeviceError::OutOfMemory {
             device,
             wanted: set.memory,
@@ -489,13 +641,7 @@ impl<D: Domain> Engine<D> {
     /// Why no device is left for a task.
     fn stranded(&self, task: &Task<D>) -> DeviceError {
         let options = task.options().expect("a task on devices has options");
-        let named = sets_of(options)
-            .iter()
-            .flat_map(|set| set.members.iter())
-            .find_map(|member| match member {
-                gang::Member::Device(device) => Some(*device),
-                gang::Member::Any(_) => None,
-            });
+        let named = sets_of(options).iter().find_map(named_in);
         let device = named.unwrap_or(self.devices().capacities[0].id);
         DeviceError::Lost(
             device,
@@ -606,7 +752,7 @@ impl<D: Domain> Engine<D> {
         let mut others: SmallVec<[u64; 8]> =
             all.clone().filter(|&id| !named(id)).map(ahead).collect();
         others.sort_unstable();
-        let any = |member: &&gang::Member| matches!(member, gang::Member::Any(_));
+        let any = |member: &&gang::Member| matches!(member, gang::Member::Any(Kind::Gpu));
         let others = others
             .into_iter()
             .take(set.members.iter().filter(any).count());
@@ -627,6 +773,7 @@ impl<D: Domain> Engine<D> {
         }
         let places = grant.lent.iter().fold(0, |all, it| all | bit(it.device));
         self.settle_choice(&task, grant.alternative, places);
+        let cores = set_of(&task, grant.alternative).cores();
         if let Some(witness) = &self.devices().witness {
             for stream in grant.lent.iter().filter_map(|lent| lent.stream) {
                 witness.log(DeviceEvent::Lent(stream), task.id);
@@ -638,6 +785,14 @@ impl<D: Domain> Engine<D> {
             flight.places = places;
             flight.loan = Some(grant);
             flight.paused = false;
+        }
+        // One core is what every worker has.
+        if cores > 1 && self.workers != 0 {
+            let need = Need::Cores(u16::try_from(cores).expect("fewer cores than 65,536"));
+            let idle = !self.queues.has_work();
+            let todo = self.places.push_holder(task, need, idle);
+            self.carry_out(todo);
+            return;
         }
         let priority = task.options().map_or(0, |options| options.priority);
         // In the order of the grants: were this thread's own queue first, one device's tasks would run
@@ -665,7 +820,7 @@ impl<D: Domain> Engine<D> {
             events.push(ordered.and_then(|()| device.record(stream)).ok());
         }
         let pending = events.clone();
-        self.post(Letter::Launched(grant.id, events));
+        self.post(Letter::Launched(grant.id, events, 0));
         for event in pending.into_iter().flatten() {
             self.tell_when_complete(event);
         }
@@ -713,6 +868,10 @@ impl<D: Domain> Engine<D> {
             let Some(loan) = &mut flight.loan else {
                 return Ok(());
             };
+            let waits = |lent: &gang::Lent| lent.stream.is_none() || !lent.waits.is_empty();
+            if flight.behind.is_empty() && !loan.lent.iter().any(waits) {
+                return Ok(());
+            }
             let lent: SmallVec<[_; 2]> = loan
                 .lent
                 .iter_mut()
@@ -746,6 +905,38 @@ impl<D: Domain> Engine<D> {
         if let Some(witness) = &self.devices().witness {
             witness.log(DeviceEvent::Begun, task.id);
         }
+    }
+
+    /// The body of a task has these cores now, or again.
+    pub(crate) fn log_cores(&self, task: &Task<D>, cores: &places::Grant) {
+        if let Some(witness) = self.witness_of_cores(task) {
+            for &core in &cores.cores {
+                let core = Stream {
+                    device: HOST,
+                    number: core.into(),
+                };
+                witness.log(DeviceEvent::Lent(core), task.id);
+            }
+        }
+    }
+
+    /// The body of a task is about to wait and to give its cores up.
+    pub(crate) fn log_cores_left(&self, task: &Task<D>) {
+        if let Some(witness) = self.witness_of_cores(task) {
+            witness.log(DeviceEvent::Left, task.id);
+        }
+    }
+
+    /// What logs which cores a task has: of one with cores and devices, if that is traced.
+    fn witness_of_cores(&self, task: &Task<D>) -> Option<&Witness> {
+        let witness = self.devices.as_ref()?.witness.as_ref()?;
+        if self.workers == 0 || !is_on_devices(task) {
+            return None;
+        }
+        let links = task.links.lock();
+        let loan = links.rare.as_ref()?.flight.as_ref()?.loan.as_ref()?;
+        let has_cores = set_of(task, loan.alternative).cores() != 0;
+        has_cores.then_some(witness)
     }
 
     /// Where the work of a task on its streams ends now, device by device; none on one that is lost.
@@ -784,24 +975,28 @@ impl<D: Domain> Engine<D> {
         let (events, mut failure) = self.record_events(grant);
         let mut pending = Events::new();
         let mut failed = Events::new();
-        for event in events.iter().flatten().copied() {
+        let mut complete = 0;
+        for (place, event) in events.iter().enumerate() {
+            let Some(event) = *event else { continue };
             match self
                 .devices()
                 .device(event.stream.device)
                 .is_complete(event)
             {
-                Ok(true) => {}
+                Ok(true) => complete |= 1 << place,
                 Ok(false) => pending.push(event),
                 Err(error) => {
+                    // One that failed is over, too.
+                    complete |= 1 << place;
                     failed.push(event);
                     failure = Some(error);
                 }
             }
         }
         self.post(if pause {
-            Letter::Paused(grant.id, events)
+            Letter::Paused(grant.id, events, complete)
         } else {
-            Letter::Launched(grant.id, events)
+            Letter::Launched(grant.id, events, complete)
         });
         if let Some(error) = &failure {
             self.note_loss(error);
@@ -904,7 +1099,7 @@ impl<D: Domain> Engine<D> {
             self.when_complete(task, event);
         }
         // The body itself.
-        self.work_off(landed(task, None).into_iter().collect());
+        self.work_off_first(landed(task, None));
     }
 
     fn when_complete(self: &Arc<Self>, task: &TaskRef<D>, event: Event) {
@@ -920,8 +1115,7 @@ impl<D: Domain> Engine<D> {
                 }
                 // First, so that dependents find the device, and its stream, free.
                 engine.post(Letter::Landed(event));
-                let settled = landed(&task, failure);
-                engine.work_off(settled.into_iter().collect());
+                engine.work_off_first(landed(&task, failure));
             }),
         );
     }
@@ -979,9 +1173,47 @@ impl<D: Domain> Engine<D> {
         }
     }
 
+    /// A body that cannot use the share that it asked for, and was given, lends it again.
+    fn lend_again(self: &Arc<Self>, answer: &Answer<D>, grant: &Grant) {
+        self.hand_back(grant, true);
+        // After the letter: who sees this asks for it anew.
+        *answer.share.lock() = Share::Lent;
+    }
+
+    /// A body above one that asked for its share again, on the same stack, is about to wait: the one
+    /// below cannot use its share, and lends it. Whether it did so only now.
+    pub(crate) fn withdraw(self: &Arc<Self>, answer: &Answer<D>) -> bool {
+        let grant = {
+            let mut share = answer.share.lock();
+            match std::mem::replace(&mut *share, Share::Withdrawn) {
+                Share::Asked => return true,
+                Share::Has(grant) => grant,
+                before @ (Share::Withdrawn | Share::Lent) => {
+                    *share = before;
+                    return false;
+                }
+            }
+        };
+        self.lend_again(answer, &grant);
+        true
+    }
+
+    /// The wait above it is over. If the share came meanwhile, it is asked for when the body below is
+    /// the uppermost again.
+    pub(crate) fn claim_again(answer: &Answer<D>) {
+        let mut share = answer.share.lock();
+        if let Share::Withdrawn = *share {
+            *share = Share::Asked;
+        }
+    }
+
     /// Blocks, with `block`, until the body of `task`, which [paused](Engine::pause) on this thread, has
     /// its share again. If a device failed meanwhile, the body hears of it when it uses the device.
-    pub(crate) fn regain(self: &Arc<Self>, task: &TaskRef<D>, block: impl FnOnce(&Arc<Latch<D>>)) {
+    pub(crate) fn regain(
+        self: &Arc<Self>,
+        task: &TaskRef<D>,
+        block: impl Fn(&Arc<Answer<D>>, &Arc<Latch<D>>),
+    ) {
         if !is_on_devices(task) {
             return;
         }
@@ -991,19 +1223,18 @@ impl<D: Domain> Engine<D> {
             rare.and_then(|rare| Some(rare.flight.as_ref()?.loan.as_ref()?.id))
         };
         let Some(id) = id else { return };
-        let answer = Arc::new(Answer {
-            latch: Latch::new(1, Until::All, Waker::Thread(None)),
-            grant: Mutex::new(None),
-        });
-        let open = answer.latch.registered();
-        debug_assert!(!open, "nobody knows the latch yet");
-        self.post(Letter::Resumed(id, Resumer::Thread(Arc::clone(&answer))));
-        if !answer.latch.is_open() {
-            block(&answer.latch);
-        }
-        answer.latch.give_up();
-        let grant = answer.grant.lock().take();
-        if let Some(grant) = grant {
+        let grant = loop {
+            let answer = Arc::new(Answer::new());
+            self.post(Letter::Resumed(id, Resumer::Thread(Arc::clone(&answer))));
+            while !answer.latch.is_open() {
+                block(&answer, &answer.latch);
+            }
+            answer.latch.give_up();
+            if let Some(grant) = answer.take() {
+                break grant;
+            }
+        };
+        {
             let mut links = task.links.lock();
             let flight = links.flight();
             flight.loan = Some(grant);
@@ -1021,6 +1252,8 @@ impl<D: Domain> Engine<D> {
         if !is_on_devices(task) {
             return false;
         }
+        self.record(TraceEvent::Suspend, task);
+        self.record(TraceEvent::Ready, task);
         let requeued = task.state.advance(Phase::Running, Phase::Ready).is_ok();
         debug_assert!(requeued, "this thread owns the task");
         self.ask_for_devices(Arc::clone(task), None);

@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 use smallvec::SmallVec;
 
 use super::{Engine, Settled, SpawnError};
-use crate::machine::{DeviceError, DeviceId, Mark, Stream, Time};
+use crate::machine::{DeviceError, DeviceId, Kind, Mark, Stream, Time};
 use crate::schedule::gang::{Alternative, Grant, Member};
 use crate::schedule::map::model::Models;
 use crate::schedule::map::policy::{Call, Candidate, Mapper};
@@ -245,12 +245,21 @@ impl<D: Domain> Engine<D> {
     /// When the cores or devices of a choice are free, as far as is known, in nanoseconds from now.
     fn wait_for(&self, choices: &Choices, choice: usize) -> u64 {
         match &choices.list()[choice].on {
-            On::Cores(_) => {
-                self.maps.time.load(Ordering::Relaxed)
-                    / u64::try_from(self.workers.max(1)).unwrap_or(1)
+            On::Cores(_) => self.wait_for_cores(),
+            On::Devices(set) => {
+                let cores = if set.cores() == 0 {
+                    0
+                } else {
+                    self.wait_for_cores()
+                };
+                self.wait_for_devices(set).max(cores)
             }
-            On::Devices(set) => self.wait_for_devices(set),
         }
+    }
+
+    fn wait_for_cores(&self) -> u64 {
+        let workers = u64::try_from(self.workers.max(1)).unwrap_or(1);
+        self.maps.time.load(Ordering::Relaxed) / workers
     }
 
     fn send_to(self: &Arc<Self>, task: TaskRef<D>, decision: Decision) {
@@ -389,12 +398,12 @@ impl<D: Domain> Engine<D> {
             let place = place.clone().position(|&it| it == choice)?;
             known[place].map(duration)
         };
+        let workers = u32::try_from(self.workers.max(1)).unwrap_or(u32::MAX);
+        let load_of_cores = self.maps.tasks.load(Ordering::Relaxed) / workers;
         let mut candidates = Vec::new();
         for (index, choice) in choices.list().iter().enumerate() {
             match &choice.on {
                 On::Cores(need) if choices.cores().contains(&index) => {
-                    let tasks = self.maps.tasks.load(Ordering::Relaxed);
-                    let workers = u32::try_from(self.workers.max(1)).unwrap_or(u32::MAX);
                     candidates.push(Candidate {
                         choice: index,
                         devices: SmallVec::new(),
@@ -404,20 +413,24 @@ impl<D: Domain> Engine<D> {
                         },
                         estimate: estimate(index),
                         wait: duration(self.wait_for(choices, index)),
-                        load: tasks / workers,
+                        load: load_of_cores,
                         local: 0,
                     });
                 }
                 On::Devices(set) if choices.devices().contains(&index) => {
+                    let (wait_for_cores, load_of_cores) = match set.cores() {
+                        0 => (0, 0),
+                        _ => (self.wait_for_cores(), load_of_cores),
+                    };
                     for devices in self.sets_for(set, &near) {
                         let (wait, load) = self.load_of(&devices);
                         let local = devices.iter().filter(|it| near.contains(it)).count();
                         candidates.push(Candidate {
                             choice: index,
-                            cores: 0,
+                            cores: u16::try_from(set.cores()).unwrap_or(u16::MAX),
                             estimate: estimate(index),
-                            wait: duration(wait),
-                            load,
+                            wait: duration(wait.max(wait_for_cores)),
+                            load: load.max(load_of_cores),
                             local: u32::try_from(local).unwrap_or(u32::MAX),
                             devices,
                         });
@@ -448,7 +461,8 @@ impl<D: Domain> Engine<D> {
             .devices_with(set.memory)
             .filter(|&id| !named(id))
             .collect();
-        let any = set.members.iter().filter(|it| matches!(it, Member::Any(_)));
+        let any = |it: &&Member| matches!(it, Member::Any(Kind::Gpu));
+        let any = set.members.iter().filter(any);
         let width = any.count();
         // Members of one kind are in the order of their devices.
         let fill = |mut others: SmallVec<[DeviceId; 8]>| -> SmallVec<[DeviceId; 2]> {
@@ -456,7 +470,8 @@ impl<D: Domain> Engine<D> {
             let mut others = others.into_iter();
             let device = |member: &Member| match member {
                 Member::Device(id) => Some(*id),
-                Member::Any(_) => others.next(),
+                Member::Any(Kind::Gpu) => others.next(),
+                Member::Any(Kind::Cpu) => None,
             };
             set.members.iter().filter_map(device).collect()
         };
@@ -496,7 +511,11 @@ impl<D: Domain> Engine<D> {
         mapping.set_estimate(u64::try_from(estimate).unwrap_or(u64::MAX >> 16));
         let choice = candidate.choice;
         if let On::Devices(set) = &mapping.choices().list()[choice].on {
-            let members = candidate.devices.iter().copied().map(Member::Device);
+            let mut devices = candidate.devices.iter().copied().map(Member::Device);
+            let members = set.members.iter().map(|member| match member {
+                core if core.is_core() => *core,
+                _ => devices.next().expect("a candidate has all its devices"),
+            });
             let chosen = Alternative {
                 members: members.collect(),
                 share: set.share,

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-use crate::machine::{Event, Machine, Observed, Observer};
+use crate::machine::{Event, HOST, Machine, Observed, Observer};
 use crate::schedule::gang::{Alternative, Capacity, Grant, GrantId, WHOLE};
 use crate::task::Domain;
 use crate::trace::{DeviceEvent, Trace};
@@ -27,8 +27,19 @@ impl Witness {
         trace: &Arc<Trace>,
         machine: &Arc<Machine>,
         capacities: &[Capacity],
+        workers: usize,
         engine: u32,
     ) -> Self {
+        if workers != 0 {
+            // Without workers nobody keeps account of cores.
+            let cores = u32::try_from(workers).expect("fewer than 65,536 workers");
+            let has = DeviceEvent::Capacity {
+                device: HOST,
+                share: cores * WHOLE,
+                memory: 0,
+            };
+            trace.record_device(has, 0);
+        }
         for capacity in capacities {
             let has = DeviceEvent::Capacity {
                 device: capacity.id,
@@ -94,10 +105,12 @@ impl Owners {
     ) {
         self.0.insert(grant.id, task);
         let time = witness.trace.now();
-        let members = count(grant.lent.len());
-        for (member, lent) in (0..).zip(&grant.lent) {
+        let members = count(alternative.members.len());
+        let cores = std::iter::repeat_n(HOST, alternative.cores());
+        let devices = grant.lent.iter().map(|lent| lent.device);
+        for (member, device) in (0..).zip(devices.chain(cores)) {
             let granted = DeviceEvent::Granted {
-                device: lent.device,
+                device,
                 member,
                 members,
                 share: alternative.share,

@@ -44,7 +44,7 @@ use std::task::{Context as PollContext, Poll};
 use std::time::{Duration, Instant};
 
 use crate::engine::{Config, Engine, Handle};
-pub use crate::engine::{Counts, SpawnError, WaitError};
+pub use crate::engine::{Counts, Place, SpawnError, WaitError};
 use crate::machine::cpus::{self, Pinning, Pins};
 use crate::machine::{DeviceError, DeviceId, Machine, Stream};
 use crate::mapping::model::Models;
@@ -496,7 +496,9 @@ impl Spawner {
     }
 
     /// It runs on devices with streams: on one of these sets, the first of those that are as soon.
-    /// [`Current::streams`] has the streams.
+    /// [`Current::streams`] has the streams. A set may have cores as well, which the body then holds
+    /// whole; such a task begins when what it depends on is complete. It is refused if one of the sets
+    /// has more cores than the runtime.
     pub fn on(mut self, alternatives: impl Into<Arc<[Alternative]>>) -> Self {
         self.options.need = Need::Devices;
         self.options.devices = Some(alternatives.into());
@@ -798,7 +800,7 @@ fn error_of(task: &TaskRef<Native>) -> TaskError {
 pub struct Current {
     task: TaskRef<Native>,
     grant: crate::Grant,
-    lent: Vec<(DeviceId, Stream)>,
+    places: Vec<Place>,
 }
 
 impl Current {
@@ -818,7 +820,17 @@ impl Current {
     /// its body returns.
     #[must_use]
     pub fn streams(&self) -> Vec<(DeviceId, Stream)> {
-        self.lent.clone()
+        let stream = |place: &Place| match *place {
+            Place::Core(_) => None,
+            Place::Device(device, stream) => Some((device, stream)),
+        };
+        self.places.iter().filter_map(stream).collect()
+    }
+
+    /// What it holds, cores and devices, in the order of its set.
+    #[must_use]
+    pub fn places(&self) -> &[Place] {
+        &self.places
     }
 
     /// Which of its [choices](Spawner::choices) it is, by the index in their list, if it has any.
@@ -839,6 +851,10 @@ impl Current {
 pub fn current() -> Option<Current> {
     let engine = domain::engine_here()?;
     let (task, grant) = engine.current()?;
-    let lent = engine.lent().to_vec();
-    Some(Current { task, grant, lent })
+    let places = engine.held_by(&task, &grant).to_vec();
+    Some(Current {
+        task,
+        grant,
+        places,
+    })
 }

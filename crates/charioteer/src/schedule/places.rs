@@ -18,11 +18,23 @@
 //!   ordinary tasks as there are places may start before the next one is considered, or all that are
 //!   ready if those are fewer, so that neither kind starves the other. They are counted when they
 //!   start: one that runs for long keeps nobody from a core that is free.
+//! * **Who holds devices** already, of a set of several cores and devices, waits in a queue of its own,
+//!   in the order of the grants of devices, whatever its priority: others may need what it holds. This
+//!   queue and the unusual tasks take turns while both wait, by the same rules. So the first of it waits
+//!   for tasks that run, and for one unusual task and as many ordinary ones as there are places.
 //! * Where workers are pinned, places have NUMA nodes. A set of cores gets places of one node if one
 //!   has enough that are free, the one with the fewest of these, so that larger sets find room; else
 //!   of as few nodes as can be. It waits for no node: places are all that it needs.
 //! * Parts of cores share a place: the first takes a free place, others join it while their parts
 //!   fit, the last one gives it back.
+//!
+//! **Cores come last.** Who has cores runs, or gives them up: a body that waits has done so, and gets
+//! its share of devices back before its cores; a task asks for cores only once it holds the devices of
+//! its set. So who has cores waits for nobody, and who waits for cores waits for bodies that run, whatever
+//! it holds besides. A claim gets all its cores at once, and what is collected for the first claim goes to
+//! nobody else, so claims do not wait for each other in a circle either. Devices and cores are not
+//! decided about in one step: those who have devices would then be held up by a schedule of cores that
+//! changes with every task that ends.
 //!
 //! **No wake-up is lost.** A producer pushes its task, passes a SeqCst fence, and then reads
 //! `free` and `searching`. A thread that goes to sleep first stores that its place is free and that
@@ -161,6 +173,10 @@ struct Book<D: Domain> {
     returns: VecDeque<Return>,
     unusual: BinaryHeap<Unusual<D>>,
     tickets: u64,
+    /// Those that hold devices.
+    holders: VecDeque<(TaskRef<D>, Need)>,
+    /// Whether the last one that was served was one of these.
+    held_last: bool,
     /// Ordinary tasks that may start before the next unusual one is considered.
     credit: usize,
     closed: bool,
@@ -169,7 +185,17 @@ struct Book<D: Domain> {
 impl<D: Domain> Book<D> {
     /// Whether free places are kept for somebody who needs more of them.
     fn is_collecting(&self) -> bool {
-        !self.returns.is_empty() || (!self.unusual.is_empty() && self.credit == 0)
+        !self.returns.is_empty() || (self.claims() != 0 && self.credit == 0)
+    }
+
+    /// How many tasks wait for unusual grants.
+    fn claims(&self) -> usize {
+        self.unusual.len() + self.holders.len()
+    }
+
+    /// Whether the next of them is one that holds devices.
+    fn is_holders_turn(&self) -> bool {
+        !self.holders.is_empty() && (!self.held_last || self.unusual.is_empty())
     }
 
     fn add_unusual(&mut self, task: TaskRef<D>, need: Need, priority: i32) {
@@ -190,8 +216,8 @@ pub(crate) struct Todo<D: Domain> {
     bells: Vec<Arc<Bell>>,
     /// Slots whose threads are to be started.
     start: Vec<usize>,
-    /// Tasks that nobody has to run any more.
-    gone: Vec<TaskRef<D>>,
+    /// Tasks that nobody has to run any more; they may hold devices.
+    pub(crate) gone: Vec<TaskRef<D>>,
 }
 
 impl<D: Domain> Todo<D> {
@@ -264,6 +290,8 @@ impl<D: Domain> Places<D> {
                 returns: VecDeque::new(),
                 unusual: BinaryHeap::new(),
                 tickets: 0,
+                holders: VecDeque::new(),
+                held_last: false,
                 credit: 0,
                 closed: false,
             }),
@@ -376,6 +404,20 @@ impl<D: Domain> Places<D> {
         todo
     }
 
+    /// Adds a task that was granted its devices and needs several cores beside them.
+    /// `idle`: there is no ordinary task that it would have to let pass.
+    pub(crate) fn push_holder(&self, task: TaskRef<D>, need: Need, idle: bool) -> Todo<D> {
+        let mut book = self.book.lock();
+        if idle {
+            book.credit = 0;
+        }
+        book.holders.push_back((task, need));
+        let mut todo = Todo::none();
+        self.serve(&mut book, &mut todo);
+        self.publish(&book);
+        todo
+    }
+
     /// Hands free places to those who are owed them.
     fn serve(&self, book: &mut Book<D>, todo: &mut Todo<D>) {
         while let Some(next) = book.returns.front() {
@@ -386,38 +428,51 @@ impl<D: Domain> Places<D> {
             *next.granted.lock() = Some(grant);
             todo.bells.push(next.bell);
         }
-        while let Some(next) = book.unusual.peek() {
-            if next.task.phase() != Phase::Ready {
+        loop {
+            let holds = book.is_holders_turn();
+            let next = if holds {
+                book.holders.front().map(|(task, need)| (task, *need))
+            } else {
+                book.unusual.peek().map(|next| (&next.task, next.need))
+            };
+            let Some((task, need)) = next else { return };
+            let pop = |book: &mut Book<D>| {
+                if holds {
+                    book.holders.pop_front().map(|(task, _)| task)
+                } else {
+                    book.unusual.pop().map(|next| next.task)
+                }
+            };
+            if task.phase() != Phase::Ready {
                 // Cancelled: nobody gives a place up for it. It is dropped with no lock held.
-                todo.gone.extend(book.unusual.pop().map(|next| next.task));
+                todo.gone.extend(pop(book));
                 continue;
             }
-            let need = next.need;
             if book.credit != 0 && need != Need::Share(0) {
                 return;
             }
-            let Some(grant) = Self::take_any(book, need) else {
+            let alternatives = task
+                .options()
+                .and_then(|options| options.alternatives.clone());
+            let Some(grant) = Self::take_any(book, need, alternatives) else {
                 return;
             };
             let Some(thread) = self.take_thread(book, todo) else {
                 self.put(book, grant);
                 return;
             };
-            let next = book.unusual.pop().expect("looked above");
+            let task = pop(book).expect("looked above");
             if need != Need::Share(0) {
                 book.credit = self.count;
+                book.held_last = holds;
             }
-            self.assign(book, todo, thread, Assignment::Run(next.task, grant));
+            self.assign(book, todo, thread, Assignment::Run(task, grant));
         }
     }
 
-    /// A grant for the head of the unusual tasks, whose need is `need` unless it has alternatives.
-    fn take_any(book: &mut Book<D>, need: Need) -> Option<Grant> {
-        let task = &book.unusual.peek()?.task;
-        match task
-            .options()
-            .and_then(|options| options.alternatives.clone())
-        {
+    /// A grant for a task whose need is `need` unless it has alternatives.
+    fn take_any(book: &mut Book<D>, need: Need, alternatives: Option<Arc<[u16]>>) -> Option<Grant> {
+        match alternatives {
             None => Self::take(book, need),
             Some(alternatives) => alternatives
                 .iter()
@@ -496,7 +551,7 @@ impl<D: Domain> Places<D> {
         };
         self.free.store(free, Ordering::SeqCst);
         self.demand
-            .store(book.returns.len() + book.unusual.len(), Ordering::SeqCst);
+            .store(book.returns.len() + book.claims(), Ordering::SeqCst);
     }
 
     /// Whether a worker has to pass the boundary between two tasks.
@@ -523,7 +578,7 @@ impl<D: Domain> Places<D> {
     /// A worker is between two ordinary tasks. True if it has to give its place up.
     pub(crate) fn boundary(&self) -> bool {
         let book = self.book.lock();
-        !book.returns.is_empty() || (!book.unusual.is_empty() && book.credit == 0)
+        book.is_collecting()
     }
 
     /// The searcher found a task.
@@ -593,7 +648,11 @@ impl<D: Domain> Places<D> {
                 let need = grant.need();
                 let priority = task.options().map_or(0, |options| options.priority);
                 self.put(&mut book, grant);
-                book.add_unusual(task, need, priority);
+                if task.needs() == Need::Devices {
+                    book.holders.push_front((task, need));
+                } else {
+                    book.add_unusual(task, need, priority);
+                }
             }
             Some(Assignment::Exit) | None => {}
         }
@@ -689,7 +748,7 @@ impl<D: Domain> Places<D> {
             .len()
             .wrapping_add(self.blocked.load(Ordering::SeqCst));
         book.returns.is_empty()
-            && book.unusual.is_empty()
+            && book.claims() == 0
             && still == threads + self.visitors.load(Ordering::SeqCst)
             && book
                 .threads

@@ -613,6 +613,10 @@ impl<D: Domain> Task<D> {
 
     /// The root of a predecessor's failure.
     pub(crate) fn poisoned(&self) -> Option<TaskRef<D>> {
+        // Who counted on the predecessor's end comes after the flag.
+        if !self.state.load().has(state::POISONED) {
+            return None;
+        }
         self.links
             .lock()
             .rare

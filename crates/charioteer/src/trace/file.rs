@@ -324,6 +324,7 @@ mod tests {
             DeviceEvent::Lent(stream),
             DeviceEvent::Begun,
             DeviceEvent::Resumed,
+            DeviceEvent::Left,
         ];
         for behind in [None, Some(event)] {
             events.push(DeviceEvent::Paused { member, behind });

@@ -46,7 +46,9 @@
 //! granted+ lent* [begun (paused+ [resumed begun])*] returned+
 //! ```
 //!
-//! where a body that a failing device keeps from beginning has no `begun`. What the device layer sees
+//! where a body that a failing device keeps from beginning has no `begun`. The cores of a set with devices
+//! are granted with these, as promised, and lent when the body has them, before its `begun` and again after a
+//! wait, before which it [left](DeviceEvent::Left) them. What the device layer sees
 //! ([`Observed`](crate::machine::Observed)) is logged by the thread that made the call, after it took
 //! effect, so that what a host has seen complete was complete before that time. All that a body does
 //! comes after its `begun`.

@@ -90,11 +90,12 @@ pub enum DeviceEvent {
         /// Bytes.
         memory: u64,
     },
-    /// The task was granted a part of a device; the members of its set are granted at one moment.
+    /// The task was granted a part of a device; the members of its set are granted at one moment. A core
+    /// is a member on the host, behind all devices; which one it is, is said when the body has it.
     Granted {
         /// The device.
         device: DeviceId,
-        /// Which member of the set it is, from zero.
+        /// Which member of the set it is, from zero: devices first.
         member: u16,
         /// How many the set has.
         members: u16,
@@ -103,8 +104,12 @@ pub enum DeviceEvent {
         /// Bytes of its memory.
         memory: u64,
     },
-    /// The stream is the task's own until its grant is given back.
+    /// The stream is the task's own until its grant is given back. A stream of the host is a core, with
+    /// its number, of a task with cores and devices: its own until the body ends, is suspended or
+    /// [leaves](Self::Left).
     Lent(Stream),
+    /// The body is about to wait, on its thread, and has its cores no more.
+    Left,
     /// The streams of the task were told what they have to wait for: its body begins or goes on.
     Begun,
     /// A body that waits gave its share of that member back, behind the event.
@@ -187,6 +192,7 @@ impl DeviceRecord {
                 (5, [member.into(), stream, position, 0])
             }
             DeviceEvent::Resumed => (6, [0; 4]),
+            DeviceEvent::Left => (8, [0; 4]),
             DeviceEvent::Returned { member, behind } => {
                 let [stream, position] = behind_words(behind);
                 (7, [member.into(), stream, position, 0])
@@ -251,6 +257,7 @@ impl DeviceRecord {
                 behind: behind()?,
             },
             6 => DeviceEvent::Resumed,
+            8 => DeviceEvent::Left,
             7 => DeviceEvent::Returned {
                 member: u16::try_from(a).ok()?,
                 behind: behind()?,

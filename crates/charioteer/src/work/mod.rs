@@ -35,7 +35,7 @@ use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::engine::{Engine, Running, WaitError, is_on_devices};
+use crate::engine::{Answer, Engine, Running, WaitError, is_on_devices};
 use crate::schedule::map::DISTURBED;
 use crate::schedule::places::{Assignment, Grant};
 use crate::schedule::queues::{Lane, Own};
@@ -106,6 +106,8 @@ pub(crate) struct Worker<D: Domain> {
     running: Cell<*const TaskRef<D>>,
     depth: Cell<u32>,
     frames: RefCell<Vec<Frame<D>>>,
+    /// What bodies on this stack, in a runtime without workers, asked for again after a wait.
+    returning: RefCell<Vec<Arc<Answer<D>>>>,
 }
 
 impl<D: Domain> Worker<D> {
@@ -121,6 +123,7 @@ impl<D: Domain> Worker<D> {
             running: Cell::new(std::ptr::null()),
             depth: Cell::new(0),
             frames: RefCell::default(),
+            returning: RefCell::default(),
         };
         let abort = AbortOnUnwind;
         worker.enter(|| {
@@ -166,6 +169,7 @@ impl<D: Domain> Worker<D> {
             running: Cell::new(std::ptr::null()),
             depth: Cell::new(0),
             frames: RefCell::default(),
+            returning: RefCell::default(),
         };
         let abort = AbortOnUnwind;
         engine.places.visit();
@@ -335,9 +339,13 @@ impl<D: Domain> Worker<D> {
             if self.engine.is_cancelling() && self.engine.skip_cancelled(task) {
                 return;
             }
-            if !is_on_devices(task) || self.engine.take_off(task) {
-                self.run(task);
+            if is_on_devices(task) {
+                self.engine.log_cores(task, &self.grant.borrow());
+                if !self.engine.take_off(task) {
+                    return;
+                }
             }
+            self.run(task);
         } else if is_on_devices(task) {
             // Cancelled after its devices were granted, or before.
             self.engine.return_loan(task);
@@ -416,6 +424,10 @@ impl<D: Domain> Worker<D> {
         if self.depth.get() >= DEPTH || task.phase() != Phase::Ready || !self.engine.owns(task) {
             return;
         }
+        // Who has devices lends its share before anybody runs for it.
+        if self.running().is_some_and(|waiting| is_on_devices(waiting)) {
+            return;
+        }
         let ordinary = task.needs() == Need::Core;
         if !ordinary || !(self.slot.is_none() || self.grant.borrow().is_ordinary()) {
             return;
@@ -491,12 +503,13 @@ impl<D: Domain> Worker<D> {
             return Ok(true);
         }
         if engine.workers == 0 {
-            return self.wait_alone(tasks, until, deadline);
+            self.wait_alone(tasks, until, deadline)
+        } else {
+            self.block(tasks, until, deadline)
         }
-        self.block_body(tasks, until, deadline)
     }
 
-    /// The wait in a runtime without workers.
+    /// The wait in a runtime without workers. No body on this stack has a share of devices meanwhile.
     fn wait_alone(
         &self,
         tasks: &[TaskRef<D>],
@@ -508,6 +521,8 @@ impl<D: Domain> Worker<D> {
         if let Some(waiting) = waiting {
             engine.pause(waiting);
         }
+        let mut withdrawn = self.returning.borrow().clone();
+        withdrawn.retain(|answer| engine.withdraw(answer));
         // Nobody else runs what the awaited tasks need.
         while !is_over(tasks, until)
             && let Some(task) = engine.queues.pop_any(&self.own)
@@ -517,27 +532,18 @@ impl<D: Domain> Worker<D> {
         let result = if is_over(tasks, until) {
             Ok(true)
         } else {
-            self.block_body(tasks, until, deadline)
+            self.block(tasks, until, deadline)
         };
         if let Some(waiting) = waiting {
-            engine.regain(waiting, |latch| self.help_until(latch, None));
+            engine.regain(waiting, |answer, latch| {
+                self.returning.borrow_mut().push(Arc::clone(answer));
+                self.help_until(latch, None);
+                self.returning.borrow_mut().pop();
+            });
         }
-        result
-    }
-
-    /// Blocks, as the body that runs on this thread if one does.
-    fn block_body(
-        &self,
-        tasks: &[TaskRef<D>],
-        until: Until,
-        deadline: Option<Instant>,
-    ) -> Result<bool, WaitError> {
-        let Some(waiting) = self.running() else {
-            return self.block(None, tasks, until, deadline);
-        };
-        waiting.state.set(BLOCKED);
-        let result = self.block(Some(waiting), tasks, until, deadline);
-        waiting.state.clear(BLOCKED);
+        withdrawn
+            .iter()
+            .for_each(|answer| Engine::claim_again(answer));
         result
     }
 
@@ -557,14 +563,18 @@ impl<D: Domain> Worker<D> {
         block_alone(engine, latch, deadline, help);
     }
 
+    /// Blocks, as the body that runs on this thread if one does.
     fn block(
         &self,
-        waiting: Option<&TaskRef<D>>,
         tasks: &[TaskRef<D>],
         until: Until,
         deadline: Option<Instant>,
     ) -> Result<bool, WaitError> {
         let engine = &self.engine;
+        let waiting = self.running();
+        if let Some(waiting) = waiting {
+            waiting.state.set(BLOCKED);
+        }
         let waiter = waiting.filter(|_| deadline.is_none()).cloned();
         let for_ever = waiter.is_some();
         let loose = if for_ever {
@@ -591,6 +601,9 @@ impl<D: Domain> Worker<D> {
             abandon(&latch, tasks);
         }
         engine.loose_waits.fetch_sub(loose, Ordering::SeqCst);
+        if let Some(waiting) = waiting {
+            waiting.state.clear(BLOCKED);
+        }
         result.map(|()| opened)
     }
 
@@ -616,7 +629,16 @@ impl<D: Domain> Worker<D> {
         }
         let grant = self.grant.borrow().clone();
         let waiting = self.running();
-        let todo = engine.places.block(&grant, engine.queues.has_work())?;
+        if let Some(waiting) = waiting {
+            // Before somebody else has them.
+            engine.log_cores_left(waiting);
+        }
+        let Ok(todo) = engine.places.block(&grant, engine.queues.has_work()) else {
+            if let Some(waiting) = waiting {
+                engine.log_cores(waiting, &grant);
+            }
+            return Err(());
+        };
         let replaced = engine.carry_out(todo);
         let mut granted = Grant::default();
         let inside = self.inside.get();
@@ -635,12 +657,15 @@ impl<D: Domain> Worker<D> {
                 latch.block(deadline, || false);
                 if let Some(waiting) = waiting {
                     // Before it asks for its place: who has the share may need one to end.
-                    engine.regain(waiting, |latch| {
+                    engine.regain(waiting, |_, latch| {
                         latch.block(None, || false);
                     });
                 }
             }
             granted = engine.places.unblock(&grant);
+            if let Some(waiting) = waiting {
+                engine.log_cores(waiting, &granted);
+            }
             if replaced && inside {
                 engine.sessions.return_to();
             }

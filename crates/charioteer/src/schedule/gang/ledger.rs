@@ -42,7 +42,7 @@ pub struct Grant {
     pub id: GrantId,
     /// Which of the request's alternatives it is.
     pub alternative: usize,
-    /// The devices, in the order of the alternative's members.
+    /// The devices, in the order of the alternative's members, without the cores among those.
     pub lent: SmallVec<[Lent; 2]>,
 }
 
@@ -156,6 +156,9 @@ impl<T> Gang<T> {
     /// What to do next, until there is nothing. `wanted` says whether a waiting task is to run
     /// still; it is asked about those that would be next.
     pub fn next(&mut self, mut wanted: impl FnMut(&T) -> bool) -> Option<Step<T>> {
+        if self.queue.live().is_empty() && self.returning.is_empty() {
+            return None;
+        }
         self.held.fill(Amount::default());
         if let Some(grant) = self.next_return() {
             return Some(Step::Resume(grant));
@@ -175,11 +178,19 @@ impl<T> Gang<T> {
                 return Some(step);
             }
         }
-        self.held_by_sweep.copy_from_slice(&self.held);
         let (keeping, books) = (self.keeping > 0, &self.books);
         self.queue
             .set_stuck(|plan| keeping && !plan.fits_in(|index| books[index].has_room(plan.memory)));
         let limit = self.limits.overtaking;
+        if let &[shape] = self.queue.live() {
+            // It has nobody to be ordered with, and nothing to be held from.
+            if self.queue.shape(shape).is_stuck() {
+                return None;
+            }
+            let budget = self.queue.budget(shape, limit);
+            return self.start(shape, budget, Held::ByReturns);
+        }
+        self.held_by_sweep.copy_from_slice(&self.held);
         let order = {
             let (books, held, runahead) = (&self.books, &self.held, self.limits.runahead);
             self.queue.order(limit, |shape| {

@@ -130,6 +130,10 @@ impl<T> Shape<T> {
         self.size = plans.map(Plan::size).min().unwrap_or(0);
     }
 
+    pub(super) fn is_stuck(&self) -> bool {
+        self.stuck
+    }
+
     /// Whether it may take nothing, so that it delays nobody.
     pub(super) fn takes_nothing(&self) -> bool {
         self.plans.iter().any(|(_, plan)| plan.takes_nothing())

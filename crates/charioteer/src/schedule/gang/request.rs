@@ -28,8 +28,17 @@ pub struct Capacity {
 pub enum Member {
     /// This device.
     Device(DeviceId),
-    /// Any device of that kind that is no other member of the set.
+    /// Any device of that kind that is no other member of the set. One of [`Kind::Cpu`] is a core of the
+    /// host, which the ledger knows nothing of.
     Any(Kind),
+}
+
+impl Member {
+    /// Whether it is a core of the host.
+    #[must_use]
+    pub const fn is_core(&self) -> bool {
+        matches!(self, Self::Any(Kind::Cpu))
+    }
 }
 
 /// A device set, and what a task takes on each device of it.
@@ -37,10 +46,19 @@ pub enum Member {
 pub struct Alternative {
     /// The set, in the order in which the body sees it.
     pub members: Box<[Member]>,
-    /// The part of each device's compute, in 1/[`WHOLE`]. 0 takes nothing and waits for nothing.
+    /// The part of each device's compute, in 1/[`WHOLE`]. 0 takes nothing and waits for nothing. Cores
+    /// are taken whole.
     pub share: u32,
     /// Bytes of memory on each device.
     pub memory: u64,
+}
+
+impl Alternative {
+    /// How many cores of the host are in the set.
+    #[must_use]
+    pub fn cores(&self) -> usize {
+        self.members.iter().filter(|it| it.is_core()).count()
+    }
 }
 
 /// What a task asks for.
@@ -64,7 +82,7 @@ pub struct Request {
 /// Why no machine of these devices can ever serve an alternative.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reason {
-    /// The set is empty.
+    /// The set has no device; one of cores alone is not the ledger's.
     Empty,
     /// There is no such device, or it is lost.
     NoDevice(DeviceId),
@@ -82,7 +100,7 @@ pub enum Reason {
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Empty => write!(f, "the set is empty"),
+            Self::Empty => write!(f, "there is no device in the set"),
             Self::NoDevice(device) => write!(f, "there is no {device}"),
             Self::Twice(device) => write!(f, "{device} is in the set twice"),
             Self::TooMany(kind, wanted, left) => {
@@ -121,8 +139,8 @@ pub fn check(devices: &[Capacity], alternatives: &[Alternative]) -> Result<(), B
 /// An alternative in terms of one machine's devices, by their index in its list.
 #[derive(Clone, Debug)]
 pub(super) struct Plan {
-    /// For each member the devices that it may be, as bits. A named one has one bit, which no other
-    /// member has; members of one kind have the same bits.
+    /// For each member but cores the devices that it may be, as bits. A named one has one bit, which no
+    /// other member has; members of one kind have the same bits.
     pub(super) members: SmallVec<[u64; 4]>,
     pub(super) share: u32,
     pub(super) memory: u64,
@@ -143,6 +161,8 @@ impl Plan {
             share,
             memory,
         } = alternative;
+        let members = members.iter().copied().filter(|it| !it.is_core());
+        let members: SmallVec<[Member; 8]> = members.collect();
         if members.is_empty() {
             return Err(Reason::Empty);
         }
@@ -155,7 +175,7 @@ impl Plan {
         };
         let find = |id| left().find(|(_, device)| device.id == id);
         let mut named = 0;
-        for member in members {
+        for member in &members {
             let &Member::Device(id) = member else {
                 continue;
             };
@@ -183,7 +203,7 @@ impl Plan {
             (there, large, most)
         };
         let mut bits = SmallVec::new();
-        for member in members {
+        for member in &members {
             bits.push(match *member {
                 Member::Device(id) => bit(find(id).expect("was found above").0),
                 Member::Any(kind) => {

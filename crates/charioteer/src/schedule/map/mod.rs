@@ -50,7 +50,7 @@ pub enum On {
     /// On the host: a core, several cores or a part of one; never [`Need::Devices`] or
     /// [`Need::Mapped`].
     Cores(Need),
-    /// On a set of devices.
+    /// On a set of devices, perhaps with cores in it.
     Devices(Alternative),
 }
 
@@ -182,8 +182,11 @@ impl Choices {
     /// Whether a body may get several cores.
     #[must_use]
     pub fn may_be_wide(&self) -> bool {
-        let wide = |index: &usize| matches!(self.list[*index].on, On::Cores(Need::Cores(_)));
-        self.cores.iter().any(wide)
+        let wide = |index: &usize| match &self.list[*index].on {
+            On::Cores(need) => matches!(need, Need::Cores(_)),
+            On::Devices(set) => set.cores() > 1,
+        };
+        self.cores.iter().chain(&self.devices).any(wide)
     }
 
     pub(crate) fn cores(&self) -> &[usize] {
@@ -373,6 +376,14 @@ impl Mapping {
             Decision::Open | Decision::Held(_) => Need::Mapped,
             Decision::Devices => Need::Devices,
             Decision::Choice(choice) => self.choices.need(choice),
+        }
+    }
+
+    /// The set of devices that it was mapped to; none while that is open, or if it is one on cores.
+    pub(crate) fn set(&self) -> Option<&Alternative> {
+        match &self.choices.list[self.choice()?].on {
+            On::Devices(set) => Some(set),
+            On::Cores(_) => None,
         }
     }
 

@@ -41,9 +41,9 @@ pub struct Call {
 pub struct Candidate {
     /// The choice, by its index in [`Choices::list`](super::Choices::list).
     pub choice: usize,
-    /// The devices, in the order of the set; none of a choice on cores.
+    /// The devices, in the order of the set; none of a choice on cores alone.
     pub devices: SmallVec<[DeviceId; 2]>,
-    /// The cores; none of a choice on devices.
+    /// The cores; none of a choice on devices alone.
     pub cores: u16,
     /// The estimated run time.
     pub estimate: Option<Duration>,

@@ -7,7 +7,8 @@ use smallvec::SmallVec;
 use super::capacity::{Book, Needs, Use};
 use super::evidence::{Evidence, Position, Track, has};
 use super::{Checked, Rule, Violation};
-use crate::machine::{DeviceId, Enqueued, Event as DevicePosition, Observed, Stream};
+use crate::machine::{DeviceId, Enqueued, Event as DevicePosition, HOST, Observed, Stream};
+use crate::schedule::gang::WHOLE;
 use crate::trace::file::TraceFile;
 use crate::trace::record::{DeviceEvent, DeviceRecord, Event, Record};
 
@@ -52,6 +53,9 @@ struct Grant {
     time: u64,
     members: u16,
     list: SmallVec<[Member; 2]>,
+    /// How many cores it comprises, and those that the body has, by their numbers.
+    cores: usize,
+    has: SmallVec<[u32; 2]>,
     begun: bool,
     /// When the first member was given back.
     returned: Option<u64>,
@@ -66,6 +70,9 @@ pub(super) struct Claims<'a> {
     grants: Vec<Grant>,
     /// Who has a stream.
     lent: HashMap<Track, usize>,
+    /// How many cores there are, unless nobody keeps account of them, and who has which.
+    cores: Option<u32>,
+    has_core: HashMap<u32, u64>,
     uses: Vec<Use>,
     books: HashMap<DeviceId, Book>,
     /// How many events of devices there were.
@@ -82,6 +89,8 @@ impl<'a> Claims<'a> {
             order: Vec::with_capacity(trace.names.len()),
             grants: Vec::new(),
             lent: HashMap::new(),
+            cores: None,
+            has_core: HashMap::new(),
             uses: Vec::new(),
             books: HashMap::new(),
             records: 0,
@@ -149,9 +158,68 @@ impl<'a> Claims<'a> {
             }
         };
         entry.state = next;
-        let on_devices = entry.grant.is_some();
-        if record.event == Event::Start && !on_devices {
-            self.begins_on_host(task);
+        let grant = entry.grant.map(|grant| &self.grants[grant]);
+        let on_host = grant.is_none_or(|grant| grant.cores != 0);
+        match record.event {
+            Event::Start if on_host => self.begins_on_host(task),
+            Event::End => {
+                // Who went elsewhere left its cores before.
+                if state == State::Running {
+                    self.has_all_cores(task, "ends");
+                }
+                self.leaves(task);
+            }
+            Event::Suspend | Event::Failed => self.leaves(task),
+            _ => {}
+        }
+    }
+
+    /// The body of a task with cores and devices has as many cores as its set.
+    fn has_all_cores(&mut self, task: u64, what: &str) {
+        let Some(index) = self.tasks[&task].grant else {
+            return;
+        };
+        let (has, cores) = (self.grants[index].has.len(), self.grants[index].cores);
+        if self.cores.is_some() && has != cores {
+            let text = format!(
+                "{} {what} with {has} of the {cores} cores of its set",
+                self.name(task)
+            );
+            self.violate(Rule::Set, task, None, text);
+        }
+    }
+
+    /// The body of a task has its cores no more, if it had any.
+    fn leaves(&mut self, task: u64) {
+        if let Some(index) = self.tasks.get(&task).and_then(|task| task.grant) {
+            for core in std::mem::take(&mut self.grants[index].has) {
+                if self.has_core.get(&core) == Some(&task) {
+                    self.has_core.remove(&core);
+                }
+            }
+        }
+    }
+
+    /// The body of a task has this core.
+    fn is_lent_core(&mut self, task: u64, core: u32) {
+        let Some(index) = self.grant(task, "is lent a core") else {
+            return;
+        };
+        self.grants[index].has.push(core);
+        if let Some(other) = self.has_core.insert(core, task) {
+            let text = format!(
+                "{} is lent core {core} while {} has it",
+                self.name(task),
+                self.name(other)
+            );
+            self.violate(Rule::Lending, task, Some(other), text);
+        }
+        if self.cores.is_none_or(|cores| core >= cores) {
+            let text = format!(
+                "{} is lent core {core}, which there is not",
+                self.name(task)
+            );
+            self.violate(Rule::Capacity, task, None, text);
         }
     }
 
@@ -197,6 +265,13 @@ impl<'a> Claims<'a> {
         let task = record.task;
         match record.event {
             DeviceEvent::Capacity {
+                device: HOST,
+                share,
+                ..
+            } => {
+                self.cores = Some(share / WHOLE);
+            }
+            DeviceEvent::Capacity {
                 device,
                 share,
                 memory,
@@ -210,7 +285,11 @@ impl<'a> Claims<'a> {
                 share,
                 memory,
             } => self.granted(record, device, (member, members), (share, memory)),
+            DeviceEvent::Lent(core) if core.device == HOST => {
+                self.is_lent_core(task, core.number);
+            }
             DeviceEvent::Lent(stream) => self.is_lent(task, stream),
+            DeviceEvent::Left => self.leaves(task),
             DeviceEvent::Begun => self.begins(task),
             DeviceEvent::Paused { member, behind } => self.paused(task, member, behind),
             DeviceEvent::Resumed => self.resumed(task),
@@ -285,6 +364,8 @@ impl<'a> Claims<'a> {
                     time: record.time,
                     members,
                     list: SmallVec::new(),
+                    cores: 0,
+                    has: SmallVec::new(),
                     begun: false,
                     returned: None,
                 });
@@ -293,6 +374,15 @@ impl<'a> Claims<'a> {
                 index
             }
         };
+        if device == HOST {
+            let grant = &mut self.grants[index];
+            grant.cores += 1;
+            if grant.time != record.time || grant.members != members {
+                let text = format!("{} is granted a core apart from its set", self.name(task));
+                self.violate(Rule::Set, task, None, text);
+            }
+            return;
+        }
         let compute = self.take(task, Needs::Share(share));
         let store = self.take(task, Needs::Memory(memory));
         let grant = &mut self.grants[index];
@@ -363,15 +453,25 @@ impl<'a> Claims<'a> {
             return;
         };
         let first = !std::mem::replace(&mut self.grants[index].begun, true);
-        let (there, members) = (self.grants[index].list.len(), self.grants[index].members);
-        if first && there != usize::from(members) {
+        let Grant {
+            list,
+            members,
+            cores,
+            ..
+        } = &self.grants[index];
+        let (devices, members) = (list.len(), usize::from(*members));
+        let there = devices + cores;
+        if first && there != members {
             let text = format!(
                 "{} begins with {there} of the {members} devices of its set",
                 self.name(task),
             );
             self.violate(Rule::Set, task, None, text);
         }
-        for at in 0..there {
+        if first {
+            self.has_all_cores(task, "begins");
+        }
+        for at in 0..devices {
             let member = &self.grants[index].list[at];
             let clock = member.track.and_then(|track| self.evidence.now(track));
             let (device, track) = (member.device, member.track);

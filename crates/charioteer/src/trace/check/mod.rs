@@ -13,11 +13,14 @@
 //! * **Ends.** The events of each task are in a legal order, and each ends exactly once (invariant 1).
 //! * **Order** (invariant 2). When a body begins, that of each of its dependencies has returned. What
 //!   it enqueues on a stream that it was lent is behind all that its dependencies enqueued on
-//!   theirs; a body without streams begins when the host has seen all that complete. What did not run,
+//!   theirs; a body without streams, or with cores beside them, begins when the host has seen all that
+//!   complete. What did not run,
 //!   since it came behind a failure, need not be ordered.
 //! * **Sets** (invariant 4). All members of a set are granted at one moment, before the body begins,
-//!   on different devices, and given back at one moment.
-//! * **Lending.** A stream is lent to one running body at a time.
+//!   on different devices, and given back at one moment. A body with cores and devices begins and ends
+//!   with as many different cores as its set has.
+//! * **Lending.** A stream is lent to one running body at a time, and so is a core, among the bodies
+//!   that have cores and devices.
 //! * **Capacity** (invariant 5). No moment of a device's timeline sees more of its compute or its memory
 //!   in use than it has, and each grant is given back once; see `capacity`.
 //!
@@ -44,7 +47,7 @@ pub enum Rule {
     Order,
     /// Sets are granted and given back as one.
     Set,
-    /// A stream is lent to one body at a time.
+    /// A stream, or a core, is lent to one body at a time.
     Lending,
     /// Grants do not exceed a device.
     Capacity,

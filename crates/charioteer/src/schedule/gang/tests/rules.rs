@@ -107,6 +107,18 @@ fn what_no_machine_can_serve_is_told_by_alternative() {
         ..any(0)
     };
     assert_eq!(refused(mixed), Reason::TooMany(Kind::Gpu, 2, 1));
+    // Cores are others' business.
+    let cores = |members: &[Member]| Alternative {
+        members: members.into(),
+        ..any(0)
+    };
+    let core = Member::Any(Kind::Cpu);
+    assert_eq!(refused(cores(&[core, core])), Reason::Empty);
+    let with_cores = cores(&[core, member, core, member]);
+    assert_eq!(
+        (with_cores.cores(), check(&machine, &[with_cores])),
+        (2, Ok(()))
+    );
     let uneven = [
         Capacity {
             id: HOST,
@@ -118,7 +130,7 @@ fn what_no_machine_can_serve_is_told_by_alternative() {
     let both = [
         Alternative { memory, ..any(1) },
         Alternative {
-            members: [Member::Any(Kind::Cpu)].into(),
+            members: [Member::Device(HOST)].into(),
             memory,
             ..any(0)
         },
