@@ -16,6 +16,8 @@ import pytest
 
 import charioteer as ch
 
+pytestmark = pytest.mark.surface
+
 Result = subprocess.CompletedProcess[str]
 Script = Callable[[str], str]
 
@@ -535,8 +537,6 @@ def test_run_pins_workers(script: Script) -> None:
 
 CHOOSES = """
 import charioteer as ch
-
-pytestmark = pytest.mark.surface
 body = ch.task(lambda: ch.current().stream.busy(1e-3), placement=[ch.gpu * 2, ch.gpu])
 print([body().result() for _ in range(10)].count(None))
 """
