@@ -772,6 +772,10 @@ impl Domain for Interp {
         }
     }
 
+    fn nothing() -> Value {
+        Value::Plain(native::Plain::None)
+    }
+
     #[inline]
     fn needs_session(&self, body: &Body) -> bool {
         body.needs_session()

@@ -184,19 +184,19 @@ fn launch(
         None => {
             let label = Label::Function(name);
             engine
-                .spawn_handle(label, body, options, dependencies)
+                .spawn_handle(label, body, options, dependencies, &[])
                 .map(Some)
         }
         Some(Target::Name(name)) => {
             let label = Label::Name(name.clone());
             engine
-                .spawn_handle(label, body, options, dependencies)
+                .spawn_handle(label, body, options, dependencies, &[])
                 .map(Some)
         }
         Some(Target::Handle(handle)) => {
             let task = Target::task(handle);
             engine
-                .spawn_as(task, body, options, dependencies)
+                .spawn_as(task, body, options, dependencies, &[])
                 .map(|()| None)
         }
     };
@@ -256,6 +256,7 @@ pub fn spawn_error(py: Python<'_>, why: SpawnError, target: Option<&Target>) -> 
             "PlacementError",
             (format!("cpu * {wanted}: the runtime has {present} cores"),),
         ),
+        SpawnError::Access(trouble) => error(py, "AccessError", (trouble.to_string(),)),
     }
 }
 

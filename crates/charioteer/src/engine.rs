@@ -33,6 +33,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_utils::CachePadded;
 
+use crate::data::{Access, AccessTrouble, Group};
 use crate::graph;
 use crate::machine::cpus::Pins;
 use crate::machine::{Machine, Time};
@@ -49,21 +50,23 @@ use crate::sync::{
     assert_unlocked, fence, yield_now,
 };
 use crate::task::state::{
-    BLOCKED, CANCEL, CANCELLED, DELIVERED, DIRTY, FAILED, LINKED, LOOSE_WAIT, OUTSIDE, POISONED,
-    REPORTED, SLEEPING, Snapshot, TIMED_OUT, TOLD, WOKEN,
+    BLOCKED, CANCEL, CANCELLED, DELIVERED, DIRTY, FAILED, HOST, JOINS, LINKED, LOOSE_WAIT, OUTSIDE,
+    POISONED, REPORTED, SLEEPING, Snapshot, TIMED_OUT, TOLD, WOKEN,
 };
 use crate::task::{
-    Awaits, Content, Domain, Ending, Failure, Landed, Latch, Link, Need, Options, Outcome, Phase,
-    Task, TaskRef, Trouble, Until, Waker,
+    Awaits, Content, Domain, Ending, Failure, Landed, Latch, Link, List, Need, Options, Outcome,
+    Phase, Task, TaskRef, Trouble, Until, Waker,
 };
 use crate::trace::{Event, Trace};
 use crate::work::{self, Worker};
 
+pub use accesses::{HostAccess, HostError};
 use devices::Devices;
 pub use devices::Place;
 pub(crate) use devices::{Answer, is_on_devices};
 use mapping::Maps;
 
+mod accesses;
 mod devices;
 #[cfg(all(test, loom))]
 mod loom_models;
@@ -279,6 +282,8 @@ pub enum SpawnError {
     Cores(usize, usize),
     /// No set of devices could ever serve it: a reason for each alternative.
     Devices(Vec<String>),
+    /// Its accesses are refused.
+    Access(AccessTrouble),
 }
 
 /// Why a body may not wait.
@@ -315,6 +320,11 @@ impl<'a, D: Domain> Running<'a, D> {
     /// Which of its choices it is, by the index in their list; none if it has no choices.
     pub fn choice(&self) -> Option<usize> {
         self.task.mapping()?.choice()
+    }
+
+    /// The reductions that it is a member of, or that it combines.
+    pub fn groups(&self) -> Vec<Arc<Group<D>>> {
+        self.task.groups()
     }
 
     /// The cores that it holds.
@@ -367,6 +377,8 @@ pub struct Engine<D: Domain> {
     /// Tasks that tasks of this engine depend on or wait for and that are not spawned.
     missing: Mutex<Missing<D>>,
     graph: Mutex<()>,
+    /// Reductions that nobody has ended yet, as far as they are there.
+    open: Mutex<Vec<Weak<Group<D>>>>,
     /// Threads that wait for tasks, and run what others make ready, without workers.
     pub(crate) helpers: Mutex<Vec<Arc<Latch<D>>>>,
     /// Bodies that wait for unspawned or dirty tasks.
@@ -453,6 +465,7 @@ impl<D: Domain> Engine<D> {
             failures: Mutex::new(HashMap::new()),
             missing: Mutex::new(Missing::new()),
             graph: Mutex::new(()),
+            open: Mutex::new(Vec::new()),
             helpers: Mutex::new(Vec::new()),
             loose_waits: AtomicUsize::new(0),
             elsewhere: AtomicUsize::new(0),
@@ -557,6 +570,15 @@ impl<D: Domain> Engine<D> {
             trace.name(task.id, &task.label.to_string());
             for dependency in dependencies {
                 trace.record_at(time, Event::Edge, task.id, dependency.id);
+            }
+        }
+    }
+
+    /// Edges that follow from accesses.
+    fn record_edges(&self, time: u64, task: &Task<D>, predecessors: &[u64]) {
+        if let Some(trace) = &self.trace {
+            for &predecessor in predecessors {
+                trace.record_at(time, Event::Edge, task.id, predecessor);
             }
         }
     }
@@ -700,9 +722,10 @@ impl<D: Domain> Engine<D> {
         body: D::Body,
         options: Option<Box<Options>>,
         dependencies: &[TaskRef<D>],
+        accesses: &[Access<'_, D>],
     ) -> Result<TaskRef<D>, SpawnError> {
-        let task = self.create(label, body, options, dependencies, 0)?;
-        self.launch(Arc::clone(&task), dependencies);
+        let task = self.create(label, body, options, dependencies, accesses, 0)?;
+        self.launch(Arc::clone(&task), dependencies, accesses)?;
         Ok(task)
     }
 
@@ -718,9 +741,10 @@ impl<D: Domain> Engine<D> {
         body: D::Body,
         options: Option<Box<Options>>,
         dependencies: &[TaskRef<D>],
+        accesses: &[Access<'_, D>],
     ) -> Result<Handle<D>, SpawnError> {
-        let task = self.create(label, body, options, dependencies, 1)?;
-        self.launch(Arc::clone(&task), dependencies);
+        let task = self.create(label, body, options, dependencies, accesses, 1)?;
+        self.launch(Arc::clone(&task), dependencies, accesses)?;
         Ok(Handle(task))
     }
 
@@ -735,10 +759,10 @@ impl<D: Domain> Engine<D> {
         body: D::Body,
         options: Option<Box<Options>>,
         dependencies: &[TaskRef<D>],
+        accesses: &[Access<'_, D>],
     ) -> Result<(), SpawnError> {
-        let task = self.create(label, body, options, dependencies, 0)?;
-        self.launch(task, dependencies);
-        Ok(())
+        let task = self.create(label, body, options, dependencies, accesses, 0)?;
+        self.launch(task, dependencies, accesses)
     }
 
     #[inline]
@@ -748,12 +772,16 @@ impl<D: Domain> Engine<D> {
         body: D::Body,
         options: Option<Box<Options>>,
         dependencies: &[TaskRef<D>],
+        accesses: &[Access<'_, D>],
         handles: u32,
     ) -> Result<TaskRef<D>, SpawnError> {
         self.check(options.as_deref())?;
+        if !accesses.is_empty() {
+            Self::check_accesses(accesses, options.as_deref())?;
+        }
         self.make_room();
         self.admit()?;
-        let phase = if dependencies.is_empty() {
+        let phase = if dependencies.is_empty() && accesses.is_empty() {
             Phase::Ready
         } else {
             Phase::Waiting
@@ -781,7 +809,15 @@ impl<D: Domain> Engine<D> {
     /// Lets a task go that nobody else knows yet. So nothing leads on from it, and it cannot close
     /// a cycle.
     #[inline]
-    fn launch(self: &Arc<Self>, task: TaskRef<D>, dependencies: &[TaskRef<D>]) {
+    fn launch(
+        self: &Arc<Self>,
+        task: TaskRef<D>,
+        dependencies: &[TaskRef<D>],
+        accesses: &[Access<'_, D>],
+    ) -> Result<(), SpawnError> {
+        if !accesses.is_empty() {
+            return self.launch_ordered(&task, dependencies, accesses);
+        }
         let time = self.now();
         self.record_spawn(time, &task, dependencies);
         if dependencies.is_empty() {
@@ -796,6 +832,7 @@ impl<D: Domain> Engine<D> {
             self.release(&task, done + launched + 1);
         }
         self.drain_if_alone();
+        Ok(())
     }
 
     /// Spawns the task of a handle that exists already.
@@ -808,8 +845,12 @@ impl<D: Domain> Engine<D> {
         body: D::Body,
         options: Option<Box<Options>>,
         dependencies: &[TaskRef<D>],
+        accesses: &[Access<'_, D>],
     ) -> Result<(), SpawnError> {
         self.check(options.as_deref())?;
+        if !accesses.is_empty() {
+            Self::check_accesses(accesses, options.as_deref())?;
+        }
         self.make_room();
         // From here on this thread owns the task, until it is published or given back.
         let claim = task
@@ -841,55 +882,81 @@ impl<D: Domain> Engine<D> {
             unsafe { *place = options };
         });
         let time = self.now();
-        let done = self.connect(task, dependencies);
-        let clean = if loose { 0 } else { DIRTY };
-        let before = task
-            .state
-            .advance_when(
-                Phase::Running,
-                Phase::Waiting,
-                |state| dependencies.is_empty() || !state.has(LINKED),
-                flags,
-                clean,
-            )
-            .or_else(|_| self.publish_linked(task, dependencies, done, clean | flags))?;
+        let connected = self.connect(task, dependencies);
+        let published = if accesses.is_empty() {
+            let clean = if loose { 0 } else { DIRTY };
+            let published = self.publish_claimed(task, dependencies, flags, clean);
+            published.map(|(before, _)| (before, 0, Vec::new()))
+        } else {
+            self.publish_ordered(task, dependencies, accesses, flags, loose)
+        };
+        let (before, followed, edges) = match published {
+            Ok(published) => published,
+            Err(refused) => return Err(self.withdraw(task, dependencies, connected, refused)),
+        };
         self.record_spawn(time, task, dependencies);
+        self.record_edges(time, task, &edges);
         if before.has(CANCEL) {
             // Somebody asked while the spawn was under way.
             Self::cancel(task);
         }
         let launched = self.catch_up(task, dependencies);
-        self.release(task, done + launched + 1);
+        self.release(task, connected + followed + launched + 1);
         self.drain_if_alone();
         Ok(())
     }
 
-    /// Publishes a task whose handle was linked before it was spawned, unless its edges, which stand
-    /// already, close a cycle.
-    fn publish_linked(
-        self: &Arc<Self>,
+    /// Publishes a claimed task, whose edges stand already, with these flags. If its handle was linked
+    /// before it was spawned, only unless they close a cycle. Called under locks of data, perhaps: what it
+    /// gives is to be dropped without.
+    fn publish_claimed(
+        &self,
         task: &TaskRef<D>,
-        dependencies: &[TaskRef<D>],
-        done: u32,
-        flips: u32,
-    ) -> Result<Snapshot, SpawnError> {
+        predecessors: &[TaskRef<D>],
+        flags: u32,
+        clean: u32,
+    ) -> Result<(Snapshot, Option<graph::Search<D>>), Refused<D>> {
+        let published = task.state.advance_when(
+            Phase::Running,
+            Phase::Waiting,
+            |state| predecessors.is_empty() || !state.has(LINKED),
+            flags,
+            clean,
+        );
+        if let Ok(before) = published {
+            return Ok((before, None));
+        }
         let guard = self.graph.lock();
         let backward_decides = self.loose_waits.load(Ordering::SeqCst) == 0;
-        let found = graph::search(task, dependencies, backward_decides);
-        if found.cycle.is_none() {
-            let before = task.state.leave_running(Phase::Waiting, flips);
-            drop(guard);
-            drop(found);
-            return Ok(before);
+        let found = graph::search(task, predecessors, backward_decides);
+        if found.cycle.is_some() {
+            // Under the lock, so that no other search finds the same cycle.
+            let unlinked = unlink(task, predecessors);
+            return Err(Refused::Cycle(found, unlinked));
         }
-        let mut unlinked = 0;
-        for dependency in dependencies {
-            unlinked += dependency.unlink_dependent(task);
-        }
+        let before = task.state.leave_running(Phase::Waiting, clean | flags);
         drop(guard);
+        Ok((before, Some(found)))
+    }
+
+    /// Takes back a spawn that is refused, and says why it is.
+    fn withdraw(
+        &self,
+        task: &TaskRef<D>,
+        dependencies: &[TaskRef<D>],
+        connected: u32,
+        refused: Refused<D>,
+    ) -> SpawnError {
+        let (error, gone) = match refused {
+            Refused::Cycle(found, unlinked) => {
+                let cycle = found.into_cycle().unwrap_or_default();
+                (SpawnError::Cycle(cycle), unlinked)
+            }
+            Refused::Error(error) => (error, unlink(task, dependencies)),
+        };
         // Predecessors that were done just now, and whose completers are on their way here, stay in
         // the count: they release the handle as they would have released the task.
-        task.pending.fetch_sub(done + unlinked, Ordering::AcqRel);
+        task.pending.fetch_sub(connected + gone, Ordering::AcqRel);
         let body = task.content.with_mut(|content| {
             // SAFETY: this thread owns the task.
             std::mem::replace(unsafe { &mut *content }, Content::Nothing)
@@ -903,7 +970,7 @@ impl<D: Domain> Engine<D> {
         Self::give_back(task);
         self.count_out();
         drop((body, options));
-        Err(SpawnError::Cycle(found.into_cycle().unwrap_or_default()))
+        error
     }
 
     /// Gives a claimed handle back that is not spawned after all.
@@ -1096,17 +1163,26 @@ impl<D: Domain> Engine<D> {
                     } else {
                         Failure::Dependency(root)
                     };
+                    if state.has(HOST) {
+                        self.refuse_host(&task, &failure, worklist);
+                    }
                     worklist.push(Settled {
                         ending: Ending::Given(Outcome::Failed(failure)),
                         task,
                     });
+                } else {
+                    self.turn_has_come(&task, worklist);
                 }
                 return;
             }
         }
+        if state.has(JOINS | HOST) && !self.enter_line(&task, worklist) {
+            return;
+        }
         let time = self.now();
-        if task.state.advance(Phase::Waiting, Phase::Ready).is_ok() {
-            self.make_ready(task, time);
+        match task.state.advance(Phase::Waiting, Phase::Ready) {
+            Ok(_) => self.make_ready(task, time),
+            Err(_) => self.turn_has_come(&task, worklist),
         }
     }
 
@@ -1594,7 +1670,7 @@ impl<D: Domain> Engine<D> {
         let link = Link::Callback(Box::new(callback));
         Self::listen_outside(task, link).map_err(|link| match link {
             Link::Callback(callback) => *callback,
-            Link::Dependent(_) | Link::Ahead(_) | Link::Latch(_) => {
+            Link::Dependent(_) | Link::After(_) | Link::Ahead(_) | Link::Latch(_) => {
                 unreachable!("the link that was given comes back")
             }
         })
@@ -1854,7 +1930,7 @@ impl<D: Domain> Engine<D> {
         self.closing.store(true, Ordering::SeqCst);
         loop {
             self.drain_if_alone();
-            if self.unfinished() == 0 && self.shut() {
+            if self.unfinished() == 0 && !self.combine_open() && self.shut() {
                 return true;
             }
             if self.advance_time() {
@@ -2003,6 +2079,24 @@ impl<D: Domain> Engine<D> {
     }
 }
 
+/// Why a claimed task was not published.
+enum Refused<D: Domain> {
+    /// Its edges close a cycle; they were taken back. By how much the count of its predecessors is too
+    /// large.
+    Cycle(graph::Search<D>, u32),
+    /// Something else; the edges to its dependencies stand.
+    Error(SpawnError),
+}
+
+/// Takes back the edges from `predecessors` to a task that is not published, and says how many there
+/// were.
+fn unlink<D: Domain>(task: &TaskRef<D>, predecessors: &[TaskRef<D>]) -> u32 {
+    let unlinked = predecessors
+        .iter()
+        .map(|other| other.unlink_dependent(task));
+    unlinked.sum()
+}
+
 /// Why a suspended body goes on.
 enum Why<'a, D: Domain> {
     /// The latch opened.
@@ -2091,7 +2185,35 @@ fn publish<D: Domain>(
             Outcome::Failed(_) => FAILED,
         }
     });
-    task.take_links(before).for_each(|link| match link {
+    let links = task.take_links(before, failed);
+    hand_on(task, links, failed, places, worklist, engine);
+}
+
+/// Works through those who wait for a task that is done.
+fn hand_on<D: Domain>(
+    task: &TaskRef<D>,
+    links: List<D>,
+    failed: bool,
+    places: u64,
+    worklist: &mut Vec<Settled<D>>,
+    engine: Option<&Arc<Engine<D>>>,
+) {
+    let release = |next: TaskRef<D>, worklist: &mut Vec<Settled<D>>| {
+        if next.release(1) {
+            let engine_of_next = next.engine.load(Ordering::Relaxed);
+            match engine.filter(|engine| engine.id == engine_of_next) {
+                Some(engine) => engine.released(next, worklist),
+                None => {
+                    if let Some(engine) = Engine::of(&next) {
+                        engine.released(next, worklist);
+                        engine.summon();
+                    }
+                }
+            }
+        }
+    };
+    links.for_each(|link| match link {
+        Link::After(next) => release(next, worklist),
         Link::Dependent(next) => {
             if failed {
                 next.poison(task.root());
@@ -2101,18 +2223,7 @@ fn publish<D: Domain>(
             {
                 mapping.near(places);
             }
-            if next.release(1) {
-                let engine_of_next = next.engine.load(Ordering::Relaxed);
-                match engine.filter(|engine| engine.id == engine_of_next) {
-                    Some(engine) => engine.released(next, worklist),
-                    None => {
-                        if let Some(engine) = Engine::of(&next) {
-                            engine.released(next, worklist);
-                            engine.summon();
-                        }
-                    }
-                }
-            }
+            release(next, worklist);
         }
         Link::Ahead(next) => {
             if failed {

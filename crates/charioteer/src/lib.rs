@@ -19,6 +19,8 @@
 //! | room | what lives there | whom it knows |
 //! |---|---|---|
 //! | [`task`] | identity, the state machine, outcomes, links, latches | words of `machine` and [`gang`] |
+//! | [`region`] | index sets: overlap, difference | nobody |
+//! | [`data`] | data, accesses, and the order that follows from them | [`region`], [`task`] |
 //! | `graph` | dependencies, cycles | `task` |
 //! | `schedule` | ready queues, places and grants, sessions and their width, time limits | `task` |
 //! | [`gang`] in it | the ledger of devices: who may start, where, behind what | words of `machine` |
@@ -29,6 +31,7 @@
 //! | [`trace`] | event rings, trace files, and what is proved from them | words of `machine` |
 //! | [`native`] | the Rust API: closures as tasks, typed handles, task spaces | the façade |
 
+pub mod data;
 pub mod engine;
 mod graph;
 #[cfg(all(test, loom))]
@@ -36,6 +39,7 @@ mod loom_domain;
 pub mod machine;
 #[cfg(not(loom))]
 pub mod native;
+pub mod region;
 mod schedule;
 pub mod sync;
 pub mod task;

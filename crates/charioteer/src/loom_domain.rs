@@ -51,6 +51,8 @@ impl Domain for Model {
     fn report_unread(&self, _task: &TaskRef<Self>) {
         unreachable!("models do not ask for it");
     }
+
+    fn nothing() {}
 }
 
 /// Explores `model`, with as many preemptions as the environment says, or three.

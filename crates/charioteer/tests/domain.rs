@@ -62,6 +62,10 @@ impl Domain for Scripted {
         &ENGINES
     }
 
+    fn nothing() -> u32 {
+        0
+    }
+
     fn run(&self, running: &Running<'_, Self>, body: &mut Body) -> Step<Self> {
         body(running)
     }
@@ -138,7 +142,7 @@ fn spawn(
     body: impl FnMut(&Running<'_, Scripted>) -> Step<Scripted> + Send + 'static,
 ) -> TaskRef<Scripted> {
     runtime
-        .spawn(Label(label), Box::new(body), None, dependencies)
+        .spawn(Label(label), Box::new(body), None, dependencies, &[])
         .unwrap()
 }
 
@@ -152,7 +156,7 @@ fn unspawned(label: u32) -> TaskRef<Scripted> {
 
 fn spawn_as(runtime: &Runtime, task: &TaskRef<Scripted>, result: u32) {
     runtime
-        .spawn_as(task, Box::new(move |_| value(result)), None, &[])
+        .spawn_as(task, Box::new(move |_| value(result)), None, &[], &[])
         .unwrap();
 }
 
@@ -332,7 +336,7 @@ fn a_cycle_through_suspended_bodies_is_told_to_the_one_that_closes_it() {
                     value(u32::from(cycle.is_some()))
                 };
                 runtime
-                    .spawn_as(&tasks[i], Box::new(body), None, &[])
+                    .spawn_as(&tasks[i], Box::new(body), None, &[], &[])
                     .unwrap();
             }
             let told: u32 = tasks.iter().map(|task| wait(&runtime, task).unwrap()).sum();
@@ -417,7 +421,7 @@ fn a_body_may_end_elsewhere() {
             }
         };
         let task = runtime
-            .spawn(Label(1), Box::new(body), Some(Box::new(options)), &[])
+            .spawn(Label(1), Box::new(body), Some(Box::new(options)), &[], &[])
             .unwrap();
         // Its worker is free meanwhile.
         until(|| elsewhere.lock().unwrap().is_some());
@@ -536,7 +540,9 @@ fn a_failure_is_reported_when_its_last_handle_goes_unread() {
             );
             let failing = |label| {
                 let body: Body = Box::new(|_| Step::Done(Err(Trouble::Raised(1))));
-                runtime.spawn_handle(Label(label), body, None, &[]).unwrap()
+                runtime
+                    .spawn_handle(Label(label), body, None, &[], &[])
+                    .unwrap()
             };
             // Held while it fails: reported when the last handle is dropped, and only then.
             for label in 0..200 {
@@ -800,6 +806,7 @@ fn spawn_mapped(
             Box::new(body),
             Some(Box::new(options)),
             dependencies,
+            &[],
         )
         .unwrap()
 }

@@ -165,7 +165,7 @@ fn a_handle_is_spawned_or_cancelled() {
                 Ok(())
             })
         };
-        let spawned = engine.spawn_as(&task, body, None, &[]);
+        let spawned = engine.spawn_as(&task, body, None, &[], &[]);
         let cancelled = canceller.join().unwrap();
         assert!(spawned.is_ok() || cancelled);
         assert!(task.is_done());
@@ -214,7 +214,7 @@ fn predecessors_complete_during_a_spawn() {
                     run()
                 })
             };
-            let task = engine.spawn("dependent", body, None, &predecessors);
+            let task = engine.spawn("dependent", body, None, &predecessors, &[]);
             let task = task.unwrap();
             for completer in completers {
                 completer.join().unwrap();
@@ -243,7 +243,7 @@ fn a_spawn_meets_a_close() {
         let spawner = {
             let engine = Arc::clone(&engine);
             let body = counting(&ran);
-            thread::spawn(move || engine.spawn_detached("task", body, None, &[]))
+            thread::spawn(move || engine.spawn_detached("task", body, None, &[], &[]))
         };
         assert!(engine.close_when_quiet(&mut || false));
         let ran_before = ran.load(Ordering::Relaxed);
@@ -267,7 +267,7 @@ fn a_spawn_meets_a_worker_that_parks() {
         let ran = count();
         for _ in 0..2 {
             engine
-                .spawn_detached("task", counting(&ran), None, &[])
+                .spawn_detached("task", counting(&ran), None, &[], &[])
                 .unwrap();
         }
         assert!(engine.close_when_quiet(&mut || false));
@@ -294,7 +294,7 @@ fn a_wake_up_is_passed_on() {
                 met.1.notify_all();
                 Ok(())
             });
-            engine.spawn_detached("task", body, None, &[]).unwrap();
+            engine.spawn_detached("task", body, None, &[], &[]).unwrap();
         }
         assert!(engine.close_when_quiet(&mut || false));
         engine.close();
@@ -311,7 +311,7 @@ fn a_full_gate_loses_no_task() {
         let ran = count();
         for _ in 0..2 {
             engine
-                .spawn_detached("task", Box::new(counting(&ran)), None, &[])
+                .spawn_detached("task", Box::new(counting(&ran)), None, &[], &[])
                 .unwrap();
         }
         assert!(engine.close_when_quiet(&mut || false));
@@ -339,9 +339,9 @@ fn a_body_waits_in_an_engine_that_closes() {
                 run()
             })
         };
-        engine.spawn_detached("task", body, None, &[]).unwrap();
+        engine.spawn_detached("task", body, None, &[], &[]).unwrap();
         engine
-            .spawn_detached("other", counting(&ran), None, &[])
+            .spawn_detached("other", counting(&ran), None, &[], &[])
             .unwrap();
         let completer = thread::spawn(move || assert!(complete(&awaited)));
         assert!(engine.close_when_quiet(&mut || false));
@@ -421,9 +421,9 @@ fn no_letter_is_left_in_the_mailbox() {
         let other = {
             let engine = Arc::clone(&engine);
             let body = counting(&ran);
-            thread::spawn(move || engine.spawn_detached("other", body, on_device(), &[]))
+            thread::spawn(move || engine.spawn_detached("other", body, on_device(), &[], &[]))
         };
-        let spawned = engine.spawn_detached("one", counting(&ran), on_device(), &[]);
+        let spawned = engine.spawn_detached("one", counting(&ran), on_device(), &[], &[]);
         spawned.unwrap();
         other.join().unwrap().unwrap();
         assert!(engine.close_when_quiet(&mut || false));
@@ -444,11 +444,11 @@ fn a_loan_is_given_back_whoever_ends_the_task() {
             thread::spawn(move || Engine::cancel(&task))
         };
         let ran = count();
-        let _ = engine.spawn_as(&task, counting(&ran), on_device(), &[]);
+        let _ = engine.spawn_as(&task, counting(&ran), on_device(), &[], &[]);
         canceller.join().unwrap();
         assert!(task.is_done());
         assert_eq!(task.is_cancelled(), ran.load(Ordering::Relaxed) == 0);
-        let next = engine.spawn("next", counting(&ran), on_device(), &[]);
+        let next = engine.spawn("next", counting(&ran), on_device(), &[], &[]);
         assert!(engine.close_when_quiet(&mut || false));
         assert!(!next.unwrap().is_failed());
         engine.close();
@@ -490,10 +490,14 @@ fn a_dependent_runs_ahead_or_behind() {
             let (engine, first) = (Arc::clone(&engine), Arc::clone(&task));
             thread::spawn(move || {
                 let before = std::slice::from_ref(&first);
-                engine.spawn("second", second, on_device(), before).unwrap()
+                engine
+                    .spawn("second", second, on_device(), before, &[])
+                    .unwrap()
             })
         };
-        engine.spawn_as(&task, first, on_device(), &[]).unwrap();
+        engine
+            .spawn_as(&task, first, on_device(), &[], &[])
+            .unwrap();
         let (first, second) = (task, spawner.join().unwrap());
         let tasks = std::slice::from_ref(&second);
         assert_eq!(engine.wait(tasks, Until::All, None), Ok(true));

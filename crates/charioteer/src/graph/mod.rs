@@ -39,7 +39,8 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
-use crate::task::state::DIRTY;
+use crate::sync::Ordering;
+use crate::task::state::{DIRTY, ORDERED};
 use crate::task::{Domain, Link, Phase, Task, TaskRef};
 
 /// What a search found, and the references that are to be dropped once no lock is held.
@@ -52,14 +53,18 @@ pub(crate) struct Search<D: Domain> {
 /// Those who would hear of the end of `task`.
 fn successors<D: Domain>(task: &Task<D>) -> Vec<TaskRef<D>> {
     let links = task.links.lock();
+    let rare = links.rare.as_ref();
+    let gate = rare.and_then(|rare| rare.data.as_ref()?.gate.as_ref());
+    let gate = gate.map(|(gate, _)| Arc::clone(gate));
     links
         .list
         .iter()
         .filter_map(|link| match link {
-            Link::Dependent(next) => Some(Arc::clone(next)),
+            Link::Dependent(next) | Link::After(next) => Some(Arc::clone(next)),
             Link::Latch(latch) => latch.waiter().cloned(),
             Link::Ahead(_) | Link::Callback(_) => None,
         })
+        .chain(gate)
         .collect()
 }
 
@@ -177,7 +182,10 @@ pub(crate) fn is_loose<D: Domain>(task: &Task<D>) -> bool {
     let state = task.state.load();
     match state.phase() {
         Phase::Unspawned => true,
-        Phase::Done => false,
+        // Ended before its turn: what it stands behind is still to come.
+        Phase::Done => {
+            state.has(DIRTY) && state.has(ORDERED) && task.pending.load(Ordering::Acquire) != 0
+        }
         _ => state.has(DIRTY),
     }
 }

@@ -293,4 +293,8 @@ impl Domain for Native {
     }
 
     fn report_unread(&self, _task: &TaskRef<Self>) {}
+
+    fn nothing() -> Value {
+        Box::new(())
+    }
 }

@@ -75,6 +75,7 @@ impl fmt::Display for SpawnError {
                     reasons.join("; ")
                 )
             }
+            Self::Access(trouble) => trouble.fmt(f),
         }
     }
 }
@@ -401,7 +402,7 @@ impl Spawn {
     {
         let handle = self
             .0
-            .spawn_handle(Label::None, Body::once(body), None, &[])
+            .spawn_handle(Label::None, Body::once(body), None, &[], &[])
             .unwrap_or_else(|error| panic!("{error}"));
         Task::of(handle)
     }
@@ -413,7 +414,7 @@ impl Spawn {
     #[inline]
     pub fn spawn_detached(&self, body: impl FnOnce() + Send + 'static) {
         self.0
-            .spawn_detached(Label::None, Body::once(body), None, &[])
+            .spawn_detached(Label::None, Body::once(body), None, &[], &[])
             .unwrap_or_else(|error| panic!("{error}"));
     }
 
@@ -428,7 +429,7 @@ impl Spawn {
     {
         let handle = self
             .0
-            .spawn_handle(Label::None, Body::future(future), None, &[])
+            .spawn_handle(Label::None, Body::future(future), None, &[], &[])
             .unwrap_or_else(|error| panic!("{error}"));
         Task::of(handle)
     }
@@ -537,16 +538,16 @@ impl Spawner {
 
     fn anonymous<T>(self, body: Body) -> Result<Task<T>, SpawnError> {
         let options = self.options();
-        let handle = self
-            .engine
-            .spawn_handle(self.label, body, options, &self.dependencies)?;
+        let handle =
+            self.engine
+                .spawn_handle(self.label, body, options, &self.dependencies, &[])?;
         Ok(Task::of(handle))
     }
 
     fn named<T>(self, task: &Task<T>, body: Body) -> Result<(), SpawnError> {
         let options = self.options();
         self.engine
-            .spawn_as(task.handle.task(), body, options, &self.dependencies)
+            .spawn_as(task.handle.task(), body, options, &self.dependencies, &[])
     }
 
     /// Spawns a closure.

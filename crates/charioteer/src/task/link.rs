@@ -8,6 +8,8 @@ use super::{Domain, Latch, TaskRef};
 pub enum Link<D: Domain> {
     /// A task that counts this one among its predecessors.
     Dependent(TaskRef<D>),
+    /// The same, and a failure of this one does not concern it: it comes after it, no more.
+    After(TaskRef<D>),
     /// One that was let go when this one was launched, and counts it among what is incomplete.
     Ahead(TaskRef<D>),
     /// Somebody who waits.

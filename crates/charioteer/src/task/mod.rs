@@ -46,6 +46,14 @@
 //!   `LAUNCHED`; its `Flight`, under the lock of the links, keeps the outcome until then, and knows
 //!   the dependents that ran ahead, which are told of the end as others are.
 //!
+//! * **Order.** A task that accesses data may have dependents that come after it in order only
+//!   ([`Link::After`]). It may be cancelled before its turn, and is done while tasks that it came after
+//!   still run. So it is *past*, and its dependents of either kind hear of it, when it is done *and*
+//!   `pending` is zero. Who ends it publishes `Done` and then reads `pending`; if that is not zero the
+//!   links stay. Whoever takes `pending` to zero then reads the word, and hands the links on if it is
+//!   done. Between what each writes and what it reads is a SeqCst fence, so one of the two hands them
+//!   on; and both take them under the lock, so only one does.
+//!
 //! This folder knows nobody but `machine`: what a body is, what a value is and how to call back into the user's
 //! world is the [`Domain`]'s business.
 
@@ -67,11 +75,12 @@ pub use link::Link;
 pub(crate) use link::List;
 pub use state::Phase;
 
+use crate::data::{Attached, Group, Held, Part};
 use crate::machine::DeviceError;
 use crate::schedule::gang::Alternative;
 use crate::schedule::map::Mapping;
 use crate::schedule::map::policy::Call;
-use crate::sync::{AtomicU32, Cell, Mutex, Ordering};
+use crate::sync::{AtomicU32, Cell, Mutex, Ordering, fence};
 use state::{DIRTY, LINKED, Snapshot, State};
 
 /// What the runtime needs to know about the world that its tasks come from: plain Rust closures
@@ -169,6 +178,17 @@ pub trait Domain: Send + Sync + Sized + 'static {
     fn wants_unread(&self) -> bool {
         false
     }
+
+    /// The task that combines a reduction, in front of the access that ends it: it comes after all
+    /// members, and may read and write what they reduce into. Called with no lock held, by the thread
+    /// that spawns or waits, or closes the runtime. Of a reduction that another thread ended meanwhile the
+    /// body is dropped.
+    fn combine(&self, group: &Arc<Group<Self>>) -> (Self::Label, Self::Body) {
+        unreachable!("a domain with reductions combines {}", group.part())
+    }
+
+    /// The value of a task without a body: an access of the host.
+    fn nothing() -> Self::Value;
 }
 
 /// What a call of [`Domain::run`] came to.
@@ -326,6 +346,8 @@ pub(crate) struct Rare<D: Domain> {
     pub(crate) repeated: u32,
     /// Of a task on devices; boxed, since tasks on cores with predecessors have all of this too.
     pub(crate) flight: Option<Box<Flight<D>>>,
+    /// Of some tasks that access data.
+    pub(crate) data: Option<Box<Attached<D>>>,
 }
 
 /// What a suspended body awaits.
@@ -344,6 +366,7 @@ impl<D: Domain> Default for Rare<D> {
             attempt: 0,
             repeated: 0,
             flight: None,
+            data: None,
         }
     }
 }
@@ -351,6 +374,10 @@ impl<D: Domain> Default for Rare<D> {
 impl<D: Domain> Links<D> {
     pub(crate) fn rare(&mut self) -> &mut Rare<D> {
         self.rare.get_or_insert_default()
+    }
+
+    pub(crate) fn data(&mut self) -> &mut Attached<D> {
+        self.rare().data.get_or_insert_default()
     }
 
     pub(crate) fn flight(&mut self) -> &mut Flight<D> {
@@ -375,6 +402,17 @@ pub struct Task<D: Domain> {
     pub(crate) content: Cell<Content<D>>,
     /// Written by the spawner with the content, by the running thread at a retry.
     pub(crate) options: Cell<Option<Box<Options>>>,
+}
+
+/// How far a task with accesses is out of the way of those that come after it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Past {
+    /// It, or something that it came after, is not done.
+    Not,
+    /// It has a value.
+    Well,
+    /// It has none: what it was to write is undefined.
+    Failed,
 }
 
 /// Shared ownership of a task.
@@ -556,6 +594,91 @@ impl<D: Domain> Task<D> {
         Ok(())
     }
 
+    /// As [`Task::link`], of a dependent that comes after this task's accesses: the link is given back
+    /// when the task is [past](Task::past).
+    #[inline]
+    pub(crate) fn link_behind(&self, link: Link<D>) -> Result<(), Link<D>> {
+        if self.past() != Past::Not {
+            return Err(link);
+        }
+        let mut links = self.links.lock();
+        links.list.push(link);
+        let mut state = self.state.load();
+        if !state.has(LINKED) {
+            state = self.state.set(LINKED);
+        }
+        if state.is_done() {
+            fence(Ordering::SeqCst);
+            if self.pending.load(Ordering::Acquire) == 0 {
+                return Err(links.list.pop().expect("pushed above, under the same lock"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether this task, which accesses data, and all that it came after are done.
+    #[inline]
+    pub(crate) fn past(&self) -> Past {
+        let state = self.state.load();
+        if !state.is_done() || self.pending.load(Ordering::Acquire) != 0 {
+            Past::Not
+        } else if state.has(state::FAILED) {
+            Past::Failed
+        } else {
+            Past::Well
+        }
+    }
+
+    /// Takes the links that a task left when it ended before its turn, which has come now.
+    pub(crate) fn take_left(&self) -> List<D> {
+        fence(Ordering::SeqCst);
+        if !self.is_done() {
+            return List::Empty;
+        }
+        let (list, rare) = {
+            let mut links = self.links.lock();
+            (std::mem::take(&mut links.list), links.rare.take())
+        };
+        drop(rare);
+        list
+    }
+
+    /// Keeps a record that another task took the place of. Called under the lock of a datum.
+    pub(crate) fn hold(&self, held: Held) {
+        self.links.lock().data().held.push(held);
+    }
+
+    /// Whether one of the records that others took the place of is one that `f` looks for.
+    pub(crate) fn shadows(&self, f: impl Fn(&Held) -> bool) -> bool {
+        let links = self.links.lock();
+        let rare = links.rare.as_ref();
+        rare.and_then(|rare| rare.data.as_ref())
+            .is_some_and(|data| data.held.iter().any(f))
+    }
+
+    /// Notes a reduction that the task is a member of, or else a part that it is to stand in line for.
+    pub(crate) fn note_part(&self, part: &Part<D>, group: Option<Arc<Group<D>>>) {
+        let mut links = self.links.lock();
+        match group {
+            Some(group) => links.data().groups.push(group),
+            None => links.data().lines.push(part.clone()),
+        }
+    }
+
+    /// Takes the parts that the task is to stand in line for.
+    pub(crate) fn take_lines(&self) -> Vec<Part<D>> {
+        let mut links = self.links.lock();
+        std::mem::take(&mut links.data().lines)
+    }
+
+    /// The reductions that the task is a member of, or combines.
+    pub(crate) fn groups(&self) -> Vec<Arc<Group<D>>> {
+        let links = self.links.lock();
+        let rare = links.rare.as_ref();
+        rare.and_then(|rare| rare.data.as_ref())
+            .map_or_else(Vec::new, |data| data.groups.clone())
+    }
+
     /// Takes back the links to `latch`, whose waiter gave up.
     pub(crate) fn unlink(&self, latch: &Arc<Latch<D>>) {
         let gone = self
@@ -568,20 +691,29 @@ impl<D: Domain> Task<D> {
 
     /// Takes back the links to a dependent, and says how many there were.
     pub(crate) fn unlink_dependent(&self, dependent: &TaskRef<D>) -> u32 {
-        let gone = self.links.lock().list.extract(
-            |link| matches!(link, Link::Dependent(other) if Arc::ptr_eq(other, dependent)),
-        );
+        let gone = self.links.lock().list.extract(|link| {
+            matches!(link, Link::Dependent(other) | Link::After(other) if Arc::ptr_eq(other, dependent))
+        });
         u32::try_from(gone.len()).expect("no more than were registered")
     }
 
-    /// Takes what is registered, after `Done` was published.
+    /// Takes what is registered, after `Done` was published; `failed`: without a value.
     #[inline]
-    pub(crate) fn take_links(&self, before: Snapshot) -> List<D> {
+    pub(crate) fn take_links(&self, before: Snapshot, failed: bool) -> List<D> {
         if !before.has(LINKED | DIRTY | state::POISONED | state::LAUNCHED) {
             return List::Empty;
         }
         let (list, rare) = {
             let mut links = self.links.lock();
+            if failed && before.has(state::ORDERED) {
+                fence(Ordering::SeqCst);
+                if self.pending.load(Ordering::Acquire) != 0 {
+                    // Ended before its turn: those that come after it wait for that.
+                    let others =
+                        |link: &Link<D>| !matches!(link, Link::Dependent(_) | Link::After(_));
+                    return List::Many(links.list.extract(others));
+                }
+            }
             let mut rare = links.rare.take();
             let flight = rare.as_mut().and_then(|rare| rare.flight.as_mut());
             if let Some(loan) = flight.and_then(|flight| flight.loan.take()) {

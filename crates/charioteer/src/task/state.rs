@@ -20,6 +20,9 @@
 //! bit  17       OUTSIDE     the body needs no session of its domain
 //! bit  18       LAUNCHED    the body ended, and its work on devices may be in flight
 //! bit  19       AHEAD       may start behind work in flight, which its streams wait for
+//! bit  20       ORDERED     has accesses to data: others may come after it in order only
+//! bit  21       JOINS       of these are some that commute or reduce
+//! bit  22       HOST        is no body's but the host's, which is told when it is ready
 //! ```
 //!
 //! The legal moves are those of [`Phase::may_become`]. A move to `Running` is a compare-and-swap, so
@@ -96,6 +99,9 @@ pub(crate) const SLEEPING: u32 = 1 << 16;
 pub(crate) const OUTSIDE: u32 = 1 << 17;
 pub(crate) const LAUNCHED: u32 = 1 << 18;
 pub(crate) const AHEAD: u32 = 1 << 19;
+pub(crate) const ORDERED: u32 = 1 << 20;
+pub(crate) const JOINS: u32 = 1 << 21;
+pub(crate) const HOST: u32 = 1 << 22;
 
 /// A reading of the word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,10 +5,11 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
-use super::record::{DeviceRecord, Event, Record};
+use super::record::{AccessRecord, DeviceRecord, Event, Record, mode_of, mode_words};
+use crate::region::{Region, Span};
 
 const MAGIC: &[u8; 8] = b"CHARIOTR";
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// The oldest that is read.
 const OLDEST: u32 = 1;
 
@@ -16,6 +17,8 @@ const TASKS: u32 = 1;
 const NAME: u32 = 2;
 const END: u32 = 3;
 const DEVICES: u32 = 4;
+const ACCESSES: u32 = 5;
+const LABEL: u32 = 6;
 
 pub(super) fn write_header(file: &mut impl Write, wall: u64) -> io::Result<()> {
     file.write_all(MAGIC)?;
@@ -65,6 +68,37 @@ pub(super) fn write_devices(file: &mut impl Write, records: &[DeviceRecord]) -> 
     file.write_all(&bytes)
 }
 
+pub(super) fn write_accesses(file: &mut impl Write, records: &[AccessRecord]) -> io::Result<()> {
+    if records.is_empty() {
+        return Ok(());
+    }
+    let mut bytes = Vec::with_capacity(records.len() * 96);
+    for record in records {
+        for word in [record.time, record.task, record.datum, record.number] {
+            bytes.extend_from_slice(&word.to_le_bytes());
+        }
+        let [mode, operation] = mode_words(record.mode);
+        let spans = record.region.spans();
+        let axes = u32::try_from(spans.len()).expect("fewer axes than that");
+        for word in [record.thread, mode, operation, axes] {
+            bytes.extend_from_slice(&word.to_le_bytes());
+        }
+        for span in spans {
+            for word in [span.start(), span.step(), span.count()] {
+                bytes.extend_from_slice(&word.to_le_bytes());
+            }
+        }
+    }
+    write_block(file, ACCESSES, records.len())?;
+    file.write_all(&bytes)
+}
+
+pub(super) fn write_label(file: &mut impl Write, datum: u64, label: &str) -> io::Result<()> {
+    write_block(file, LABEL, label.len())?;
+    file.write_all(&datum.to_le_bytes())?;
+    file.write_all(label.as_bytes())
+}
+
 pub(super) fn write_name(file: &mut impl Write, task: u64, name: &str) -> io::Result<()> {
     write_block(file, NAME, name.len())?;
     file.write_all(&task.to_le_bytes())?;
@@ -86,6 +120,10 @@ pub struct TraceFile {
     pub records: Vec<Record>,
     /// The events of devices, ordered by time. A trace of version 1 has none.
     pub devices: Vec<DeviceRecord>,
+    /// The accesses of tasks to data, ordered by datum and number. A trace before version 3 has none.
+    pub accesses: Vec<AccessRecord>,
+    /// The labels of data.
+    pub labels: HashMap<u64, String>,
     /// The names of tasks.
     pub names: HashMap<u64, String>,
 }
@@ -106,6 +144,8 @@ pub fn read(path: &Path) -> io::Result<TraceFile> {
     while reader.block(&mut file)? {}
     file.records.sort_by_key(|record| record.time);
     file.devices.sort_by_key(|record| record.time);
+    file.accesses
+        .sort_by_key(|record| (record.datum, record.number, record.task));
     Ok(file)
 }
 
@@ -181,6 +221,18 @@ impl<'a> Reader<'a> {
                     file.devices.push(record);
                 }
             }
+            ACCESSES if file.version >= 3 => {
+                for _ in 0..count {
+                    let record = self.access()?;
+                    file.accesses.push(record);
+                }
+            }
+            LABEL if file.version >= 3 => {
+                let datum = self.number64()?;
+                let label = self.take(count as usize)?;
+                file.labels
+                    .insert(datum, String::from_utf8_lossy(label).into_owned());
+            }
             _ => return Err(self.bad(&format!("no block {tag}"))),
         }
         Ok(true)
@@ -196,6 +248,30 @@ impl<'a> Reader<'a> {
             other,
             thread,
             event,
+        })
+    }
+
+    fn access(&mut self) -> io::Result<AccessRecord> {
+        let (time, task) = (self.number64()?, self.number64()?);
+        let (datum, number) = (self.number64()?, self.number64()?);
+        let thread = self.number32()?;
+        let mode = [self.number32()?, self.number32()?];
+        let mode = mode_of(mode).ok_or_else(|| self.bad(&format!("no mode {mode:?}")))?;
+        let axes = self.number32()?;
+        let mut spans = Vec::new();
+        for _ in 0..axes {
+            let [start, step, count] = [self.number64()?, self.number64()?, self.number64()?];
+            let span = Span::checked(start, step, count);
+            spans.push(span.ok_or_else(|| self.bad("no span"))?);
+        }
+        Ok(AccessRecord {
+            time,
+            task,
+            datum,
+            number,
+            thread,
+            mode,
+            region: Region::new(spans),
         })
     }
 
@@ -239,7 +315,7 @@ mod tests {
         }
         trace.close().unwrap();
         let file = read(&path).unwrap();
-        assert_eq!(file.version, 2);
+        assert_eq!(file.version, 3);
         assert_eq!(file.records.len(), 3000);
         assert!(file.records.is_sorted_by_key(|record| record.time));
         assert_eq!(file.names[&7], "seven");
@@ -258,7 +334,7 @@ mod tests {
         std::fs::write(&path, &other).unwrap();
         let error = read(&path).unwrap_err().to_string();
         assert!(
-            error.contains("version 99") && error.contains("1 to 2"),
+            error.contains("version 99") && error.contains("1 to 3"),
             "{error}"
         );
         std::fs::remove_file(&path).unwrap();

@@ -5,7 +5,7 @@
 //! versioned; [`read`] gives it back, and tells a file that is none, of another version, or cut off.
 //! [`check`] proves from it that the runtime kept its promises.
 //!
-//! # Format, version 2 (little endian)
+//! # Format, version 3 (little endian)
 //!
 //! ```text
 //! header   8 bytes "CHARIOTR", u32 version, u32 reserved (zero),
@@ -16,9 +16,12 @@
 //!   tag 3  the end, count is zero; a file without it was cut off
 //!   tag 4  count events of devices: u64 nanoseconds since the start, u64 task, u32 thread, u32 kind,
 //!          4 words of u64 that the kind gives a meaning to
+//!   tag 5  count accesses: u64 nanoseconds since the start, u64 task, u64 datum, u64 number,
+//!          u32 thread, u32 mode, u32 operation, u32 axes, and for each axis u64 start, step, count
+//!   tag 6  the label of a datum: u64 datum, count bytes of UTF-8
 //! ```
 //!
-//! Version 1 is the same without tag 4, and is still read.
+//! Version 2 is the same without tags 5 and 6, version 1 also without tag 4; both are still read.
 //!
 //! # Tasks
 //!
@@ -33,6 +36,11 @@
 //!
 //! where a task that is cancelled or skipped may fail at any point before a `start`, and one that was
 //! never spawned has nothing but its failure.
+//!
+//! # Accesses
+//!
+//! The accesses of a task bear the number that each got under the lock of its datum, so they are ordered as
+//! they were registered; 0 if they take part in no order.
 //!
 //! # Devices
 //!
@@ -60,10 +68,11 @@ mod record;
 
 pub use check::{Checked, NoEvidence, Rule, Violation, check};
 pub use file::{TraceFile, read};
-pub use record::{DeviceEvent, DeviceRecord, Event, Record};
+pub use record::{AccessRecord, DeviceEvent, DeviceRecord, Event, Record};
 
 pub(crate) use numbers::{next_id, thread_number};
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
@@ -71,7 +80,9 @@ use std::time::{Instant, SystemTime};
 
 use crossbeam_utils::CachePadded;
 
+use crate::data::Access;
 use crate::sync::Mutex;
+use crate::task::Domain;
 
 const RINGS: usize = 64;
 const CAPACITY: usize = 1024;
@@ -80,12 +91,15 @@ const CAPACITY: usize = 1024;
 struct Ring {
     tasks: Vec<Record>,
     devices: Vec<DeviceRecord>,
+    accesses: Vec<AccessRecord>,
 }
 
 pub(crate) struct Trace {
     start: Instant,
     rings: Box<[CachePadded<Mutex<Ring>>]>,
     file: Mutex<BufWriter<File>>,
+    /// Whose label is written.
+    data: Mutex<HashSet<u64>>,
 }
 
 impl Trace {
@@ -101,6 +115,7 @@ impl Trace {
                 .map(|_| CachePadded::new(Mutex::new(Ring::default())))
                 .collect(),
             file: Mutex::new(file),
+            data: Mutex::new(HashSet::new()),
         })
     }
 
@@ -150,6 +165,30 @@ impl Trace {
         }
     }
 
+    /// An access of `task`, with its number in the order of its datum.
+    pub(crate) fn record_access<D: Domain>(&self, task: u64, access: &Access<'_, D>, number: u64) {
+        let datum = access.part.datum();
+        if self.data.lock().insert(datum.id()) {
+            self.write(|file| file::write_label(file, datum.id(), datum.label()));
+        }
+        let thread = thread_number();
+        let record = AccessRecord {
+            time: self.now(),
+            task,
+            datum: datum.id(),
+            number,
+            thread: u32::try_from(thread).unwrap_or(u32::MAX),
+            mode: access.mode,
+            region: access.part.region().clone(),
+        };
+        let mut ring = self.rings[thread % RINGS].lock();
+        ring.accesses.push(record);
+        if ring.accesses.len() == CAPACITY {
+            self.write(|file| file::write_accesses(file, &ring.accesses));
+            ring.accesses.clear();
+        }
+    }
+
     pub(crate) fn name(&self, task: u64, name: &str) {
         self.write(|file| file::write_name(file, task, name));
     }
@@ -165,6 +204,7 @@ impl Trace {
             let ring = std::mem::take(&mut *ring.lock());
             self.write(|file| file::write_tasks(file, &ring.tasks));
             self.write(|file| file::write_devices(file, &ring.devices));
+            self.write(|file| file::write_accesses(file, &ring.accesses));
         }
         let mut file = self.file.lock();
         file::write_end(&mut *file)?;

@@ -1,6 +1,8 @@
 //! What a trace has of tasks and of devices.
 
+use crate::data::Mode;
 use crate::machine::{DeviceId, Enqueued, Event as Position, Observed, Stream};
+use crate::region::Region;
 
 /// What may happen to a task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -144,6 +146,47 @@ pub struct DeviceRecord {
     pub thread: u32,
     /// What happened.
     pub event: DeviceEvent,
+}
+
+/// One access of a task.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AccessRecord {
+    /// Nanoseconds since the start of the trace.
+    pub time: u64,
+    /// The task.
+    pub task: u64,
+    /// The datum.
+    pub datum: u64,
+    /// Its place in the order of the datum's accesses; 0 if it takes part in none.
+    pub number: u64,
+    /// The thread, by a number that is unique in the process.
+    pub thread: u32,
+    /// What the task does.
+    pub mode: Mode,
+    /// With which indices.
+    pub region: Region,
+}
+
+/// A mode as two numbers.
+pub(super) fn mode_words(mode: Mode) -> [u32; 2] {
+    match mode {
+        Mode::In => [1, 0],
+        Mode::Out => [2, 0],
+        Mode::InOut => [3, 0],
+        Mode::Commute => [4, 0],
+        Mode::Reduce(operation) => [5, operation],
+    }
+}
+
+pub(super) fn mode_of(words: [u32; 2]) -> Option<Mode> {
+    match words {
+        [1, 0] => Some(Mode::In),
+        [2, 0] => Some(Mode::Out),
+        [3, 0] => Some(Mode::InOut),
+        [4, 0] => Some(Mode::Commute),
+        [5, operation] => Some(Mode::Reduce(operation)),
+        _ => None,
+    }
 }
 
 const NO_POSITION: u64 = u64::MAX;

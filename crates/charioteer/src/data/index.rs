@@ -1,0 +1,892 @@
+//! Who uses which part of one datum, as far as it matters to those who come.
+//!
+//! # Layout
+//!
+//! While all live accesses are to tiles of one grid (the whole of a datum is the only tile of a trivial
+//! one) the records stand in *cells*, one a tile: tiles are equal or apart, so an access looks at one
+//! cell. Other parts go into two trees of bounding boxes, of reads and of writes, whose finds are compared
+//! exactly. An access of another kind moves what is live over; when nothing is, the index begins anew
+//! with whatever suits the next access.
+//!
+//! # Records
+//!
+//! A *write* takes the place of what it contains. What it covers in part of an earlier write is cut out
+//! of that, so that what is left of a record is what its task was the last one to write; a read stays
+//! whole until a write contains it, which costs a later writer an edge that it had anyway. Members of a
+//! reduction, and tasks that commute, share a record that later ones join, as long as no other access
+//! that overlaps it stands between.
+//!
+//! A live record that a write takes the place of goes to its task, as a *shadow*: should the task spawn
+//! one that conflicts, that has to be refused, whether somebody stands between them or not.
+//!
+//! What nobody needs any more (see the module above) is dropped where it is met, and all of it every so
+//! many registrations, in proportion to how many records there are.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::sync::Arc;
+
+use smallvec::SmallVec;
+
+use super::{Access, Datum, Group, Mode, Part, Place, tile_region};
+use crate::region::Region;
+use crate::region::tree::Tree;
+use crate::sync::{AtomicBool, AtomicU32, Ordering};
+use crate::task::{Domain, Past, TaskRef};
+
+/// What was taken out of an index, to be dropped with no lock held.
+pub(super) struct Gone<D: Domain> {
+    writes: Vec<Write<D>>,
+    tasks: Vec<TaskRef<D>>,
+}
+
+impl<D: Domain> Gone<D> {
+    pub(super) const fn new() -> Self {
+        Self {
+            writes: Vec::new(),
+            tasks: Vec::new(),
+        }
+    }
+}
+
+/// Whom a task comes after.
+pub(crate) struct Found<'s, D: Domain> {
+    /// And whether it reads what that one writes; some may be there twice.
+    pub(crate) before: SmallVec<[(&'s TaskRef<D>, bool); 6]>,
+    pub(super) open: Option<Arc<Group<D>>>,
+    /// Whether the reduction that is to be closed is there.
+    pub(super) closes: bool,
+}
+
+impl<'s, D: Domain> Found<'s, D> {
+    pub(super) fn new() -> Self {
+        Self {
+            before: SmallVec::new(),
+            open: None,
+            closes: false,
+        }
+    }
+
+    fn add(&mut self, task: &'s TaskRef<D>, reads: bool) {
+        let latest = self.before.iter_mut().rev().take(8);
+        for (other, other_reads) in latest {
+            if Arc::ptr_eq(other, task) {
+                *other_reads |= reads;
+                return;
+            }
+        }
+        self.before.push((task, reads));
+    }
+}
+
+/// What a task has to do with data beyond its records.
+pub(crate) struct Attached<D: Domain> {
+    pub(crate) held: SmallVec<[Held; 2]>,
+    /// Parts for which it is to stand in line.
+    pub(crate) lines: Vec<Part<D>>,
+    pub(crate) groups: Vec<Arc<Group<D>>>,
+    /// Of an access of the host: what is done when its turn has come.
+    pub(crate) gate: Option<(TaskRef<D>, Arc<Turn>)>,
+}
+
+impl<D: Domain> Default for Attached<D> {
+    fn default() -> Self {
+        Self {
+            held: SmallVec::new(),
+            lines: Vec::new(),
+            groups: Vec::new(),
+            gate: None,
+        }
+    }
+}
+
+/// Whose an access of the host is, from its turn on.
+pub(crate) struct Turn(AtomicU32);
+
+impl Turn {
+    pub(crate) const AHEAD: u32 = 0;
+    pub(crate) const COME: u32 = 1;
+    pub(crate) const GIVEN_UP: u32 = 2;
+
+    pub(crate) fn new() -> Self {
+        Self(AtomicU32::new(Self::AHEAD))
+    }
+
+    /// What it was before.
+    pub(crate) fn swap(&self, state: u32) -> u32 {
+        self.0.swap(state, Ordering::AcqRel)
+    }
+}
+
+/// A record that a write took the place of while its task was live.
+pub(crate) struct Held {
+    datum: u64,
+    writes: bool,
+    what: What,
+}
+
+enum What {
+    Tile(Place),
+    Region(Box<Region>),
+}
+
+/// Whether `task` has a shadow that conflicts with `access`.
+pub(super) fn shadows<D: Domain>(
+    task: &TaskRef<D>,
+    access: &Access<'_, D>,
+    index: &Index<D>,
+) -> bool {
+    let part = access.part;
+    task.shadows(|held| {
+        held.datum == part.datum.id
+            && (held.writes || access.mode.writes())
+            && match &held.what {
+                What::Tile(place) if place.grid == part.place.grid => place.tile == part.place.tile,
+                What::Tile(place) => index.region_of(&part.datum, *place).overlaps(&part.region),
+                What::Region(region) => region.overlaps(&part.region),
+            }
+    })
+}
+
+/// Who wrote last, and has no reader but those that came later.
+struct Write<D: Domain> {
+    /// The number of the first access.
+    at: u64,
+    by: Writers<D>,
+}
+
+enum Writers<D: Domain> {
+    One(TaskRef<D>),
+    Joint(Box<Joint<D>>),
+}
+
+/// Tasks that commute, or reduce.
+struct Joint<D: Domain> {
+    group: Option<Arc<Group<D>>>,
+    members: Vec<TaskRef<D>>,
+}
+
+impl<D: Domain> Write<D> {
+    fn tasks(&self) -> &[TaskRef<D>] {
+        match &self.by {
+            Writers::One(task) => std::slice::from_ref(task),
+            Writers::Joint(joint) => &joint.members,
+        }
+    }
+
+    fn group(&self) -> Option<&Arc<Group<D>>> {
+        match &self.by {
+            Writers::Joint(joint) => joint.group.as_ref(),
+            Writers::One(_) => None,
+        }
+    }
+
+    /// Whether a task with `mode` can join, if it is of equal parts and nobody stands between.
+    fn admits(&self, mode: Mode) -> bool {
+        match (&self.by, mode) {
+            (Writers::Joint(joint), Mode::Commute) => joint.group.is_none(),
+            (Writers::Joint(joint), Mode::Reduce(operation)) => joint
+                .group
+                .as_ref()
+                .is_some_and(|group| group.operation == operation),
+            _ => false,
+        }
+    }
+
+    /// Whether somebody may still have to know of it.
+    fn matters(&self) -> bool {
+        self.group().is_some() || self.tasks().iter().any(|task| writer_matters(task))
+    }
+
+    fn copy(&self) -> Self {
+        let by = match &self.by {
+            Writers::One(task) => Writers::One(Arc::clone(task)),
+            Writers::Joint(joint) => Writers::Joint(Box::new(Joint {
+                group: joint.group.clone(),
+                members: joint.members.clone(),
+            })),
+        };
+        Self { at: self.at, by }
+    }
+}
+
+fn writer_matters<D: Domain>(task: &TaskRef<D>) -> bool {
+    task.past() != Past::Well
+}
+
+fn reader_matters<D: Domain>(task: &TaskRef<D>) -> bool {
+    task.past() == Past::Not
+}
+
+/// Takes out of a list what does not matter, and makes room so that this costs each task little.
+fn push_task<D: Domain>(
+    list: &mut Vec<TaskRef<D>>,
+    task: &TaskRef<D>,
+    matters: impl Fn(&TaskRef<D>) -> bool,
+    gone: &mut Gone<D>,
+) {
+    if list.len() == list.capacity() {
+        gone.tasks
+            .extend(list.extract_if(.., |task| !matters(task)));
+        list.reserve(list.len().max(4));
+    }
+    list.push(Arc::clone(task));
+}
+
+/// The records of one tile.
+struct Cell<D: Domain> {
+    /// Whether it is in the list of cells in use.
+    listed: bool,
+    /// The number of the last reading access.
+    last_read: u64,
+    writes: SmallVec<[Write<D>; 1]>,
+    reads: SmallVec<[TaskRef<D>; 2]>,
+}
+
+impl<D: Domain> Default for Cell<D> {
+    fn default() -> Self {
+        Self {
+            listed: false,
+            last_read: 0,
+            writes: SmallVec::new(),
+            reads: SmallVec::new(),
+        }
+    }
+}
+
+const CHUNK: usize = 64;
+type Chunk<D> = [Cell<D>; CHUNK];
+
+/// Numbers of chunks are spread by a product.
+#[derive(Default)]
+struct Spread(u64);
+
+impl Hasher for Spread {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_u64(u64::from(*byte));
+        }
+    }
+    fn write_u64(&mut self, number: u64) {
+        self.0 = (self.0 ^ number)
+            .wrapping_mul(0x9E37_79B9_7F4A_7C15)
+            .rotate_left(26);
+    }
+}
+
+struct Tiles<D: Domain> {
+    grid: u32,
+    chunks: HashMap<u64, Box<Chunk<D>>, BuildHasherDefault<Spread>>,
+    /// Tiles whose cells may have records.
+    used: Vec<u64>,
+}
+
+impl<D: Domain> Tiles<D> {
+    fn new(grid: u32) -> Self {
+        Self {
+            grid,
+            chunks: HashMap::default(),
+            used: Vec::new(),
+        }
+    }
+
+    #[inline]
+    fn cell(&self, tile: u64) -> Option<&Cell<D>> {
+        let chunk = self.chunks.get(&(tile / CHUNK as u64))?;
+        Some(&chunk[(tile % CHUNK as u64) as usize])
+    }
+
+    #[inline]
+    fn cell_mut(&mut self, tile: u64) -> &mut Cell<D> {
+        let chunk = self
+            .chunks
+            .entry(tile / CHUNK as u64)
+            .or_insert_with(|| Box::new(std::array::from_fn(|_| Cell::default())));
+        let cell = &mut chunk[(tile % CHUNK as u64) as usize];
+        if !cell.listed {
+            cell.listed = true;
+            self.used.push(tile);
+        }
+        cell
+    }
+
+    /// Drops what does not matter.
+    fn sweep(&mut self, gone: &mut Gone<D>) {
+        let chunks = &mut self.chunks;
+        self.used.retain(|&tile| {
+            let chunk = chunks
+                .get_mut(&(tile / CHUNK as u64))
+                .expect("a cell in use is there");
+            let cell = &mut chunk[(tile % CHUNK as u64) as usize];
+            if cell.writes.iter().any(|write| !write.matters()) {
+                let (kept, others) = cell.writes.drain(..).partition(Write::matters);
+                cell.writes = kept;
+                gone.writes.extend::<SmallVec<[Write<D>; 1]>>(others);
+            }
+            if cell.reads.iter().any(|task| !reader_matters(task)) {
+                let (kept, others) = cell.reads.drain(..).partition(reader_matters);
+                cell.reads = kept;
+                gone.tasks.extend::<SmallVec<[TaskRef<D>; 2]>>(others);
+            }
+            cell.listed = !(cell.writes.is_empty() && cell.reads.is_empty());
+            cell.listed
+        });
+    }
+}
+
+struct BoxWrite<D: Domain> {
+    region: Region,
+    write: Write<D>,
+}
+
+struct BoxRead<D: Domain> {
+    region: Region,
+    at: u64,
+    task: TaskRef<D>,
+}
+
+struct Boxes<D: Domain> {
+    writes: Tree<BoxWrite<D>>,
+    reads: Tree<BoxRead<D>>,
+}
+
+impl<D: Domain> Boxes<D> {
+    const fn new() -> Self {
+        Self {
+            writes: Tree::new(),
+            reads: Tree::new(),
+        }
+    }
+
+    fn len(&self) -> usize {
+        self.writes.len() + self.reads.len()
+    }
+
+    fn sweep(&mut self, gone: &mut Gone<D>) {
+        let mut writes = Vec::new();
+        let old = &mut |entry: &BoxWrite<D>| !entry.write.matters();
+        self.writes.extract(None, old, &mut writes);
+        gone.writes
+            .extend(writes.into_iter().map(|entry| entry.write));
+        let mut reads = Vec::new();
+        let old = &mut |entry: &BoxRead<D>| !reader_matters(&entry.task);
+        self.reads.extract(None, old, &mut reads);
+        gone.tasks.extend(reads.into_iter().map(|entry| entry.task));
+    }
+}
+
+enum Layout<D: Domain> {
+    Tiles(Tiles<D>),
+    Boxes(Boxes<D>),
+}
+
+/// A task that commutes, in line or running.
+struct Standing<D: Domain> {
+    region: Region,
+    task: TaskRef<D>,
+}
+
+/// See the module.
+pub(super) struct Index<D: Domain> {
+    closed: bool,
+    /// The number of the last access.
+    last: u64,
+    /// The tiles of each grid but the trivial one.
+    grids: Vec<Box<[u64]>>,
+    layout: Layout<D>,
+    lines: Tree<Standing<D>>,
+    /// Registrations until the next sweep.
+    patience: usize,
+}
+
+/// Registrations between two sweeps, at least.
+const PATIENCE: usize = 256;
+
+impl<D: Domain> Index<D> {
+    pub(super) fn new() -> Self {
+        Self {
+            closed: false,
+            last: 0,
+            grids: Vec::new(),
+            layout: Layout::Tiles(Tiles::new(0)),
+            lines: Tree::new(),
+            patience: PATIENCE,
+        }
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed
+    }
+
+    pub(super) fn close(&mut self) {
+        self.closed = true;
+    }
+
+    /// The number of the grid with these tiles.
+    pub(super) fn grid(&mut self, tile: &[u64]) -> u32 {
+        let at = self.grids.iter().position(|other| **other == *tile);
+        let at = at.unwrap_or_else(|| {
+            self.grids.push(tile.into());
+            self.grids.len() - 1
+        });
+        u32::try_from(at + 1).expect("fewer grids than that")
+    }
+
+    fn region_of(&self, datum: &Datum<D>, place: Place) -> Region {
+        if place.grid == Place::WHOLE.grid {
+            return Region::whole(&datum.shape);
+        }
+        let tile = &self.grids[place.grid as usize - 1];
+        let mut number = place.tile;
+        let mut index: SmallVec<[u64; 4]> = SmallVec::from_elem(0, tile.len());
+        for axis in (0..tile.len()).rev() {
+            let count = datum.shape[axis].div_ceil(tile[axis]);
+            index[axis] = number % count;
+            number /= count;
+        }
+        tile_region(&datum.shape, tile, &index)
+    }
+
+    /// Makes the layout fit accesses to tiles of `grid`, or to other parts.
+    #[inline]
+    pub(super) fn prepare(&mut self, datum: &Datum<D>, grid: u32, gone: &mut Gone<D>) {
+        self.patience -= 1;
+        if self.patience == 0 {
+            self.sweep(gone);
+        }
+        match &self.layout {
+            Layout::Tiles(tiles) if tiles.grid == grid => {}
+            _ => self.relay(datum, grid, gone),
+        }
+    }
+
+    fn sweep(&mut self, gone: &mut Gone<D>) {
+        let left = match &mut self.layout {
+            Layout::Tiles(tiles) => {
+                tiles.sweep(gone);
+                tiles.used.len()
+            }
+            Layout::Boxes(boxes) => {
+                boxes.sweep(gone);
+                boxes.len()
+            }
+        };
+        self.sweep_lines(gone);
+        self.patience = PATIENCE.max(4 * left);
+    }
+
+    fn sweep_lines(&mut self, gone: &mut Gone<D>) {
+        let mut standing = Vec::new();
+        let old = &mut |entry: &Standing<D>| !reader_matters(&entry.task);
+        self.lines.extract(None, old, &mut standing);
+        gone.tasks
+            .extend(standing.into_iter().map(|entry| entry.task));
+    }
+
+    fn relay(&mut self, datum: &Datum<D>, grid: u32, gone: &mut Gone<D>) {
+        match &mut self.layout {
+            Layout::Tiles(tiles) => {
+                tiles.sweep(gone);
+                if !tiles.used.is_empty() {
+                    return self.break_up(datum);
+                }
+            }
+            Layout::Boxes(boxes) => {
+                if grid == Place::NOWHERE.grid || boxes.len() != 0 {
+                    return;
+                }
+            }
+        }
+        self.layout = if grid == Place::NOWHERE.grid {
+            Layout::Boxes(Boxes::new())
+        } else {
+            Layout::Tiles(Tiles::new(grid))
+        };
+    }
+
+    /// Moves the records of tiles into boxes.
+    fn break_up(&mut self, datum: &Datum<D>) {
+        let layout = std::mem::replace(&mut self.layout, Layout::Boxes(Boxes::new()));
+        let Layout::Tiles(mut tiles) = layout else {
+            self.layout = layout;
+            return;
+        };
+        let mut boxes = Boxes::new();
+        for tile in std::mem::take(&mut tiles.used) {
+            let place = Place {
+                grid: tiles.grid,
+                tile,
+            };
+            let region = self.region_of(datum, place);
+            let bounds = datum.bounds(&region);
+            let cell = std::mem::take(tiles.cell_mut(tile));
+            for write in cell.writes {
+                let region = region.clone();
+                boxes.writes.insert(bounds, BoxWrite { region, write });
+            }
+            for task in cell.reads {
+                let entry = BoxRead {
+                    region: region.clone(),
+                    at: cell.last_read,
+                    task,
+                };
+                boxes.reads.insert(bounds, entry);
+            }
+        }
+        self.layout = Layout::Boxes(boxes);
+    }
+
+    fn writes<'s>(&'s self, part: &Part<D>, f: &mut impl FnMut(&'s Write<D>, bool)) {
+        match &self.layout {
+            Layout::Tiles(tiles) => {
+                for write in tiles
+                    .cell(part.place.tile)
+                    .iter()
+                    .flat_map(|cell| &cell.writes)
+                {
+                    f(write, true);
+                }
+            }
+            Layout::Boxes(boxes) => {
+                boxes
+                    .writes
+                    .visit(&part.datum.bounds(&part.region), &mut |entry| {
+                        if entry.region.overlaps(&part.region) {
+                            f(&entry.write, entry.region == part.region);
+                        }
+                    });
+            }
+        }
+    }
+
+    fn reads<'s>(&'s self, part: &Part<D>, f: &mut impl FnMut(&'s TaskRef<D>)) {
+        match &self.layout {
+            Layout::Tiles(tiles) => {
+                for task in tiles
+                    .cell(part.place.tile)
+                    .iter()
+                    .flat_map(|cell| &cell.reads)
+                {
+                    f(task);
+                }
+            }
+            Layout::Boxes(boxes) => {
+                boxes
+                    .reads
+                    .visit(&part.datum.bounds(&part.region), &mut |entry| {
+                        if entry.region.overlaps(&part.region) {
+                            f(&entry.task);
+                        }
+                    });
+            }
+        }
+    }
+
+    /// The number of the last access that overlaps `part` and that tasks with `mode`, which join each
+    /// other, come after.
+    fn boundary(&self, part: &Part<D>, mode: Mode) -> u64 {
+        let mut last = 0;
+        match &self.layout {
+            Layout::Tiles(tiles) => {
+                if let Some(cell) = tiles.cell(part.place.tile) {
+                    last = cell.last_read;
+                }
+            }
+            Layout::Boxes(boxes) => {
+                boxes
+                    .reads
+                    .visit(&part.datum.bounds(&part.region), &mut |entry| {
+                        if entry.region.overlaps(&part.region) {
+                            last = last.max(entry.at);
+                        }
+                    });
+            }
+        }
+        self.writes(part, &mut |write, _| {
+            if !write.admits(mode) {
+                last = last.max(write.at);
+            }
+        });
+        last
+    }
+
+    /// Adds whom `task` comes after by this access; true if that is its parent.
+    pub(super) fn look_up<'s>(
+        &'s self,
+        task: &TaskRef<D>,
+        parent: Option<&TaskRef<D>>,
+        closing: Option<&Group<D>>,
+        access: &Access<'_, D>,
+        found: &mut Found<'s, D>,
+    ) -> bool {
+        let (part, mode) = (access.part, access.mode);
+        let joins = matches!(mode, Mode::Commute | Mode::Reduce(_));
+        let boundary = if joins { self.boundary(part, mode) } else { 0 };
+        let is_parent =
+            |other: &TaskRef<D>| parent.is_some_and(|parent| Arc::ptr_eq(parent, other));
+        let mut conflict = false;
+        self.writes(part, &mut |write, equal| {
+            // Commuting tasks on other parts are kept apart by their line; reductions there are not.
+            let joined =
+                write.admits(mode) && write.at > boundary && (equal || mode == Mode::Commute);
+            let closes =
+                |group: &Arc<Group<D>>| closing.is_some_and(|closing| closing.id == group.id);
+            if joined {
+                conflict |= mode == Mode::Commute && write.tasks().iter().any(is_parent);
+                return;
+            }
+            if write.tasks().iter().any(is_parent) {
+                conflict = true;
+            }
+            if let Some(group) = write.group() {
+                if closes(group) {
+                    found.closes = true;
+                } else {
+                    found.open.get_or_insert_with(|| Arc::clone(group));
+                }
+            }
+            for other in write.tasks() {
+                if Arc::ptr_eq(other, task) {
+                    continue;
+                }
+                match (other.past(), mode) {
+                    (Past::Well, _) | (Past::Failed, Mode::Out) => {}
+                    (Past::Not, Mode::Out) => found.add(other, false),
+                    (Past::Not | Past::Failed, _) => found.add(other, true),
+                }
+            }
+        });
+        if mode.writes() {
+            self.reads(part, &mut |other| {
+                if is_parent(other) {
+                    conflict = true;
+                } else if !Arc::ptr_eq(other, task) && other.past() == Past::Not {
+                    found.add(other, false);
+                }
+            });
+        }
+        conflict
+    }
+
+    /// Enters the record of an access and gives its number.
+    pub(super) fn enter(
+        &mut self,
+        task: &TaskRef<D>,
+        access: &Access<'_, D>,
+        gone: &mut Gone<D>,
+    ) -> u64 {
+        let at = self.last + 1;
+        match access.mode {
+            Mode::In => self.enter_read(task, access.part, at, gone),
+            Mode::Out | Mode::InOut => {
+                self.take_place(task, access.part, gone);
+                let by = Writers::One(Arc::clone(task));
+                self.put_write(access.part, Write { at, by });
+            }
+            Mode::Commute | Mode::Reduce(_) => self.join(task, access, at, gone),
+        }
+        self.last = at;
+        at
+    }
+
+    fn enter_read(&mut self, task: &TaskRef<D>, part: &Part<D>, at: u64, gone: &mut Gone<D>) {
+        match &mut self.layout {
+            Layout::Tiles(tiles) => {
+                let cell = tiles.cell_mut(part.place.tile);
+                cell.last_read = at;
+                if cell
+                    .reads
+                    .last()
+                    .is_some_and(|last| Arc::ptr_eq(last, task))
+                {
+                    return;
+                }
+                if cell.reads.len() == cell.reads.capacity() {
+                    let (kept, others) = cell.reads.drain(..).partition(reader_matters);
+                    cell.reads = kept;
+                    gone.tasks.extend::<SmallVec<[TaskRef<D>; 2]>>(others);
+                    cell.reads.reserve(cell.reads.len());
+                }
+                cell.reads.push(Arc::clone(task));
+            }
+            Layout::Boxes(boxes) => {
+                let entry = BoxRead {
+                    region: part.region.clone(),
+                    at,
+                    task: Arc::clone(task),
+                };
+                boxes.reads.insert(part.datum.bounds(&part.region), entry);
+            }
+        }
+    }
+
+    fn put_write(&mut self, part: &Part<D>, write: Write<D>) {
+        match &mut self.layout {
+            Layout::Tiles(tiles) => tiles.cell_mut(part.place.tile).writes.push(write),
+            Layout::Boxes(boxes) => {
+                let region = part.region.clone();
+                boxes
+                    .writes
+                    .insert(part.datum.bounds(&part.region), BoxWrite { region, write });
+            }
+        }
+    }
+
+    /// Takes out what a write of `task` to `part` contains.
+    fn take_place(&mut self, task: &TaskRef<D>, part: &Part<D>, gone: &mut Gone<D>) {
+        let shadow = |other: &TaskRef<D>, writes: bool, region: Option<&Region>| {
+            if !Arc::ptr_eq(other, task) && other.past() == Past::Not {
+                let what = region.map_or(What::Tile(part.place), |region| {
+                    What::Region(Box::new(region.clone()))
+                });
+                other.hold(Held {
+                    datum: part.datum.id,
+                    writes,
+                    what,
+                });
+            }
+        };
+        match &mut self.layout {
+            Layout::Tiles(tiles) => {
+                let cell = tiles.cell_mut(part.place.tile);
+                for write in &cell.writes {
+                    write
+                        .tasks()
+                        .iter()
+                        .for_each(|other| shadow(other, true, None));
+                }
+                cell.reads
+                    .iter()
+                    .for_each(|other| shadow(other, false, None));
+                gone.writes.extend(cell.writes.drain(..));
+                gone.tasks.extend(cell.reads.drain(..));
+            }
+            Layout::Boxes(boxes) => {
+                let bounds = part.datum.bounds(&part.region);
+                let mut reads = Vec::new();
+                let contained = &mut |entry: &BoxRead<D>| part.region.contains(&entry.region);
+                boxes.reads.extract(Some(&bounds), contained, &mut reads);
+                for entry in reads {
+                    shadow(&entry.task, false, Some(&entry.region));
+                    gone.tasks.push(entry.task);
+                }
+                let mut writes = Vec::new();
+                let touched = &mut |entry: &BoxWrite<D>| part.region.overlaps(&entry.region);
+                boxes.writes.extract(Some(&bounds), touched, &mut writes);
+                for entry in writes {
+                    let cut = entry.region.intersection(&part.region);
+                    for other in entry.write.tasks() {
+                        shadow(other, true, Some(&cut));
+                    }
+                    if entry.write.matters() {
+                        for region in entry.region.difference(&part.region) {
+                            let bounds = part.datum.bounds(&region);
+                            let write = entry.write.copy();
+                            boxes.writes.insert(bounds, BoxWrite { region, write });
+                        }
+                    }
+                    gone.writes.push(entry.write);
+                }
+            }
+        }
+    }
+
+    /// Enters a task that commutes or reduces: into the record of those that it joins, if there is one.
+    fn join(&mut self, task: &TaskRef<D>, access: &Access<'_, D>, at: u64, gone: &mut Gone<D>) {
+        let (part, mode) = (access.part, access.mode);
+        let boundary = self.boundary(part, mode);
+        let mut group = None;
+        let mut joined = false;
+        let mut join = |write: &mut Write<D>| {
+            if joined || !write.admits(mode) || write.at <= boundary {
+                return;
+            }
+            if let Writers::Joint(joint) = &mut write.by {
+                push_task(&mut joint.members, task, writer_matters, gone);
+                group.clone_from(&joint.group);
+                joined = true;
+            }
+        };
+        match &mut self.layout {
+            Layout::Tiles(tiles) => {
+                tiles
+                    .cell_mut(part.place.tile)
+                    .writes
+                    .iter_mut()
+                    .for_each(join);
+            }
+            Layout::Boxes(boxes) => {
+                let bounds = part.datum.bounds(&part.region);
+                boxes.writes.visit_mut(&bounds, &mut |entry| {
+                    if entry.region == part.region {
+                        join(&mut entry.write);
+                    }
+                });
+            }
+        }
+        if !joined {
+            if let Mode::Reduce(operation) = mode {
+                group = Some(Arc::new(Group {
+                    id: crate::trace::next_id(),
+                    part: part.clone(),
+                    operation,
+                    known: AtomicBool::new(false),
+                }));
+            }
+            let joint = Joint {
+                group: group.clone(),
+                members: vec![Arc::clone(task)],
+            };
+            let by = Writers::Joint(Box::new(joint));
+            self.put_write(part, Write { at, by });
+        }
+        task.note_part(part, group);
+    }
+
+    /// Adds those whom `task` stands behind in line.
+    pub(super) fn stand_in_line(
+        &mut self,
+        datum: &Datum<D>,
+        task: &TaskRef<D>,
+        access: &Access<'_, D>,
+        before: &mut SmallVec<[TaskRef<D>; 2]>,
+        gone: &mut Gone<D>,
+    ) {
+        let region = &access.part.region;
+        let bounds = datum.bounds(region);
+        self.lines.visit(&bounds, &mut |entry| {
+            if entry.region.overlaps(region) && entry.task.past() == Past::Not {
+                before.push(Arc::clone(&entry.task));
+            }
+        });
+        // Who comes next stands behind this one, and with that behind those whose place it takes.
+        let mut taken = Vec::new();
+        let contained = &mut |entry: &Standing<D>| {
+            region.contains(&entry.region) || entry.task.past() != Past::Not
+        };
+        self.lines.extract(Some(&bounds), contained, &mut taken);
+        gone.tasks.extend(taken.into_iter().map(|entry| entry.task));
+        let entry = Standing {
+            region: region.clone(),
+            task: Arc::clone(task),
+        };
+        self.lines.insert(bounds, entry);
+    }
+
+    /// A task that is to write, or failed to write, something of what an access reads.
+    pub(super) fn last_failure(&self, access: &Access<'_, D>) -> Option<TaskRef<D>> {
+        let mut last = None;
+        if access.mode != Mode::Out {
+            self.writes(access.part, &mut |write, _| {
+                let mut tasks = write.tasks().iter();
+                last = last
+                    .take()
+                    .or_else(|| tasks.find(|task| writer_matters(task)).cloned());
+            });
+        }
+        last
+    }
+}

@@ -1,0 +1,617 @@
+//! Managed data: what tasks read and write, and the order that follows from it.
+//!
+//! A [`Datum`] is one array, or one token. What a task does with a [`Part`] of it is an [`Access`]. The
+//! order of conflicting accesses is that of their registration, and all accesses of a task register at
+//! once.
+//!
+//! # Protocol
+//!
+//! **Records.** A datum has, under one lock, an [`index`] of *records*: who reads and who writes which
+//! part, as far as it matters to those who come. A spawn opens a [`Session`]: it locks all data of its
+//! accesses, in the order of their numbers, looks up whom it comes after, links itself to those, enters
+//! its own records, and lets go. So registration is atomic, and whoever finds a record finds all edges
+//! that lead to its task. That is what the search for cycles needs, see `graph`. A spawn that is refused
+//! enters nothing.
+//!
+//! **Edges.** Who reads depends on the last writers of what it reads: their failure is its failure. Who
+//! writes comes after the readers, and who writes without reading (`Out`) after the writers, in *order*
+//! only: [`Link::After`](crate::task::Link::After) counts down and does not poison.
+//!
+//! **Order is transitive though tasks may end early.** A new write takes the place of the records that it
+//! contains, since who comes after it comes after those as well. But a task that is cancelled before its
+//! turn is done at once, while what it stood behind still runs. It is *past* when it is done and its own
+//! predecessors are past or done; until then it keeps the links of its dependents, see `task`.
+//!
+//! **Undefined parts.** A task that failed, was cancelled or skipped leaves its writing records behind:
+//! whoever reads there fails with the same root. Who writes there without reading takes away what it
+//! covers, exactly, piece by piece. Of the records of a task that is past and did not fail nothing is
+//! needed any more. They are dropped by later registrations: a task that ends takes no lock of a datum.
+//!
+//! **Commuting tasks** do not depend on each other. One whose predecessors are done stands in *line*, in
+//! all its lines at once, behind the last one that overlaps it there: by a link like any other. So
+//! lines have no locks that anybody could hold, what waits in them is seen by the search for cycles, and
+//! since places in all lines are taken at one moment they are taken in one order: no two tasks wait for
+//! each other.
+//!
+//! **Reductions.** Tasks of one operation on equal parts form a [`Group`] and run side by side, each
+//! into a partial result that is the domain's business. The first access of another kind closes the group:
+//! before it is registered, a task is spawned that depends on all members and combines.
+//!
+//! What is taken out of an index is dropped when no lock is held: it could be the last reference to a
+//! task and a user's value (invariant 8).
+
+mod index;
+
+use std::fmt;
+use std::sync::Arc;
+
+use smallvec::SmallVec;
+
+use crate::region::tree::{AXES, Bounds, longest};
+use crate::region::{Region, Span};
+use crate::sync::{AtomicBool, Guard, Mutex, Ordering};
+use crate::task::{Domain, TaskRef};
+use index::{Gone, Index};
+
+pub(crate) use index::{Attached, Found, Held, Turn};
+
+/// An array, or a token: what accesses are to. It has no elements, only the order of who uses them.
+pub struct Datum<D: Domain> {
+    id: u64,
+    label: Box<str>,
+    shape: Box<[u64]>,
+    /// Those by which the index looks up.
+    axes: SmallVec<[usize; AXES]>,
+    index: Mutex<Index<D>>,
+}
+
+impl<D: Domain> Datum<D> {
+    /// An array of this shape; the label is for people.
+    ///
+    /// # Panics
+    /// If an axis is longer than 2^63 - 1.
+    #[must_use]
+    pub fn new(label: impl Into<Box<str>>, shape: &[u64]) -> Arc<Self> {
+        assert!(
+            shape.iter().all(|&extent| extent < 1 << 63),
+            "an axis has fewer than 2^63 indices"
+        );
+        Arc::new(Self {
+            id: crate::trace::next_id(),
+            label: label.into(),
+            shape: shape.into(),
+            axes: longest(shape),
+            index: Mutex::new(Index::new()),
+        })
+    }
+
+    /// A token: it has no data and no axes, and is accessed as a whole.
+    #[must_use]
+    pub fn token(label: impl Into<Box<str>>) -> Arc<Self> {
+        Self::new(label, &[])
+    }
+
+    /// Its number, unique in the process.
+    #[must_use]
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// What people call it.
+    #[must_use]
+    pub fn label(&self) -> &str {
+        &self.label
+    }
+
+    /// How many indices each axis has.
+    #[must_use]
+    pub fn shape(&self) -> &[u64] {
+        &self.shape
+    }
+
+    /// All of it.
+    #[must_use]
+    pub fn whole(self: &Arc<Self>) -> Part<D> {
+        Part {
+            datum: Arc::clone(self),
+            region: Region::whole(&self.shape),
+            place: Place::WHOLE,
+        }
+    }
+
+    /// A part of it.
+    ///
+    /// # Panics
+    /// If the region has another number of axes, or an index that the datum has not.
+    #[must_use]
+    pub fn part(self: &Arc<Self>, region: Region) -> Part<D> {
+        let whole = Region::whole(&self.shape);
+        assert_eq!(
+            region.spans().len(),
+            self.shape.len(),
+            "a region has the axes of its array"
+        );
+        assert!(whole.contains(&region), "a region lies in its array");
+        let place = if region == whole {
+            Place::WHOLE
+        } else {
+            Place::NOWHERE
+        };
+        Part {
+            datum: Arc::clone(self),
+            region,
+            place,
+        }
+    }
+
+    /// Divides it into tiles of this shape; those at the upper ends may be smaller. While all live
+    /// accesses are to tiles of one grid, an access costs one look-up.
+    ///
+    /// # Panics
+    /// If a tile has another number of axes, or none of an axis' indices.
+    #[must_use]
+    pub fn grid(self: &Arc<Self>, tile: &[u64]) -> Grid<D> {
+        assert_eq!(
+            tile.len(),
+            self.shape.len(),
+            "a tile has the axes of its array"
+        );
+        assert!(
+            tile.iter().all(|&extent| extent != 0),
+            "a tile is not empty"
+        );
+        let counts: Box<[u64]> = self
+            .shape
+            .iter()
+            .zip(tile)
+            .map(|(&extent, &tile)| extent.div_ceil(tile))
+            .collect();
+        let id = self.index.lock().grid(tile);
+        Grid {
+            datum: Arc::clone(self),
+            id,
+            tile: tile.into(),
+            counts,
+        }
+    }
+
+    /// Refuses every access from now on: the array was freed, or its runtime is closed.
+    pub fn close(&self) {
+        self.index.lock().close();
+    }
+
+    fn bounds(&self, region: &Region) -> Bounds {
+        Bounds::of(region, &self.axes)
+    }
+}
+
+impl<D: Domain> fmt::Debug for Datum<D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Datum({} {:?})", self.label, self.shape)
+    }
+}
+
+/// A division of a datum into tiles.
+pub struct Grid<D: Domain> {
+    datum: Arc<Datum<D>>,
+    id: u32,
+    tile: Box<[u64]>,
+    counts: Box<[u64]>,
+}
+
+impl<D: Domain> Grid<D> {
+    /// How many tiles each axis has.
+    #[must_use]
+    pub fn counts(&self) -> &[u64] {
+        &self.counts
+    }
+
+    /// The tile at `index`.
+    ///
+    /// # Panics
+    /// If there is none.
+    #[must_use]
+    pub fn tile(&self, index: &[u64]) -> Part<D> {
+        assert_eq!(index.len(), self.counts.len(), "an index has every axis");
+        let mut number = 0;
+        for (&at, &count) in index.iter().zip(&self.counts) {
+            assert!(at < count, "a tile beyond the end");
+            number = number * count + at;
+        }
+        Part {
+            datum: Arc::clone(&self.datum),
+            region: tile_region(&self.datum.shape, &self.tile, index),
+            place: Place {
+                grid: self.id,
+                tile: number,
+            },
+        }
+    }
+}
+
+fn tile_region(shape: &[u64], tile: &[u64], index: &[u64]) -> Region {
+    Region::new((0..shape.len()).map(|axis| {
+        let start = index[axis] * tile[axis];
+        Span::range(start, (start + tile[axis]).min(shape[axis]))
+    }))
+}
+
+/// Where a part stands in a grid.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    grid: u32,
+    tile: u64,
+}
+
+impl Place {
+    /// The one tile of the trivial grid.
+    const WHOLE: Self = Self { grid: 0, tile: 0 };
+    const NOWHERE: Self = Self {
+        grid: u32::MAX,
+        tile: 0,
+    };
+}
+
+/// A part of a datum.
+pub struct Part<D: Domain> {
+    datum: Arc<Datum<D>>,
+    region: Region,
+    place: Place,
+}
+
+impl<D: Domain> Part<D> {
+    /// What it is a part of.
+    #[must_use]
+    pub fn datum(&self) -> &Arc<Datum<D>> {
+        &self.datum
+    }
+
+    /// Which indices it has.
+    #[must_use]
+    pub fn region(&self) -> &Region {
+        &self.region
+    }
+
+    /// Whether the two have an element in common.
+    #[must_use]
+    pub fn overlaps(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.datum, &other.datum) && self.region.overlaps(&other.region)
+    }
+}
+
+impl<D: Domain> Clone for Part<D> {
+    fn clone(&self) -> Self {
+        Self {
+            datum: Arc::clone(&self.datum),
+            region: self.region.clone(),
+            place: self.place,
+        }
+    }
+}
+
+impl<D: Domain> fmt::Display for Part<D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}{}", self.datum.label, self.region)
+    }
+}
+
+impl<D: Domain> fmt::Debug for Part<D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Part({self})")
+    }
+}
+
+/// What a task does with a part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// It reads.
+    In,
+    /// It writes every element, and reads none.
+    Out,
+    /// It reads and writes.
+    InOut,
+    /// As `InOut`, in any order with others that commute, one after the other.
+    Commute,
+    /// It adds to a partial result of this operation of the domain's.
+    Reduce(u32),
+}
+
+impl Mode {
+    /// Its name.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::In => "In",
+            Self::Out => "Out",
+            Self::InOut => "InOut",
+            Self::Commute => "Commute",
+            Self::Reduce(_) => "Reduce",
+        }
+    }
+
+    /// Whether it changes elements.
+    #[must_use]
+    pub const fn writes(self) -> bool {
+        !matches!(self, Self::In)
+    }
+
+    /// Whether two accesses of one task to the same elements make sense.
+    const fn agrees(self, other: Self) -> bool {
+        matches!(
+            (self, other),
+            (Self::In, Self::In | Self::Out | Self::InOut) | (Self::Out | Self::InOut, Self::In)
+        )
+    }
+}
+
+/// An access of a task.
+#[derive(Debug)]
+pub struct Access<'a, D: Domain> {
+    /// To what.
+    pub part: &'a Part<D>,
+    /// Of which kind.
+    pub mode: Mode,
+    /// Whether it is ordered with conflicting ones; one that is not neither waits nor is waited for, and
+    /// its failure leaves nothing undefined.
+    pub ordered: bool,
+}
+
+impl<D: Domain> Clone for Access<'_, D> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<D: Domain> Copy for Access<'_, D> {}
+
+impl<'a, D: Domain> Access<'a, D> {
+    /// An ordered access.
+    #[inline]
+    #[must_use]
+    pub fn new(part: &'a Part<D>, mode: Mode) -> Self {
+        Self {
+            part,
+            mode,
+            ordered: true,
+        }
+    }
+
+    /// Whether it takes part in the order.
+    #[inline]
+    fn counts(&self) -> bool {
+        self.ordered && !self.part.region.is_empty()
+    }
+}
+
+/// Why accesses are refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AccessTrouble {
+    /// Two accesses of one task exclude each other: each with its mode and its region.
+    SelfConflict {
+        /// `Out A[0:4]`, say.
+        first: String,
+        /// The other.
+        second: String,
+    },
+    /// It would wait for the task that spawns it, which declared a conflicting access.
+    ParentConflict {
+        /// The name of that task.
+        task: String,
+        /// The access that conflicts, with mode and region.
+        access: String,
+    },
+    /// The datum is closed: its label.
+    Closed(String),
+    /// Data are on the host alone: a task with accesses runs on cores.
+    OnDevices,
+}
+
+impl fmt::Display for AccessTrouble {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::SelfConflict { first, second } => {
+                write!(f, "{first} and {second} of one task overlap")
+            }
+            Self::ParentConflict { task, access } => write!(
+                f,
+                "{access} conflicts with an access of {task}, which spawns the task: it would wait for \
+                 its own parent"
+            ),
+            Self::Closed(label) => write!(f, "{label} was released, or its runtime is closed"),
+            Self::OnDevices => {
+                f.write_str("managed data are on the host: a task that accesses them runs on cores")
+            }
+        }
+    }
+}
+
+fn name<D: Domain>(access: &Access<'_, D>) -> String {
+    format!("{} {}", access.mode.name(), access.part)
+}
+
+/// Whether the accesses of one task agree with each other.
+pub(crate) fn check<D: Domain>(accesses: &[Access<'_, D>]) -> Result<(), AccessTrouble> {
+    for (at, first) in accesses.iter().enumerate() {
+        for second in &accesses[at + 1..] {
+            if first.counts()
+                && second.counts()
+                && !first.mode.agrees(second.mode)
+                && (first.mode.writes() || second.mode.writes())
+                && first.part.overlaps(second.part)
+            {
+                return Err(AccessTrouble::SelfConflict {
+                    first: name(first),
+                    second: name(second),
+                });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A reduction: tasks of one operation on equal parts, since the last other access.
+pub struct Group<D: Domain> {
+    id: u64,
+    part: Part<D>,
+    operation: u32,
+    /// Whether an engine knows of it.
+    known: AtomicBool,
+}
+
+impl<D: Domain> Group<D> {
+    /// Its number, unique in the process.
+    #[must_use]
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Whether an engine is yet to hear of it; it is told by this call.
+    pub(crate) fn is_news(&self) -> bool {
+        !self.known.swap(true, Ordering::Relaxed)
+    }
+
+    /// What it reduces into.
+    #[must_use]
+    pub fn part(&self) -> &Part<D> {
+        &self.part
+    }
+
+    /// The operation.
+    #[must_use]
+    pub fn operation(&self) -> u32 {
+        self.operation
+    }
+}
+
+/// Why a session found that its task cannot be registered.
+pub(crate) enum Refusal<D: Domain> {
+    Trouble(AccessTrouble),
+    /// This reduction is to be closed first.
+    Open(Arc<Group<D>>),
+    /// The reduction that the task combines was closed by another one.
+    Combined,
+}
+
+/// All data of some accesses, locked. What was taken out is dropped after the locks: it is declared so.
+pub(crate) struct Session<'a, D: Domain> {
+    locked: SmallVec<[Locked<'a, D>; 4]>,
+    accesses: &'a [Access<'a, D>],
+    gone: Gone<D>,
+}
+
+struct Locked<'a, D: Domain> {
+    datum: &'a Datum<D>,
+    index: Guard<'a, Index<D>>,
+}
+
+impl<'a, D: Domain> Session<'a, D> {
+    /// Locks the data of the accesses, in the order of their numbers.
+    pub(crate) fn open(accesses: &'a [Access<'a, D>]) -> Self {
+        let mut data: SmallVec<[(&'a Datum<D>, u32); 4]> = SmallVec::new();
+        for access in accesses.iter().filter(|access| access.counts()) {
+            let datum = &**access.part.datum();
+            let grid = access.part.place.grid;
+            match data.iter_mut().find(|(other, _)| other.id == datum.id) {
+                Some((_, common)) if *common != grid => *common = Place::NOWHERE.grid,
+                Some(_) => {}
+                None => data.push((datum, grid)),
+            }
+        }
+        data.sort_unstable_by_key(|(datum, _)| datum.id);
+        let mut gone = Gone::new();
+        let locked = data
+            .into_iter()
+            .map(|(datum, grid)| {
+                let mut index = datum.index.lock();
+                index.prepare(datum, grid, &mut gone);
+                Locked { datum, index }
+            })
+            .collect();
+        Self {
+            locked,
+            accesses,
+            gone,
+        }
+    }
+
+    fn at(&self, datum: &Datum<D>) -> usize {
+        self.locked
+            .iter()
+            .position(|locked| locked.datum.id == datum.id)
+            .expect("each datum was locked")
+    }
+
+    /// Whom `task` comes after. `closing`: the reduction that it combines.
+    pub(crate) fn look_up(
+        &self,
+        task: &TaskRef<D>,
+        parent: Option<&TaskRef<D>>,
+        closing: Option<&Group<D>>,
+    ) -> Result<Found<'_, D>, Refusal<D>> {
+        let mut found = Found::new();
+        for access in self.accesses.iter().filter(|access| access.counts()) {
+            let Locked { datum, index } = &self.locked[self.at(&access.part.datum)];
+            if index.is_closed() {
+                let label = datum.label.to_string();
+                return Err(Refusal::Trouble(AccessTrouble::Closed(label)));
+            }
+            let shadowed = parent.is_some_and(|parent| index::shadows(parent, access, index));
+            if shadowed || index.look_up(task, parent, closing, access, &mut found) {
+                return Err(Refusal::Trouble(AccessTrouble::ParentConflict {
+                    task: parent.map_or_else(String::new, |parent| parent.label.to_string()),
+                    access: name(access),
+                }));
+            }
+            if let Some(group) = found.open.take() {
+                return Err(Refusal::Open(group));
+            }
+        }
+        if closing.is_some() && !found.closes {
+            return Err(Refusal::Combined);
+        }
+        Ok(found)
+    }
+
+    /// Enters the records of `task`, and unlocks. Gives the number of each access in the order of its
+    /// datum, 0 for one without.
+    pub(crate) fn enter(mut self, task: &TaskRef<D>) -> SmallVec<[u64; 4]> {
+        let mut numbers = SmallVec::new();
+        for access in self.accesses {
+            if !access.counts() {
+                numbers.push(0);
+                continue;
+            }
+            let at = self.at(&access.part.datum);
+            let Locked { index, .. } = &mut self.locked[at];
+            numbers.push(index.enter(task, access, &mut self.gone));
+        }
+        numbers
+    }
+
+    /// Puts `task` into its lines, behind those that it gives.
+    pub(crate) fn stand_in_line(&mut self, task: &TaskRef<D>) -> SmallVec<[TaskRef<D>; 2]> {
+        let mut before = SmallVec::new();
+        for access in self.accesses {
+            let at = self.at(&access.part.datum);
+            let Locked { datum, index } = &mut self.locked[at];
+            index.stand_in_line(datum, task, access, &mut before, &mut self.gone);
+        }
+        before
+    }
+}
+
+/// The root of a failure that left elements undefined which one of `accesses` reads, or of a task that
+/// is still to write them: for readers outside of any runtime.
+pub fn undefined<D: Domain>(accesses: &[Access<'_, D>]) -> Option<TaskRef<D>> {
+    let session = Session::open(accesses);
+    let writer = accesses
+        .iter()
+        .filter(|access| access.counts())
+        .find_map(|access| {
+            session.locked[session.at(&access.part.datum)]
+                .index
+                .last_failure(access)
+        });
+    drop(session);
+    writer.map(|task| Arc::clone(task.root()))
+}

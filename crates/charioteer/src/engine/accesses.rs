@@ -1,0 +1,546 @@
+//! Tasks that access managed data: registration, lines, reductions, and the accesses of the host.
+//!
+//! # Registration
+//!
+//! What `data` promises, whoever finds a record finds all edges that lead to its task, decides the order
+//! of steps. The edges from named dependencies come first, without any lock. Then the data are locked
+//! ([`Session`]), the predecessors are looked up and linked, a task with a name is published (which may
+//! find a cycle, and then nothing was entered), the records are entered, and the data are unlocked. So
+//! nothing leads on from a task by its accesses before all its own edges stand, and the edge that closes a
+//! cycle is always put by a spawn that searches, or by a wait, as `graph` says.
+//!
+//! Tasks with accesses keep their count of predecessors until it is zero, also those that have none: it
+//! tells whether they are [past](crate::task::Task::past).
+//!
+//! # Accesses of the host
+//!
+//! An access of the host is a task without a body. When its predecessors are done it is *running*, and
+//! belongs to its [`HostAccess`], whose end is its end. Its turn is told by a second task, its *gate*,
+//! which is done at that moment; who waits for the access waits for the gate, like for any other task.
+//! Who gives up before leaves the access where it stands, and it ends by itself when its turn comes: those
+//! behind it come after those before it all the same.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use smallvec::SmallVec;
+
+use super::{Engine, Refused, Settled, SpawnError, WaitError, graph, hand_on};
+use crate::data::{self, Access, AccessTrouble, Found, Group, Mode, Refusal, Session, Turn};
+use crate::sync::{Ordering, fence};
+use crate::task::state::{DIRTY, HOST, JOINS, ORDERED, Snapshot};
+use crate::task::{
+    Content, Domain, Ending, Failure, Link, Need, Options, Outcome, Phase, Task, TaskRef, Until,
+};
+use crate::trace::Event;
+use crate::work::Worker;
+
+/// What came of a registration.
+struct Registered {
+    /// How many of the predecessors were past.
+    done: u32,
+    /// Whether one of them is not spawned, or has such behind it.
+    loose: bool,
+    /// Their numbers, if somebody wants to know.
+    edges: Vec<u64>,
+}
+
+/// Why an access of the host did not come about.
+pub enum HostError<D: Domain> {
+    /// The accesses are refused.
+    Access(AccessTrouble),
+    /// The wait is refused: it would never end, or no thread is left.
+    Wait(WaitError),
+    /// What is read is undefined: the task where the failure began.
+    Failed(TaskRef<D>),
+    /// The time was over, or the domain interrupted the wait, before it was its turn.
+    Late,
+    /// The runtime is closed.
+    Closed,
+}
+
+/// An access of the host. It ends when this is dropped.
+pub struct HostAccess<D: Domain> {
+    engine: Arc<Engine<D>>,
+    task: TaskRef<D>,
+}
+
+impl<D: Domain> HostAccess<D> {
+    /// Ends it.
+    pub fn leave(self) {
+        drop(self);
+    }
+}
+
+impl<D: Domain> Drop for HostAccess<D> {
+    fn drop(&mut self) {
+        self.engine.end_host(&self.task);
+        self.engine.summon();
+        self.engine.drain_if_alone();
+        self.engine.elsewhere.fetch_sub(1, Ordering::SeqCst);
+        self.engine.went_quiet();
+    }
+}
+
+fn flags_of<D: Domain>(accesses: &[Access<'_, D>]) -> u32 {
+    let joins = |access: &Access<'_, D>| matches!(access.mode, Mode::Commute | Mode::Reduce(_));
+    if accesses.iter().any(joins) {
+        ORDERED | JOINS
+    } else {
+        ORDERED
+    }
+}
+
+impl<D: Domain> Engine<D> {
+    pub(super) fn check_accesses(
+        accesses: &[Access<'_, D>],
+        options: Option<&Options>,
+    ) -> Result<(), SpawnError> {
+        let on_devices = options.is_some_and(|options| match (options.need, &options.mapping) {
+            (Need::Devices, _) => true,
+            (_, Some(mapping)) => !mapping.choices().devices().is_empty(),
+            _ => false,
+        });
+        let checked = if on_devices {
+            Err(AccessTrouble::OnDevices)
+        } else {
+            data::check(accesses)
+        };
+        checked.map_err(SpawnError::Access)
+    }
+
+    /// Lets a task with accesses go that nobody else knows yet.
+    pub(super) fn launch_ordered(
+        self: &Arc<Self>,
+        task: &TaskRef<D>,
+        dependencies: &[TaskRef<D>],
+        accesses: &[Access<'_, D>],
+    ) -> Result<(), SpawnError> {
+        let time = self.now();
+        task.state.set(flags_of(accesses));
+        let loose = dependencies.iter().any(|task| graph::is_loose(task));
+        if loose {
+            task.state.set(DIRTY);
+            task.links.lock().rare().predecessors = dependencies.to_vec();
+        }
+        let connected = self.connect(task, dependencies);
+        let registered = self.register(task, dependencies, accesses, None, |_, _, _| Ok(()));
+        let (registered, ()) = match registered {
+            Ok(registered) => registered,
+            Err(Refused::Error(error)) => {
+                // Nobody knows it, and predecessors that are on their way find that it is not ready.
+                super::unlink(task, dependencies);
+                self.count_out();
+                return Err(error);
+            }
+            Err(Refused::Cycle(..)) => unreachable!("nothing leads on from a task without a name"),
+        };
+        self.record_spawn(time, task, dependencies);
+        self.record_edges(time, task, &registered.edges);
+        let launched = self.catch_up(task, dependencies);
+        self.release(task, connected + registered.done + launched + 1);
+        self.drain_if_alone();
+        Ok(())
+    }
+
+    /// Publishes a claimed task with accesses. Gives the word before, how many of its predecessors by
+    /// accesses were past, and the numbers of all of them.
+    pub(super) fn publish_ordered(
+        self: &Arc<Self>,
+        task: &TaskRef<D>,
+        dependencies: &[TaskRef<D>],
+        accesses: &[Access<'_, D>],
+        flags: u32,
+        loose: bool,
+    ) -> Result<(Snapshot, u32, Vec<u64>), Refused<D>> {
+        let flags = flags | flags_of(accesses);
+        let publish = |found: &Found<'_, D>, done: u32, is_loose: bool| {
+            // The references are not the last ones: the records have others.
+            let mut all = dependencies.to_vec();
+            all.extend(found.before.iter().map(|(task, _)| Arc::clone(task)));
+            let clean = if loose || is_loose { 0 } else { DIRTY };
+            self.publish_claimed(task, &all, flags, clean)
+                .map_err(|refused| match refused {
+                    Refused::Cycle(search, unlinked) => Refused::Cycle(search, unlinked + done),
+                    Refused::Error(error) => Refused::Error(error),
+                })
+        };
+        let (registered, (before, search)) =
+            self.register(task, dependencies, accesses, None, publish)?;
+        drop(search);
+        Ok((before, registered.done, registered.edges))
+    }
+
+    /// Registers the accesses of a task, and calls `publish` when its edges stand and its records do not;
+    /// under the locks of the data, so that what is to be dropped has to be given back. `combines`: the
+    /// reduction that the task ends.
+    fn register<R>(
+        self: &Arc<Self>,
+        task: &TaskRef<D>,
+        dependencies: &[TaskRef<D>],
+        accesses: &[Access<'_, D>],
+        combines: Option<&Group<D>>,
+        publish: impl Fn(&Found<'_, D>, u32, bool) -> Result<R, Refused<D>>,
+    ) -> Result<(Registered, R), Refused<D>> {
+        let parent = if combines.is_some() {
+            None
+        } else {
+            self.parent()
+        };
+        loop {
+            let session = Session::open(accesses);
+            let looked = session
+                .look_up(task, parent.as_ref(), combines)
+                .map(|found| {
+                    let registered = self.link_behind(task, dependencies, &found);
+                    let published = publish(&found, registered.done, registered.loose)?;
+                    Ok((registered, published))
+                });
+            let refusal = match looked {
+                Ok(linked) => {
+                    let linked = linked?;
+                    let numbers = session.enter(task);
+                    self.record_accesses(task, accesses, &numbers);
+                    self.note_open(task, accesses);
+                    return Ok(linked);
+                }
+                Err(refusal) => refusal,
+            };
+            drop(session);
+            match refusal {
+                Refusal::Open(group) => self.combine(&group).map_err(Refused::Error)?,
+                Refusal::Trouble(trouble) => {
+                    return Err(Refused::Error(SpawnError::Access(trouble)));
+                }
+                Refusal::Combined => return Err(Refused::Error(SpawnError::Duplicate)),
+            }
+        }
+    }
+
+    /// The task whose body runs on this thread, if it has accesses.
+    fn parent(&self) -> Option<TaskRef<D>> {
+        Worker::with(self.id, |worker: Option<&Worker<D>>| {
+            let running = worker?.running()?;
+            running
+                .state
+                .load()
+                .has(ORDERED)
+                .then(|| Arc::clone(running))
+        })
+    }
+
+    /// Links a task to those that it comes after. Called under the locks of the data.
+    fn link_behind(
+        &self,
+        task: &TaskRef<D>,
+        dependencies: &[TaskRef<D>],
+        found: &Found<'_, D>,
+    ) -> Registered {
+        let count = u32::try_from(found.before.len()).expect("fewer than 2^32 predecessors");
+        let mut registered = Registered {
+            done: 0,
+            loose: found.before.iter().any(|(task, _)| graph::is_loose(task)),
+            edges: Vec::new(),
+        };
+        if self.trace.is_some() {
+            registered.edges = found.before.iter().map(|(task, _)| task.id).collect();
+        }
+        if registered.loose {
+            let all = found
+                .before
+                .iter()
+                .map(|&(task, _)| task)
+                .chain(dependencies);
+            let all: Vec<TaskRef<D>> = all.cloned().collect();
+            task.state.set(DIRTY);
+            task.links.lock().rare().predecessors = all;
+        }
+        task.expect(count);
+        for &(other, reads) in &found.before {
+            let link = if reads {
+                Link::Dependent(Arc::clone(task))
+            } else {
+                Link::After(Arc::clone(task))
+            };
+            if other.link_behind(link).is_err() {
+                registered.done += 1;
+                if reads && other.is_failed() {
+                    task.poison(other.root());
+                }
+            }
+        }
+        registered
+    }
+
+    fn record_accesses(&self, task: &Task<D>, accesses: &[Access<'_, D>], numbers: &[u64]) {
+        if let Some(trace) = &self.trace {
+            for (access, &number) in accesses.iter().zip(numbers) {
+                trace.record_access(task.id, access, number);
+            }
+        }
+    }
+
+    // ---- lines and reductions -----------------------------------------------------------------
+
+    /// Lets a task go on whose predecessors are done, and that is the host's, or commutes or reduces. True
+    /// if it is ready.
+    pub(super) fn enter_line(
+        self: &Arc<Self>,
+        task: &TaskRef<D>,
+        worklist: &mut Vec<Settled<D>>,
+    ) -> bool {
+        if task.is_done() {
+            self.turn_has_come(task, worklist);
+            return false;
+        }
+        if task.state.load().has(HOST) {
+            self.admit_host(task, worklist);
+            return false;
+        }
+        let lines = task.take_lines();
+        if lines.is_empty() {
+            return true;
+        }
+        // The count is zero, and nobody but this thread changes it. Who cancels the task from here on sees
+        // that its turn is still to come, or is seen.
+        task.pending.store(1, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        let mut passed = 0;
+        if task.phase() == Phase::Waiting {
+            let accesses: SmallVec<[Access<'_, D>; 2]> = lines
+                .iter()
+                .map(|part| Access::new(part, Mode::Commute))
+                .collect();
+            let mut session = Session::open(&accesses);
+            let before = session.stand_in_line(task);
+            task.expect(u32::try_from(before.len()).expect("fewer than 2^32 predecessors"));
+            for other in &before {
+                if other.link_behind(Link::After(Arc::clone(task))).is_err() {
+                    passed += 1;
+                }
+            }
+            drop(session);
+        }
+        task.release(passed + 1)
+    }
+
+    /// A task that accesses data has nothing before it any more, and was not waiting for that: hands on
+    /// what it kept if it had ended.
+    pub(super) fn turn_has_come(
+        self: &Arc<Self>,
+        task: &TaskRef<D>,
+        worklist: &mut Vec<Settled<D>>,
+    ) {
+        if task.state.load().has(ORDERED) {
+            let links = task.take_left();
+            hand_on(task, links, task.is_failed(), 0, worklist, Some(self));
+        }
+    }
+
+    /// Spawns the task that combines a reduction, unless somebody else did.
+    fn combine(self: &Arc<Self>, group: &Arc<Group<D>>) -> Result<(), SpawnError> {
+        self.admit()?;
+        self.combine_admitted(group);
+        Ok(())
+    }
+
+    fn combine_admitted(self: &Arc<Self>, group: &Arc<Group<D>>) {
+        let (label, body) = self.domain.combine(group);
+        let flags = self.flags(&body, None) | ORDERED;
+        let task = Arc::new(Task::new(
+            label,
+            Phase::Waiting,
+            Content::Body(body),
+            None,
+            0,
+        ));
+        task.state.set(flags);
+        task.engine.store(self.id, Ordering::Relaxed);
+        task.note_part(group.part(), Some(Arc::clone(group)));
+        let time = self.now();
+        let access = [Access::new(group.part(), Mode::InOut)];
+        let registered = self.register(&task, &[], &access, Some(group), |_, _, _| Ok(()));
+        match registered {
+            Ok((registered, ())) => {
+                self.record_spawn(time, &task, &[]);
+                self.record_edges(time, &task, &registered.edges);
+                self.release(&task, registered.done + 1);
+            }
+            Err(_combined_or_closed) => self.count_out(),
+        }
+    }
+
+    /// Takes note of reductions that a task began.
+    fn note_open(&self, task: &TaskRef<D>, accesses: &[Access<'_, D>]) {
+        let reduces = |access: &Access<'_, D>| matches!(access.mode, Mode::Reduce(_));
+        if !accesses.iter().any(reduces) {
+            return;
+        }
+        let groups = task.groups();
+        let mut open = self.open.lock();
+        for group in &groups {
+            if group.is_news() {
+                if open.len() == open.capacity() {
+                    open.retain(|group| group.strong_count() != 0);
+                    let more = open.len();
+                    open.reserve(more);
+                }
+                open.push(Arc::downgrade(group));
+            }
+        }
+    }
+
+    /// Ends the reductions that nobody ended; true if there was one.
+    pub(super) fn combine_open(self: &Arc<Self>) -> bool {
+        let open = std::mem::take(&mut *self.open.lock());
+        let open: Vec<Arc<Group<D>>> = open.iter().filter_map(std::sync::Weak::upgrade).collect();
+        for group in &open {
+            self.shard().spawned.fetch_add(1, Ordering::SeqCst);
+            self.combine_admitted(group);
+        }
+        !open.is_empty()
+    }
+
+    // ---- accesses of the host -----------------------------------------------------------------
+
+    /// Waits until the host may access data, in the order of this call among the spawns, and gives the
+    /// access; others that conflict wait until it ends. In a body this is a wait like any other. `label` is
+    /// what people call the access.
+    ///
+    /// # Errors
+    /// [`HostError`].
+    ///
+    /// # Panics
+    /// If a mode commutes or reduces.
+    pub fn host_access(
+        self: &Arc<Self>,
+        label: impl Fn() -> D::Label,
+        accesses: &[Access<'_, D>],
+        deadline: Option<Instant>,
+    ) -> Result<HostAccess<D>, HostError<D>> {
+        assert_eq!(flags_of(accesses), ORDERED, "the host reads and writes");
+        data::check(accesses).map_err(HostError::Access)?;
+        let admit = || self.admit().map_err(|_| HostError::Closed);
+        admit()?;
+        if let Err(error) = admit() {
+            self.count_out();
+            return Err(error);
+        }
+        let new = |flags| {
+            let task = Task::new(label(), Phase::Waiting, Content::Nothing, None, 0);
+            task.state.set(flags);
+            task.engine.store(self.id, Ordering::Relaxed);
+            Arc::new(task)
+        };
+        let (task, gate) = (new(ORDERED | HOST), new(0));
+        {
+            let mut links = task.links.lock();
+            let data = links.data();
+            data.gate = Some((Arc::clone(&gate), Arc::new(Turn::new())));
+        }
+        let time = self.now();
+        let registered = self.register(&task, &[], accesses, None, |_, _, _| Ok(()));
+        let registered = match registered {
+            Ok((registered, ())) => registered,
+            Err(refused) => {
+                let gone = task.links.lock().rare.take();
+                drop(gone);
+                self.count_out();
+                self.count_out();
+                return Err(match refused {
+                    Refused::Error(SpawnError::Access(trouble)) => HostError::Access(trouble),
+                    _ => HostError::Closed,
+                });
+            }
+        };
+        self.record_spawn(time, &task, &[]);
+        self.record_spawn(time, &gate, &[]);
+        self.record_edges(time, &task, &registered.edges);
+        let turn = task.turn().expect("put there above");
+        self.release(&task, registered.done + 1);
+        let waited = self.wait(std::slice::from_ref(&gate), Until::All, deadline);
+        if turn.swap(Turn::GIVEN_UP) == Turn::COME {
+            let access = HostAccess {
+                engine: Arc::clone(self),
+                task,
+            };
+            // It came, however the wait ended.
+            return Ok(access);
+        }
+        match waited {
+            Err(error) => Err(HostError::Wait(error)),
+            Ok(_) => match gate.outcome() {
+                Some(Outcome::Failed(Failure::Dependency(root))) => {
+                    Err(HostError::Failed(Arc::clone(root)))
+                }
+                Some(_) => Err(HostError::Closed),
+                None => Err(HostError::Late),
+            },
+        }
+    }
+
+    /// It is the turn of an access of the host.
+    fn admit_host(self: &Arc<Self>, task: &TaskRef<D>, worklist: &mut Vec<Settled<D>>) {
+        let time = self.now();
+        if task.state.advance(Phase::Waiting, Phase::Running).is_err() {
+            return self.turn_has_come(task, worklist);
+        }
+        self.record_at(time, Event::Ready, task);
+        self.record(Event::Start, task);
+        let (gate, turn) = task.gate().expect("an access of the host has a gate");
+        self.elsewhere.fetch_add(1, Ordering::SeqCst);
+        if turn.swap(Turn::COME) == Turn::GIVEN_UP {
+            self.record(Event::End, task);
+            worklist.push(settled(task, Outcome::Value(D::nothing())));
+            self.elsewhere.fetch_sub(1, Ordering::SeqCst);
+        }
+        self.open_gate(&gate, Outcome::Value(D::nothing()), worklist);
+    }
+
+    /// An access of the host comes to nothing.
+    pub(super) fn refuse_host(
+        &self,
+        task: &TaskRef<D>,
+        failure: &Failure<D>,
+        worklist: &mut Vec<Settled<D>>,
+    ) {
+        if let Some((gate, _)) = task.gate() {
+            let failure = match failure {
+                Failure::Dependency(root) => Failure::Dependency(Arc::clone(root)),
+                _ => Failure::Cancelled,
+            };
+            self.open_gate(&gate, Outcome::Failed(failure), worklist);
+        }
+    }
+
+    fn open_gate(&self, gate: &TaskRef<D>, outcome: Outcome<D>, worklist: &mut Vec<Settled<D>>) {
+        if gate.state.advance(Phase::Waiting, Phase::Running).is_ok() {
+            worklist.push(settled(gate, outcome));
+        }
+    }
+
+    /// The host leaves an access that was its own.
+    fn end_host(self: &Arc<Self>, task: &TaskRef<D>) {
+        self.record(Event::End, task);
+        self.settle(task, Outcome::Value(D::nothing()));
+    }
+}
+
+fn settled<D: Domain>(task: &TaskRef<D>, outcome: Outcome<D>) -> Settled<D> {
+    Settled {
+        task: Arc::clone(task),
+        ending: Ending::Given(outcome),
+    }
+}
+
+impl<D: Domain> Task<D> {
+    /// The gate of an access of the host.
+    fn gate(&self) -> Option<(TaskRef<D>, Arc<Turn>)> {
+        let links = self.links.lock();
+        links.rare.as_ref()?.data.as_ref()?.gate.clone()
+    }
+
+    fn turn(&self) -> Option<Arc<Turn>> {
+        self.gate().map(|(_, turn)| turn)
+    }
+}
