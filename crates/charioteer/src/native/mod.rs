@@ -43,7 +43,9 @@ use std::sync::Arc;
 use std::task::{Context as PollContext, Poll};
 use std::time::{Duration, Instant};
 
-use crate::engine::{Config, Engine, Handle};
+use crate::data;
+pub use crate::data::{Access, AccessTrouble, Mode};
+use crate::engine::{self, Config, Engine, Handle};
 pub use crate::engine::{Counts, Place, SpawnError, WaitError};
 use crate::machine::cpus::{self, Pinning, Pins};
 use crate::machine::{DeviceError, DeviceId, Machine, Stream};
@@ -54,7 +56,20 @@ use crate::schedule::gang::{Alternative, Limits};
 use crate::task::{Failure, Need, Options, Outcome, TaskRef, Until, WHOLE_CORE};
 pub use domain::Cause;
 use domain::{Body, Callback, Label, Native, Wait};
+use smallvec::SmallVec;
 pub use space::TaskSpace;
+
+/// What tasks order their accesses by: it stands for an array of the program's own, or for anything that
+/// only some tasks may use at once. See [`crate::data`].
+pub type Datum = data::Datum<Native>;
+/// A part of a [`Datum`].
+pub type Part = data::Part<Native>;
+/// A division of a [`Datum`] into tiles.
+pub type Grid = data::Grid<Native>;
+/// An access of the host; it ends when it is dropped.
+pub type HostAccess = engine::HostAccess<Native>;
+/// Why the host may not access data.
+pub type HostError = engine::HostError<Native>;
 
 impl fmt::Display for SpawnError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -98,6 +113,33 @@ impl fmt::Display for WaitError {
 }
 
 impl std::error::Error for WaitError {}
+
+impl fmt::Display for HostError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Access(trouble) => trouble.fmt(f),
+            Self::Wait(error) => error.fmt(f),
+            Self::Failed(task) => {
+                write!(
+                    f,
+                    "what is read is undefined: {} failed: {}",
+                    task.label(),
+                    error_of(task)
+                )
+            }
+            Self::Late => f.write_str("it was not its turn in time"),
+            Self::Closed => f.write_str("the runtime is closed"),
+        }
+    }
+}
+
+impl fmt::Debug for HostError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl std::error::Error for HostError {}
 
 /// Why a task has no value.
 #[derive(Clone, Debug)]
@@ -323,7 +365,7 @@ impl Runtime {
     }
 
     /// A task with options.
-    pub fn task(&self) -> Spawner {
+    pub fn task<'a>(&self) -> Spawner<'a> {
         self.handle().task()
     }
 
@@ -331,6 +373,19 @@ impl Runtime {
     #[must_use]
     pub fn handle(&self) -> Spawn {
         Spawn(Arc::clone(&self.engine))
+    }
+
+    /// Waits until this thread may access data, in the order of this call among the spawns, until what it
+    /// gives is dropped. Those that come after it wait for that.
+    ///
+    /// # Errors
+    /// [`HostError`].
+    ///
+    /// # Panics
+    /// If a mode commutes or reduces.
+    pub fn host(&self, accesses: &[Access<'_, Native>]) -> Result<HostAccess, HostError> {
+        let label = || Label::Name("host".into());
+        self.engine.host_access(label, accesses, None)
     }
 
     /// The choices of a function, for [`Spawner::choices`].
@@ -435,26 +490,28 @@ impl Spawn {
     }
 
     /// As [`Runtime::task`].
-    pub fn task(&self) -> Spawner {
+    pub fn task<'a>(&self) -> Spawner<'a> {
         Spawner {
             engine: Arc::clone(&self.0),
             label: Label::None,
             options: Options::DEFAULT,
             dependencies: Vec::new(),
+            accesses: SmallVec::new(),
         }
     }
 }
 
 /// A task that is being described.
 #[must_use = "nothing runs before one of the spawn methods is called"]
-pub struct Spawner {
+pub struct Spawner<'a> {
     engine: Arc<Engine<Native>>,
     label: Label,
     options: Options,
     dependencies: Vec<TaskRef<Native>>,
+    accesses: SmallVec<[Access<'a, Native>; 4]>,
 }
 
-impl Spawner {
+impl<'a> Spawner<'a> {
     /// Its name, for people.
     pub fn name(mut self, name: impl Into<Arc<str>>) -> Self {
         self.label = Label::Name(name.into());
@@ -468,9 +525,38 @@ impl Spawner {
     }
 
     /// It starts after all of `tasks` are done.
-    pub fn after_all<'a, T: 'a>(mut self, tasks: impl IntoIterator<Item = &'a Task<T>>) -> Self {
+    pub fn after_all<'t, T: 't>(mut self, tasks: impl IntoIterator<Item = &'t Task<T>>) -> Self {
         self.dependencies
             .extend(tasks.into_iter().map(|task| Arc::clone(task.handle.task())));
+        self
+    }
+
+    /// It reads this part: it starts after those that were spawned before and write something of it. If
+    /// one of them fails, so does this one.
+    pub fn reads(self, part: &'a Part) -> Self {
+        self.accesses(Access::new(part, Mode::In))
+    }
+
+    /// It writes all of this part, and reads nothing of it: it starts after those that were spawned before
+    /// and read or write something of it.
+    pub fn writes(self, part: &'a Part) -> Self {
+        self.accesses(Access::new(part, Mode::Out))
+    }
+
+    /// It reads and writes this part.
+    pub fn updates(self, part: &'a Part) -> Self {
+        self.accesses(Access::new(part, Mode::InOut))
+    }
+
+    /// It reads and writes this part, in any order with others that do so with this method, and never at
+    /// one time with one of them.
+    pub fn commutes(self, part: &'a Part) -> Self {
+        self.accesses(Access::new(part, Mode::Commute))
+    }
+
+    /// It has this access.
+    pub fn accesses(mut self, access: Access<'a, Native>) -> Self {
+        self.accesses.push(access);
         self
     }
 
@@ -538,16 +624,41 @@ impl Spawner {
 
     fn anonymous<T>(self, body: Body) -> Result<Task<T>, SpawnError> {
         let options = self.options();
-        let handle =
-            self.engine
-                .spawn_handle(self.label, body, options, &self.dependencies, &[])?;
+        let handle = self.engine.spawn_handle(
+            self.label,
+            body,
+            options,
+            &self.dependencies,
+            &self.accesses,
+        )?;
         Ok(Task::of(handle))
     }
 
     fn named<T>(self, task: &Task<T>, body: Body) -> Result<(), SpawnError> {
         let options = self.options();
-        self.engine
-            .spawn_as(task.handle.task(), body, options, &self.dependencies, &[])
+        self.engine.spawn_as(
+            task.handle.task(),
+            body,
+            options,
+            &self.dependencies,
+            &self.accesses,
+        )
+    }
+
+    /// Spawns a closure whose result nobody asks for: cheaper than a [`Task`].
+    ///
+    /// # Errors
+    /// [`SpawnError`].
+    pub fn spawn_detached(self, body: impl FnOnce() + Send + 'static) -> Result<(), SpawnError> {
+        let options = self.options();
+        let body = Body::once(body);
+        self.engine.spawn_detached(
+            self.label,
+            body,
+            options,
+            &self.dependencies,
+            &self.accesses,
+        )
     }
 
     /// Spawns a closure.
