@@ -90,7 +90,7 @@ test-tsan: export RUSTC_BOOTSTRAP := 1
 test-tsan: export RUSTFLAGS := -Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer \
 	--cfg tsan --cfg crossbeam_sanitize_thread
 test-tsan: export TSAN_OPTIONS := suppressions=$(ROOT)/ci/tsan-suppressions
-test-tsan: TESTS := $(filter-out domain memory random scale,$(basename $(notdir $(wildcard crates/charioteer/tests/*.rs))))
+test-tsan: TESTS := $(filter-out data domain memory random scale,$(basename $(notdir $(wildcard crates/charioteer/tests/*.rs))))
 test-tsan: ## The core's tests under ThreadSanitizer; not part of `make test`
 	cargo test $(CARGO_FLAGS) -p charioteer --lib $(TESTS:%=--test %) --target-dir target/tsan \
 		--target $(shell rustc -vV | sed -n 's/^host: //p') -- \

@@ -27,6 +27,8 @@ CASES = {
     "outside": ("empty closure, spawned from outside", "time per task"),
     "dependent": ("empty closure, handles kept, two dependencies", "time per task"),
     "space": ("empty closure, chain in a task space", "time per task"),
+    "data-chain": ("empty closure, one read and one write, chain", "time per task"),
+    "data": ("empty closure, one read and one write, independent", "time per task"),
     "closed": ("empty closure, spawned from outside, until closed", "time per task"),
     "round-trip": ("one task on an idle runtime", "spawn to result"),
 }

@@ -19,7 +19,7 @@ use std::hint::black_box;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use charioteer::native::{Runtime, Task, TaskSpace};
+use charioteer::native::{Datum, Part, Runtime, Task, TaskSpace};
 use criterion::measurement::WallTime;
 use criterion::{
     BenchmarkGroup, BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group,
@@ -118,6 +118,50 @@ fn chained_in_a_space(runtime: &Runtime, tasks: u64) -> Duration {
     start.elapsed()
 }
 
+/// Each task reads what the one before it wrote, and writes.
+fn chained_by_data(runtime: &Runtime, tasks: u64) -> Duration {
+    let (first, second) = (Datum::new("A", &[1]).whole(), Datum::new("B", &[1]).whole());
+    let writes = vec![second.clone(), first.clone()];
+    by_data(runtime, tasks, vec![first, second], writes)
+}
+
+/// Tiles of an array, each of which one task at a time uses.
+const TILES: u64 = 1 << 16;
+
+/// Each task reads a tile that nobody writes, and writes one that no other task uses meanwhile.
+fn independent_with_data(runtime: &Runtime, tasks: u64) -> Duration {
+    let tiles = |label: &str| -> Vec<Part> {
+        let grid = Datum::new(label, &[TILES]).grid(&[1]);
+        (0..TILES).map(|tile| grid.tile(&[tile])).collect()
+    };
+    let (reads, writes) = (tiles("A"), tiles("B"));
+    let mut elapsed = Duration::ZERO;
+    let mut left = tasks;
+    while left > 0 {
+        let next = left.min(TILES);
+        elapsed += by_data(runtime, next, reads.clone(), writes.clone());
+        left -= next;
+    }
+    elapsed
+}
+
+/// Spawns tasks inside a task, each with one read and one write, of these parts in turn.
+fn by_data(runtime: &Runtime, tasks: u64, reads: Vec<Part>, writes: Vec<Part>) -> Duration {
+    let finished = runtime.counts().finished + tasks + 1;
+    let spawn = runtime.handle();
+    let start = Instant::now();
+    runtime.spawn_detached(move || {
+        let parts = reads.iter().zip(&writes).cycle();
+        for ((reads, writes), _) in parts.zip(0..tasks) {
+            let task = spawn.task().reads(reads).writes(writes);
+            task.spawn_detached(|| {})
+                .expect("its parent has no accesses");
+        }
+    });
+    wait_until_finished(runtime, finished);
+    start.elapsed()
+}
+
 /// From the first spawn until the runtime, opened for the batch, is closed: how the Python
 /// benchmarks are timed. Its threads start with empty heaps, so that the memory of all tasks that
 /// are pending at once is new to the process each time.
@@ -169,6 +213,8 @@ fn core(criterion: &mut Criterion) {
         ("outside", spawned_outside),
         ("dependent", with_two_dependencies),
         ("space", chained_in_a_space),
+        ("data-chain", chained_by_data),
+        ("data", independent_with_data),
     ] {
         case(&mut group, name, |runtime, tasks| {
             in_batches(tasks, |tasks| batch(runtime, tasks))

@@ -28,7 +28,7 @@
 //! | `work` | the threads that run tasks, and waiting | all above |
 //! | [`engine`] | the façade that joins them: spawn, wait, cancel, close | all above |
 //! | [`machine`] | devices, streams, events, links | nobody |
-//! | [`trace`] | event rings, trace files, and what is proved from them | words of `machine` |
+//! | [`trace`] | event rings, trace files, and what is proved from them | words of `machine`, [`region`], [`data`] |
 //! | [`native`] | the Rust API: closures as tasks, typed handles, task spaces | the façade |
 
 pub mod data;

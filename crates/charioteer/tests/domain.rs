@@ -4,17 +4,19 @@
 
 mod common;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier, Mutex};
 use std::time::{Duration, Instant};
 
+use charioteer::data::{Access, Datum, Group, Mode, Part};
 use charioteer::engine::{Config, Counts, Engine, Handle, Registry, Running, WaitError};
 use charioteer::gang::{Alternative, Member, WHOLE};
 use charioteer::machine::{Description, Kind, Machine, Time};
 use charioteer::mapping::policy::{Call, Mapper};
 use charioteer::mapping::{Choice, Choices, Mapping, On};
+use charioteer::region::{Region, Span};
 use charioteer::task::{
     Domain, Failure, Need, Options, Outcome, Phase, Step, Task, TaskRef, Trouble, Until,
 };
@@ -36,6 +38,10 @@ struct Scripted {
     policy: Option<Arc<UserPolicy>>,
     /// How many calls it was asked for at once, at most.
     batch: Arc<AtomicUsize>,
+    /// Of reductions that are not combined, by their numbers.
+    partials: Arc<Mutex<HashMap<u64, u32>>>,
+    /// What they are combined into: by operation 1 the sum, by others the product.
+    total: Arc<AtomicU32>,
 }
 
 type UserPolicy = dyn Fn(&Call) -> Result<usize, u32> + Send + Sync;
@@ -64,6 +70,24 @@ impl Domain for Scripted {
 
     fn nothing() -> u32 {
         0
+    }
+
+    fn combine(&self, group: &Arc<Group<Self>>) -> (Label, Body) {
+        let (partials, total) = (Arc::clone(&self.partials), Arc::clone(&self.total));
+        let (id, operation) = (group.id(), group.operation());
+        let body = move |running: &Running<'_, Self>| {
+            assert_eq!(running.groups().len(), 1);
+            let partial = partials.lock().unwrap().remove(&id);
+            let partial = partial.expect("a member has begun it");
+            let before = total.load(Ordering::SeqCst);
+            let after = match operation {
+                1 => before + partial,
+                _ => before * partial,
+            };
+            total.store(after, Ordering::SeqCst);
+            value(after)
+        };
+        (Label(9000), Box::new(body))
     }
 
     fn run(&self, running: &Running<'_, Self>, body: &mut Body) -> Step<Self> {
@@ -944,5 +968,122 @@ fn a_runtime_closes_while_its_policy_thinks() {
             close(&runtime);
             assert!(matches!(last.outcome(), Some(Outcome::Value(_))));
         }
+    });
+}
+
+/// A task that reduces `number` into a part.
+fn reduce(
+    runtime: &Runtime,
+    part: &Part<Scripted>,
+    operation: u32,
+    number: u32,
+    also: impl Fn() + Send + 'static,
+) -> TaskRef<Scripted> {
+    let partials = Arc::clone(&runtime.domain().partials);
+    let wanted = part.region().clone();
+    let body = move |running: &Running<'_, Scripted>| {
+        let groups = running.groups();
+        let group = groups.iter().find(|group| *group.part().region() == wanted);
+        let group = group.expect("it is a member");
+        assert_eq!(group.operation(), operation);
+        let mut partials = partials.lock().unwrap();
+        if operation == 1 {
+            *partials.entry(group.id()).or_insert(0) += number;
+        } else {
+            *partials.entry(group.id()).or_insert(1) *= number;
+        }
+        drop(partials);
+        also();
+        value(number)
+    };
+    let access = [Access::new(part, Mode::Reduce(operation))];
+    runtime
+        .spawn(Label(number), Box::new(body), None, &[], &access)
+        .unwrap()
+}
+
+#[test]
+fn a_reduction_is_combined_before_the_next_access() {
+    within(60, || {
+        for workers in [0, 1, 3] {
+            let runtime = open(Scripted::default(), workers);
+            let datum = Datum::new("sum", &[8]);
+            let whole = datum.whole();
+            let total = Arc::clone(&runtime.domain().total);
+            let read = |part: &Part<Scripted>| {
+                let total = Arc::clone(&total);
+                let body = move |_: &Running<'_, Scripted>| value(total.load(Ordering::SeqCst));
+                let access = [Access::new(part, Mode::In)];
+                runtime
+                    .spawn(Label(1), Box::new(body), None, &[], &access)
+                    .unwrap()
+            };
+            let result = |task: &TaskRef<Scripted>| {
+                runtime
+                    .wait(std::slice::from_ref(task), Until::All, None)
+                    .unwrap();
+                match task.outcome() {
+                    Some(Outcome::Value(value)) => Some(*value),
+                    _ => None,
+                }
+            };
+            for number in 1..=100 {
+                reduce(&runtime, &whole, 1, number, || ());
+            }
+            let all = read(&whole);
+            assert_eq!(result(&all), Some(5050));
+            // Nothing is open: the next one is another.
+            for number in 1..=4 {
+                reduce(&runtime, &whole, 1, number, || ());
+            }
+            // Another operation ends it, and so does another part of the datum.
+            for _ in 0..2 {
+                reduce(&runtime, &whole, 2, 2, || ());
+            }
+            let part = datum.part(Region::new([Span::range(0, 4)]));
+            reduce(&runtime, &part, 1, 7, || ());
+            assert_eq!(result(&read(&whole)), Some((5050 + 10) * 4 + 7));
+            // What nobody reads is combined when the runtime closes.
+            reduce(&runtime, &whole, 1, 3, || ());
+            runtime.close_when_quiet(&mut || false);
+            assert_eq!(total.load(Ordering::SeqCst), (5050 + 10) * 4 + 10);
+            assert!(runtime.close().is_empty());
+        }
+    });
+}
+
+#[test]
+fn members_of_a_reduction_run_side_by_side_and_fail_who_comes_after_it() {
+    within(60, || {
+        let runtime = open(Scripted::default(), 2);
+        let whole = Datum::new("sum", &[8]).whole();
+        let barrier = Arc::new(Barrier::new(2));
+        for number in [1, 2] {
+            let barrier = Arc::clone(&barrier);
+            // One alone would wait for ever.
+            reduce(&runtime, &whole, 1, number, move || {
+                barrier.wait();
+            });
+        }
+        let access = [Access::new(&whole, Mode::Reduce(1))];
+        let fail = |_: &Running<'_, Scripted>| Step::Done(Err(Trouble::Raised(77)));
+        let failing = runtime
+            .spawn(Label(5), Box::new(fail), None, &[], &access)
+            .unwrap();
+        let reads = [Access::new(&whole, Mode::In)];
+        let reader = runtime
+            .spawn(Label(6), Box::new(|_| value(0)), None, &[], &reads)
+            .unwrap();
+        runtime
+            .wait(std::slice::from_ref(&reader), Until::All, None)
+            .unwrap();
+        match reader.outcome() {
+            Some(Outcome::Failed(Failure::Dependency(root))) => {
+                assert!(Arc::ptr_eq(root, &failing));
+            }
+            _ => panic!("the reader has no value to read"),
+        }
+        runtime.close_when_quiet(&mut || false);
+        assert_eq!(runtime.close().len(), 1);
     });
 }

@@ -289,7 +289,7 @@ impl World {
         self.space.at([i64::try_from(index).unwrap()])
     }
 
-    fn describe(self: &Arc<Self>, index: usize) -> Spawner {
+    fn describe(self: &Arc<Self>, index: usize) -> Spawner<'_> {
         let task = &self.plan.tasks[index];
         let mut described = self.spawn.task().priority(task.priority);
         described = match task.need {

@@ -16,8 +16,9 @@
 //! reduction, and tasks that commute, share a record that later ones join, as long as no other access
 //! that overlaps it stands between.
 //!
-//! A live record that a write takes the place of goes to its task, as a *shadow*: should the task spawn
-//! one that conflicts, that has to be refused, whether somebody stands between them or not.
+//! A live record that a write takes the place of is kept aside, as a *shadow*: should its task spawn one
+//! that conflicts, that has to be refused, whether somebody stands between them or not. Nobody looks at
+//! shadows but the spawns of tasks that have accesses themselves.
 //!
 //! What nobody needs any more (see the module above) is dropped where it is met, and all of it every so
 //! many registrations, in proportion to how many records there are.
@@ -81,7 +82,6 @@ impl<'s, D: Domain> Found<'s, D> {
 
 /// What a task has to do with data beyond its records.
 pub(crate) struct Attached<D: Domain> {
-    pub(crate) held: SmallVec<[Held; 2]>,
     /// Parts for which it is to stand in line.
     pub(crate) lines: Vec<Part<D>>,
     pub(crate) groups: Vec<Arc<Group<D>>>,
@@ -92,7 +92,6 @@ pub(crate) struct Attached<D: Domain> {
 impl<D: Domain> Default for Attached<D> {
     fn default() -> Self {
         Self {
-            held: SmallVec::new(),
             lines: Vec::new(),
             groups: Vec::new(),
             gate: None,
@@ -119,8 +118,8 @@ impl Turn {
 }
 
 /// A record that a write took the place of while its task was live.
-pub(crate) struct Held {
-    datum: u64,
+struct Shadow<D: Domain> {
+    task: TaskRef<D>,
     writes: bool,
     what: What,
 }
@@ -128,24 +127,6 @@ pub(crate) struct Held {
 enum What {
     Tile(Place),
     Region(Box<Region>),
-}
-
-/// Whether `task` has a shadow that conflicts with `access`.
-pub(super) fn shadows<D: Domain>(
-    task: &TaskRef<D>,
-    access: &Access<'_, D>,
-    index: &Index<D>,
-) -> bool {
-    let part = access.part;
-    task.shadows(|held| {
-        held.datum == part.datum.id
-            && (held.writes || access.mode.writes())
-            && match &held.what {
-                What::Tile(place) if place.grid == part.place.grid => place.tile == part.place.tile,
-                What::Tile(place) => index.region_of(&part.datum, *place).overlaps(&part.region),
-                What::Region(region) => region.overlaps(&part.region),
-            }
-    })
 }
 
 /// Who wrote last, and has no reader but those that came later.
@@ -279,6 +260,8 @@ impl Hasher for Spread {
 
 struct Tiles<D: Domain> {
     grid: u32,
+    /// Of tile 0: most data are accessed as a whole, and that is all they have.
+    first: Cell<D>,
     chunks: HashMap<u64, Box<Chunk<D>>, BuildHasherDefault<Spread>>,
     /// Tiles whose cells may have records.
     used: Vec<u64>,
@@ -288,6 +271,7 @@ impl<D: Domain> Tiles<D> {
     fn new(grid: u32) -> Self {
         Self {
             grid,
+            first: Cell::default(),
             chunks: HashMap::default(),
             used: Vec::new(),
         }
@@ -295,17 +279,24 @@ impl<D: Domain> Tiles<D> {
 
     #[inline]
     fn cell(&self, tile: u64) -> Option<&Cell<D>> {
+        if tile == 0 {
+            return Some(&self.first);
+        }
         let chunk = self.chunks.get(&(tile / CHUNK as u64))?;
         Some(&chunk[(tile % CHUNK as u64) as usize])
     }
 
     #[inline]
     fn cell_mut(&mut self, tile: u64) -> &mut Cell<D> {
-        let chunk = self
-            .chunks
-            .entry(tile / CHUNK as u64)
-            .or_insert_with(|| Box::new(std::array::from_fn(|_| Cell::default())));
-        let cell = &mut chunk[(tile % CHUNK as u64) as usize];
+        let cell = if tile == 0 {
+            &mut self.first
+        } else {
+            let chunk = self
+                .chunks
+                .entry(tile / CHUNK as u64)
+                .or_insert_with(|| Box::new(std::array::from_fn(|_| Cell::default())));
+            &mut chunk[(tile % CHUNK as u64) as usize]
+        };
         if !cell.listed {
             cell.listed = true;
             self.used.push(tile);
@@ -315,12 +306,14 @@ impl<D: Domain> Tiles<D> {
 
     /// Drops what does not matter.
     fn sweep(&mut self, gone: &mut Gone<D>) {
-        let chunks = &mut self.chunks;
+        let (first, chunks) = (&mut self.first, &mut self.chunks);
         self.used.retain(|&tile| {
-            let chunk = chunks
-                .get_mut(&(tile / CHUNK as u64))
-                .expect("a cell in use is there");
-            let cell = &mut chunk[(tile % CHUNK as u64) as usize];
+            let cell = if tile == 0 {
+                &mut *first
+            } else {
+                let chunk = chunks.get_mut(&(tile / CHUNK as u64));
+                &mut chunk.expect("a cell in use is there")[(tile % CHUNK as u64) as usize]
+            };
             if cell.writes.iter().any(|write| !write.matters()) {
                 let (kept, others) = cell.writes.drain(..).partition(Write::matters);
                 cell.writes = kept;
@@ -398,8 +391,16 @@ pub(super) struct Index<D: Domain> {
     grids: Vec<Box<[u64]>>,
     layout: Layout<D>,
     lines: Tree<Standing<D>>,
+    shadows: Vec<Shadow<D>>,
     /// Registrations until the next sweep.
     patience: usize,
+    /// Accesses to tiles until it is looked again whether they can have cells.
+    retry: usize,
+}
+
+fn sweep_shadows<D: Domain>(shadows: &mut Vec<Shadow<D>>, gone: &mut Gone<D>) {
+    let old = shadows.extract_if(.., |shadow| shadow.task.past() != Past::Not);
+    gone.tasks.extend(old.map(|shadow| shadow.task));
 }
 
 /// Registrations between two sweeps, at least.
@@ -413,7 +414,9 @@ impl<D: Domain> Index<D> {
             grids: Vec::new(),
             layout: Layout::Tiles(Tiles::new(0)),
             lines: Tree::new(),
+            shadows: Vec::new(),
             patience: PATIENCE,
+            retry: 0,
         }
     }
 
@@ -475,7 +478,27 @@ impl<D: Domain> Index<D> {
             }
         };
         self.sweep_lines(gone);
+        sweep_shadows(&mut self.shadows, gone);
         self.patience = PATIENCE.max(4 * left);
+    }
+
+    /// Whether `task` has a record that others took the place of and that conflicts with `access`.
+    pub(super) fn shadows(&self, task: &TaskRef<D>, access: &Access<'_, D>) -> bool {
+        let part = access.part;
+        self.shadows.iter().any(|shadow| {
+            Arc::ptr_eq(&shadow.task, task)
+                && (shadow.writes || access.mode.writes())
+                && match &shadow.what {
+                    What::Tile(place) if place.grid == part.place.grid => {
+                        place.tile == part.place.tile
+                    }
+                    What::Tile(place) => {
+                        let region = self.region_of(&part.datum, *place);
+                        region.overlaps(&part.region)
+                    }
+                    What::Region(region) => region.overlaps(&part.region),
+                }
+        })
     }
 
     fn sweep_lines(&mut self, gone: &mut Gone<D>) {
@@ -495,7 +518,16 @@ impl<D: Domain> Index<D> {
                 }
             }
             Layout::Boxes(boxes) => {
-                if grid == Place::NOWHERE.grid || boxes.len() != 0 {
+                if grid == Place::NOWHERE.grid {
+                    return;
+                }
+                if self.retry != 0 {
+                    self.retry -= 1;
+                    return;
+                }
+                boxes.sweep(gone);
+                if boxes.len() != 0 {
+                    self.retry = boxes.len().max(16);
                     return;
                 }
             }
@@ -536,6 +568,7 @@ impl<D: Domain> Index<D> {
                 boxes.reads.insert(bounds, entry);
             }
         }
+        self.retry = 0;
         self.layout = Layout::Boxes(boxes);
     }
 
@@ -737,17 +770,25 @@ impl<D: Domain> Index<D> {
 
     /// Takes out what a write of `task` to `part` contains.
     fn take_place(&mut self, task: &TaskRef<D>, part: &Part<D>, gone: &mut Gone<D>) {
-        let shadow = |other: &TaskRef<D>, writes: bool, region: Option<&Region>| {
-            if !Arc::ptr_eq(other, task) && other.past() == Past::Not {
-                let what = region.map_or(What::Tile(part.place), |region| {
-                    What::Region(Box::new(region.clone()))
-                });
-                other.hold(Held {
-                    datum: part.datum.id,
-                    writes,
-                    what,
-                });
+        let shadows = &mut self.shadows;
+        let mut swept = Gone::new();
+        let mut shadow = |other: &TaskRef<D>, writes: bool, region: Option<&Region>| {
+            if Arc::ptr_eq(other, task) || other.past() != Past::Not {
+                return;
             }
+            if shadows.len() == shadows.capacity() {
+                sweep_shadows(shadows, &mut swept);
+                let more = shadows.len().max(64);
+                shadows.reserve(more);
+            }
+            let what = region.map_or(What::Tile(part.place), |region| {
+                What::Region(Box::new(region.clone()))
+            });
+            shadows.push(Shadow {
+                task: Arc::clone(other),
+                writes,
+                what,
+            });
         };
         match &mut self.layout {
             Layout::Tiles(tiles) => {
@@ -792,6 +833,7 @@ impl<D: Domain> Index<D> {
                 }
             }
         }
+        gone.tasks.append(&mut swept.tasks);
     }
 
     /// Enters a task that commutes or reduces: into the record of those that it joins, if there is one.

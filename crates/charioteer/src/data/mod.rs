@@ -53,7 +53,7 @@ use crate::sync::{AtomicBool, Guard, Mutex, Ordering};
 use crate::task::{Domain, TaskRef};
 use index::{Gone, Index};
 
-pub(crate) use index::{Attached, Found, Held, Turn};
+pub(crate) use index::{Attached, Found, Turn};
 
 /// An array, or a token: what accesses are to. It has no elements, only the order of who uses them.
 pub struct Datum<D: Domain> {
@@ -555,7 +555,7 @@ impl<'a, D: Domain> Session<'a, D> {
                 let label = datum.label.to_string();
                 return Err(Refusal::Trouble(AccessTrouble::Closed(label)));
             }
-            let shadowed = parent.is_some_and(|parent| index::shadows(parent, access, index));
+            let shadowed = parent.is_some_and(|parent| index.shadows(parent, access));
             if shadowed || index.look_up(task, parent, closing, access, &mut found) {
                 return Err(Refusal::Trouble(AccessTrouble::ParentConflict {
                     task: parent.map_or_else(String::new, |parent| parent.label.to_string()),

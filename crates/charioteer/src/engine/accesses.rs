@@ -486,7 +486,9 @@ impl<D: Domain> Engine<D> {
             return self.turn_has_come(task, worklist);
         }
         self.record_at(time, Event::Ready, task);
+        // It begins here, and goes on where the host is.
         self.record(Event::Start, task);
+        self.record(Event::Suspend, task);
         let (gate, turn) = task.gate().expect("an access of the host has a gate");
         self.elsewhere.fetch_add(1, Ordering::SeqCst);
         if turn.swap(Turn::COME) == Turn::GIVEN_UP {
@@ -514,7 +516,13 @@ impl<D: Domain> Engine<D> {
     }
 
     fn open_gate(&self, gate: &TaskRef<D>, outcome: Outcome<D>, worklist: &mut Vec<Settled<D>>) {
+        let time = self.now();
         if gate.state.advance(Phase::Waiting, Phase::Running).is_ok() {
+            if matches!(outcome, Outcome::Value(_)) {
+                self.record_at(time, Event::Ready, gate);
+                self.record_at(time, Event::Start, gate);
+                self.record_at(time, Event::End, gate);
+            }
             worklist.push(settled(gate, outcome));
         }
     }

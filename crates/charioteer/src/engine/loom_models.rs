@@ -6,6 +6,7 @@ use loom::thread;
 
 use super::devices::landed;
 use super::{Config, Engine, OPEN, publish, settle_orphan};
+use crate::data::{Access, Datum, Mode};
 use crate::loom_domain::{Body, Model, explore, explore_at_most};
 use crate::machine::{Description, DeviceId, Event, Machine, Stream, Time};
 use crate::schedule::gang::{Alternative, Member, WHOLE};
@@ -228,6 +229,90 @@ fn predecessors_complete_during_a_spawn() {
                 }
                 Outcome::Failed(_) => panic!("it failed by itself"),
             }
+            engine.close();
+        });
+    }
+}
+
+/// A task that accesses data is cancelled while its predecessor completes and another task comes after
+/// it: that one runs once, and after the predecessor.
+#[test]
+fn nobody_overtakes_a_task_that_is_cancelled_before_its_turn() {
+    explore_at_most(2, || {
+        let engine = open(0);
+        let whole = Datum::new("datum", &[]).whole();
+        let first = ready();
+        let before = std::slice::from_ref(&first);
+        let access = [Access::new(&whole, Mode::InOut)];
+        let ran = count();
+        let second = engine
+            .spawn("second", counting(&ran), None, before, &access)
+            .unwrap();
+        let canceller = {
+            let second = Arc::clone(&second);
+            thread::spawn(move || Engine::cancel(&second))
+        };
+        let completer = {
+            let first = Arc::clone(&first);
+            thread::spawn(move || {
+                first.state.advance(Phase::Ready, Phase::Running).unwrap();
+                settle_orphan(&first, Outcome::Value(()));
+            })
+        };
+        let followed = count();
+        let body: Body = {
+            let mut run = counting(&followed);
+            let first = Arc::clone(&first);
+            Box::new(move || {
+                assert!(first.is_done());
+                run()
+            })
+        };
+        let access = [Access::new(&whole, Mode::Out)];
+        engine
+            .spawn_detached("third", body, None, &[], &access)
+            .unwrap();
+        let cancelled = canceller.join().unwrap();
+        completer.join().unwrap();
+        assert!(engine.close_when_quiet(&mut || false));
+        assert_eq!(followed.load(Ordering::Relaxed), 1);
+        assert_eq!(ran.load(Ordering::Relaxed), usize::from(!cancelled));
+        engine.close();
+    });
+}
+
+/// Two tasks that commute on two data, named in opposite orders, become ready at once, and one is
+/// cancelled perhaps: nobody waits for ever in a line.
+#[test]
+fn lines_end() {
+    for cancels in [false, true] {
+        explore_at_most(2, move || {
+            let engine = open(0);
+            let (one, other) = (
+                Datum::new("one", &[]).whole(),
+                Datum::new("other", &[]).whole(),
+            );
+            let predecessors = [ready(), ready()];
+            let ran = count();
+            let mut tasks = Vec::new();
+            for (index, parts) in [[&one, &other], [&other, &one]].into_iter().enumerate() {
+                let accesses = parts.map(|part| Access::new(part, Mode::Commute));
+                let before = std::slice::from_ref(&predecessors[index]);
+                let task = engine.spawn("task", counting(&ran), None, before, &accesses);
+                tasks.push(task.unwrap());
+            }
+            let completers = predecessors.map(|task| {
+                thread::spawn(move || {
+                    task.state.advance(Phase::Ready, Phase::Running).unwrap();
+                    settle_orphan(&task, Outcome::Value(()));
+                })
+            });
+            let cancelled = cancels && Engine::cancel(&tasks[0]);
+            for completer in completers {
+                completer.join().unwrap();
+            }
+            assert!(engine.close_when_quiet(&mut || false));
+            assert_eq!(ran.load(Ordering::Relaxed), 2 - usize::from(cancelled));
             engine.close();
         });
     }

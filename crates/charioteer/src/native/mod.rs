@@ -26,6 +26,34 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
+//! Tasks that say what they read and write are ordered by that; the data are the program's own.
+//!
+//! ```
+//! use std::sync::Arc;
+//! use std::sync::atomic::{AtomicU64, Ordering};
+//!
+//! use charioteer::native::{Datum, Runtime};
+//!
+//! let runtime = Runtime::new(2)?;
+//! let cells: Arc<Vec<AtomicU64>> = Arc::new((0..8).map(AtomicU64::new).collect());
+//! let datum = Datum::new("cells", &[8]);
+//! let tiles = datum.grid(&[1]);
+//! // Running sums: each task reads what the one before it wrote.
+//! for i in 1..8 {
+//!     let cells = Arc::clone(&cells);
+//!     let (before, here) = (tiles.tile(&[i - 1]), tiles.tile(&[i]));
+//!     runtime.task().reads(&before).updates(&here).spawn_detached(move || {
+//!         let i = i as usize;
+//!         cells[i].fetch_add(cells[i - 1].load(Ordering::Relaxed), Ordering::Relaxed);
+//!     })?;
+//! }
+//! let last = tiles.tile(&[7]);
+//! let total = runtime.task().reads(&last).spawn(move || cells[7].load(Ordering::Relaxed))?;
+//! assert_eq!(total.result()?, &28);
+//! runtime.close()?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
 //! A body fails by returning an error (from [`Spawner::try_spawn`]) or by a panic; both are an
 //! outcome of its task, travel to dependents as [`TaskError::Dependency`], and are given by
 //! [`Runtime::close`] if nobody received them.

@@ -118,7 +118,7 @@ impl Span {
         self.count != 0
             && index >= self.start
             && index <= self.last()
-            && (index - self.start) % self.step == 0
+            && (index - self.start).is_multiple_of(self.step)
     }
 
     /// Those of its indices whose numbers, counted from 0, are in `chosen`.
@@ -196,7 +196,11 @@ impl Span {
         match other.count {
             0 => true,
             1 => self.has(other.start),
-            _ => self.has(other.start) && self.has(other.last()) && other.step % self.step == 0,
+            _ => {
+                self.has(other.start)
+                    && self.has(other.last())
+                    && other.step.is_multiple_of(self.step)
+            }
         }
     }
 

@@ -75,7 +75,7 @@ pub use link::Link;
 pub(crate) use link::List;
 pub use state::Phase;
 
-use crate::data::{Attached, Group, Held, Part};
+use crate::data::{Attached, Group, Part};
 use crate::machine::DeviceError;
 use crate::schedule::gang::Alternative;
 use crate::schedule::map::Mapping;
@@ -641,19 +641,6 @@ impl<D: Domain> Task<D> {
         };
         drop(rare);
         list
-    }
-
-    /// Keeps a record that another task took the place of. Called under the lock of a datum.
-    pub(crate) fn hold(&self, held: Held) {
-        self.links.lock().data().held.push(held);
-    }
-
-    /// Whether one of the records that others took the place of is one that `f` looks for.
-    pub(crate) fn shadows(&self, f: impl Fn(&Held) -> bool) -> bool {
-        let links = self.links.lock();
-        let rare = links.rare.as_ref();
-        rare.and_then(|rare| rare.data.as_ref())
-            .is_some_and(|data| data.held.iter().any(f))
     }
 
     /// Notes a reduction that the task is a member of, or else a part that it is to stand in line for.

@@ -3,7 +3,7 @@
 //! Each thread appends to a ring of its own; a full ring goes to the file in one write, under the
 //! file's lock. A runtime that is not traced pays one branch an event. The file is raw and
 //! versioned; [`read`] gives it back, and tells a file that is none, of another version, or cut off.
-//! [`check`] proves from it that the runtime kept its promises.
+//! [`check`] proves from it that the runtime kept its promises, and [`check_order`] those about data.
 //!
 //! # Format, version 3 (little endian)
 //!
@@ -64,10 +64,12 @@
 mod check;
 mod file;
 mod numbers;
+mod order;
 mod record;
 
 pub use check::{Checked, NoEvidence, Rule, Violation, check};
 pub use file::{TraceFile, read};
+pub use order::{Ordered, check_order};
 pub use record::{AccessRecord, DeviceEvent, DeviceRecord, Event, Record};
 
 pub(crate) use numbers::{next_id, thread_number};

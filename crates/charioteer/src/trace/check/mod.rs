@@ -51,6 +51,8 @@ pub enum Rule {
     Lending,
     /// Grants do not exceed a device.
     Capacity,
+    /// Conflicting accesses to data are ordered; see [`check_order`](super::check_order).
+    Access,
 }
 
 impl Rule {
@@ -63,6 +65,7 @@ impl Rule {
             Self::Set => "set",
             Self::Lending => "lending",
             Self::Capacity => "capacity",
+            Self::Access => "access",
         }
     }
 }
@@ -104,15 +107,23 @@ pub struct Checked {
 pub struct NoEvidence {
     /// The version of its format.
     pub version: u32,
+    /// The first one that has it.
+    pub needs: u32,
 }
 
 impl fmt::Display for NoEvidence {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "a trace of version {} has no events of devices, so nothing can be proved from it; \
-             versions from 2 on have",
-            self.version
+            "a trace of version {} has no {}, so nothing can be proved from it; \
+             versions from {} on have",
+            self.version,
+            if self.needs == 2 {
+                "events of devices"
+            } else {
+                "accesses"
+            },
+            self.needs,
         )
     }
 }
@@ -127,6 +138,7 @@ pub fn check(trace: &TraceFile) -> Result<Checked, NoEvidence> {
     if trace.version < 2 {
         return Err(NoEvidence {
             version: trace.version,
+            needs: 2,
         });
     }
     let mut claims = Claims::new(trace);

@@ -1,0 +1,155 @@
+//! What accesses to data cost: to find whom one comes after, by how many are live, and to prove from a
+//! trace that they were ordered.
+//!
+//! # Look-ups
+//!
+//! A task is held, and so many others wait for it, each with a part of one datum that it writes: so many
+//! accesses are live. Timed is the spawn of tasks that read one of these parts each, in random order, and
+//! so come after one writer: the whole spawn, of which the look-up is a part. *Tiles* are those of one
+//! grid; *boxes* have random places and sizes, and a datum that grows with their number, so that the
+//! readers meet equally many.
+//!
+//! # Order
+//!
+//! The proof of a trace of tasks with two reads and one write each, of the tiles of an array, which is read
+//! before. One iteration is one task.
+
+use std::hint::black_box;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use charioteer::native::{Datum, Part, Runtime};
+use charioteer::region::{Region, Span};
+use charioteer::trace;
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Readers that are spawned while the writers wait.
+const READERS: usize = 10_000;
+
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % end
+    }
+}
+
+fn tiles(live: u64) -> Vec<Part> {
+    let grid = Datum::new("A", &[live * 8]).grid(&[8]);
+    (0..live).map(|tile| grid.tile(&[tile])).collect()
+}
+
+/// On a square, one box on each field of 16 by 16, of 1 to 24 elements an axis.
+fn boxes(live: u64) -> Vec<Part> {
+    let side = live.isqrt() + 1;
+    let extent = side * 16;
+    let datum = Datum::new("A", &[extent, extent]);
+    let mut random = Random(88_172_645_463_325_252);
+    (0..live)
+        .map(|number| {
+            let mut span = |field: u64| {
+                let start = field * 16 + random.below(16);
+                Span::range(start, (start + 1 + random.below(24)).min(extent))
+            };
+            datum.part(Region::new([span(number / side), span(number % side)]))
+        })
+        .collect()
+}
+
+fn time(parts: &[Part], rounds: u64) -> Duration {
+    let mut elapsed = Duration::ZERO;
+    let mut random = Random(7);
+    let readers: Vec<&Part> = (0..READERS)
+        .map(|_| &parts[usize::try_from(random.below(parts.len() as u64)).expect("an index")])
+        .collect();
+    let mut left = rounds;
+    while left > 0 {
+        let runtime = Runtime::new(1).expect("the system gives threads");
+        let (open, gate) = mpsc::channel::<()>();
+        let held = runtime.spawn(move || {
+            let _ = gate.recv();
+        });
+        for part in parts {
+            let task = runtime.task().after(&held).writes(part);
+            task.spawn_detached(|| {}).expect("it has no cycle");
+        }
+        let next = left.min(READERS as u64);
+        let start = Instant::now();
+        for part in readers.iter().zip(0..next).map(|(part, _)| part) {
+            let task = runtime.task().reads(black_box(part));
+            task.spawn_detached(|| {}).expect("it has no cycle");
+        }
+        elapsed += start.elapsed();
+        left -= next;
+        open.send(()).expect("it waits");
+        runtime.close().expect("no body fails");
+    }
+    elapsed
+}
+
+fn look_up(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("look-up");
+    group
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(500))
+        .measurement_time(Duration::from_secs(2))
+        .throughput(Throughput::Elements(1));
+    for (name, make) in [("tiles", tiles as fn(u64) -> Vec<Part>), ("boxes", boxes)] {
+        for live in [100, 100_000] {
+            let parts = make(live);
+            group.bench_function(BenchmarkId::new(name, live), |bencher| {
+                bencher.iter_custom(|rounds| time(&parts, rounds));
+            });
+        }
+    }
+    group.finish();
+}
+
+/// Tasks of the trace.
+const TASKS: u64 = 100_000;
+
+fn order(criterion: &mut Criterion) {
+    let path = std::env::temp_dir().join(format!("charioteer-order-{}", std::process::id()));
+    let runtime = Runtime::builder().workers(1).trace(&path).open();
+    let runtime = runtime.expect("the system gives threads");
+    let grid = Datum::new("A", &[64, 64]).grid(&[1, 1]);
+    let mut random = Random(7);
+    for _ in 0..TASKS {
+        let mut tile = || grid.tile(&[random.below(64), random.below(64)]);
+        let (first, second, third) = (tile(), tile(), tile());
+        let task = runtime.task().reads(&first).reads(&second).updates(&third);
+        task.spawn_detached(|| {}).expect("it has no cycle");
+    }
+    runtime.close().expect("no body fails");
+    let mut group = criterion.benchmark_group("order");
+    group
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(500))
+        .measurement_time(Duration::from_secs(5))
+        .throughput(Throughput::Elements(1));
+    group.bench_function("proof", |bencher| {
+        bencher.iter_custom(|rounds| {
+            let whole = rounds.div_ceil(TASKS);
+            let mut elapsed = Duration::ZERO;
+            for _ in 0..whole {
+                let start = Instant::now();
+                let file = trace::read(&path).expect("the trace is complete");
+                let checked = trace::check_order(&file).expect("it has accesses");
+                elapsed += start.elapsed();
+                assert!(checked.violations.is_empty());
+            }
+            elapsed.mul_f64(rounds as f64 / (whole * TASKS) as f64)
+        });
+    });
+    group.finish();
+    std::fs::remove_file(&path).expect("it was read");
+}
+
+criterion_group!(benches, look_up, order);
+criterion_main!(benches);
