@@ -892,7 +892,7 @@ impl<D: Domain> Engine<D> {
         };
         let (before, followed, edges) = match published {
             Ok(published) => published,
-            Err(refused) => return Err(self.withdraw(task, dependencies, connected, refused)),
+            Err(refused) => return Err(self.take_back(task, dependencies, connected, refused)),
         };
         self.record_spawn(time, task, dependencies);
         self.record_edges(time, task, &edges);
@@ -940,7 +940,7 @@ impl<D: Domain> Engine<D> {
     }
 
     /// Takes back a spawn that is refused, and says why it is.
-    fn withdraw(
+    fn take_back(
         &self,
         task: &TaskRef<D>,
         dependencies: &[TaskRef<D>],
