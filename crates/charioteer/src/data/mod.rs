@@ -180,6 +180,12 @@ impl<D: Domain> Datum<D> {
         self.index.lock().close();
     }
 
+    /// Whether accesses are refused.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.index.lock().is_closed()
+    }
+
     fn bounds(&self, region: &Region) -> Bounds {
         Bounds::of(region, &self.axes)
     }
