@@ -489,3 +489,35 @@ with ch.Runtime(workers=2):
     assert {pool["num_threads"] for pool in blas} == {1}, blas
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_regions_are_ordered_by_what_routines_do() -> None:
+    x = np.random.default_rng(0).standard_normal((3, 8, 8))
+    A = ch.array(x)
+    a, b, c = A
+    T = A[2].tiles((4, 4))
+    blas.gemm(a, b, c)
+    blas.gemm(a[:4], b, A[2, :4], alpha=2.0, beta=1.0)
+    expected = x[0] @ x[1]
+    expected[:4] *= 3.0
+    np.testing.assert_allclose(c.numpy(), expected, rtol=1e-12)
+    # A tile by a tile, one of them twice.
+    blas.syrk(T[1, 0], T[0, 0], beta=0.5)
+    blas.gemm(T[1, 0], T[0, 1], T[1, 1])
+    expected[4:, 4:] = expected[4:, :4] @ expected[:4, 4:]
+    np.testing.assert_allclose(T[1, 1].numpy(), expected[4:, 4:], rtol=1e-12)
+
+    # Where beta is zero, what was there is not looked at: a failure before does not matter.
+    @ch.task
+    def fail(a: ch.Out[Array]) -> None:
+        raise ZeroDivisionError
+
+    failed = fail(c)
+    assert isinstance(blas.gemm(a, b, c, beta=1).exception(), ch.DependencyError)
+    assert isinstance(blas.gemm(a, b, c=A[2], beta=1).exception(), ch.DependencyError)
+    assert blas.gemm(a, b, c=c, beta=0).result() is None
+    np.testing.assert_allclose(c.numpy(), x[0] @ x[1], rtol=1e-12)
+    assert isinstance(failed.exception(), ZeroDivisionError)
+    pivots = ch.zeros(8, np.int32)
+    blas.getrf(c, pivots)
+    assert pivots.numpy().max() < 8

@@ -690,3 +690,22 @@ def test_callbacks_into_python_find_the_interpreter(rt_any: ch.Runtime) -> None:
     assert task.map(range(20)).result() == [sum(range(x)) for x in range(20)]
     variable.reset(token)
     assert len(seen) == 20
+
+
+def test_regions_are_ordered_by_their_modes(rt: ch.Runtime) -> None:
+    copy = ch.native(LIBC.memcpy, (ch.Out["f8"], ch.In["f8"], "u8"))
+    A = ch.zeros((3, 4))
+    B = A.tiles((1, 4))
+    A[0] = [1.0, 2.0, 3.0, 4.0]
+    copy(B[1, 0], B[0, 0], 32)
+    A[0] = 0.0
+    copy(B[2, 0], B[1, 0], 16)
+    copy(ch.unordered(B[1, 0]), np.full(4, 5.0), 0)
+    assert A.numpy().tolist() == [[0, 0, 0, 0], [1, 2, 3, 4], [1, 2, 0, 0]]
+    with pytest.raises(ValueError, match="C-contiguous"):
+        copy(A[:, 0], B[0, 0], 24)
+    with pytest.raises(TypeError, match="expects an integer, not Region"):
+        copy(B[0, 0], B[1, 0], anything(A[0]))
+    with pytest.raises(ch.AccessError, match="overlap"):
+        ch.native(LIBC.memmove, (ch.Out["f8"], ch.InOut["f8"], "u8"))(A[0], A[0, 1:], 8)
+    assert A.numpy()[0].tolist() == [0, 0, 0, 0]

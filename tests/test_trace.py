@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,10 @@ def test_a_trace_proves_that_promises_were_kept(tmp_path: Path) -> None:
     assert checked == ch.TraceCheck(tasks=3, grants=2, pairs=2, violations=())
     done = command("check", str(path))
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "3 tasks, 2 grants of devices, 2 pairs in order: no violations\n"
+    assert (
+        done.stdout
+        == "3 tasks, 2 grants of devices, 0 accesses of data, 2 pairs in order: no violations\n"
+    )
 
 
 def test_a_trace_without_its_waits_shows_what_is_missing(tmp_path: Path) -> None:
@@ -133,3 +137,41 @@ def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:
         ch.check_trace(tmp_path / "missing")
     done = command("check", str(tmp_path / "missing"))
     assert done.returncode == 2 and "cannot read" in done.stderr
+
+
+def test_a_trace_proves_the_order_of_accesses(tmp_path: Path) -> None:
+    @ch.task
+    def write(a: ch.Out[Any], value: float) -> None:
+        a[...] = value
+
+    @ch.task
+    def read(a: ch.In[Any], b: ch.InOut[Any]) -> None:
+        b += a
+
+    path = tmp_path / "data.trace"
+    A = ch.zeros((2, 4), name="A")
+    with ch.Runtime(workers=2, trace=path):
+        for i in range(4):
+            write(A[0], i)
+            read(A[0, ::2], A[1, ::2])
+            read(A[0, 1::2], A[1, 1::2])
+        A.numpy()
+    checked = ch.check_order(path)
+    assert checked.accesses == 4 * 5 + 1
+    assert checked.pairs > 10
+    assert checked.violations == ()
+    assert ch.check_trace(path).violations == ()
+    done = command("check", str(path))
+    assert done.returncode == 0 and "21 accesses of data" in done.stdout
+
+    # Two that nobody ordered, and whose bodies meet, are no proof of anything else.
+    meet = threading.Barrier(2)
+
+    @ch.task
+    def wait(a: ch.InOut[Any]) -> None:
+        meet.wait(30)
+
+    with ch.Runtime(workers=2, trace=path):
+        wait(A)
+        wait(ch.unordered(A))
+    assert ch.check_order(path) == ch.OrderCheck(accesses=1, pairs=0, violations=())

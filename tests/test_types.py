@@ -264,3 +264,36 @@ def test_generic_classes_are_subscripted_at_run_time_too() -> None:
     assert ch.Task[int] is ch.Task
     assert ch.TaskList[int] is ch.TaskList
     assert ch.TaskFunction[[int], str] is ch.TaskFunction
+
+
+Matrix = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@ch.task
+def grow(a: ch.InOut[Matrix], by: float, *rest: ch.In[Matrix]) -> float:
+    a += by
+    return float(a.sum())
+
+
+def test_arrays(runtime: ch.Runtime) -> None:
+    A = ch.zeros((2, 3))
+    assert_type(A, ch.Array)
+    assert_type(ch.asarray(np.zeros(3)), ch.Array)
+    assert_type(A.tiles((1, 1)), ch.Tiles)
+    # What stands for an array is anything to checkers, so that it fits parameters of its type.
+    assert_type(A[0], Any)
+    assert_type(A.tiles((1, 3))[0, 0], Any)
+    assert_type(grow(A[0], 1.0, A[1]), ch.Task[float])
+    assert_type(grow.options(input=[A[1]], commute=ch.token())(A[0], by=1.0), ch.Task[float])
+
+    @ch.spawn(output=A[1])
+    def inline(a: ch.In[Matrix] = A[0]) -> float:
+        assert_type(a, Matrix)
+        return float(a[0])
+
+    assert_type(inline, ch.Task[float])
+    assert inline.result() == 2.0
+    assert_type(A.numpy().tolist(), Any)
+    with A.host("rw") as x:
+        x[...] = 1.0
+    assert_type(A.fill(3), ch.Task[None])

@@ -16,21 +16,28 @@ Rust and needs no GIL::
 
 from charioteer import _support as _support
 from charioteer._core import (
+    Array,
     Context,
+    Region,
     Task,
     TaskFunction,
     TaskList,
     TaskSpace,
+    Tiles,
+    Token,
     connect,
     read_trace,
     spawn,
     spawn_many,
     task,
+    unordered,
 )
+from charioteer._data import array, asarray, empty, full, token, zeros
 from charioteer._futures import TaskGroup, WaitResult, as_completed, gather, wait
-from charioteer._native import In, InOut, Out, native
+from charioteer._modes import Commute, In, InOut, Max, Min, Out, Prod, Sum
+from charioteer._native import native
 from charioteer._runtime import Runtime
-from charioteer._trace import TraceCheck, Violation, check_trace
+from charioteer._trace import OrderCheck, TraceCheck, Violation, check_order, check_trace
 from charioteer._variants import SpecializedFunction, specialize
 from charioteer.devices import Device, DeviceSet, Kind, Requirement, cpu, gpu
 from charioteer.errors import (
@@ -68,10 +75,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AccessError",
+    "Array",
     "CancelledError",
     "CaptureError",
     "CaptureWarning",
     "CharioteerError",
+    "Commute",
     "Context",
     "CycleError",
     "DependencyError",
@@ -85,33 +94,46 @@ __all__ = [
     "Kind",
     "Machine",
     "MachineError",
+    "Max",
+    "Min",
     "ModelError",
     "NativeError",
     "NoRuntimeError",
+    "OrderCheck",
     "Out",
     "OutOfDeviceMemoryError",
     "PlacementError",
     "PolicyError",
+    "Prod",
+    "Region",
     "Requirement",
     "Runtime",
     "RuntimeActiveError",
     "SpecializedFunction",
+    "Sum",
     "Task",
     "TaskFunction",
     "TaskGroup",
     "TaskList",
     "TaskSpace",
     "TaskTimeoutError",
+    "Tiles",
+    "Token",
     "TraceCheck",
     "UnspawnedDependencyError",
     "VariantError",
     "Violation",
     "WaitResult",
     "WorkerLimitError",
+    "array",
     "as_completed",
+    "asarray",
+    "check_order",
     "check_trace",
     "cpu",
     "current",
+    "empty",
+    "full",
     "gather",
     "gpu",
     "native",
@@ -120,5 +142,8 @@ __all__ = [
     "spawn_many",
     "specialize",
     "task",
+    "token",
+    "unordered",
     "wait",
+    "zeros",
 ]

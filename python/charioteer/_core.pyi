@@ -3,11 +3,13 @@ from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, 
 from concurrent.futures import Future
 from contextvars import Context as ContextVars
 from os import PathLike
-from types import TracebackType
+from types import EllipsisType, TracebackType
 from typing import (
     Any,
     Concatenate,
     Generic,
+    Literal,
+    NoReturn,
     ParamSpec,
     Self,
     SupportsIndex,
@@ -17,6 +19,10 @@ from typing import (
     overload,
 )
 
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import disjoint_base
+
 from charioteer._futures import Tasks
 from charioteer._variants import Cost, HeldDevices, Size, VariantDecorator
 from charioteer.devices import Device, Placement
@@ -24,15 +30,18 @@ from charioteer.policies import Policy
 
 __all__ = [
     "Allocation",
+    "Array",
     "Awaiting",
     "BlasRoutine",
     "Clock",
     "Context",
     "Engine",
     "Event",
+    "HostAccess",
     "Memory",
     "NativeFunction",
     "OpenMachine",
+    "Region",
     "Spawner",
     "Stream",
     "Subscription",
@@ -41,11 +50,14 @@ __all__ = [
     "TaskFunction",
     "TaskList",
     "TaskSpace",
+    "Tiles",
+    "Token",
     "View",
     "after_fork",
     "awaiting",
     "block",
     "cancel_requested",
+    "check_order",
     "check_trace",
     "connect",
     "count_groups",
@@ -69,6 +81,7 @@ __all__ = [
     "submit",
     "task",
     "task_stream",
+    "unordered",
     "unpinned",
     "work",
 ]
@@ -78,6 +91,11 @@ _Q = ParamSpec("_Q")
 _R = TypeVar("_R")
 _R_co = TypeVar("_R_co", covariant=True)
 _S = TypeVar("_S")
+
+_Regions: TypeAlias = Region | Token | Iterable[Region | Token]
+"""A region of a managed array, or several."""
+
+_Index: TypeAlias = SupportsIndex | slice | EllipsisType | None
 
 _Model: TypeAlias = tuple[str, str, int, int, int, int, float | None]
 
@@ -185,6 +203,10 @@ class TaskFunction(Generic[_P, _R_co]):
         size: Size | None = None,
         timeout: float | None = None,
         retries: int | None = None,
+        input: _Regions | None = None,
+        output: _Regions | None = None,
+        inout: _Regions | None = None,
+        commute: _Regions | None = None,
     ) -> Self: ...
     def map(self, *iterables: Iterable[Any]) -> TaskList[_R_co]: ...
     def variant(
@@ -247,6 +269,10 @@ def task(
     size: Size | None = None,
     timeout: float | None = None,
     retries: int | None = None,
+    input: _Regions | None = None,
+    output: _Regions | None = None,
+    inout: _Regions | None = None,
+    commute: _Regions | None = None,
     base: bool = True,
 ) -> TaskFunction[_P, _R]: ...
 @overload
@@ -264,6 +290,10 @@ def task(
     size: Size | None = None,
     timeout: float | None = None,
     retries: int | None = None,
+    input: _Regions | None = None,
+    output: _Regions | None = None,
+    inout: _Regions | None = None,
+    commute: _Regions | None = None,
     base: bool = True,
 ) -> TaskFunction[_P, _R]: ...
 @overload
@@ -281,6 +311,10 @@ def task(
     size: Size | None = None,
     timeout: float | None = None,
     retries: int | None = None,
+    input: _Regions | None = None,
+    output: _Regions | None = None,
+    inout: _Regions | None = None,
+    commute: _Regions | None = None,
     base: bool = True,
 ) -> TaskFunction[_P, _R]: ...
 @overload
@@ -298,6 +332,10 @@ def task(
     size: Size | None = None,
     timeout: float | None = None,
     retries: int | None = None,
+    input: _Regions | None = None,
+    output: _Regions | None = None,
+    inout: _Regions | None = None,
+    commute: _Regions | None = None,
     base: bool = True,
 ) -> TaskFunction[_P, _R]: ...
 @overload
@@ -315,6 +353,10 @@ def task(
     size: Size | None = None,
     timeout: float | None = None,
     retries: int | None = None,
+    input: _Regions | None = None,
+    output: _Regions | None = None,
+    inout: _Regions | None = None,
+    commute: _Regions | None = None,
     base: bool = True,
 ) -> TaskFunction[_P, _R]: ...
 @overload
@@ -332,6 +374,10 @@ def task(
     size: Size | None = None,
     timeout: float | None = None,
     retries: int | None = None,
+    input: _Regions | None = None,
+    output: _Regions | None = None,
+    inout: _Regions | None = None,
+    commute: _Regions | None = None,
     base: bool = True,
 ) -> TaskDecorator: ...
 @overload
@@ -349,6 +395,10 @@ def spawn(
     size: Size | None = None,
     timeout: float | None = None,
     retries: int | None = None,
+    input: _Regions | None = None,
+    output: _Regions | None = None,
+    inout: _Regions | None = None,
+    commute: _Regions | None = None,
 ) -> Task[_R]: ...
 @overload
 def spawn(
@@ -365,6 +415,10 @@ def spawn(
     size: Size | None = None,
     timeout: float | None = None,
     retries: int | None = None,
+    input: _Regions | None = None,
+    output: _Regions | None = None,
+    inout: _Regions | None = None,
+    commute: _Regions | None = None,
 ) -> Task[_R]: ...
 @overload
 def spawn(
@@ -381,6 +435,10 @@ def spawn(
     size: Size | None = None,
     timeout: float | None = None,
     retries: int | None = None,
+    input: _Regions | None = None,
+    output: _Regions | None = None,
+    inout: _Regions | None = None,
+    commute: _Regions | None = None,
 ) -> Task[_R]: ...
 @overload
 def spawn(
@@ -397,6 +455,10 @@ def spawn(
     size: Size | None = None,
     timeout: float | None = None,
     retries: int | None = None,
+    input: _Regions | None = None,
+    output: _Regions | None = None,
+    inout: _Regions | None = None,
+    commute: _Regions | None = None,
 ) -> Task[_R]: ...
 @overload
 def spawn(
@@ -413,6 +475,10 @@ def spawn(
     size: Size | None = None,
     timeout: float | None = None,
     retries: int | None = None,
+    input: _Regions | None = None,
+    output: _Regions | None = None,
+    inout: _Regions | None = None,
+    commute: _Regions | None = None,
 ) -> Spawner: ...
 @overload
 def spawn_many(
@@ -430,6 +496,10 @@ def spawn_many(
     size: Size | None = None,
     timeout: float | None = None,
     retries: int | None = None,
+    input: _Regions | None = None,
+    output: _Regions | None = None,
+    inout: _Regions | None = None,
+    commute: _Regions | None = None,
 ) -> TaskList[_R]: ...
 @overload
 def spawn_many(
@@ -447,6 +517,10 @@ def spawn_many(
     size: Size | None = None,
     timeout: float | None = None,
     retries: int | None = None,
+    input: _Regions | None = None,
+    output: _Regions | None = None,
+    inout: _Regions | None = None,
+    commute: _Regions | None = None,
 ) -> TaskList[_R]: ...
 @overload
 def spawn_many(
@@ -464,6 +538,10 @@ def spawn_many(
     size: Size | None = None,
     timeout: float | None = None,
     retries: int | None = None,
+    input: _Regions | None = None,
+    output: _Regions | None = None,
+    inout: _Regions | None = None,
+    commute: _Regions | None = None,
 ) -> TaskList[_R]: ...
 @overload
 def submit(
@@ -514,6 +592,78 @@ def block(tasks: Tasks, until: str, timeout: float | None = None) -> bool: ...
 def awaiting(tasks: Tasks, until: str, values: bool = True) -> Awaiting: ...
 def is_failed(task: Task[Any]) -> bool: ...
 def cancel_requested(task: Task[Any]) -> bool: ...
+
+# Managed arrays. What indexing gives is an argument of tasks, whose parameters have the types of
+# the arrays that bodies get; so it is typed as anything.
+
+@disjoint_base
+class Region:
+    __array_ufunc__: None
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def ndim(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def base(self) -> Array: ...
+    def tiles(self, shape: SupportsIndex | Iterable[SupportsIndex]) -> Tiles: ...
+    def shards(self, n: int, *, axis: int = 0) -> tuple[Any, ...]: ...
+    def numpy(self) -> np.ndarray[Any, Any]: ...
+    def host(self, mode: Literal["r", "rw"] = "r") -> HostAccess: ...
+    def fill(self, value: Any) -> Task[None]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: _Index | tuple[_Index, ...], /) -> Any: ...
+    def __setitem__(self, index: _Index | tuple[_Index, ...], value: Any, /) -> None: ...
+    def __iter__(self) -> Iterator[Any]: ...
+    def __bool__(self) -> NoReturn: ...
+    def __complex__(self) -> NoReturn: ...
+    def __hash__(self) -> int: ...
+    def __eq__(self, other: object, /) -> bool: ...
+    def __array__(
+        self, dtype: npt.DTypeLike | None = None, *, copy: bool | None = None
+    ) -> np.ndarray[Any, Any]: ...
+    def __dlpack__(self, **options: Any) -> Any: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+
+@final
+class Array(Region):
+    def __new__(cls, buffer: np.ndarray[Any, Any], name: str) -> Self: ...
+    def release(self) -> None: ...
+
+@final
+class Tiles:
+    @property
+    def base(self) -> Any: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def tile(self) -> tuple[int, ...]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(
+        self, index: SupportsIndex | slice | tuple[SupportsIndex | slice, ...], /
+    ) -> Any: ...
+    def __iter__(self) -> Iterator[Any]: ...
+
+@final
+class Token:
+    def __new__(cls, name: str) -> Self: ...
+
+@final
+class HostAccess:
+    def __enter__(self) -> np.ndarray[Any, Any]: ...
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None: ...
+
+def unordered(region: Any, /) -> Any: ...
 
 # Native tasks.
 
@@ -569,6 +719,7 @@ class Engine:
         models: str | None = None,
         overtaking: int = 128,
         pin: tuple[str, Sequence[Sequence[int]]] | None = None,
+        check: bool | None = None,
     ) -> Self: ...
     @property
     def workers(self) -> int: ...
@@ -602,6 +753,7 @@ class Context:
     def each(self) -> Iterator[Device]: ...
     @property
     def xp(self) -> Any: ...
+    def local(self, region: Region) -> Any: ...
     def barrier(self) -> None: ...
     def record(self, name: str) -> Event: ...
     def wait(self, name: str) -> None: ...
@@ -621,6 +773,9 @@ def set_default_runtime_factory(factory: Callable[[], object] | None) -> None: .
 def check_trace(
     path: str | PathLike[str],
 ) -> tuple[int, int, int, list[tuple[str, int, int | None, str]]]: ...
+def check_order(
+    path: str | PathLike[str],
+) -> tuple[int, int, list[tuple[str, int, int | None, str]]]: ...
 def read_trace(
     path: str | PathLike[str],
 ) -> tuple[int, list[tuple[int, int, str, int, int]], dict[int, str]]: ...

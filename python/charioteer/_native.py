@@ -9,33 +9,16 @@ from __future__ import annotations
 import sys
 import typing
 from collections.abc import Iterable, Iterator
-from enum import Enum
-from typing import Annotated, Any, TypeAlias, TypeVar
+from typing import Any
 
 from charioteer import _core, _pools
 from charioteer._core import TaskFunction
 from charioteer._futures import Tasks
+from charioteer._modes import Mode, T, mode_of
 from charioteer.devices import Placement
 
-__all__ = ["In", "InOut", "Out", "native"]
+__all__ = ["native"]
 
-
-class Mode(Enum):
-    """What a body does with an array."""
-
-    IN = "In"
-    OUT = "Out"
-    INOUT = "InOut"
-
-
-T = TypeVar("T")
-
-In: TypeAlias = Annotated[T, Mode.IN]
-"""An array that the body reads."""
-Out: TypeAlias = Annotated[T, Mode.OUT]
-"""An array that the body writes without a look at what was there."""
-InOut: TypeAlias = Annotated[T, Mode.INOUT]
-"""An array that the body reads and writes."""
 
 _SCALARS = {
     "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f4", "f8", "c8", "c16", "bool", "c1", "p",
@@ -148,28 +131,22 @@ def _parameter(number: int, given: object) -> tuple[str, str]:
     if isinstance(given, str):
         if given == "info":
             return "info", ""
-        for prefix, kind in (("const *", "in"), ("*", "out"), ("&", "reference"), ("", "value")):
+        for prefix, kind in (("const *", "in"), ("*", "inout"), ("&", "reference"), ("", "value")):
             if given.startswith(prefix):
                 code = given.removeprefix(prefix)
                 if code not in _SCALARS:
                     raise ValueError(f"params: parameter {number}: no code {given!r}")
                 return kind, code
-    mode, of = _mode(given)
-    if mode is None:
+    mode, of = mode_of(given)
+    if mode not in _KINDS:
         raise TypeError(
             f'params: parameter {number}: a code such as "f8", or ch.In, ch.Out or ch.InOut, not'
             f" {given!r}"
         )
-    return ("in" if mode is Mode.IN else "out"), _dtype(number, of)
+    return _KINDS[mode], _dtype(number, of)
 
 
-def _mode(given: object) -> tuple[Mode | None, Any]:
-    """The mode of an array, and what is said of the array."""
-    if typing.get_origin(given) is Annotated:
-        for data in given.__metadata__:  # type: ignore[attr-defined]
-            if isinstance(data, Mode):
-                return data, typing.get_args(given)[0]
-    return None, None
+_KINDS = {Mode.IN: "in", Mode.OUT: "out", Mode.INOUT: "inout", Mode.COMMUTE: "commute"}
 
 
 def _dtype(number: int, of: Any) -> str:
@@ -192,7 +169,7 @@ def _dtype(number: int, of: Any) -> str:
 
 def _words(params: list[Any]) -> Iterator[str]:
     for given in params:
-        mode, of = _mode(given)
+        mode, of = mode_of(given)
         if mode is None:
             yield str(given)
         else:

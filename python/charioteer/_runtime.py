@@ -94,6 +94,9 @@ class Runtime:
         models: a file of measured run times: read when the runtime opens, if it is there, and
             written when it closes, if there is something new. Unless said, the environment
             variable ``CHARIOTEER_MODELS``.
+        check: looks for bodies that write to data which they declare that they only read: what is
+            in there is compared before and after, which costs a look at each element. Such a task
+            fails with ``AccessError``. Unless said, only a validating build does.
 
     Raises:
         ValueError: a number out of range, a policy that does not exist, or threads to pin with
@@ -116,6 +119,7 @@ class Runtime:
         models: str | os.PathLike[str] | None = None,
         overtaking: int = 128,
         pin: Literal["none", "compact", "spread"] | None = None,
+        check: bool | None = None,
     ) -> None:
         self._machine = _machine(machine)
         self._workers = _worker_count(workers, self._machine)
@@ -137,6 +141,9 @@ class Runtime:
                 raise TypeError(f'gil is "auto" or a number of workers, not {gil!r}')
             if gil < 1:
                 raise ValueError(f"gil lets at least 1 worker in, not {gil}")
+        if check is not None and not isinstance(check, bool):
+            raise TypeError(f"check is True or False, not {type(check).__name__}")
+        self._checks = check
         self._policy = _policy(policy)
         self._pin = _pinning(pin, self._workers)
         if models is None:
@@ -211,6 +218,7 @@ class Runtime:
                 models=models,
                 overtaking=self._overtaking,
                 pin=None if self._pin is None else (self._pin, self._host_nodes()),
+                check=self._checks,
             )
         except BaseException as error:
             if devices is not None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from charioteer import errors
 from charioteer._futures import future, join_group
+from charioteer._modes import read_modes
 from charioteer._placement import resolve as resolve_placement
 from charioteer._pools import limit_enter, limit_exit, limit_thread, refresh_limits
 from charioteer._variants import Variants, read_cost, read_size, variant_decorator
@@ -30,6 +31,7 @@ __all__ = [
     "analyse",
     "cancelled_class",
     "claim_coroutine",
+    "data",
     "devices",
     "disclaim_coroutine",
     "each",
@@ -47,6 +49,7 @@ __all__ = [
     "partial",
     "read_cost",
     "read_memory",
+    "read_modes",
     "read_size",
     "refresh_limits",
     "resolve_placement",
@@ -96,6 +99,13 @@ def loop(call: str, *arguments: Any) -> Any:
     from charioteer import _loop
 
     return getattr(_loop, call)(*arguments)
+
+
+def data(call: str, *arguments: Any) -> Any:
+    """Calls a function of the module ``_data``."""
+    from charioteer import _data
+
+    return getattr(_data, call)(*arguments)
 
 
 def loaded_loop() -> Any:

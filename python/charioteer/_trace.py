@@ -11,14 +11,15 @@ from typing import NamedTuple
 
 from charioteer import _core
 
-__all__ = ["TraceCheck", "Violation", "check_trace"]
+__all__ = ["OrderCheck", "TraceCheck", "Violation", "check_order", "check_trace"]
 
 
 class Violation(NamedTuple):
     """A promise of the runtime that a trace shows broken."""
 
     rule: str
-    """What it is about: ``"end"``, ``"order"``, ``"set"``, ``"lending"`` or ``"capacity"``."""
+    """What it is about: ``"end"``, ``"order"``, ``"set"``, ``"lending"``, ``"capacity"`` or
+    ``"access"``."""
     task: int
     """The number of the task that should not have done what it did."""
     other: int | None
@@ -41,6 +42,38 @@ class TraceCheck(NamedTuple):
     """Pairs of a body and a dependency whose order was looked at."""
     violations: tuple[Violation, ...]
     """What was broken; empty if every promise was kept."""
+
+
+class OrderCheck(NamedTuple):
+    """What the check of the order of accesses came to."""
+
+    accesses: int
+    """Accesses of tasks that ran."""
+    pairs: int
+    """Pairs of accesses whose order was looked at."""
+    violations: tuple[Violation, ...]
+    """Those that were not in order; empty if all were."""
+
+
+def check_order(path: str | PathLike[str]) -> OrderCheck:
+    """Prove from a trace that tasks used managed arrays in the order in which they were spawned.
+
+    Of every two accesses to one array that overlap, of which one writes at least, the one that was
+    spawned first has to have ended before the other began. Evidence is when bodies began and
+    ended, as their threads logged it, and nothing that the scheduler believes.
+
+    Args:
+        path: the trace file of a runtime that is closed.
+
+    Returns:
+        What was looked at and what was broken, with both tasks and the region.
+
+    Raises:
+        ValueError: the file is no trace, was cut off, or has a version before 3, which has no
+        accesses. OSError: it cannot be read.
+    """
+    accesses, pairs, broken = _core.check_order(path)
+    return OrderCheck(accesses, pairs, tuple(Violation(*each) for each in broken))
 
 
 def check_trace(path: str | PathLike[str]) -> TraceCheck:

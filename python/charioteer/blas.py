@@ -13,7 +13,8 @@ their C pointers by workers that need no GIL. SciPy is imported by the first cal
 
 Each is a task function: calling it spawns, ``.options`` gives one call its name and options,
 ``.map`` makes a task for each element, and ``.fn`` does it on the spot. The result of every task is
-``None``: what is computed is written to an argument.
+``None``: what is computed is written to an argument. Regions of managed arrays are ordered by what
+the routine reads and writes.
 
 Types. The arrays of a call have one dtype, ``float32``, ``float64``, ``complex64`` or
 ``complex128``, and that chooses the routine. Handles among the arguments are dependencies; their
@@ -39,6 +40,7 @@ import numpy.typing as npt
 
 from charioteer import _core
 from charioteer._core import TaskFunction
+from charioteer._modes import In, InOut, Out
 from charioteer._native import capsule_address, native
 
 __all__ = ["axpy", "gemm", "geqrf", "getrf", "potrf", "syrk", "trsm"]
@@ -117,9 +119,9 @@ def _routine(declared: Callable[P, None]) -> TaskFunction[P, None]:
 
 @_routine
 def gemm(
-    a: Array,
-    b: Array,
-    c: Array,
+    a: In[Array],
+    b: In[Array],
+    c: InOut[Array],
     *,
     alpha: Number = 1.0,
     beta: Number = 0.0,
@@ -141,8 +143,8 @@ def gemm(
 
 @_routine
 def syrk(
-    a: Array,
-    c: Array,
+    a: In[Array],
+    c: InOut[Array],
     *,
     alpha: Number = 1.0,
     beta: Number = 0.0,
@@ -163,8 +165,8 @@ def syrk(
 
 @_routine
 def trsm(
-    a: Array,
-    b: Array,
+    a: In[Array],
+    b: InOut[Array],
     *,
     alpha: Number = 1.0,
     left: bool = True,
@@ -186,7 +188,7 @@ def trsm(
 
 
 @_routine
-def potrf(a: Array, *, lower: bool = True) -> None:
+def potrf(a: InOut[Array], *, lower: bool = True) -> None:
     """The Cholesky factor of a symmetric (Hermitian) positive definite matrix, in its place.
 
     With ``lower``, ``a = L @ L.conj().T``; else ``a = U.conj().T @ U``. The task fails with
@@ -199,7 +201,7 @@ def potrf(a: Array, *, lower: bool = True) -> None:
 
 
 @_routine
-def axpy(x: Array, y: Array, *, alpha: Number = 1.0) -> None:
+def axpy(x: In[Array], y: InOut[Array], *, alpha: Number = 1.0) -> None:
     """``y += alpha * x``.
 
     Args:
@@ -210,7 +212,7 @@ def axpy(x: Array, y: Array, *, alpha: Number = 1.0) -> None:
 
 
 @_routine
-def getrf(a: Array, pivots: Array) -> None:
+def getrf(a: InOut[Array], pivots: Out[Array]) -> None:
     """The LU factorization with row interchanges, in the place of ``a``.
 
     ``a`` becomes ``L`` (below the diagonal, its ones left out) and ``U``; ``(a, pivots)`` is what
@@ -226,7 +228,7 @@ def getrf(a: Array, pivots: Array) -> None:
 
 
 @_routine
-def geqrf(a: Array, tau: Array) -> None:
+def geqrf(a: InOut[Array], tau: Out[Array]) -> None:
     """The QR factorization in the place of ``a``, in LAPACK's form.
 
     ``R`` is on and above the diagonal. Below it are the vectors ``v`` of the reflectors

@@ -40,6 +40,7 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyDict, PyString, PyTuple};
 use smallvec::SmallVec;
 
+use crate::access::Signature;
 use crate::callable::intern;
 use crate::gateway::PyRef;
 use crate::native::{
@@ -101,6 +102,8 @@ pub struct Routine {
     /// How many of them may be given by position.
     positional: usize,
     typed: [PyOnceLock<Typed>; LETTERS.len()],
+    /// What it does with its arrays.
+    modes: Option<Arc<Signature>>,
 }
 
 struct Parameter {
@@ -117,6 +120,10 @@ impl Routine {
 
     pub fn positional(&self) -> usize {
         self.positional
+    }
+
+    pub fn modes(&self) -> Option<&Arc<Signature>> {
+        self.modes.as_ref()
     }
 
     /// Chooses the function and translates the arguments.
@@ -855,9 +862,15 @@ impl BlasRoutine {
                 Ok(Parameter { name, default })
             })
             .collect::<PyResult<_>>()?;
+        let name = intern(&name);
+        let modes = Signature::read(declared, name)?.map(|modes| {
+            let overwritten = matches!(kind, Kind::Gemm).then_some(("c", "beta"));
+            Arc::new(modes.of_native(overwritten))
+        });
         Ok(Self(Arc::new(Routine {
             kind,
-            name: intern(&name),
+            modes,
+            name,
             declared: declared.clone().into(),
             load: load.into(),
             parameters,

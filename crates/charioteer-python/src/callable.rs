@@ -9,7 +9,7 @@
 //! All this depends on the code alone, so it is analysed once a code object and kept in a cache of
 //! the spawning thread (a shared one would contend without a GIL).
 
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,6 +19,7 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyModule, PyString, PyTuple, PyType};
 
+use crate::access::Signature;
 use crate::blas::BlasRoutine;
 use crate::gateway::{Hidden, PyRef};
 use crate::interp::Watched;
@@ -38,6 +39,29 @@ struct Facts {
     parameters: usize,
     /// The keyword-only parameters, without `**kwargs`.
     keywords: usize,
+    /// The modes of its parameters, as the first function with this code said them.
+    modes: OnceCell<Option<Arc<Signature>>>,
+}
+
+impl Facts {
+    /// The modes of a function with this code. Code is the same wherever a `def` is run again, and its
+    /// annotations are what they were the first time, but for a program that computes them: one that
+    /// said modes once is looked at again, and read again if they changed.
+    #[inline]
+    fn modes(&self, function: &Bound<'_, PyAny>) -> PyResult<Option<Arc<Signature>>> {
+        let known = match self.modes.get() {
+            Some(known) => known,
+            None => {
+                let read = Signature::read(function, self.name)?.map(Arc::new);
+                self.modes.get_or_init(|| read)
+            }
+        };
+        match known {
+            None => Ok(None),
+            Some(known) if known.is_of(function) => Ok(Some(Arc::clone(known))),
+            Some(_) => Ok(Signature::read(function, self.name)?.map(Arc::new)),
+        }
+    }
 }
 
 /// How many code objects a thread remembers.
@@ -110,6 +134,7 @@ fn facts(py: Python<'_>, code: *mut ffi::PyObject) -> PyResult<Rc<Facts>> {
         globals: globals.into_iter().map(PyRef::new).collect(),
         parameters,
         keywords,
+        modes: OnceCell::new(),
     });
     let forgotten = FACTS.with(|all| {
         let mut all = all.borrow_mut();
@@ -125,7 +150,12 @@ fn facts(py: Python<'_>, code: *mut ffi::PyObject) -> PyResult<Rc<Facts>> {
 pub struct Prepared {
     pub callable: Callable,
     pub name: &'static str,
+    /// The modes of the parameters, and how many of these are bound already; `None` without modes.
+    pub modes: Modes,
 }
+
+/// The modes of a callable's parameters, and how many positional ones are bound already.
+pub type Modes = Option<(Arc<Signature>, usize)>;
 
 /// What is to be called.
 pub enum Callable {
@@ -152,6 +182,7 @@ impl Prepared {
         Ok(Self {
             callable,
             name: self.name,
+            modes: self.modes.clone(),
         })
     }
 
@@ -195,12 +226,14 @@ pub fn prepare_raw(callable: &Bound<'_, PyAny>) -> PyResult<Prepared> {
     if let Some(callee) = native {
         return Ok(Prepared {
             name: callee.name(),
+            modes: callee.modes().map(|modes| (modes, 0)),
             callable: Callable::Native(callee),
         });
     }
     Ok(Prepared {
         name: name_of(callable)?,
         callable: Callable::Python(Hidden::new(callable.clone()), None),
+        modes: modes_of_object(callable)?,
     })
 }
 
@@ -224,6 +257,69 @@ fn name_of(callable: &Bound<'_, PyAny>) -> PyResult<&'static str> {
         Some(name) => intern(&name),
         None => intern(&callable.get_type().name()?.to_string_lossy()),
     })
+}
+
+/// The modes of an object that is called: those of its class's `__call__`.
+fn modes_of_object(callable: &Bound<'_, PyAny>) -> PyResult<Modes> {
+    let class = callable.get_type();
+    // SAFETY: attached; a class, alive. What a program defines is on the heap, and nothing else has
+    // annotations.
+    let flags = unsafe { ffi::PyType_GetFlags(class.as_type_ptr()) };
+    if flags & ffi::Py_TPFLAGS_HEAPTYPE == 0 {
+        return Ok(None);
+    }
+    match class.getattr_opt(pyo3::intern!(callable.py(), "__call__"))? {
+        Some(call) if is_function(&call) => modes_of_function(&call, 1),
+        _ => Ok(None),
+    }
+}
+
+fn modes_of_function(function: &Bound<'_, PyAny>, bound: usize) -> PyResult<Modes> {
+    let py = function.py();
+    // SAFETY: attached; a Python function, alive; a borrowed reference.
+    let code = unsafe { ffi::PyFunction_GetCode(function.as_ptr()) };
+    let modes = facts(py, code)?.modes(function)?;
+    Ok(modes.map(|modes| (modes, bound)))
+}
+
+/// The modes of a callable's parameters, without making it ready.
+pub fn modes(callable: &Bound<'_, PyAny>) -> PyResult<Modes> {
+    let py = callable.py();
+    if is_function(callable) {
+        return modes_of_function(callable, 0);
+    }
+    if let Ok(function) = callable.cast::<NativeFunction>() {
+        let callee = Callee::Function(Arc::clone(function.get().function()));
+        return Ok(callee.modes().map(|modes| (modes, 0)));
+    }
+    if let Ok(routine) = callable.cast::<BlasRoutine>() {
+        let callee = Callee::Routine(Arc::clone(routine.get().routine()));
+        return Ok(callee.modes().map(|modes| (modes, 0)));
+    }
+    if callable.get_type().is(support(py).method.bind(py)) {
+        let function = callable.getattr("__func__")?;
+        return if is_function(&function) {
+            modes_of_function(&function, 1)
+        } else {
+            Ok(None)
+        };
+    }
+    if callable.get_type().is(support(py).partial.bind(py)) {
+        return modes_of_partial(callable, modes(&callable.getattr("func")?)?);
+    }
+    modes_of_object(callable)
+}
+
+/// Those of a `functools.partial` of a function with these. `AccessError` if it binds a parameter with a
+/// mode, which would be an access that no call says.
+fn modes_of_partial(partial: &Bound<'_, PyAny>, modes: Modes) -> PyResult<Modes> {
+    let Some((modes, bound)) = modes else {
+        return Ok(None);
+    };
+    let arguments = partial.getattr("args")?.cast_into::<PyTuple>()?;
+    let keywords = partial.getattr("keywords")?.cast_into::<PyDict>()?;
+    modes.refuse_bound(bound, &arguments, &keywords)?;
+    Ok(Some((modes, bound + arguments.len())))
 }
 
 /// What people call it.
@@ -294,7 +390,10 @@ fn prepare_other(callable: &Bound<'_, PyAny>) -> PyResult<Prepared> {
         if !is_function(&function) {
             return prepare_raw(callable);
         }
-        let prepared = prepare_function(&function)?;
+        let mut prepared = prepare_function(&function)?;
+        if let Some((_, bound)) = &mut prepared.modes {
+            *bound += 1;
+        }
         let instance = callable.getattr("__self__")?;
         return prepared.wrap(|function| {
             support(py)
@@ -305,7 +404,8 @@ fn prepare_other(callable: &Bound<'_, PyAny>) -> PyResult<Prepared> {
     }
     if callable.get_type().is(support(py).partial.bind(py)) {
         let function = callable.getattr("func")?;
-        let prepared = prepare(&function)?;
+        let mut prepared = prepare(&function)?;
+        prepared.modes = modes_of_partial(callable, prepared.modes)?;
         let arguments = callable.getattr("args")?.cast_into::<PyTuple>()?;
         let keywords = callable.getattr("keywords")?.cast_into::<PyDict>()?;
         if matches!(prepared.callable, Callable::Native(_)) {
@@ -313,6 +413,7 @@ fn prepare_other(callable: &Bound<'_, PyAny>) -> PyResult<Prepared> {
             return Ok(Prepared {
                 callable: Callable::Python(Hidden::new(callable.clone()), None),
                 name: prepared.name,
+                modes: prepared.modes,
             });
         }
         return prepared.wrap(|function| {
@@ -349,6 +450,7 @@ fn prepare_function(function: &Bound<'_, PyAny>) -> PyResult<Prepared> {
     Ok(Prepared {
         callable: Callable::Python(Hidden::new(bind_captured(function)?), watched),
         name: facts.name,
+        modes: facts.modes(function)?.map(|modes| (modes, 0)),
     })
 }
 
@@ -454,6 +556,36 @@ unsafe fn with_own_cells<'py>(
 
 /// Positional defaults, and those by keyword.
 type Defaults<'py> = (Option<Bound<'py, PyTuple>>, Option<Bound<'py, PyDict>>);
+
+/// The defaults of a function or a method, positional ones and those by keyword; none of anything else.
+pub fn defaults_of<'py>(function: &Bound<'py, PyAny>) -> PyResult<Defaults<'py>> {
+    let py = function.py();
+    let inner;
+    let function = if function.get_type().is(support(py).method.bind(py)) {
+        inner = function.getattr("__func__")?;
+        &inner
+    } else {
+        function
+    };
+    if !is_function(function) {
+        return Ok((None, None));
+    }
+    let raw = function.as_ptr();
+    // SAFETY: attached; a Python function, alive; borrowed references.
+    let (positional, keyword) = unsafe {
+        (
+            Bound::from_borrowed_ptr_or_opt(py, ffi::PyFunction_GetDefaults(raw)),
+            Bound::from_borrowed_ptr_or_opt(py, ffi::PyFunction_GetKwDefaults(raw)),
+        )
+    };
+    let positional = positional
+        .map(|defaults| defaults.cast_into::<PyTuple>())
+        .transpose()?;
+    let keyword = keyword
+        .map(|defaults| defaults.cast_into::<PyDict>())
+        .transpose()?;
+    Ok((positional, keyword))
+}
 
 /// The defaults of a function, which are the arguments of an inline task: positional ones, then
 /// those by keyword. `TypeError` if a parameter has none.

@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use charioteer::data::Group;
 use charioteer::engine::{Engine, Registry, Running};
 use charioteer::machine::{DeviceId, Event};
 use charioteer::mapping::policy::Call;
@@ -26,11 +27,13 @@ use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple};
 
+use crate::access::Partial;
 use crate::attached::Attached;
 use crate::devices;
 use crate::gateway::{self, Hidden, PyRef, Site};
 use crate::gil::Gil;
 use crate::native;
+use crate::reduce::{BodyData, Partials, Reduction};
 use crate::support::{error, support};
 use crate::task::{Awaiting, PyTask};
 use crate::variants::Several;
@@ -52,11 +55,23 @@ pub struct Interp {
     pub maps_all: bool,
     /// The user's policy.
     policy: Option<PyRef>,
+    /// Partial results of reductions that are under way.
+    pub partials: Partials,
+    /// Whether bodies that write what they read are looked for.
+    pub checks: bool,
 }
 
 impl Interp {
-    pub fn new(on_failure: Option<PyRef>, gil: Gil, policy: Option<PyRef>, maps_all: bool) -> Self {
+    pub fn new(
+        on_failure: Option<PyRef>,
+        gil: Gil,
+        policy: Option<PyRef>,
+        maps_all: bool,
+        checks: bool,
+    ) -> Self {
         Self {
+            partials: Partials::default(),
+            checks,
             policy,
             maps_all,
             on_failure,
@@ -102,6 +117,8 @@ pub enum Body {
     Native(native::Call),
     /// The variants that may serve it.
     Several(Box<Several>),
+    /// The end of a reduction.
+    Combine(Reduction),
 }
 
 impl Body {
@@ -112,6 +129,7 @@ impl Body {
             Self::Python(_) => true,
             Self::Native(call) => call.needs_session(),
             Self::Several(several) => several.needs_session(),
+            Self::Combine(_) => true,
         }
     }
 
@@ -119,7 +137,7 @@ impl Body {
     pub fn has_begun(&self) -> bool {
         match self {
             Self::Python(body) => body.coroutine.is_some(),
-            Self::Native(_) => false,
+            Self::Native(_) | Self::Combine(_) => false,
             Self::Several(several) => several.has_begun(),
         }
     }
@@ -137,6 +155,8 @@ pub struct PythonBody {
     pub coroutine: Option<PyRef>,
     /// It may get several cores, and threaded libraries are to use them.
     pub wide: bool,
+    /// What few bodies have to do with data beside their arguments.
+    pub data: Option<Box<BodyData>>,
 }
 
 /// What a body gave.
@@ -298,12 +318,25 @@ impl Interp {
         }
     }
 
-    fn call(py: Python<'_>, running: &Running<'_, Self>, body: &PythonBody) -> PyResult<Py<PyAny>> {
+    fn call(
+        py: Python<'_>,
+        running: &Running<'_, Self>,
+        body: &mut PythonBody,
+    ) -> PyResult<Py<PyAny>> {
         if body.watched.is_some() {
             warn_rebound(py, running.task, body)?;
         }
+        if let Some(data) = &mut body.data {
+            data.begin(py, running)?;
+        }
         if body.substitute {
-            let (arguments, keywords) = substitute(py, &body.arguments)?;
+            let data = &mut body.data;
+            let (arguments, keywords) = substitute(py, &body.arguments, &mut |partial| {
+                let data = data
+                    .as_mut()
+                    .expect("who reduces has something to do with data");
+                data.partial(py, running, partial)
+            })?;
             return body
                 .callable
                 .bind(py)
@@ -444,10 +477,15 @@ impl Interp {
                 result => first = Some(Self::done(py, running, result)),
             }
         }
-        let step = match first {
+        let mut step = match first {
             Some(step) => Ok(step),
             None => Self::step_coroutine(py, running, body),
         };
+        if let (Some(data), Ok(Step::Done(Ok(_)))) = (&mut body.data, &step)
+            && let Err(error) = data.end(py, running)
+        {
+            step = Ok(Self::done(py, running, Err(error)));
+        }
         // SAFETY: attached; entered above.
         if unsafe { ffi::PyContext_Exit(context) } != 0 {
             PyErr::fetch(py).write_unraisable(py, None);
@@ -462,6 +500,9 @@ impl Interp {
                 let support = support(py);
                 match end {
                     StepEnd::Yielded(yielded) => {
+                        if let Some(data) = &mut body.data {
+                            data.moves(py, running);
+                        }
                         running.engine.leave();
                         let task = PyTask::object(py, running.task.clone());
                         body.coroutine = None;
@@ -481,7 +522,11 @@ impl Interp {
                     }
                     StepEnd::Returned(value) => {
                         report(py, support.loop_.bind(py).call1(("loop_end_step",)));
-                        Self::done(py, running, Ok(value))
+                        let ended = match &mut body.data {
+                            Some(data) => data.end(py, running),
+                            None => Ok(()),
+                        };
+                        Self::done(py, running, ended.map(|()| value))
                     }
                     StepEnd::Raised(error) => {
                         report(py, support.loop_.bind(py).call1(("loop_end_step",)));
@@ -608,34 +653,45 @@ fn warn_rebound(py: Python<'_>, task: &Task, body: &PythonBody) -> PyResult<()> 
     Ok(())
 }
 
+/// What gives the array of a parameter that is reduced into.
+pub type Lend<'a, 'py> = &'a mut dyn FnMut(&Partial) -> PyResult<Bound<'py, PyAny>>;
+
 /// The arguments with handles replaced by results, also one level deep.
+///
+/// `partial` gives the array of a parameter that is reduced into.
 pub fn substitute<'py>(
     py: Python<'py>,
     arguments: &Arguments,
+    partial: Lend<'_, 'py>,
 ) -> PyResult<(Bound<'py, PyTuple>, Option<Bound<'py, PyDict>>)> {
     match arguments {
         Arguments::None => Ok((PyTuple::empty(py), None)),
         Arguments::One(argument) => {
-            let argument = substitute_one(py, argument.bind(py))?;
+            let argument = substitute_one(py, argument.bind(py), partial)?;
             Ok((PyTuple::new(py, [argument])?, None))
         }
-        Arguments::Many(arguments) => Ok((substitute_each(py, arguments)?, None)),
+        Arguments::Many(arguments) => Ok((substitute_each(py, arguments, partial)?, None)),
         Arguments::Named(both) => {
+            let positional = substitute_each(py, &both.0, partial)?;
             let new = PyDict::new(py);
             for (name, value) in both.1.bind(py).cast::<PyDict>()?.iter() {
-                new.set_item(name, substitute_one(py, &value)?)?;
+                new.set_item(name, substitute_one(py, &value, partial)?)?;
             }
-            Ok((substitute_each(py, &both.0)?, Some(new)))
+            Ok((positional, Some(new)))
         }
     }
 }
 
-fn substitute_each<'py>(py: Python<'py>, arguments: &PyRef) -> PyResult<Bound<'py, PyTuple>> {
+fn substitute_each<'py>(
+    py: Python<'py>,
+    arguments: &PyRef,
+    partial: Lend<'_, 'py>,
+) -> PyResult<Bound<'py, PyTuple>> {
     let arguments = arguments
         .bind(py)
         .cast::<PyTuple>()?
         .iter()
-        .map(|argument| substitute_one(py, &argument))
+        .map(|argument| substitute_one(py, &argument, partial))
         .collect::<PyResult<Vec<_>>>()?;
     PyTuple::new(py, arguments)
 }
@@ -654,7 +710,11 @@ impl Held {
 }
 
 /// The result of a handle, or the list of those of several; anything else as it is.
-fn result_of<'py>(py: Python<'py>, thing: Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+fn result_of<'py>(
+    py: Python<'py>,
+    thing: Bound<'py, PyAny>,
+    partial: Lend<'_, 'py>,
+) -> PyResult<Bound<'py, PyAny>> {
     if let Ok(task) = thing.cast::<PyTask>() {
         return value_now(py, task.get().task());
     }
@@ -666,6 +726,9 @@ fn result_of<'py>(py: Python<'py>, thing: Bound<'py, PyAny>) -> PyResult<Bound<'
             .map(|task| value_now(py, task))
             .collect::<PyResult<Vec<_>>>()?;
         return Ok(PyList::new(py, values)?.into_any());
+    }
+    if let Ok(thing) = thing.cast_exact::<Partial>() {
+        return partial(thing.get());
     }
     Ok(thing)
 }
@@ -697,21 +760,22 @@ fn value_now<'py>(py: Python<'py>, task: &Task) -> PyResult<Bound<'py, PyAny>> {
 fn substitute_one<'py>(
     py: Python<'py>,
     argument: &Bound<'py, PyAny>,
+    partial: Lend<'_, 'py>,
 ) -> PyResult<Bound<'py, PyAny>> {
     let Ok(held) = argument.cast::<Held>() else {
-        return result_of(py, argument.clone());
+        return result_of(py, argument.clone(), partial);
     };
     let held = held.get().0.bind(py);
     if let Ok(dict) = held.cast::<PyDict>() {
         let new = PyDict::new(py);
         for (key, thing) in dict {
-            new.set_item(key, result_of(py, thing)?)?;
+            new.set_item(key, result_of(py, thing, partial)?)?;
         }
         return Ok(new.into_any());
     }
     let things = held
         .try_iter()?
-        .map(|thing| result_of(py, thing?))
+        .map(|thing| result_of(py, thing?, partial))
         .collect::<PyResult<Vec<_>>>()?;
     if held.is_instance_of::<PyTuple>() {
         Ok(PyTuple::new(py, things)?.into_any())
@@ -760,20 +824,33 @@ impl Domain for Interp {
         &ENGINES
     }
 
+    fn nothing() -> Value {
+        Value::Plain(native::Plain::None)
+    }
+
+    fn combine(&self, group: &Arc<Group<Self>>) -> (Label, Body) {
+        (
+            Label::Function("combine"),
+            Body::Combine(Reduction::of(group)),
+        )
+    }
+
     #[inline]
     fn run(&self, running: &Running<'_, Self>, body: &mut Body) -> Step<Self> {
         match body {
             Body::Python(body) => Self::run_python(running, body),
             Body::Native(call) => call.run(running),
+            Body::Combine(reduction) => {
+                // SAFETY: a body that needs a session is run in one.
+                let py = unsafe { Python::assume_attached() };
+                let combined = reduction.combine(py, self);
+                Self::done(py, running, combined.map(|()| py.None()))
+            }
             Body::Several(several) => match several.body(running) {
                 Ok(body) => self.run(running, body),
                 Err(step) => step,
             },
         }
-    }
-
-    fn nothing() -> Value {
-        Value::Plain(native::Plain::None)
     }
 
     #[inline]

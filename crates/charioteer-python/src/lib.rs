@@ -7,6 +7,9 @@
 //! | `native` | C functions as bodies: what they take, how they are called, what they fail with |
 //! | `blas` | BLAS and LAPACK: how arrays become the arguments of their routines |
 //! | `callable` | what a callable captures, and whether it may be spawned |
+//! | `data` | managed arrays: regions, tiles, tokens, and access by the host |
+//! | `access` | what a call reads and writes: modes of parameters, and arguments that are regions |
+//! | `reduce` | partial results of reductions |
 //! | `options` | keywords of tasks |
 //! | `placement` | where tasks may run, as it was said and as a runtime serves it |
 //! | `spawn` | `task`, `spawn`, `spawn_many`, task functions |
@@ -20,10 +23,12 @@
 
 use pyo3::prelude::*;
 
+mod access;
 mod attached;
 mod blas;
 mod callable;
 mod cpus;
+mod data;
 mod devices;
 #[cfg(clippy)]
 mod forbidden;
@@ -34,6 +39,7 @@ mod kernels;
 mod native;
 mod options;
 mod placement;
+mod reduce;
 mod runtime;
 mod space;
 mod spawn;
@@ -48,9 +54,13 @@ static GLOBAL: mimalloc::MiMalloc = mimalloc::MiMalloc;
 #[pymodule(gil_used = false)]
 mod _core {
     #[pymodule_export]
+    use super::access::unordered;
+    #[pymodule_export]
     use super::blas::{BlasRoutine, lapack_adapters};
     #[pymodule_export]
     use super::cpus::{host_nodes, unpinned};
+    #[pymodule_export]
+    use super::data::{Array, HostAccess, Region, Tiles, Token};
     #[pymodule_export]
     use super::devices::{
         Allocation, Clock, Memory, OpenMachine, PyEvent, PyStream, finish_operations,
@@ -63,8 +73,8 @@ mod _core {
     use super::native::NativeFunction;
     #[pymodule_export]
     use super::runtime::{
-        Context, PyEngine, after_fork, check_trace, current_context, held_devices, is_open,
-        is_worker, known_models, read_trace, set_default_runtime_factory, task_stream,
+        Context, PyEngine, after_fork, check_order, check_trace, current_context, held_devices,
+        is_open, is_worker, known_models, read_trace, set_default_runtime_factory, task_stream,
     };
     #[pymodule_export]
     use super::space::{TaskList, TaskSpace, View};

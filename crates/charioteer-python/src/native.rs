@@ -41,6 +41,7 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBool, PyBytes, PyComplex, PyDict, PyString, PyTuple, PyType};
 use smallvec::SmallVec;
 
+use crate::access::{Mode, Signature};
 use crate::blas::Routine;
 use crate::callable::intern;
 use crate::gateway::{self, PyRef, Site};
@@ -128,7 +129,7 @@ enum Kind {
     Reference(Scalar),
     /// A pointer to the data of an array.
     Array {
-        writes: bool,
+        mode: Mode,
         dtype: Option<Scalar>,
     },
     /// A pointer to an `int` through which the function reports failures; no argument stands for it.
@@ -167,6 +168,8 @@ pub struct Function {
     returns: Option<Scalar>,
     check: Check,
     cif: Cif,
+    /// What it does with its arrays; none if it takes none.
+    modes: Option<Arc<Signature>>,
 }
 
 // SAFETY: the raw pointers within `cif` are to memory of its own, which nothing changes after it was
@@ -261,9 +264,9 @@ impl Function {
                     convert(scalar, argument, words)
                         .map_err(|error| self.wrong(py, number, &error))?;
                 }
-                Kind::Array { writes, dtype } => {
+                Kind::Array { mode, dtype } => {
                     arrays = true;
-                    let address = match array(argument, writes, dtype, self.order) {
+                    let address = match array(argument, mode != Mode::In, dtype, self.order) {
                         Ok((address, None)) => address,
                         Ok((address, Some(view))) => {
                             views.push(view);
@@ -425,6 +428,14 @@ impl Callee {
         match self {
             Self::Function(function) => function.name,
             Self::Routine(routine) => routine.name(),
+        }
+    }
+
+    /// What it does with its arrays.
+    pub fn modes(&self) -> Option<Arc<Signature>> {
+        match self {
+            Self::Function(function) => function.modes.clone(),
+            Self::Routine(routine) => routine.modes().cloned(),
         }
     }
 
@@ -699,6 +710,13 @@ impl ArrayHead {
         self.flags & flag != 0
     }
 
+    /// Whether its elements are references to Python objects, or hold some.
+    pub fn has_objects(&self) -> bool {
+        const HAS_OBJECTS: u8 = 0x01;
+        // NumPy 2 keeps the flags elsewhere; what is an object itself is one in all versions.
+        self.described().kind == b'O' || self.described().flags & HAS_OBJECTS != 0
+    }
+
     fn described(&self) -> &DtypeHead {
         // SAFETY: the array owns its dtype.
         unsafe { &*self.dtype }
@@ -838,6 +856,47 @@ pub fn checked(
     Ok(head.data as usize)
 }
 
+/// A number that depends on every byte of a NumPy array's elements.
+pub fn checksum(array: &Bound<'_, PyAny>) -> PyResult<u64> {
+    let head = ArrayHead::of(array)?.expect("views are arrays of NumPy's");
+    let size: usize = array.getattr("itemsize")?.extract()?;
+    let mut sum = 0xCBF2_9CE4_8422_2325;
+    if !head.shape().contains(&0) {
+        // SAFETY: attached; the array is alive, and its head says where its elements are.
+        unsafe {
+            add_up(
+                head.data.cast(),
+                head.shape(),
+                head.strides(),
+                size,
+                &mut sum,
+            )
+        };
+    }
+    Ok(sum)
+}
+
+/// Adds the elements of an array to a checksum.
+///
+/// # Safety
+/// `data`, the extents, which are not zero, and the strides are those of memory that can be read.
+unsafe fn add_up(data: *const u8, shape: &[isize], strides: &[isize], size: usize, sum: &mut u64) {
+    let ((extent, shape), (stride, strides)) = match (shape.split_first(), strides.split_first()) {
+        (Some(shape), Some(strides)) => (shape, strides),
+        _ => {
+            // SAFETY: an element has so many bytes.
+            for byte in unsafe { std::slice::from_raw_parts(data, size) } {
+                *sum = (*sum ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01B3);
+            }
+            return;
+        }
+    };
+    for at in 0..*extent {
+        // SAFETY: within the array, as promised.
+        unsafe { add_up(data.offset(at * stride), shape, strides, size, sum) };
+    }
+}
+
 /// What users call a type.
 fn name(scalar: Scalar) -> String {
     match scalar {
@@ -961,7 +1020,9 @@ impl Call {
 }
 
 fn convert_held(py: Python<'_>, callee: &Callee, arguments: &Arguments) -> PyResult<Packed> {
-    let (given, keywords) = substitute(py, arguments)?;
+    let (given, keywords) = substitute(py, arguments, &mut |_| {
+        unreachable!("native functions do not reduce")
+    })?;
     callee.pack(py, given.as_slice(), keywords.as_ref(), || {
         given.clone().into()
     })
@@ -987,7 +1048,7 @@ impl NativeFunction {
 
 #[pymethods]
 impl NativeFunction {
-    /// `parameters` are pairs of a kind (`value`, `reference`, `in`, `out`, `info`) and a code, which
+    /// `parameters` are pairs of a kind (`value`, `reference`, `in`, `out`, `inout`, `commute`, `info`) and a code, which
     /// is empty where there is none to say; `_native.py` writes them.
     #[new]
     #[pyo3(signature = (name, address, owner, parameters, order, returns, check, signature))]
@@ -1022,7 +1083,7 @@ impl NativeFunction {
                     (Kind::Reference(scalar), Type::pointer(), scalar.words())
                 }
                 "info" => (Kind::Info, Type::pointer(), 1),
-                "in" | "out" => {
+                "in" | "out" | "inout" | "commute" => {
                     let dtype = if code.is_empty() {
                         None
                     } else {
@@ -1032,8 +1093,13 @@ impl NativeFunction {
                         }
                         Some(dtype)
                     };
-                    let writes = kind == "out";
-                    (Kind::Array { writes, dtype }, Type::pointer(), 1)
+                    let mode = match kind.as_str() {
+                        "in" => Mode::In,
+                        "out" => Mode::Out,
+                        "inout" => Mode::InOut,
+                        _ => Mode::Commute,
+                    };
+                    (Kind::Array { mode, dtype }, Type::pointer(), 1)
                 }
                 _ => return Err(wrong("no kind of parameters", kind)),
             };
@@ -1091,8 +1157,15 @@ impl NativeFunction {
         // SAFETY: an address and a pointer to a function are the same to the machines that we run
         // on, and this one is not null. What it points to is the maker's promise.
         let pointer = unsafe { std::mem::transmute::<usize, unsafe extern "C" fn()>(address) };
+        let name = intern(name);
+        let modes = all.iter().filter_map(|parameter| match parameter.kind {
+            Kind::Info => None,
+            Kind::Array { mode, .. } => Some(Some(mode)),
+            Kind::Value(_) | Kind::Reference(_) => Some(None),
+        });
         let function = Function {
-            name: intern(name),
+            modes: Signature::native(name, modes),
+            name,
             pointer,
             owner: owner.into(),
             parameters: all.into(),

@@ -11,6 +11,7 @@ use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyString};
 
+use crate::access::{self, Declared, Mode};
 use crate::gateway::PyRef;
 use crate::interp::Task;
 use crate::placement::{Needs, Placement};
@@ -65,6 +66,8 @@ pub struct Keywords {
     pub size: Option<Size>,
     pub timeout: Option<Duration>,
     pub retries: Option<u32>,
+    /// Accesses to data that is no parameter.
+    pub data: Option<Arc<[Declared]>>,
 }
 
 impl Keywords {
@@ -95,6 +98,12 @@ impl Keywords {
             size: self.size.or_else(|| earlier.size.clone()),
             timeout: self.timeout.or(earlier.timeout),
             retries: self.retries.or(earlier.retries),
+            data: match (&earlier.data, self.data) {
+                (Some(earlier), Some(later)) => {
+                    Some(earlier.iter().chain(&*later).cloned().collect())
+                }
+                (earlier, later) => later.or_else(|| earlier.clone()),
+            },
         }
     }
 
@@ -152,8 +161,19 @@ pub fn keywords(
     size: Option<&Bound<'_, PyAny>>,
     timeout: Option<&Bound<'_, PyAny>>,
     retries: Option<&Bound<'_, PyAny>>,
+    data: [Option<&Bound<'_, PyAny>>; 4],
 ) -> PyResult<Keywords> {
     let mut keywords = Keywords::default();
+    if data.iter().any(Option::is_some) {
+        let modes = [Mode::In, Mode::Out, Mode::InOut, Mode::Commute];
+        let mut declared = Vec::new();
+        for (mode, regions) in modes.into_iter().zip(data) {
+            if let Some(regions) = regions {
+                access::declare(mode, regions, &mut declared)?;
+            }
+        }
+        keywords.data = Some(declared.into());
+    }
     if let Some(name) = name {
         keywords.target = Some(target(name)?);
     }

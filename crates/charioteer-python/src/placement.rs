@@ -21,7 +21,7 @@ use pyo3::types::{PyList, PyTuple};
 use crate::attached::Attached;
 use crate::gateway::PyRef;
 use crate::interp::{Core, Interp};
-use crate::support::support;
+use crate::support::{error, support};
 
 /// What a task said for those alternatives that say nothing themselves.
 #[derive(Clone, Copy, PartialEq, Default)]
@@ -80,11 +80,13 @@ impl Placement {
         py: Python<'_>,
         engine: &Core,
         needs: Needs,
+        data: bool,
         name: impl Fn() -> PyResult<&'static str>,
     ) -> PyResult<Arc<Plan>> {
         let mut key = Key {
             engine: Engine::<Interp>::id(engine),
             needs,
+            data,
             placement: None,
             rest: 0,
         };
@@ -100,7 +102,7 @@ impl Placement {
         if let Some(plan) = self.plans.lock(py).get(&several) {
             return Ok(plan);
         }
-        let plan = Plan::resolve(py, engine, Some(self), needs, None, true, name)?;
+        let plan = Plan::resolve(py, engine, Some(self), needs, data, None, true, name)?;
         if matches!(plan.way, Way::Mapped(_)) {
             key = several;
         }
@@ -139,19 +141,22 @@ pub const OPEN: u32 = 1 << 31;
 type Resolved = (Vec<i32>, u32, u64, i32, bool, String);
 
 impl Plan {
-    /// `variants`: the matcher of the function and how many of its variants count, if it has any;
+    /// `data`: whether the task accesses managed arrays, which are on the host: it has no choice but
+    /// cores; `variants`: the matcher of the function and how many of its variants count, if it has any;
     /// `restricted`: whether the placement is all of the choice. `PlacementError` if nothing can be served.
+    #[expect(clippy::too_many_arguments, reason = "all that a plan depends on")]
     pub fn resolve(
         py: Python<'_>,
         engine: &Core,
         placement: Option<&Arc<Placement>>,
         needs: Needs,
+        data: bool,
         variants: Option<(&PyRef, usize)>,
         restricted: bool,
         name: &str,
     ) -> PyResult<Arc<Self>> {
         let gpus = engine.machine().map_or(0, |machine| machine.gpus());
-        let resolved: Vec<Resolved> = support(py)
+        let mut resolved: Vec<Resolved> = support(py)
             .resolve_placement
             .bind(py)
             .call1((
@@ -163,6 +168,14 @@ impl Plan {
                 restricted,
             ))?
             .extract()?;
+        if data {
+            resolved.retain(|(places, ..)| places.iter().all(|place| *place == CORE));
+            if resolved.is_empty() {
+                let why = "managed arrays are on the host: a task that accesses them runs on cores, and \
+                           the placement has devices alone";
+                return Err(error(py, "PlacementError", (why,)));
+            }
+        }
         let mut bodies: Vec<i32> = Vec::new();
         let choices: Vec<Choice> = resolved
             .into_iter()
@@ -249,6 +262,7 @@ fn counts(choices: &[Choice]) -> Option<Arc<[u16]>> {
 pub struct Key {
     pub engine: u32,
     pub needs: Needs,
+    pub data: bool,
     pub placement: Option<Arc<Placement>>,
     /// Whatever else it is, in one word.
     pub rest: usize,
@@ -261,7 +275,10 @@ impl PartialEq for Key {
             (None, None) => true,
             _ => false,
         };
-        same && self.engine == other.engine && self.needs == other.needs && self.rest == other.rest
+        same && self.engine == other.engine
+            && self.needs == other.needs
+            && self.data == other.data
+            && self.rest == other.rest
     }
 }
 

@@ -25,6 +25,7 @@ use pyo3::pybacked::PyBackedStr;
 use pyo3::types::{PyDict, PyModule, PyString, PyTuple};
 use smallvec::SmallVec;
 
+use crate::data::Region;
 use crate::devices::{self, OpenMachine, PyEvent, PyStream};
 use crate::gateway::{self, PyRef, Site};
 use crate::gil::Gil;
@@ -176,8 +177,7 @@ impl PyEngine {
     #[new]
     #[pyo3(signature = (
         workers, max_pending=None, trace=None, on_failure=None, gil=None, machine=None, runahead=64,
-        policy=None, seed=0, models=None, overtaking=128,
-        pin=None
+        policy=None, seed=0, models=None, overtaking=128, pin=None, check=None
     ))]
     #[expect(clippy::too_many_arguments, reason = "from one place")]
     fn open(
@@ -194,6 +194,7 @@ impl PyEngine {
         models: Option<&str>,
         overtaking: u64,
         pin: Option<(PyBackedStr, Vec<Vec<u32>>)>,
+        check: Option<bool>,
     ) -> PyResult<Self> {
         let (mapper, policy) = match policy {
             None => (Mapper::EarliestFinish, None),
@@ -245,6 +246,7 @@ impl PyEngine {
                 lock,
                 policy,
                 !matches!(mapper, Mapper::EarliestFinish),
+                check.unwrap_or(cfg!(feature = "validate")),
             ),
             Config {
                 workers,
@@ -644,6 +646,42 @@ impl Context {
         Ok(())
     }
 
+    /// The array of a region that lies in one which the task's options declare (`input=`, `output=`,
+    /// `inout=`, `commute=`): read-only unless one of those that are written has it. `AccessError` if
+    /// none does.
+    fn local<'py>(
+        &self,
+        py: Python<'py>,
+        region: &Bound<'py, Region>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let declared = support(py)
+            .data
+            .bind(py)
+            .call1(("declared", self.task.id()))?;
+        let mut readable = false;
+        for each in declared.try_iter()? {
+            let (known, writes): (Bound<'py, PyAny>, bool) = each?.extract()?;
+            let Ok(known) = known.cast::<Region>() else {
+                continue;
+            };
+            if known.get().contains(region.get()) {
+                if writes {
+                    return region.get().view(py);
+                }
+                readable = true;
+            }
+        }
+        if readable {
+            return region.get().readonly_view(py);
+        }
+        let why = format!(
+            "{} has no access to {}: declare it, with input=, output=, inout= or commute=",
+            self.task.label(),
+            region.get().text()
+        );
+        Err(error(py, "AccessError", (why,)))
+    }
+
     /// Records an event behind what is on the current stream, under a name by which later tasks of the
     /// runtime can wait for it.
     fn record(&self, py: Python<'_>, name: String) -> PyResult<PyEvent> {
@@ -837,35 +875,51 @@ fn unreadable(error: std::io::Error, path: std::path::PathBuf) -> PyErr {
     }
 }
 
+/// What was broken: `(rule, task, other or None, text)`.
+type Broken = Vec<(&'static str, u64, Option<u64>, String)>;
+
+fn broken(violations: Vec<charioteer::trace::Violation>) -> Broken {
+    violations
+        .into_iter()
+        .map(|broken| (broken.rule.name(), broken.task, broken.other, broken.text))
+        .collect()
+}
+
+/// Reads a trace file and proves something from it, detached. `ValueError` for a file that is no trace or
+/// of a version that proves nothing, `OSError` if it cannot be read.
+fn prove<R>(
+    py: Python<'_>,
+    path: std::path::PathBuf,
+    check: impl FnOnce(&charioteer::trace::TraceFile) -> Result<R, charioteer::trace::NoEvidence>,
+) -> PyResult<R> {
+    let checked = gateway::detach(py, Site::Wait, || {
+        let file = charioteer::trace::read(&path)?;
+        let refuse = |refused| std::io::Error::new(std::io::ErrorKind::InvalidData, refused);
+        check(&file).map_err(refuse)
+    });
+    checked.map_err(|error| unreadable(error, path))
+}
+
 /// Checks a trace file: how many tasks, grants and ordered pairs it has, and what was broken as `(rule,
 /// task, other or None, text)`. `ValueError` for a file that is no trace or of a version that proves
 /// nothing, `OSError` if it cannot be read.
 #[pyfunction]
-#[allow(clippy::type_complexity)]
 pub fn check_trace(
     py: Python<'_>,
     path: std::path::PathBuf,
-) -> PyResult<(
-    usize,
-    usize,
-    usize,
-    Vec<(&'static str, u64, Option<u64>, String)>,
-)> {
-    let checked = gateway::detach(py, Site::Wait, || {
-        let file = charioteer::trace::read(&path)?;
-        let refuse = |refused| std::io::Error::new(std::io::ErrorKind::InvalidData, refused);
-        charioteer::trace::check(&file).map_err(refuse)
-    });
-    let checked = checked.map_err(|error| unreadable(error, path))?;
-    let violations = checked.violations.into_iter();
-    Ok((
-        checked.tasks,
-        checked.grants,
-        checked.pairs,
-        violations
-            .map(|broken| (broken.rule.name(), broken.task, broken.other, broken.text))
-            .collect(),
-    ))
+) -> PyResult<(usize, usize, usize, Broken)> {
+    let checked = prove(py, path, charioteer::trace::check)?;
+    let broken = broken(checked.violations);
+    Ok((checked.tasks, checked.grants, checked.pairs, broken))
+}
+
+/// Checks the order of accesses in a trace file: how many accesses it has, how many pairs were compared,
+/// and what was broken; raises what `check_trace` does.
+#[pyfunction]
+pub fn check_order(py: Python<'_>, path: std::path::PathBuf) -> PyResult<(usize, usize, Broken)> {
+    let checked = prove(py, path, charioteer::trace::check_order)?;
+    let broken = broken(checked.violations);
+    Ok((checked.accesses, checked.pairs, broken))
 }
 
 /// The events of a trace file: `(wall, [(time, thread, event, task, other)], {task: name})`, times

@@ -3,6 +3,7 @@
 use std::cell::Cell;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use charioteer::data::AccessTrouble;
 use charioteer::engine::{Handle, SpawnError};
 use charioteer::task::Options;
 use pyo3::exceptions::{PyRuntimeError, PyTypeError};
@@ -11,11 +12,13 @@ use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple, PyType};
 
+use crate::access::{self, Claim, Claims, Declared};
 use crate::callable::{self, Callable, Prepared};
 use crate::gateway::{self, Hidden, PyRef};
 use crate::interp::{Arguments, Body, Core, Held, Interp, Label, PythonBody, Task};
 use crate::native;
 use crate::options::{Keywords, Target, keywords};
+use crate::reduce::BodyData;
 use crate::runtime;
 use crate::space::{TaskList, TaskSpace};
 use crate::support::{error, support};
@@ -119,11 +122,13 @@ fn body_of(
     arguments: Arguments,
     substitute: bool,
     wide: bool,
+    data: Option<Box<BodyData>>,
     name: &mut &'static str,
 ) -> PyResult<Body> {
     Ok(match prepared.callable {
         Callable::Python(callable, watched) => Body::Python(PythonBody {
             wide,
+            data,
             callable,
             arguments,
             substitute,
@@ -153,13 +158,31 @@ fn launch(
     target: Option<&Target>,
     options: Option<Box<Options>>,
     dependencies: &[Task],
+    said: Option<&[Declared]>,
+    claims: &[Claim<'_>],
 ) -> PyResult<Option<Handle<Interp>>> {
     let wide = Keywords::may_be_wide(options.as_deref());
+    let data = || {
+        if claims.is_empty() {
+            return Ok(None);
+        }
+        let checks = engine.domain().checks;
+        let retried = options.as_ref().is_some_and(|options| options.retries > 0);
+        access::body_data(py, said, claims, checks, retried)
+    };
     let mut name;
     let body = match bodies {
         Bodies::One(prepared) => {
             name = prepared.name;
-            body_of(py, prepared, arguments, substitute, wide, &mut name)?
+            body_of(
+                py,
+                prepared,
+                arguments,
+                substitute,
+                wide,
+                data()?,
+                &mut name,
+            )?
         }
         Bodies::Several(candidates) => {
             name = candidates.bodies[0].name;
@@ -169,7 +192,15 @@ fn launch(
                 .map(|prepared| {
                     let mut name = "";
                     let arguments = arguments.clone_ref(py);
-                    body_of(py, prepared, arguments, substitute, wide, &mut name)
+                    body_of(
+                        py,
+                        prepared,
+                        arguments,
+                        substitute,
+                        wide,
+                        data()?,
+                        &mut name,
+                    )
                 })
                 .collect::<PyResult<_>>()?;
             Body::Several(Box::new(Several {
@@ -180,23 +211,24 @@ fn launch(
             }))
         }
     };
+    let accesses = access::accesses(claims);
     let result = match target {
         None => {
             let label = Label::Function(name);
             engine
-                .spawn_handle(label, body, options, dependencies, &[])
+                .spawn_handle(label, body, options, dependencies, &accesses)
                 .map(Some)
         }
         Some(Target::Name(name)) => {
             let label = Label::Name(name.clone());
             engine
-                .spawn_handle(label, body, options, dependencies, &[])
+                .spawn_handle(label, body, options, dependencies, &accesses)
                 .map(Some)
         }
         Some(Target::Handle(handle)) => {
             let task = Target::task(handle);
             engine
-                .spawn_as(task, body, options, dependencies, &[])
+                .spawn_as(task, body, options, dependencies, &accesses)
                 .map(|()| None)
         }
     };
@@ -250,13 +282,17 @@ pub fn spawn_error(py: Python<'_>, why: SpawnError, target: Option<&Target>) -> 
             error(py, "DuplicateTaskError", (name,))
         }
         SpawnError::Cycle(cycle) => error(py, "CycleError", (cycle,)),
+        SpawnError::Access(AccessTrouble::OnDevices) => {
+            let why = AccessTrouble::OnDevices.to_string();
+            error(py, "PlacementError", (why,))
+        }
+        SpawnError::Access(why) => error(py, "AccessError", (why.to_string(),)),
         SpawnError::Devices(reasons) => error(py, "PlacementError", (reasons.join("; "),)),
         SpawnError::Cores(wanted, present) => error(
             py,
             "PlacementError",
             (format!("cpu * {wanted}: the runtime has {present} cores"),),
         ),
-        SpawnError::Access(trouble) => error(py, "AccessError", (trouble.to_string(),)),
     }
 }
 
@@ -264,6 +300,7 @@ pub fn spawn_error(py: Python<'_>, why: SpawnError, target: Option<&Target>) -> 
 fn spawn_call(
     py: Python<'_>,
     said: &Keywords,
+    function: &Bound<'_, PyAny>,
     options: Option<Box<Options>>,
     bodies: Bodies,
     positional: Option<&Bound<'_, PyTuple>>,
@@ -273,7 +310,12 @@ fn spawn_call(
     let engine = &active.engine;
     let keyword = keyword.filter(|keyword| !keyword.is_empty());
     let positional = positional.filter(|positional| !positional.is_empty());
-    if positional.is_none() && keyword.is_none() {
+    let mut claims = Claims::new();
+    if let Some(data) = &said.data {
+        access::declared(py, data, &mut claims);
+    }
+    let modes = bodies.modes(function)?;
+    if positional.is_none() && keyword.is_none() && modes.is_none() {
         return launch(
             py,
             engine,
@@ -283,11 +325,26 @@ fn spawn_call(
             said.target.as_ref(),
             options,
             &said.dependencies,
+            said.data.as_deref(),
+            &claims,
         );
     }
     let mut found = Vec::new();
-    let mut substitute = false;
-    let mut positional = positional.cloned();
+    let (mut positional, keyword) = match modes {
+        None => (
+            positional.cloned(),
+            keyword.map(|keyword| keyword.copy()).transpose()?,
+        ),
+        Some((modes, bound)) => access::bind(
+            py,
+            (&modes, bound),
+            function,
+            positional,
+            keyword,
+            &mut claims,
+        )?,
+    };
+    let mut substitute = claims.iter().any(Claim::reduces);
     if let Some(given) = &positional
         && given.iter_borrowed().any(|argument| has_handles(&argument))
     {
@@ -298,7 +355,6 @@ fn spawn_call(
         }
         positional = Some(PyTuple::new(py, kept)?);
     }
-    let keyword = keyword.map(|keyword| keyword.copy()).transpose()?;
     if let Some(keyword) = &keyword {
         let mut held = Vec::new();
         for (name, argument) in keyword {
@@ -342,6 +398,8 @@ fn spawn_call(
         said.target.as_ref(),
         options,
         dependencies,
+        said.data.as_deref(),
+        &claims,
     )
 }
 
@@ -374,13 +432,18 @@ fn spawn_inline(
                 .map(|(_, argument)| argument),
         )
         .any(|argument| has_handles(&argument));
-    if !substitute && matches!(bodies, Bodies::One(_)) && !recipe.has_variants() {
+    let finds = match &bodies {
+        Bodies::One(prepared) => prepared.modes.is_none() && !recipe.has_variants(),
+        Bodies::Several(_) => false,
+    };
+    if finds && !substitute {
         // The function finds its defaults by itself.
-        return spawn_call(py, said, options, bodies, None, None);
+        return spawn_call(py, said, function, options, bodies, None, None);
     }
     spawn_call(
         py,
         said,
+        function,
         options,
         bodies,
         positional.as_ref(),
@@ -411,6 +474,7 @@ fn spawn_coroutine(
     let prepared = Prepared {
         callable: Callable::Python(Hidden::new(give.into_any()), None),
         name: callable::intern(&name),
+        modes: None,
     };
     let recipe = Recipe::new(py, said, coroutine, None)?;
     let given = Given {
@@ -419,7 +483,15 @@ fn spawn_coroutine(
     };
     let options = recipe.options(py, said, coroutine, None, &given)?;
     support(py).claim_coroutine.bind(py).call1((coroutine,))?;
-    let spawned = spawn_call(py, said, options, Bodies::One(prepared), None, None);
+    let spawned = spawn_call(
+        py,
+        said,
+        coroutine,
+        options,
+        Bodies::One(prepared),
+        None,
+        None,
+    );
     if spawned.is_err() {
         support(py)
             .disclaim_coroutine
@@ -479,7 +551,8 @@ impl Spawner {
 #[pyfunction]
 #[pyo3(signature = (
     target=None, /, *, name=None, dependencies=None, priority=None, placement=None, share=None,
-    memory=None, cost=None, size=None, timeout=None, retries=None
+    memory=None, cost=None, size=None, timeout=None, retries=None,
+    input=None, output=None, inout=None, commute=None
 ))]
 #[allow(clippy::too_many_arguments)]
 pub fn spawn<'py>(
@@ -495,6 +568,10 @@ pub fn spawn<'py>(
     size: Option<&Bound<'py, PyAny>>,
     timeout: Option<&Bound<'py, PyAny>>,
     retries: Option<&Bound<'py, PyAny>>,
+    input: Option<&Bound<'py, PyAny>>,
+    output: Option<&Bound<'py, PyAny>>,
+    inout: Option<&Bound<'py, PyAny>>,
+    commute: Option<&Bound<'py, PyAny>>,
 ) -> PyResult<Bound<'py, PyAny>> {
     let said = keywords(
         name,
@@ -507,6 +584,7 @@ pub fn spawn<'py>(
         size,
         timeout,
         retries,
+        [input, output, inout, commute],
     )?;
     let Some(first) = target else {
         return Ok(Bound::new(py, Spawner(said))?.into_any());
@@ -576,7 +654,15 @@ impl TaskFunction {
             keyword,
         };
         let options = recipe.options(py, &self.said, function, table, &given)?;
-        spawn_call(py, &self.said, options, bodies, Some(positional), keyword)
+        spawn_call(
+            py,
+            &self.said,
+            function,
+            options,
+            bodies,
+            Some(positional),
+            keyword,
+        )
     }
 }
 
@@ -607,7 +693,8 @@ impl TaskFunction {
     /// The function with a name and options for the next calls.
     #[pyo3(signature = (
         name=None, *, dependencies=None, priority=None, placement=None, share=None,
-        memory=None, cost=None, size=None, timeout=None, retries=None
+        memory=None, cost=None, size=None, timeout=None, retries=None,
+        input=None, output=None, inout=None, commute=None
     ))]
     #[allow(clippy::too_many_arguments)]
     fn options(
@@ -623,6 +710,10 @@ impl TaskFunction {
         size: Option<&Bound<'_, PyAny>>,
         timeout: Option<&Bound<'_, PyAny>>,
         retries: Option<&Bound<'_, PyAny>>,
+        input: Option<&Bound<'_, PyAny>>,
+        output: Option<&Bound<'_, PyAny>>,
+        inout: Option<&Bound<'_, PyAny>>,
+        commute: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let said = keywords(
             name,
@@ -635,6 +726,7 @@ impl TaskFunction {
             size,
             timeout,
             retries,
+            [input, output, inout, commute],
         )?;
         let said = said.over(&self.said);
         Ok(self.like(py, self.function.clone_ref(py), said))
@@ -813,7 +905,8 @@ fn named<'py>(
 #[pyfunction]
 #[pyo3(signature = (
     function=None, /, *, name=None, dependencies=None, priority=None, placement=None, share=None,
-    memory=None, cost=None, size=None, timeout=None, retries=None, base=true
+    memory=None, cost=None, size=None, timeout=None, retries=None,
+    input=None, output=None, inout=None, commute=None, base=true
 ))]
 #[allow(clippy::too_many_arguments)]
 pub fn task<'py>(
@@ -829,6 +922,10 @@ pub fn task<'py>(
     size: Option<&Bound<'py, PyAny>>,
     timeout: Option<&Bound<'py, PyAny>>,
     retries: Option<&Bound<'py, PyAny>>,
+    input: Option<&Bound<'py, PyAny>>,
+    output: Option<&Bound<'py, PyAny>>,
+    inout: Option<&Bound<'py, PyAny>>,
+    commute: Option<&Bound<'py, PyAny>>,
     base: bool,
 ) -> PyResult<Bound<'py, PyAny>> {
     let said = keywords(
@@ -842,6 +939,7 @@ pub fn task<'py>(
         size,
         timeout,
         retries,
+        [input, output, inout, commute],
     )?;
     if matches!(said.target, Some(Target::Handle(_))) {
         return Err(PyTypeError::new_err(
@@ -907,6 +1005,12 @@ fn many_handles(
             let active = runtime::active(py)?;
             let bodies = bound.again(py)?;
             let options = recipe.options_of_one(py, said, function, table, &item)?;
+            if said.data.is_some() || bodies.modes(function)?.is_some() {
+                let item = PyTuple::new(py, [item])?;
+                let task = spawn_call(py, said, function, options, bodies, Some(&item), None)?;
+                handles.extend(task);
+                continue;
+            }
             let mut found = Vec::new();
             let held = hold(&item, &mut found)?;
             let substitute = held.is_some();
@@ -921,6 +1025,8 @@ fn many_handles(
                 said.target.as_ref(),
                 options,
                 &found,
+                None,
+                &[],
             )?);
         }
         return Ok(handles);
@@ -945,6 +1051,7 @@ fn many_handles(
         let task = spawn_call(
             py,
             said,
+            function,
             recipe.options(py, said, function, table, &given)?,
             bound.again(py)?,
             Some(&arguments),
@@ -959,7 +1066,8 @@ fn many_handles(
 #[pyfunction]
 #[pyo3(signature = (
     function, iterable, /, *, name=None, dependencies=None, priority=None, placement=None,
-    share=None, memory=None, cost=None, size=None, timeout=None, retries=None
+    share=None, memory=None, cost=None, size=None, timeout=None, retries=None,
+    input=None, output=None, inout=None, commute=None
 ))]
 #[allow(clippy::too_many_arguments)]
 pub fn spawn_many(
@@ -976,6 +1084,10 @@ pub fn spawn_many(
     size: Option<&Bound<'_, PyAny>>,
     timeout: Option<&Bound<'_, PyAny>>,
     retries: Option<&Bound<'_, PyAny>>,
+    input: Option<&Bound<'_, PyAny>>,
+    output: Option<&Bound<'_, PyAny>>,
+    inout: Option<&Bound<'_, PyAny>>,
+    commute: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<TaskList> {
     let said = keywords(
         name,
@@ -988,6 +1100,7 @@ pub fn spawn_many(
         size,
         timeout,
         retries,
+        [input, output, inout, commute],
     )?;
     if matches!(said.target, Some(Target::Handle(_))) {
         return Err(PyTypeError::new_err("many tasks cannot have one handle"));
@@ -1030,6 +1143,7 @@ pub fn submit<'py>(
     let task = spawn_call(
         py,
         &Keywords::default(),
+        function,
         None,
         Bodies::One(prepared),
         Some(arguments),

@@ -36,6 +36,8 @@ pub struct Support {
     pub loaded: Py<PyAny>,
     pub operation_failed: Py<PyAny>,
     pub error: Py<PyAny>,
+    pub read_modes: Py<PyAny>,
+    pub data: Py<PyAny>,
 }
 
 static SUPPORT: PyOnceLock<Support> = PyOnceLock::new();
@@ -109,6 +111,8 @@ pub fn connect(py: Python<'_>) -> PyResult<()> {
         loaded: name("loaded")?,
         operation_failed: name("operation_failed")?,
         error: name("error")?,
+        read_modes: name("read_modes")?,
+        data: name("data")?,
     };
     // Imported a second time by a reload: the first is as good.
     let _ = SUPPORT.set(py, support);

@@ -154,8 +154,15 @@ pub fn wait_for(
             }
             Ok(done)
         }
-        Err(WaitError::Cycle(cycle)) => Err(error(py, "CycleError", (cycle,))),
-        Err(WaitError::Threads(chain)) => Err(error(py, "WorkerLimitError", (chain,))),
+        Err(refused) => Err(wait_error(py, refused)),
+    }
+}
+
+/// What a wait that is refused raises.
+pub fn wait_error(py: Python<'_>, refused: WaitError) -> PyErr {
+    match refused {
+        WaitError::Cycle(cycle) => error(py, "CycleError", (cycle,)),
+        WaitError::Threads(chain) => error(py, "WorkerLimitError", (chain,)),
     }
 }
 

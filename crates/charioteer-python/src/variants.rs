@@ -23,7 +23,7 @@ use pyo3::types::{
 use smallvec::SmallVec;
 
 use crate::attached::Attached;
-use crate::callable::{self, Callable, Prepared};
+use crate::callable::{self, Callable, Modes, Prepared};
 use crate::gateway::PyRef;
 use crate::interp::{Body, Interp, trouble};
 use crate::options::Keywords;
@@ -293,16 +293,18 @@ impl Recipe {
             Some(table) => table.name(function),
             None => callable::model_name(function),
         };
+        let data = said.data.is_some() || callable::modes(function)?.is_some();
         let Some(table) = special else {
             return match &said.placement {
-                Some(placement) => placement.plan(py, engine, said.needs, name).map(Some),
+                Some(placement) => placement.plan(py, engine, said.needs, data, name).map(Some),
                 None if said.needs == crate::placement::Needs::default() => Ok(None),
-                None => Plan::resolve(py, engine, None, said.needs, None, true, "").map(Some),
+                None => Plan::resolve(py, engine, None, said.needs, data, None, true, "").map(Some),
             };
         };
         let key = Key {
             engine: charioteer::engine::Engine::<Interp>::id(engine),
             needs: said.needs,
+            data,
             placement: said.placement.clone(),
             rest: usize::from(said.restricted),
         };
@@ -325,6 +327,7 @@ impl Recipe {
             engine,
             said.placement.as_ref(),
             said.needs,
+            data,
             Some((&matcher, registered)),
             said.restricted,
             table.name(function)?,
@@ -616,6 +619,15 @@ impl Bodies {
                     .map(|matcher| PyRef::new(matcher.clone_ref(py))),
             }),
         })
+    }
+
+    /// The modes of the parameters: those of the function itself, whichever body runs.
+    #[inline]
+    pub fn modes(&self, function: &Bound<'_, PyAny>) -> PyResult<Modes> {
+        match self {
+            Self::One(prepared) => Ok(prepared.modes.clone()),
+            Self::Several(_) => callable::modes(function),
+        }
     }
 
     /// `TypeError` for a native body that takes arguments: it has no defaults.

@@ -26,9 +26,15 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:
         raise UserError(str(error)) from error
-    broken = checked.violations
+    try:
+        ordered = charioteer.check_order(path)
+    except ValueError:
+        # It could be read, so it is of a version before there were accesses.
+        ordered = charioteer.OrderCheck(0, 0, ())
+    broken = (*checked.violations, *ordered.violations)
     looked_at = (
-        f"{checked.tasks} tasks, {checked.grants} grants of devices, {checked.pairs} pairs in order"
+        f"{checked.tasks} tasks, {checked.grants} grants of devices, {ordered.accesses} accesses of"
+        f" data, {checked.pairs + ordered.pairs} pairs in order"
     )
     print(f"{looked_at}: {len(broken) or 'no'} violation{'' if len(broken) == 1 else 's'}")
     shown = broken if options.all else broken[:_SHOWN]

@@ -1,0 +1,223 @@
+"""Random programs of data against sequential NumPy.
+
+A program is a list of statements over a few arrays: tasks with regions that overlap as they like,
+in every mode, named dependencies beside, failures in the middle, reads and writes of the host,
+tasks that spawn tasks. The oracle runs the statements one after the other on NumPy's arrays, and
+keeps for each element whether it is undefined. What every task and every read gave has to be the
+same, and the trace has to prove that conflicting accesses were ordered.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import Boom, worker_counts
+
+import charioteer as ch
+
+Array = np.ndarray[Any, np.dtype[Any]]
+SHAPES = [(6,), (3, 4), ()]
+
+
+@st.composite
+def spans(draw: st.DrawFn, extent: int) -> slice:
+    start = draw(st.integers(0, extent))
+    stop = draw(st.integers(start, extent))
+    return slice(start, stop, draw(st.sampled_from([1, 1, 2, 3])))
+
+
+@st.composite
+def regions(draw: st.DrawFn) -> tuple[int, tuple[slice, ...]]:
+    which = draw(st.integers(0, len(SHAPES) - 1))
+    return which, tuple(draw(spans(extent)) for extent in SHAPES[which])
+
+
+STATEMENTS = st.lists(
+    st.one_of(
+        st.tuples(st.just("put"), regions(), st.integers(-3, 3), st.booleans()),
+        st.tuples(st.just("scale"), regions(), st.integers(-1, 2), st.booleans()),
+        st.tuples(st.just("total"), regions(), regions(), st.booleans()),
+        st.tuples(st.just("commute"), regions(), st.integers(-2, 2)),
+        st.tuples(st.just("sum"), regions(), st.integers(-2, 2)),
+        st.tuples(st.just("least"), regions(), st.integers(-2, 2)),
+        st.tuples(st.just("read"), regions()),
+        st.tuples(st.just("host"), regions(), st.integers(-2, 2)),
+        st.tuples(st.just("fill"), regions(), st.integers(-2, 2)),
+        st.tuples(st.just("nested"), regions(), regions()),
+    ),
+    max_size=14,
+)
+
+
+@ch.task
+def put(a: ch.Out[Array], value: int, fail: bool) -> None:
+    a[...] = value
+    if fail:
+        raise Boom
+
+
+@ch.task
+def scale(a: ch.InOut[Array], by: int, fail: bool) -> None:
+    a *= by
+    a += 1
+    if fail:
+        raise Boom
+
+
+@ch.task
+def total(a: ch.In[Array], b: ch.In[Array], fail: bool) -> int:
+    if fail:
+        raise Boom
+    return int(a.sum() + 2 * b.sum())
+
+
+@ch.task
+def commute(a: ch.Commute[Array], by: int) -> None:
+    before = a.copy()
+    a[...] = before + by
+
+
+@ch.task
+def sum_up(a: ch.Sum[Array], by: int) -> None:
+    a += by
+
+
+@ch.task
+def least(a: ch.Min[Array], value: int) -> None:
+    np.minimum(a, value, out=a)
+
+
+@ch.task
+def nested(a: ch.InOut[Array], b: Any) -> None:
+    a += 1
+    put(b, 7, False).result()
+
+
+class Oracle:
+    """Sequential NumPy, with what is undefined marked."""
+
+    def __init__(self) -> None:
+        self.x = [np.zeros(shape, np.int64) for shape in SHAPES]
+        self.bad = [np.zeros(shape, bool) for shape in SHAPES]
+
+    def at(self, region: tuple[int, tuple[slice, ...]]) -> tuple[Array, Array]:
+        which, index = region
+        return self.x[which][(*index, ...)], self.bad[which][(*index, ...)]
+
+
+def run(statements: list[tuple[Any, ...]], workers: int, trace: Path) -> None:
+    oracle = Oracle()
+    expected: list[tuple[ch.Task[Any], Any]] = []
+    got: list[tuple[Any, Any]] = []
+
+    def told(task: ch.Task[Any], value: Any) -> None:
+        expected.append((task, value))
+
+    runtime = ch.Runtime(workers=workers, trace=trace, on_failure=lambda task: None)
+    arrays = [ch.zeros(shape, np.int64) for shape in SHAPES]
+
+    def part(region: tuple[int, tuple[slice, ...]]) -> Any:
+        which, index = region
+        return arrays[which][index] if index else arrays[which]
+
+    with runtime:
+        for what, region, *rest in statements:
+            x, bad = oracle.at(region)
+            poisoned = bool(bad.any())
+            if what == "put":
+                value, fail = rest
+                told(put(part(region), value, fail), Boom if fail else None)
+                x[...] = value
+                bad[...] = fail
+            elif what == "fill":
+                told(part(region).fill(rest[0]), None)
+                x[...] = rest[0]
+                bad[...] = False
+            elif what == "scale":
+                by, fail = rest
+                told(scale(part(region), by, fail), poisoned or (Boom if fail else None))
+                x[...] = x * by + 1
+                bad[...] |= poisoned or fail
+            elif what == "total":
+                other, fail = rest
+                y, worse = oracle.at(other)
+                value = int(x.sum() + 2 * y.sum())
+                lost = poisoned or bool(worse.any())
+                told(total(part(region), part(other), fail), lost or (Boom if fail else value))
+            elif what == "commute":
+                # One that fails does not concern those that commute with it: what comes of a mix of
+                # both is no matter of the order of the statements.
+                if poisoned:
+                    continue
+                told(commute(part(region), rest[0]), None)
+                x += rest[0]
+            elif what == "sum":
+                told(sum_up(part(region), rest[0]), poisoned or None)
+                x += rest[0]
+                bad[...] |= poisoned
+            elif what == "least":
+                told(least(part(region), rest[0]), poisoned or None)
+                np.minimum(x, rest[0], out=x)
+                bad[...] |= poisoned
+            elif what == "read":
+                try:
+                    got.append((part(region).numpy().tolist(), poisoned or x.tolist()))
+                except ch.DependencyError:
+                    got.append((True, poisoned))
+            elif what == "host":
+                try:
+                    with part(region).host("rw") as view:
+                        view += rest[0]
+                except ch.DependencyError:
+                    # As a task that is skipped.
+                    got.append((True, poisoned))
+                    bad[...] = True
+                else:
+                    got.append((False, poisoned))
+                    x += rest[0]
+            elif what == "nested":
+                (other,) = rest
+                y, worse = oracle.at(other)
+                if np.shares_memory(x, y) or not y.size:
+                    continue
+                told(nested(part(region), part(other)), poisoned or None)
+                # What a body spawns has its place where that is: the program waits for it here.
+                expected[-1][0].exception()
+                x += 1
+                bad[...] |= poisoned
+                if not poisoned:
+                    y[...] = 7
+                    worse[...] = False
+        for task, value in expected:
+            if value is True:
+                assert isinstance(task.exception(), ch.DependencyError), task
+            elif value is Boom:
+                assert isinstance(task.exception(), Boom), task
+            else:
+                assert task.exception() is None and task.result() == value, task
+    for result, value in got:
+        assert result == value
+    checked = ch.check_order(trace)
+    assert not checked.violations, checked.violations
+    for array, x, bad in zip(arrays, oracle.x, oracle.bad, strict=True):
+        whole = np.ndindex(x.shape)
+        for index in whole:
+            if bad[index]:
+                with pytest.raises(ch.DependencyError):
+                    array[index].numpy()
+            else:
+                assert array[index].numpy() == x[index], (index, array)
+
+
+@pytest.mark.parametrize("workers", worker_counts(0, 2))
+@given(statements=STATEMENTS)
+@settings(max_examples=60)
+def test_random_programs(workers: int, statements: list[tuple[Any, ...]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        run(statements, workers, Path(folder) / "trace")
