@@ -7,9 +7,9 @@ factorization, forward and backward solve. All of them are spawned before the fi
 where one factorization has too few tasks left for all workers, another one fills the gap.
 
 The graph itself is in ``charioteer/demo/gp.py``: one ``@ch.spawn`` for each kind of tile task,
-named in a task space, with the names of the tasks that it depends on. What is spawned here is
-joined on in the same way, by name. The tile kernels in ``charioteer/demo/kernels.py`` call BLAS and
-LAPACK without the GIL.
+with the tiles that it reads and writes, from which the order follows. What is spawned here is
+joined on in the same way. The tile kernels in ``charioteer/demo/kernels.py`` call BLAS and LAPACK
+without the GIL.
 
     pip install "charioteer[demo]"
     python examples/gp_classification.py
@@ -20,6 +20,7 @@ The exit status is 1 if the labels differ from those of a serial run of the same
 import argparse
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -29,14 +30,13 @@ from charioteer.demo import gp, serial
 LENGTH_SCALES = (0.5, 1.0, 2.0, 4.0, 8.0)
 
 
-def log_evidence(work: gp.Workspace) -> float:
+def log_evidence(
+    targets: Sequence[gp.Matrix], weights: Sequence[gp.Matrix], diagonal: Sequence[gp.Matrix]
+) -> float:
     """The log probability of the targets, up to a constant that all length scales share."""
-    fit = sum(
-        float(np.sum(targets * weights.array))
-        for targets, weights in zip(work.targets, work.weights, strict=True)
-    )
-    log_root_determinant = sum(float(np.log(np.diag(row[-1].array)).sum()) for row in work.matrix)
-    classes = int(work.problem.targets.shape[1])
+    fit = sum(float(np.sum(t * w)) for t, w in zip(targets, weights, strict=True))
+    log_root_determinant = sum(float(np.log(np.diag(tile)).sum()) for tile in diagonal)
+    classes = int(targets[0].shape[1])
     return -0.5 * fit - classes * log_root_determinant
 
 
@@ -55,16 +55,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         graphs = []
         for i, work in enumerate(candidates):
             tasks = gp.Spaces()
-            gp.load_targets(work)
+            gp.spawn_targets(work)
             gp.spawn_kernel(work, tasks)
             gp.spawn_cholesky(work, tasks)
             gp.spawn_solve(work, tasks)
             graphs.append(tasks)
 
-            # The rows of weights are solved from the last to the first: row 0 stands for them all.
-            @ch.spawn(evidence[i], dependencies=tasks.backward[0])
-            def score(work: gp.Workspace = work) -> float:
-                return log_evidence(work)
+            @ch.spawn(evidence[i])
+            def score(
+                targets: list[gp.Matrix] = work.targets,
+                weights: ch.In[Any] = work.Y,
+                diagonal: ch.In[Any] = [row[-1] for row in work.A],  # noqa: B006
+            ) -> float:
+                return log_evidence(targets, weights, diagonal)
 
         scores = evidence[: len(candidates)].result()
         best = int(np.argmax(scores))

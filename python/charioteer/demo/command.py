@@ -51,7 +51,7 @@ Bodies = Literal["python", "native"]
 
 _OTHER: dict[Bodies, Bodies] = {"python": "native", "native": "python"}
 
-_EMPTY = SimpleNamespace(**{name: lambda *_: None for name in kernels.__all__ if name != "Tile"})
+_EMPTY = SimpleNamespace(**{name: lambda *_: None for name in kernels.__all__})
 
 
 @dataclass
@@ -166,14 +166,13 @@ def measure(
             seconds, expected_labels = _serial(work, factor_only)
             expected_weights = work.solution()
         elif kind == "empty":
-            factor = work.arrays(empty=True) if bodies == "native" else None
-            seconds, _, _ = _graph(work, report.workers, factor_only, _EMPTY, factor)
+            hollow: Bodies | Literal["empty"] = "empty" if bodies == "native" else "python"
+            seconds, _, _ = _graph(work, report.workers, factor_only, _EMPTY, hollow)
         else:
             taking = 1 if kind == "one" else report.workers
             which = _OTHER[bodies] if kind == "other" else bodies
-            factor = work.arrays() if which == "native" else None
             seconds, labels, report.tasks = _graph(
-                work, taking, factor_only, kernels, factor, within
+                work, taking, factor_only, kernels, which, within
             )
             report.worst("factor_error", _factor_error(work, reference))
             if not factor_only:
@@ -206,7 +205,7 @@ def _factor_error(work: gp.Workspace, reference: Matrix) -> float:
     difference = size = 0.0
     for i, rows in enumerate(work.rows):
         for j, columns in enumerate(work.rows[: i + 1]):
-            wanted, got = reference[rows, columns], work.matrix[i][j].array
+            wanted, got = reference[rows, columns], work.matrix[i][j]
             if i == j:
                 wanted, got = np.tril(wanted), np.tril(got)
             difference += float(np.sum((got - wanted) ** 2))
@@ -233,7 +232,7 @@ def _graph(
     workers: int,
     factor_only: bool,
     op: Any,
-    factor: Sequence[Sequence[Matrix]] | None,
+    bodies: Bodies | Literal["empty"],
     tick: Tick = lambda _: None,
 ) -> tuple[float, Labels, int]:
     """One run of the graph: its makespan, the labels and the number of tasks."""
@@ -244,16 +243,16 @@ def _graph(
             spaces.kernel.result()
             built = len(spaces)
             start = time.perf_counter()
-            if factor is None:
+            if bodies == "python":
                 gp.spawn_cholesky(work, spaces, op)
             else:
-                gp.spawn_cholesky_native(factor, spaces)
+                gp.spawn_cholesky_native(work, spaces, empty=bodies == "empty")
             last = spaces.potrf[steps - 1]
             answers = spaces.classify[:0]
         else:
             built = 0
             start = time.perf_counter()
-            answers = gp.spawn_graph(work, spaces, op, factor)
+            answers = gp.spawn_graph(work, spaces, op, bodies)
             last = spaces.backward[0]
         if op is kernels:
             # Three quarters of the work that is left when half of the columns are done are done.

@@ -13,18 +13,22 @@ The graph. K is kept as square tiles of its lower triangle, and every operation 
 ``trsm[i, k]``        turns tile (i, k) into a tile of the factor
 ``syrk[i, k]``        takes column k of the factor off diagonal tile i
 ``gemm[i, j, k]``     takes column k of the factor off tile (i, j)
-``forward[i]``        solves for rows i of ``inv(L) @ Y``, after ``reduce[i, :i]``
-``backward[i]``       solves for rows i of W, after ``restore[i, i + 1:]``
+``reduce[i, j]``      takes rows j of ``inv(L) @ Y`` off rows i
+``forward[i]``        solves for rows i of ``inv(L) @ Y``
+``restore[i, j]``     takes rows j of W off rows i
+``backward[i]``       solves for rows i of W
 ``cross[t, j]``       builds tile (t, j) of the kernel between test and training points
 ``classify[t]``       gives the labels of test points t
 ====================  =========================================================================
 
-Nothing says in which order the stages run. A task names the tasks that it needs, so the forward
-solve runs along with the factorization, and tiles of the next stage fill the gaps of this one. A
-name below the lower bound, such as ``gemm[i, j, -1]``, stands for no task at all.
+Nothing says in which order the stages run. A task says which tiles it reads and writes, and what
+it has to wait for follows from that, as if the tasks ran in the order in which they are spawned:
+so the forward solve runs along with the factorization, and tiles of the next stage fill the gaps
+of this one.
 
-Order and determinism. Tiles are updated in place, each by a chain of tasks in ascending k, so the
-result does not depend on the number of workers, nor on which of them ran what.
+Order and determinism. Tiles are updated in place, each by the tasks that write it in the order of
+their spawns, in ascending k, so the result does not depend on the number of workers, nor on which
+of them ran what.
 
 Priority. A task is the more urgent the further left the column that it writes: the next diagonal
 tile then never waits behind updates that nobody needs yet.
@@ -33,7 +37,7 @@ tile then never waits behind updates that nobody needs yet.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +46,6 @@ import charioteer as ch
 from charioteer import blas
 
 from . import kernels
-from .kernels import Tile
 
 __all__ = [
     "Problem",
@@ -57,11 +60,14 @@ __all__ = [
     "spawn_graph",
     "spawn_kernel",
     "spawn_solve",
+    "spawn_targets",
     "synthetic",
 ]
 
 Matrix = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.intp]
+Managed = list[list[Any]]
+"""Managed arrays by row and column; anything to type checkers, like all that stands for arrays."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,9 @@ class Workspace:
     scores of test points. Tiles are (tile, tile), the last ones smaller where the sizes leave a
     rest.
 
+    Those are NumPy's arrays, which plain loops and checks use while no runtime is open. ``A``,
+    ``Y``, ``K`` and ``S`` are the same buffers as managed arrays, for tasks.
+
     Raises:
         ValueError: ``tile`` is not positive.
     """
@@ -150,28 +159,28 @@ class Workspace:
         self.problem = problem
         self.tile = tile
         self.rows = rows
-        self.left = [Tile(left[r]) for r in rows]
-        self.right = [Tile(right[r]) for r in rows]
+        self.left = [np.ascontiguousarray(left[r]) for r in rows]
+        self.right = [np.ascontiguousarray(right[r]) for r in rows]
         self.targets = [np.ascontiguousarray(problem.targets[r]) for r in rows]
-        self.weights = [Tile(targets.copy()) for targets in self.targets]
+        self.weights = [targets.copy() for targets in self.targets]
         self.matrix = [
-            [Tile.zeros(*_extents(r, c)) for c in rows[: i + 1]] for i, r in enumerate(rows)
+            [np.zeros(_extents(r, c)) for c in rows[: i + 1]] for i, r in enumerate(rows)
         ]
-        self.test_left = [Tile(test_left[r]) for r in test_rows]
-        self.cross = [[Tile.zeros(*_extents(r, c)) for c in rows] for r in test_rows]
+        self.test_left = [np.ascontiguousarray(test_left[r]) for r in test_rows]
+        self.cross = [[np.zeros(_extents(r, c)) for c in rows] for r in test_rows]
         classes = problem.targets.shape[1]
-        self.scores = [Tile.zeros(r.stop - r.start, classes) for r in test_rows]
+        self.scores = [np.zeros((r.stop - r.start, classes)) for r in test_rows]
+
+        self.A: Managed = [_managed("A", row) for row in self.matrix]
+        self.Y: list[Any] = _managed("Y", self.weights)
+        self.K: Managed = [_managed("K", row) for row in self.cross]
+        self.S: list[Any] = _managed("S", self.scores)
 
     def clear(self) -> None:
         """Fill all that a run computes with nan, so that nothing of an earlier run is left."""
         computed = [*self.matrix, *self.cross, self.weights, self.scores]
         for tile in chain.from_iterable(computed):
-            tile.array.fill(np.nan)
-
-    def arrays(self, empty: bool = False) -> list[list[Matrix]]:
-        """What native tasks take: the lower tiles, or empty matrices, which nobody touches."""
-        nothing = np.empty((0, 0))
-        return [[nothing if empty else tile.array for tile in row] for row in self.matrix]
+            tile.fill(np.nan)
 
     def lower(self) -> Matrix:
         """The lower triangle as one (n, n) matrix; what is above the diagonal is zero."""
@@ -179,13 +188,18 @@ class Workspace:
         matrix = np.zeros((n, n))
         for i, rows in enumerate(self.rows):
             for j, columns in enumerate(self.rows[: i + 1]):
-                matrix[rows, columns] = self.matrix[i][j].array
+                matrix[rows, columns] = self.matrix[i][j]
             matrix[rows, rows] = np.tril(matrix[rows, rows])
         return matrix
 
     def solution(self) -> Matrix:
         """A copy of the weights as one (n, c) matrix."""
-        return np.vstack([tile.array for tile in self.weights])
+        return np.vstack(self.weights)
+
+
+def _managed(name: str, tiles: Sequence[Matrix]) -> list[Any]:
+    """Managed arrays that take the tiles' buffers over."""
+    return [ch.asarray(tile, name=name) for tile in tiles]
 
 
 def _extents(rows: slice, columns: slice) -> tuple[int, int]:
@@ -214,22 +228,28 @@ class Spaces:
 
 
 def load_targets(work: Workspace) -> None:
-    """Put the targets where the solve turns them into weights."""
+    """Put the targets where plain loops turn them into weights."""
     for tile, targets in zip(work.weights, work.targets, strict=True):
-        tile.array[...] = targets
+        tile[...] = targets
+
+
+def spawn_targets(work: Workspace) -> None:
+    """Spawn the tasks that put the targets where the solve turns them into weights."""
+    for y, targets in zip(work.Y, work.targets, strict=True):
+        y[...] = targets
 
 
 def spawn_kernel(work: Workspace, T: Spaces, op: Any = kernels) -> None:
     """Spawn the tasks that build the lower triangle of the kernel matrix."""
-    n, noise = len(work.matrix), work.problem.noise
+    A, n, noise = work.A, len(work.A), work.problem.noise
     for j in range(n):
         for i in range(j, n):
 
             @ch.spawn(T.kernel[i, j], priority=n - j)
             def build(
-                k: Tile = work.matrix[i][j],
-                left: Tile = work.left[i],
-                right: Tile = work.right[j],
+                k: ch.Out[Matrix] = A[i][j],
+                left: Matrix = work.left[i],
+                right: Matrix = work.right[j],
                 noise: float = noise if i == j else 0.0,
             ) -> None:
                 op.rbf(k, left, right, noise)
@@ -237,156 +257,150 @@ def spawn_kernel(work: Workspace, T: Spaces, op: Any = kernels) -> None:
 
 def spawn_cholesky(work: Workspace, T: Spaces, op: Any = kernels) -> None:
     """Spawn the tasks that overwrite the kernel matrix with its Cholesky factor, right-looking."""
-    A, n = work.matrix, len(work.matrix)
+    A, n = work.A, len(work.A)
     for k in range(n):
 
-        @ch.spawn(T.potrf[k], dependencies=[T.kernel[k, k], T.syrk[k, k - 1]], priority=n - k)
-        def potrf(a: Tile = A[k][k]) -> None:
+        @ch.spawn(T.potrf[k], priority=n - k)
+        def potrf(a: ch.InOut[Matrix] = A[k][k]) -> None:
             op.potrf(a)
 
         for i in range(k + 1, n):
 
-            @ch.spawn(
-                T.trsm[i, k],
-                dependencies=[T.kernel[i, k], T.potrf[k], T.gemm[i, k, k - 1]],
-                priority=n - k,
-            )
-            def trsm(diagonal: Tile = A[k][k], a: Tile = A[i][k]) -> None:
+            @ch.spawn(T.trsm[i, k], priority=n - k)
+            def trsm(diagonal: ch.In[Matrix] = A[k][k], a: ch.InOut[Matrix] = A[i][k]) -> None:
                 op.trsm(diagonal, a)
 
         for j in range(k + 1, n):
 
-            @ch.spawn(
-                T.syrk[j, k],
-                dependencies=[T.kernel[j, j], T.trsm[j, k], T.syrk[j, k - 1]],
-                priority=n - j,
-            )
-            def syrk(a: Tile = A[j][k], c: Tile = A[j][j]) -> None:
+            @ch.spawn(T.syrk[j, k], priority=n - j)
+            def syrk(a: ch.In[Matrix] = A[j][k], c: ch.InOut[Matrix] = A[j][j]) -> None:
                 op.syrk(a, c)
 
             for i in range(j + 1, n):
 
-                @ch.spawn(
-                    T.gemm[i, j, k],
-                    dependencies=[
-                        T.kernel[i, j], T.trsm[i, k], T.trsm[j, k], T.gemm[i, j, k - 1]
-                    ],
-                    priority=n - j,
-                )  # fmt: skip
-                def gemm(a: Tile = A[i][k], b: Tile = A[j][k], c: Tile = A[i][j]) -> None:
+                @ch.spawn(T.gemm[i, j, k], priority=n - j)
+                def gemm(
+                    a: ch.In[Matrix] = A[i][k],
+                    b: ch.In[Matrix] = A[j][k],
+                    c: ch.InOut[Matrix] = A[i][j],
+                ) -> None:
                     op.gemm(a, b, c)
 
 
-def spawn_cholesky_native(A: Sequence[Sequence[Matrix]], T: Spaces) -> None:
+def spawn_cholesky_native(work: Workspace, T: Spaces, empty: bool = False) -> None:
     """The same tasks as :func:`spawn_cholesky`, whose bodies are the C functions themselves.
 
-    They call the same routines with the same flags, so that results agree to the last bit.
+    They call the same routines with the same flags, so that results agree to the last bit. With
+    ``empty`` the routines get matrices without elements, and the tasks are ordered as ever.
     """
-    n = len(A)
+    A, n, nothing = work.A, len(work.A), np.empty((0, 0))
+
+    def call(
+        routine: ch.TaskFunction[..., None],
+        name: ch.Task[Any],
+        priority: int,
+        *tiles: Any,
+        **flags: Any,
+    ) -> None:
+        if empty:
+            *read, written = tiles
+            named = routine.options(name, priority=priority, input=read, inout=written)
+            named(*(nothing for _ in tiles), **flags)
+        else:
+            routine.options(name, priority=priority)(*tiles, **flags)
+
     for k in range(n):
-        blas.potrf.options(
-            T.potrf[k], dependencies=[T.kernel[k, k], T.syrk[k, k - 1]], priority=n - k
-        )(A[k][k])
+        call(blas.potrf, T.potrf[k], n - k, A[k][k])
         for i in range(k + 1, n):
-            blas.trsm.options(
-                T.trsm[i, k],
-                dependencies=[T.kernel[i, k], T.potrf[k], T.gemm[i, k, k - 1]],
-                priority=n - k,
-            )(A[k][k], A[i][k], left=False, trans="T")
+            call(blas.trsm, T.trsm[i, k], n - k, A[k][k], A[i][k], left=False, trans="T")
         for j in range(k + 1, n):
-            blas.syrk.options(
-                T.syrk[j, k],
-                dependencies=[T.kernel[j, j], T.trsm[j, k], T.syrk[j, k - 1]],
-                priority=n - j,
-            )(A[j][k], A[j][j], alpha=-1, beta=1)
+            call(blas.syrk, T.syrk[j, k], n - j, A[j][k], A[j][j], alpha=-1, beta=1)
             for i in range(j + 1, n):
-                blas.gemm.options(
-                    T.gemm[i, j, k],
-                    dependencies=[
-                        T.kernel[i, j], T.trsm[i, k], T.trsm[j, k], T.gemm[i, j, k - 1]
-                    ],
-                    priority=n - j,
-                )(A[i][k], A[j][k], A[i][j], alpha=-1, beta=1, trans_b="T")  # fmt: skip
+                call(
+                    blas.gemm, T.gemm[i, j, k], n - j, A[i][k], A[j][k], A[i][j],
+                    alpha=-1, beta=1, trans_b="T",
+                )  # fmt: skip
 
 
 def spawn_solve(work: Workspace, T: Spaces, op: Any = kernels) -> None:
     """Spawn the tasks that overwrite the targets with the weights: forward, then backward."""
-    A, Y, n = work.matrix, work.weights, len(work.matrix)
+    A, Y, n = work.A, work.Y, len(work.A)
     for i in range(n):
         for j in range(i):
 
-            @ch.spawn(
-                T.reduce[i, j],
-                dependencies=[T.trsm[i, j], T.forward[j], T.reduce[i, j - 1]],
-                priority=n - j,
-            )
-            def reduce(factor: Tile = A[i][j], solved: Tile = Y[j], y: Tile = Y[i]) -> None:
+            @ch.spawn(T.reduce[i, j], priority=n - j)
+            def reduce(
+                factor: ch.In[Matrix] = A[i][j],
+                solved: ch.In[Matrix] = Y[j],
+                y: ch.InOut[Matrix] = Y[i],
+            ) -> None:
                 op.update_forward(factor, solved, y)
 
-        @ch.spawn(T.forward[i], dependencies=[T.potrf[i], T.reduce[i, i - 1]], priority=n - i)
-        def forward(diagonal: Tile = A[i][i], y: Tile = Y[i]) -> None:
+        @ch.spawn(T.forward[i], priority=n - i)
+        def forward(diagonal: ch.In[Matrix] = A[i][i], y: ch.InOut[Matrix] = Y[i]) -> None:
             op.solve_forward(diagonal, y)
 
-    # The backward solve overwrites rows that the forward solve reads. The last row of the forward
-    # solve comes after all of it, and everything here comes after that row.
     for i in reversed(range(n)):
-        previous = T.forward[i]
         for j in reversed(range(i + 1, n)):
 
-            @ch.spawn(T.restore[i, j], dependencies=[T.backward[j], previous], priority=i)
-            def restore(factor: Tile = A[j][i], solved: Tile = Y[j], y: Tile = Y[i]) -> None:
+            @ch.spawn(T.restore[i, j], priority=i)
+            def restore(
+                factor: ch.In[Matrix] = A[j][i],
+                solved: ch.In[Matrix] = Y[j],
+                y: ch.InOut[Matrix] = Y[i],
+            ) -> None:
                 op.update_backward(factor, solved, y)
 
-            previous = restore
-
-        @ch.spawn(T.backward[i], dependencies=previous, priority=i)
-        def backward(diagonal: Tile = A[i][i], y: Tile = Y[i]) -> None:
+        @ch.spawn(T.backward[i], priority=i)
+        def backward(diagonal: ch.In[Matrix] = A[i][i], y: ch.InOut[Matrix] = Y[i]) -> None:
             op.solve_backward(diagonal, y)
 
 
 def spawn_classify(work: Workspace, T: Spaces, op: Any = kernels) -> ch.TaskList[Labels]:
     """Spawn the tasks that label the test points; each one's result is an (m,) array of labels."""
-    n = len(work.matrix)
-    for t, scores in enumerate(work.scores):
+    n = len(work.A)
+    for t, scores in enumerate(work.S):
         for j in range(n):
 
             @ch.spawn(T.cross[t, j])
             def cross(
-                k: Tile = work.cross[t][j],
-                left: Tile = work.test_left[t],
-                right: Tile = work.right[j],
+                k: ch.Out[Matrix] = work.K[t][j],
+                left: Matrix = work.test_left[t],
+                right: Matrix = work.right[j],
             ) -> None:
                 op.rbf(k, left, right)
 
-        # The rows of weights are solved from the last to the first, so backward[0] stands for all.
-        @ch.spawn(T.classify[t], dependencies=[T.backward[0], T.cross[t, :n]])
-        def classify(row: Sequence[Tile] = work.cross[t], scores: Tile = scores) -> Labels:
-            scores.array.fill(0.0)
-            for k, weights in zip(row, work.weights, strict=True):
-                op.add_scores(k, weights, scores)
-            labels: Labels = scores.array.argmax(axis=1)
+        @ch.spawn(T.classify[t])
+        def classify(
+            row: ch.In[Any] = work.K[t],
+            weights: ch.In[Any] = work.Y,
+            scores: ch.Out[Matrix] = scores,
+        ) -> Labels:
+            scores.fill(0.0)
+            for k, w in zip(row, weights, strict=True):
+                op.add_scores(k, w, scores)
+            labels: Labels = scores.argmax(axis=1)
             return labels
 
-    return T.classify[: len(work.scores)]
+    return T.classify[: len(work.S)]
 
 
 def spawn_graph(
     work: Workspace,
     T: Spaces,
     op: Any = kernels,
-    factor: Sequence[Sequence[Matrix]] | None = None,
+    bodies: Literal["python", "native", "empty"] = "python",
 ) -> ch.TaskList[Labels]:
     """Spawn the whole job. The result of the tasks returned is the labels of the test points.
 
     ``op`` is where the tile kernels are taken from: the module ``kernels``, or a stand-in.
-    ``factor`` makes the tasks of the factorization native ones, of these matrices: see
-    :meth:`Workspace.arrays`.
+    ``bodies`` makes the tasks of the factorization native ones, or such that compute nothing.
     """
-    load_targets(work)
+    spawn_targets(work)
     spawn_kernel(work, T, op)
-    if factor is None:
+    if bodies == "python":
         spawn_cholesky(work, T, op)
     else:
-        spawn_cholesky_native(factor, T)
+        spawn_cholesky_native(work, T, empty=bodies == "empty")
     spawn_solve(work, T, op)
     return spawn_classify(work, T, op)

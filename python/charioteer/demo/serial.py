@@ -54,11 +54,11 @@ def solve(work: Workspace) -> None:
 def classify(work: Workspace) -> npt.NDArray[np.intp]:
     """Label the test points."""
     for row, left, scores in zip(work.cross, work.test_left, work.scores, strict=True):
-        scores.array.fill(0.0)
+        scores.fill(0.0)
         for tile, right, weights in zip(row, work.right, work.weights, strict=True):
             kernels.rbf(tile, left, right)
             kernels.add_scores(tile, weights, scores)
-    labels = [scores.array.argmax(axis=1) for scores in work.scores]
+    labels = [scores.argmax(axis=1) for scores in work.scores]
     return np.concatenate(labels) if labels else np.empty(0, np.intp)
 
 
