@@ -158,6 +158,9 @@ def test_every_bar_of_the_project_is_held() -> None:
             ("tasks", overhead.GRID, workers, "this / empty"): "≤ 2 x",
             ("tasks", "spawn_many", workers, "time per task"): "≤ 0.6 µs",
             ("tasks", ".map", workers, "time per task"): "≤ 0.6 µs",
+            ("data", overhead.CALL, workers, "time per task"): "≤ 4 µs",
+            ("data", overhead.DATA_MAP, workers, "time per task"): "≤ 1.5 µs",
+            ("data", "Cholesky of 64 x 64 tiles", workers, "time per task"): "≤ 5 µs",
         }
         for latency in ("spawn to start", "result() round trip"):
             both["latency", latency, workers, "charioteer / ThreadPoolExecutor"] = "≤ 1 x"
@@ -168,6 +171,7 @@ def test_every_bar_of_the_project_is_held() -> None:
         ("memory", pending + "handles kept", None, "memory per task"): "≤ 1024 B",
         ("flat", many + "anonymous", None, "growth"): "≤ 4 MiB",
         ("flat", many + "rotating spaces", None, "growth"): "≤ 4 MiB",
+        ("data", "20 times Cholesky of 64 x 64 tiles", None, "growth"): "≤ 4 MiB",
         ("idle", "10 s of an open runtime", 16, "processor time"): "≤ 50 ms",
         ("start", "start and close", 2, "time"): "≤ 2 ms",
         ("import", "import charioteer", None, "above import numpy"): "≤ 60 ms",

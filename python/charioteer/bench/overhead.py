@@ -44,6 +44,8 @@ EMPTY = "empty task"
 CHAIN = "chain in a task space"
 GRID = "grid in a task space"
 MAP = "Runtime.map"
+CALL = "call with two regions"
+DATA_MAP = ".map with two regions"
 LATENCIES = ("spawn to start", "result() round trip")
 
 
@@ -205,6 +207,36 @@ def _tasks(settings: Settings) -> Measure:
         bars=bars,
         note="From the first spawn until all are complete and the workers gone, over their number. "
         "The empty task's body captures a variable.",
+    )
+
+
+def _data(settings: Settings) -> Measure:
+    tasks, n, repetitions = settings.tasks, 16 if settings.quick else 64, 20
+    # With one task a column, two for each tile below the diagonal, and one for each pair of them.
+    count = n * (n + 1) * (n + 2) // 6
+    cholesky = f"Cholesky of {n} x {n} tiles"
+    cases: list[tuple[str, Callable[[int, int], float], int, int, float]] = [
+        (CALL, workloads.data_calls, tasks, tasks, 4.0),
+        (DATA_MAP, workloads.data_map, tasks, tasks, 1.5),
+        (cholesky, workloads.data_cholesky, n, count, 5.0),
+    ]
+    contestants = []
+    bars = []
+    for case, function, argument, number, limit in cases:
+        for workers in WORKERS:
+            contestants.append(_per_task(OURS, case, function, argument, number, workers))
+            bars.append(absolute(case, PER_TASK, "µs", limit, workers))
+    flat = f"{repetitions} times {cholesky}"
+    contestants.append(_probe(flat, "cholesky", {"n": n, "repetitions": repetitions}))
+    bars.append(absolute(flat, "growth", "MiB", 4))
+    return Measure(
+        name="data",
+        title="Cost of one task whose order is inferred",
+        contestants=contestants,
+        units={PER_TASK: "µs", "growth": "MiB", "resident memory": "MiB"},
+        bars=bars,
+        note="Bodies are empty. Calls and .map have tasks that read one region and write another; "
+        "each depends on the one before it.",
     )
 
 
@@ -446,6 +478,7 @@ def _free_threading(settings: Settings) -> Measure:
 
 _MEASURES: dict[str, Callable[[Settings], Measure]] = {
     "tasks": _tasks,
+    "data": _data,
     "latency": _latency,
     "native": _native,
     "memory": _memory,

@@ -168,6 +168,18 @@ def _rotating(tasks: int) -> dict[str, float]:
     return growth.values()
 
 
+def _cholesky(n: int, repetitions: int) -> dict[str, float]:
+    """The growth of memory over factorizations of the same tiles, with empty tasks."""
+    growth = _Growth()
+    A = ch.zeros((n, n)).tiles((1, 1))
+    with ch.Runtime(workers=2):
+        for repetition in range(repetitions):
+            workloads.spawn_cholesky(A)
+            A.base.numpy()
+            growth.after(repetition + 1, repetitions)
+    return growth.values()
+
+
 class _Growth:
     """Resident memory at every tenth of a run, against that after the first tenth."""
 
@@ -226,6 +238,7 @@ PROBES: dict[str, Callable[..., dict[str, float]]] = {
     "empty": _empty,
     "gil": _gil,
     "idle": _idle,
+    "cholesky": _cholesky,
     "multi_device": _multi_device,
     "peer": _peer,
     "pending": _pending,

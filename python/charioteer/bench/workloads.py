@@ -12,12 +12,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 from time import perf_counter, sleep
+from typing import Any
 
 import charioteer as ch
 
 __all__ = [
     "chain",
     "charioteer_latency",
+    "data_calls",
+    "data_cholesky",
+    "data_map",
     "empty",
     "executor_latency",
     "executor_map",
@@ -25,6 +29,7 @@ __all__ = [
     "grid",
     "native",
     "runtime_map",
+    "spawn_cholesky",
     "spawn_many",
     "start_and_close",
     "task_map",
@@ -112,6 +117,77 @@ def executor_map(tasks: int, workers: int) -> float:
         start = perf_counter()
         for _ in executor.map(_body, range(tasks)):
             pass
+    return perf_counter() - start
+
+
+TILES = 64
+"""Tiles along an axis, in workloads with data."""
+
+
+@ch.task
+def _copy(source: ch.In[Any], target: ch.Out[Any]) -> None:
+    """Takes two regions, and does nothing with them."""
+
+
+def data_calls(tasks: int, workers: int) -> float:
+    """Seconds for so many calls of an empty task function that reads a region and writes one: each
+    depends on the one before it, and comes after another."""
+    tiles = list(ch.zeros(TILES).tiles(1))
+    with ch.Runtime(workers=workers):
+        start = perf_counter()
+        for index in range(tasks):
+            _copy(tiles[index % TILES], tiles[(index + 1) % TILES])
+    return perf_counter() - start
+
+
+def data_map(tasks: int, workers: int) -> float:
+    """The same from one ``.map``."""
+    tiles = list(ch.zeros(TILES).tiles(1))
+    sources = [tiles[index % TILES] for index in range(tasks)]
+    targets = [tiles[(index + 1) % TILES] for index in range(tasks)]
+    with ch.Runtime(workers=workers):
+        start = perf_counter()
+        _copy.map(sources, targets)
+    return perf_counter() - start
+
+
+@ch.task
+def _potrf(a: ch.InOut[Any]) -> None:
+    """Does nothing, as do all tasks of the factorization."""
+
+
+@ch.task
+def _trsm(diagonal: ch.In[Any], a: ch.InOut[Any]) -> None:
+    """As :func:`_potrf`."""
+
+
+@ch.task
+def _gemm(a: ch.In[Any], b: ch.In[Any], c: ch.InOut[Any]) -> None:
+    """As :func:`_potrf`."""
+
+
+def spawn_cholesky(A: ch.Tiles) -> int:
+    """Spawns the tasks of a tiled Cholesky factorization with empty bodies, and counts them."""
+    tasks, n = 0, A.shape[0]
+    for k in range(n):
+        _potrf(A[k, k])
+        for i in range(k + 1, n):
+            _trsm(A[k, k], A[i, k])
+        for i in range(k + 1, n):
+            for j in range(k + 1, i):
+                _gemm(A[i, k], A[j, k], A[i, j])
+            _trsm(A[i, k], A[i, i])
+        rest = n - k - 1
+        tasks += 1 + 2 * rest + rest * (rest - 1) // 2
+    return tasks
+
+
+def data_cholesky(n: int, workers: int) -> float:
+    """Seconds for the tasks of a factorization of ``n`` x ``n`` tiles, their order inferred."""
+    A = ch.zeros((n, n)).tiles((1, 1))
+    with ch.Runtime(workers=workers):
+        start = perf_counter()
+        spawn_cholesky(A)
     return perf_counter() - start
 
 
