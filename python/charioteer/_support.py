@@ -30,6 +30,7 @@ __all__ = [
     "analyse",
     "cancelled_class",
     "claim_coroutine",
+    "cuda",
     "devices",
     "disclaim_coroutine",
     "each",
@@ -96,6 +97,13 @@ def loop(call: str, *arguments: Any) -> Any:
     from charioteer import _loop
 
     return getattr(_loop, call)(*arguments)
+
+
+def cuda(call: str, *arguments: Any) -> Any:
+    """Calls a function of the module ``_cuda``, which programs without such devices never need."""
+    from charioteer import _cuda
+
+    return getattr(_cuda, call)(*arguments)
 
 
 def loaded_loop() -> Any:
