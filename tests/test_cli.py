@@ -470,7 +470,7 @@ def test_info_shows_a_machine(tmp_path: Path) -> None:
     # Virtual time passes while nothing else runs.
     assert json.loads(done.stdout)["workers"] == 0
     assert (machine["name"], machine["time"]) == ("islands", "virtual")
-    assert machine["gpus"] == [{"name": "small", "memory": 2**31}] * 2
+    assert machine["gpus"] == [{"name": "small", "memory": 2**31, "capability": None}] * 2
     assert machine["links"]["peer"] is None
     pair = {"from": "cpu(0)", "to": "gpu(1)", "bandwidth": 1e9, "latency": 0.0}
     assert machine["links"]["pairs"] == [pair]

@@ -277,3 +277,38 @@ def test_a_machine_with_too_many_devices_is_refused_when_it_is_opened() -> None:
             return ch.current().device.index or 0
 
         assert last.result(timeout=60) == 63
+
+
+def test_a_file_may_say_whose_gpus_they_are(tmp_path: Path) -> None:
+    machine = Machine(
+        Host(4), [Gpu("80GiB", "NVIDIA H100", "9.0")] * 2, name="server", driver="cuda"
+    )
+    path = tmp_path / "server.yaml"
+    text = machine.to_yaml(path)
+    assert "driver: cuda" in text
+    assert Machine.from_yaml(path) == machine
+    assert Machine.from_yaml(path) != Machine(Host(4), machine.gpus, name="server")
+    path.write_text(text.replace("time: real", "time: virtual"))
+    with pytest.raises(ch.MachineError, match=r":\d+: time is virtual on virtual GPUs alone"):
+        Machine.from_yaml(path)
+    path.write_text(text.replace("driver: cuda", "driver: metal"))
+    with pytest.raises(ch.MachineError, match=r":\d+: driver is 'virtual' or 'cuda'"):
+        Machine.from_yaml(path)
+    with pytest.raises(ValueError, match="virtual GPUs alone"):
+        Machine(Host(1), driver="cuda", time="virtual")
+
+
+def test_gpus_that_are_not_there_are_named() -> None:
+    there = len(Machine.detect().gpus)
+    more = Machine(Host(1), [Gpu("1GiB")] * (there + 1), driver="cuda")
+    with pytest.raises(ch.MachineError, match=f"has {there + 1} CUDA devices, .* sees {there}"):
+        more.open()
+    with pytest.raises(ch.MachineError), ch.Runtime(more):
+        pass
+
+
+def test_links_of_virtual_gpus_are_as_they_are_said() -> None:
+    machine = Machine.virtual(gpus=2)
+    assert machine.measured() is machine
+    with machine.open() as devices, pytest.raises(ch.DeviceError, match="as described"):
+        devices.measure(None, 0, 1 << 20)

@@ -19,6 +19,7 @@ from charioteer._support import loaded_loop, warn
 from charioteer.devices import Device, gpu
 from charioteer.errors import (
     CancelledError,
+    MachineError,
     ModelError,
     NoRuntimeError,
     UnspawnedDependencyError,
@@ -204,6 +205,8 @@ class Runtime:
                 raise RuntimeActiveError("this runtime is open already")
             raise RuntimeError("a runtime is opened once: make another")
         models = self._document = None if self._models is None else _read_models(self._models)
+        if self._machine is None:
+            self._machine = _found()
         devices = self._machine.open() if self._machine and self._machine.gpus else None
         try:
             self._engine = _core.Engine(
@@ -542,6 +545,15 @@ def _machine(said: Machine | str | None) -> Machine | None:
     if not isinstance(said, str):
         raise TypeError(f"machine is a Machine or what Machine.load reads, not {said!r}")
     return Machine.load(said)
+
+
+def _found() -> Machine | None:
+    """The machine that the process runs on if it has GPUs; else there is time to look at it."""
+    try:
+        return Machine.detect() if _core.cuda_devices() else None
+    except MachineError as error:
+        warn(f"{error}; the runtime works without GPUs")
+        return None
 
 
 POLICIES = ("eft", "locality", "load", "random", "round-robin")

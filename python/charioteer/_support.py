@@ -31,6 +31,7 @@ __all__ = [
     "analyse",
     "cancelled_class",
     "claim_coroutine",
+    "cuda",
     "data",
     "devices",
     "disclaim_coroutine",
@@ -99,6 +100,13 @@ def loop(call: str, *arguments: Any) -> Any:
     from charioteer import _loop
 
     return getattr(_loop, call)(*arguments)
+
+
+def cuda(call: str, *arguments: Any) -> Any:
+    """Calls a function of the module ``_cuda``, which programs without such devices never need."""
+    from charioteer import _cuda
+
+    return getattr(_cuda, call)(*arguments)
 
 
 def data(call: str, *arguments: Any) -> Any:

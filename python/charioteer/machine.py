@@ -7,8 +7,11 @@ which :meth:`Machine.to_yaml` writes. It holds no threads, no memory and no devi
 while somebody has it open. So machines live at module level, are compared, and serve one runtime
 after another.
 
-The GPUs of a description are virtual: real streams, events and address spaces of their own, in the
-memory of the host; links take their time.
+The GPUs of a description are virtual unless it names their driver: real streams, events and
+address spaces of their own, in the memory of the host; links take their time. Those that
+:meth:`Machine.detect` finds are the CUDA driver's: as many as ``CUDA_VISIBLE_DEVICES`` leaves, by
+the driver's numbers. A device's context, which takes memory there, is made when the first task runs
+on it.
 
 **Files.** A file is read as a tree of nodes that know their lines, not as plain data, so that every
 mistake is told with the file, the line and what is expected there; keys that are unknown or there
@@ -51,6 +54,8 @@ FORMAT = 1
 """The version of the YAML format that is written; older ones are read."""
 
 _KEY = "charioteer-machine"
+_MEASURED = 64 << 20
+"""Bytes of the copies by which links are measured."""
 _MOST_GPUS = 65_534
 _MOST_CORES = 65_535
 _SYSTEM = Path("/sys/devices/system")
@@ -108,17 +113,22 @@ class Gpu(Value):
     Args:
         memory: in bytes.
         name: what its maker calls it.
+        capability: the compute capability of one that is CUDA's, such as ``"9.0"``.
     """
 
-    __match_args__ = ("memory", "name")
+    __match_args__ = ("memory", "name", "capability")
     memory: int
     name: str
+    capability: str | None
 
-    def __init__(self, memory: int | str, name: str = "virtual GPU") -> None:
-        super().__init__(memory=_memory(memory, "a GPU's memory"), name=name)
+    def __init__(
+        self, memory: int | str, name: str = "virtual GPU", capability: str | None = None
+    ) -> None:
+        super().__init__(memory=_memory(memory, "a GPU's memory"), name=name, capability=capability)
 
     def __repr__(self) -> str:
-        return f"Gpu({show_bytes(self.memory)!r}, {self.name!r})"
+        capability = "" if self.capability is None else f", {self.capability!r}"
+        return f"Gpu({show_bytes(self.memory)!r}, {self.name!r}{capability})"
 
 
 class Link(Value):
@@ -200,17 +210,19 @@ class Machine(Value):
         time: ``"real"``: work and copies take their time; ``"virtual"``: they move a clock of the
             machine's own, which makes programs deterministic.
         name: what people call it.
+        driver: whose its GPUs are: ``"virtual"``, or ``"cuda"``, in real time only.
 
     Raises:
         ValueError: something out of range, or a link of a device that is not there.
     """
 
-    __match_args__ = ("host", "gpus", "links", "time", "name")
+    __match_args__ = ("host", "gpus", "links", "time", "name", "driver")
     host: Host
     gpus: tuple[Gpu, ...]
     links: Links
     time: Literal["real", "virtual"]
     name: str
+    driver: Literal["virtual", "cuda"]
 
     def __init__(
         self,
@@ -220,10 +232,18 @@ class Machine(Value):
         links: Links | None = None,
         time: Literal["real", "virtual"] = "real",
         name: str = "machine",
+        driver: Literal["virtual", "cuda"] = "virtual",
     ) -> None:
         super().__init__(
-            host=host, gpus=tuple(gpus), links=links or Links(), time=_time(time), name=name
+            host=host,
+            gpus=tuple(gpus),
+            links=links or Links(),
+            time=_time(time),
+            name=name,
+            driver=_driver(driver),
         )
+        if self.driver != "virtual" and self.time != "real":
+            raise ValueError("time is virtual on virtual GPUs alone")
         read_count(len(self.gpus), "the number of GPUs", most=_MOST_GPUS)
         for ends, _ in self.links.pairs:
             for end in ends:
@@ -234,16 +254,64 @@ class Machine(Value):
     @classmethod
     def detect(cls) -> Self:
         """The machine that the process runs on: the cores that it may use, their memory and NUMA
-        nodes; one node, if Linux does not tell of any."""
-        from charioteer._core import host_nodes
+        nodes (one node, if Linux does not tell of any), and the GPUs of the CUDA driver, if there
+        is one.
+
+        The links of GPUs are those of an ordinary server, as far as they reach each other;
+        :meth:`measured` has what they are.
+
+        Raises:
+            MachineError: there is a CUDA driver, and it cannot be used.
+        """
+        from charioteer._core import cuda_devices, host_nodes
 
         usable = sorted(os.sched_getaffinity(0))
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         nodes = host_nodes(_SYSTEM, usable) or [(usable, memory)]
+        host = Host(len(usable), memory, [Node(cores, size) for cores, size in nodes])
+        found = cuda_devices()
+        if not found:
+            return cls(host, name=os.uname().nodename)
+        # Of the bytes that the memory moves a copy within it takes two for one.
+        links = Links(peer=None, local=Link(min(one[3] for one in found) / 2, "1us"))
+        peer = Links().peer
+        assert peer is not None
+        pairs = {
+            (gpu(own), gpu(other)): peer
+            for own, (*_, reached) in enumerate(found)
+            for other in reached
+        }
         return cls(
-            Host(len(usable), memory, [Node(cores, size) for cores, size in nodes]),
+            host,
+            [Gpu(size, name, f"{major}.{minor}") for name, size, (major, minor), *_ in found],
+            links=Links(host=links.host, peer=None, local=links.local, pairs=pairs),
             name=os.uname().nodename,
+            driver="cuda",
         )
+
+    def measured(self) -> Self:
+        """The same machine with the links that its GPUs have, by copies of 64 MiB between pinned
+        memory of the host and each GPU, and between GPUs that reach each other; about a second for
+        each GPU. The links of virtual GPUs are what is said.
+
+        Raises:
+            MachineError: it has other GPUs than this machine.
+            DeviceError: a GPU has no room, or is lost.
+        """
+        if self.driver == "virtual":
+            return self
+        pairs: dict[tuple[Device, Device], Link] = {}
+        with self.open() as opened:
+            for own in map(gpu, range(len(self.gpus))):
+                host = cpu(0)
+                pairs[host, own] = _measured(opened, None, own.index)
+                pairs[own, host] = _measured(opened, own.index, None)
+                for peer in map(gpu, range(len(self.gpus))):
+                    if peer != own and self.links.between(peer, own) is not None:
+                        opened.enable_peer(own.index, peer.index)
+                        pairs[peer, own] = _measured(opened, peer.index, own.index)
+        links = Links(self.links.host, self.links.peer, self.links.local, pairs)
+        return type(self)(self.host, self.gpus, links=links, name=self.name, driver=self.driver)
 
     @classmethod
     def virtual(
@@ -344,9 +412,16 @@ class Machine(Value):
                 for (source, target), link in self.links.pairs
             ]
         document: dict[str, Any] = {_KEY: FORMAT, "name": self.name, "time": self.time}
+        if self.driver != "virtual":
+            document["driver"] = self.driver
         document["host"] = host
         document["gpus"] = [
-            {"count": count, "memory": show_bytes(one.memory), "name": one.name}
+            {
+                "count": count,
+                "memory": show_bytes(one.memory),
+                "name": one.name,
+                **({} if one.capability is None else {"capability": one.capability}),
+            }
             for one, count in _runs(self.gpus)
         ]
         document["links"] = links
@@ -360,6 +435,9 @@ class Machine(Value):
 
         Returns:
             The open machine; leaving its block, or collecting it, ends the devices.
+
+        Raises:
+            MachineError: the process sees fewer GPUs of the driver than the machine has.
         """
         from charioteer._core import OpenMachine
 
@@ -375,6 +453,7 @@ class Machine(Value):
                 for (source, target), link in self.links.pairs
             ],
             virtual_time=self.time == "virtual",
+            cuda=self.driver == "cuda",
         )
         _end_in_time()
         _open.add(opened)
@@ -403,6 +482,12 @@ def _close_all() -> None:
     for opened in list(_open):
         opened.close()
     finish_operations(1.0)
+
+
+def _measured(opened: OpenMachine, source: int | None, target: int | None) -> Link:
+    """A link, to the digits that a measurement has."""
+    bandwidth, latency = opened.measure(source, target, _MEASURED)
+    return Link(round(bandwidth, -8), round(latency, 7))
 
 
 def _speed(link: Link) -> tuple[float, float]:
@@ -468,7 +553,9 @@ class _File:
             raise MachineError(f"{self._path}: no YAML: {error}") from None
         if root is None:
             raise MachineError(f"{self._path}:1: empty; begin with '{_KEY}: {FORMAT}'")
-        fields = self._fields(root, "a machine", ("name", "time", "host", "gpus", "links", _KEY))
+        fields = self._fields(
+            root, "a machine", ("name", "time", "host", "gpus", "links", "driver", _KEY)
+        )
         if _KEY not in fields:
             raise self._wrong(root, f"say which format it has, with '{_KEY}: {FORMAT}'")
         self._value(
@@ -482,6 +569,10 @@ class _File:
             found["links"] = self._links(fields["links"], len(gpus))
         if "time" in fields:
             found["time"] = self._value(fields["time"], _time)
+        if "driver" in fields:
+            found["driver"] = self._value(fields["driver"], _driver)
+            if found["driver"] != "virtual" and found.get("time") == "virtual":
+                raise self._wrong(fields["driver"], "time is virtual on virtual GPUs alone")
         name = fields.get("name")
         found["name"] = Path(self._path).stem if name is None else self._value(name, _text)
         return found
@@ -508,9 +599,15 @@ class _File:
     def _gpus(self, node: yaml.Node) -> list[Gpu]:
         gpus: list[Gpu] = []
         for item in self._items(node, "gpus"):
-            fields = self._fields(item, "a GPU", ("count", "memory", "name"), ("memory",))
+            fields = self._fields(
+                item, "a GPU", ("count", "memory", "name", "capability"), ("memory",)
+            )
             memory = self._value(fields["memory"], lambda said: _memory(said, "memory"))
-            named = {"name": self._value(fields["name"], _text)} if "name" in fields else {}
+            named = {
+                name: self._value(fields[name], _text)
+                for name in ("name", "capability")
+                if name in fields
+            }
             room = _MOST_GPUS - len(gpus)
             count = 1
             if "count" in fields:
@@ -622,6 +719,14 @@ def _time(said: Any) -> Literal["real", "virtual"]:
     if said == "virtual":
         return "virtual"
     raise ValueError(f"time is 'real' or 'virtual', not {said!r}")
+
+
+def _driver(said: Any) -> Literal["virtual", "cuda"]:
+    if said == "virtual":
+        return "virtual"
+    if said == "cuda":
+        return "cuda"
+    raise ValueError(f"driver is 'virtual' or 'cuda', not {said!r}")
 
 
 def _text(said: object) -> str:

@@ -1,4 +1,6 @@
-//! Virtual devices as Python sees them: streams, events, memory, and operations written in Python.
+//! Machines and their devices as Python sees them: streams and events, and of virtual devices memory and
+//! operations written in Python. What computes on those of a driver are other libraries, which get its
+//! streams.
 //!
 //! # Operations
 //!
@@ -34,8 +36,9 @@ use std::time::{Duration, Instant};
 use charioteer::machine::virtual_gpu::{DeviceBytes, VirtualGpu};
 use charioteer::machine::{
     Description, Device, DeviceError, DeviceId, DevicePointer, Event, Gpu, HOST, Host, Link, Links,
-    Machine, Stream, Time,
+    Machine, Observers, Stream, Time,
 };
+use charioteer_cuda::CudaGpu;
 use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::{PyBufferError, PyTypeError, PyValueError};
 use pyo3::ffi;
@@ -206,6 +209,8 @@ pub fn finish_operations(py: Python<'_>, limit: f64) {
 #[pyclass(name = "OpenMachine", module = "charioteer._core", frozen, weakref)]
 pub struct OpenMachine {
     machine: Mutex<Option<Arc<Machine>>>,
+    /// Those of the CUDA driver.
+    cuda: Vec<Arc<CudaGpu>>,
 }
 
 type Speed = (f64, f64);
@@ -222,17 +227,6 @@ fn seconds(value: f64) -> PyResult<Duration> {
         .map_err(|_| PyValueError::new_err(format!("{value} is no number of seconds")))
 }
 
-impl PyEvent {
-    /// The event of a device of the runtime's machine.
-    pub fn of(machine: &Machine, event: Event) -> Self {
-        let devices = machine.as_virtual().expect("every accelerator is virtual");
-        Self {
-            gpu: Arc::clone(devices.gpu(event.stream.device)),
-            event,
-        }
-    }
-}
-
 impl OpenMachine {
     /// The machine.
     pub fn get(&self, py: Python<'_>) -> PyResult<Arc<Machine>> {
@@ -240,26 +234,39 @@ impl OpenMachine {
         machine.ok_or_else(|| error(py, "DeviceError", ("the machine is closed",)))
     }
 
+    /// The virtual device with that number. `DeviceError` if it is none.
     fn gpu(&self, py: Python<'_>, index: usize) -> PyResult<Arc<VirtualGpu>> {
+        let (machine, id) = self.device(py, index)?;
+        match machine.as_virtual() {
+            Some(devices) => Ok(Arc::clone(devices.gpu(id))),
+            None => Err(error(
+                py,
+                "DeviceError",
+                (format!("{id} is no virtual device"),),
+            )),
+        }
+    }
+
+    /// The device with that number.
+    fn device(&self, py: Python<'_>, index: usize) -> PyResult<(Arc<Machine>, DeviceId)> {
         let machine = self.get(py)?;
-        let gpus = machine
-            .as_virtual()
-            .map_or(&[][..], |virtual_| virtual_.gpus());
-        gpus.get(index).cloned().ok_or_else(|| {
-            PyValueError::new_err(format!(
+        match u16::try_from(index) {
+            Ok(number) if index < machine.gpus() => Ok((machine, DeviceId::gpu(number))),
+            _ => Err(PyValueError::new_err(format!(
                 "the machine has no gpu({index}): it has {} GPUs",
-                gpus.len()
-            ))
-        })
+                machine.gpus()
+            ))),
+        }
     }
 }
 
 #[pymethods]
 impl OpenMachine {
     #[new]
-    #[pyo3(signature = (cores, memory, gpus, *, host, peer, local, pairs, virtual_time))]
+    #[pyo3(signature = (cores, memory, gpus, *, host, peer, local, pairs, virtual_time, cuda=false))]
     #[expect(clippy::too_many_arguments, reason = "by keyword, from one place")]
     fn open(
+        py: Python<'_>,
         cores: usize,
         memory: Option<u64>,
         gpus: Vec<(u64, String)>,
@@ -268,6 +275,7 @@ impl OpenMachine {
         local: Speed,
         pairs: Vec<(u16, u16, Speed)>,
         virtual_time: bool,
+        cuda: bool,
     ) -> PyResult<Self> {
         let pairs = pairs
             .into_iter()
@@ -291,8 +299,22 @@ impl OpenMachine {
             },
         )
         .map_err(|wrong| PyValueError::new_err(wrong.to_string()))?;
+        if !cuda {
+            return Ok(Self {
+                machine: Mutex::new(Some(Machine::virtual_machine(description))),
+                cuda: Vec::new(),
+            });
+        }
+        let observers = Arc::new(Observers::default());
+        let gpus = charioteer_cuda::open(description.gpus().len(), &observers)
+            .map_err(|why| error(py, "MachineError", (why,)))?;
+        let devices = gpus
+            .iter()
+            .map(|gpu| Arc::clone(gpu) as Arc<dyn Device>)
+            .collect();
         Ok(Self {
-            machine: Mutex::new(Some(Machine::virtual_machine(description))),
+            machine: Mutex::new(Some(Machine::with_devices(description, devices, observers))),
+            cuda: gpus,
         })
     }
 
@@ -325,27 +347,64 @@ impl OpenMachine {
     }
 
     /// A new stream of the GPU with that number.
-    fn stream(&self, py: Python<'_>, gpu: usize) -> PyResult<PyStream> {
-        let gpu = self.gpu(py, gpu)?;
-        let stream = gpu.create_stream().map_err(|said| raise(py, &said))?;
-        Ok(PyStream { gpu, stream })
+    fn stream<'py>(&self, py: Python<'py>, gpu: usize) -> PyResult<Bound<'py, PyAny>> {
+        let (machine, id) = self.device(py, gpu)?;
+        let new = gateway::detach(py, Site::Wait, || machine.device(id).create_stream());
+        stream(py, &machine, new.map_err(|said| raise(py, &said))?)
     }
 
     /// Bytes of the GPU that are not allocated.
     fn free_memory(&self, py: Python<'_>, gpu: usize) -> PyResult<u64> {
-        Ok(self.gpu(py, gpu)?.free_memory())
+        let (machine, id) = self.device(py, gpu)?;
+        Ok(machine.device(id).free_memory())
     }
 
     /// Lets the operations and copies of one GPU reach the memory of another.
     fn enable_peer(&self, py: Python<'_>, gpu: usize, peer: usize) -> PyResult<()> {
-        let peer = self.gpu(py, peer)?.info().id;
-        self.gpu(py, gpu)?
+        let (machine, id) = self.device(py, gpu)?;
+        let (_, peer) = self.device(py, peer)?;
+        machine
+            .device(id)
             .enable_peer(peer)
             .map_err(|said| raise(py, &said))
     }
 
+    /// Measures the way from one memory to another, where one of the two is that of a GPU of the CUDA
+    /// driver: bytes a second and the seconds that an empty copy takes. `None` stands for the host.
+    fn measure(
+        &self,
+        py: Python<'_>,
+        source: Option<usize>,
+        target: Option<usize>,
+        size: u64,
+    ) -> PyResult<Speed> {
+        let (own, inwards) = match (source, target) {
+            (_, Some(target)) => (target, true),
+            (Some(source), None) => (source, false),
+            (None, None) => return Err(PyValueError::new_err("the host is no device")),
+        };
+        let other = match if inwards { source } else { target } {
+            Some(index) => self.device(py, index)?.1,
+            None => HOST,
+        };
+        let (_, id) = self.device(py, own)?;
+        let Some(gpu) = self.cuda.get(own) else {
+            return Err(error(
+                py,
+                "DeviceError",
+                (format!("the links of {id} are as described"),),
+            ));
+        };
+        let measured = gateway::detach(py, Site::Wait, || gpu.measure(other, inwards, size));
+        let (bandwidth, latency) = measured.map_err(|said| raise(py, &said))?;
+        Ok((bandwidth, latency.as_secs_f64()))
+    }
+
     /// What the GPU has seen since the machine was opened.
     fn counters<'py>(&self, py: Python<'py>, gpu: usize) -> PyResult<Bound<'py, PyDict>> {
+        if let Some(gpu) = self.cuda.get(gpu) {
+            return cuda_counters(py, gpu);
+        }
         let counters = self.gpu(py, gpu)?.counters();
         let traffic = PyDict::new(py);
         for link in counters.traffic {
@@ -394,6 +453,47 @@ impl OpenMachine {
     fn clock(slf: Py<Self>) -> Clock {
         Clock { machine: slf }
     }
+}
+
+fn cuda_counters<'py>(py: Python<'py>, gpu: &CudaGpu) -> PyResult<Bound<'py, PyDict>> {
+    let counters = gpu.counters();
+    let traffic = PyDict::new(py);
+    for link in counters.traffic {
+        traffic.set_item(
+            (link.from.to_string(), link.to.to_string()),
+            (link.copies, link.bytes),
+        )?;
+    }
+    let dict = PyDict::new(py);
+    dict.set_item("streams", counters.streams)?;
+    dict.set_item("traffic", traffic)?;
+    dict.set_item("stream_waits", counters.stream_waits)?;
+    dict.set_item("host_synchronisations", counters.host_synchronisations)?;
+    dict.set_item("notifications", counters.notifications)?;
+    Ok(dict)
+}
+
+type FoundDevice = (String, u64, (u32, u32), f64, Vec<u16>);
+
+/// The devices of the CUDA driver: name, bytes, compute capability, bytes a second within its memory,
+/// and the numbers of those whose memory it can reach. `MachineError` if there is a driver and it
+/// cannot be used.
+#[pyfunction]
+pub fn cuda_devices(py: Python<'_>) -> PyResult<Vec<FoundDevice>> {
+    let found = gateway::detach(py, Site::Wait, charioteer_cuda::found);
+    let found = found.map_err(|why| error(py, "MachineError", (why,)))?;
+    let each = found.iter().cloned();
+    Ok(each
+        .map(|gpu| {
+            (
+                gpu.name,
+                gpu.memory,
+                gpu.capability,
+                gpu.bandwidth,
+                gpu.peers,
+            )
+        })
+        .collect())
 }
 
 /// The clock of a machine.
@@ -472,17 +572,16 @@ impl PyStream {
             .record(self.stream)
             .map_err(|said| raise(py, &said))?;
         Ok(PyEvent {
-            gpu: Arc::clone(&self.gpu),
+            of: Of::Virtual(Arc::clone(&self.gpu)),
             event,
         })
     }
 
     /// What is enqueued from now on starts after the event.
     fn wait(&self, py: Python<'_>, event: &PyEvent) -> PyResult<()> {
-        if !self.gpu.same_machine(&event.gpu) {
-            return Err(PyValueError::new_err(
-                "a stream waits for events of its own machine",
-            ));
+        match &event.of {
+            Of::Virtual(gpu) if self.gpu.same_machine(gpu) => {}
+            _ => return Err(foreign_event()),
         }
         self.gpu
             .wait(self.stream, event.event)
@@ -616,13 +715,13 @@ impl PyStream {
 }
 
 impl PyStream {
-    /// The stream of a device of the runtime's machine.
-    pub fn of(machine: &Machine, stream: Stream) -> Self {
-        let devices = machine.as_virtual().expect("every accelerator is virtual");
-        Self {
+    /// The stream of a device of the runtime's machine, if that is virtual.
+    pub fn of(machine: &Machine, stream: Stream) -> Option<Self> {
+        let devices = machine.as_virtual()?;
+        Some(Self {
             gpu: Arc::clone(devices.gpu(stream.device)),
             stream,
-        }
+        })
     }
 
     fn on_machine(&self, memory: &Memory) -> PyResult<()> {
@@ -635,25 +734,178 @@ impl PyStream {
     }
 }
 
+fn foreign_event() -> PyErr {
+    PyValueError::new_err("a stream waits for events of its own machine")
+}
+
+/// The stream of a device of the machine, as what it is.
+pub fn stream<'py>(
+    py: Python<'py>,
+    machine: &Arc<Machine>,
+    stream: Stream,
+) -> PyResult<Bound<'py, PyAny>> {
+    if let Some(stream) = PyStream::of(machine, stream) {
+        return Ok(Bound::new(py, stream)?.into_any());
+    }
+    let handle = machine.device(stream.device).handle(stream);
+    let Some(handle) = handle else {
+        return Err(error(
+            py,
+            "DeviceLostError",
+            (stream.device.to_string(), "it has no such stream"),
+        ));
+    };
+    let stream = CudaStream {
+        machine: Arc::clone(machine),
+        stream,
+        handle,
+    };
+    Ok(Bound::new(py, stream)?.into_any())
+}
+
+/// A stream of a CUDA device, for libraries that compute there.
+#[pyclass(module = "charioteer._core", frozen)]
+pub struct CudaStream {
+    machine: Arc<Machine>,
+    stream: Stream,
+    handle: usize,
+}
+
+#[pymethods]
+impl CudaStream {
+    /// The number of its GPU.
+    #[getter]
+    fn device(&self) -> u16 {
+        self.stream.device.index()
+    }
+
+    /// Its number among the streams of the GPU.
+    #[getter]
+    fn number(&self) -> u32 {
+        self.stream.number
+    }
+
+    /// The driver's handle, a `cudaStream_t`.
+    #[getter]
+    fn handle(&self) -> usize {
+        self.handle
+    }
+
+    /// The CUDA stream protocol: its version and the handle.
+    fn __cuda_stream__(&self) -> (u32, usize) {
+        (0, self.handle)
+    }
+
+    /// The same for CuPy, which is imported.
+    #[getter]
+    fn cupy<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        support(py)
+            .cuda
+            .bind(py)
+            .call1(("cupy_stream", self.handle))
+    }
+
+    /// The same for PyTorch, which is imported.
+    #[getter]
+    fn torch<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let device = self.stream.device.index();
+        support(py)
+            .cuda
+            .bind(py)
+            .call1(("torch_stream", self.handle, device))
+    }
+
+    /// The same for Numba, which is imported, and has no current stream: `kernel[grid, block, this]`.
+    #[getter]
+    fn numba<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        support(py)
+            .cuda
+            .bind(py)
+            .call1(("numba_stream", self.handle))
+    }
+
+    /// The event behind everything that is enqueued on the stream now.
+    fn record(&self, py: Python<'_>) -> PyResult<PyEvent> {
+        let event = self.machine.device(self.stream.device).record(self.stream);
+        Ok(PyEvent {
+            of: Of::Driver(Arc::clone(&self.machine)),
+            event: event.map_err(|said| raise(py, &said))?,
+        })
+    }
+
+    /// What is enqueued from now on starts after the event.
+    fn wait(&self, py: Python<'_>, event: &PyEvent) -> PyResult<()> {
+        match &event.of {
+            Of::Driver(machine) if Arc::ptr_eq(machine, &self.machine) => {}
+            _ => return Err(foreign_event()),
+        }
+        self.machine
+            .device(self.stream.device)
+            .wait(self.stream, event.event)
+            .map_err(|said| raise(py, &said))
+    }
+
+    /// Waits until everything that is enqueued now is done.
+    fn synchronize(&self, py: Python<'_>) -> PyResult<()> {
+        self.record(py)?.synchronize(py)
+    }
+
+    fn __eq__(&self, other: &Self) -> bool {
+        self.handle == other.handle
+    }
+
+    fn __hash__(&self) -> usize {
+        self.handle
+    }
+
+    fn __repr__(&self) -> String {
+        format!("<stream {} of {}>", self.stream.number, self.stream.device)
+    }
+}
+
+/// Whose an event is.
+enum Of {
+    Virtual(Arc<VirtualGpu>),
+    Driver(Arc<Machine>),
+}
+
 /// A position on a stream's timeline.
 #[pyclass(name = "Event", module = "charioteer._core", frozen)]
 pub struct PyEvent {
-    gpu: Arc<VirtualGpu>,
+    of: Of,
     event: Event,
+}
+
+impl PyEvent {
+    /// The event of a device of the runtime's machine.
+    pub fn of(machine: &Arc<Machine>, event: Event) -> Self {
+        let of = match machine.as_virtual() {
+            Some(devices) => Of::Virtual(Arc::clone(devices.gpu(event.stream.device))),
+            None => Of::Driver(Arc::clone(machine)),
+        };
+        Self { of, event }
+    }
+
+    fn device(&self) -> &dyn Device {
+        match &self.of {
+            Of::Virtual(gpu) => gpu.as_ref(),
+            Of::Driver(machine) => machine.device(self.event.stream.device).as_ref(),
+        }
+    }
 }
 
 #[pymethods]
 impl PyEvent {
     /// Whether everything before it is done.
     fn is_complete(&self, py: Python<'_>) -> PyResult<bool> {
-        self.gpu
+        self.device()
             .is_complete(self.event)
             .map_err(|said| raise(py, &said))
     }
 
     /// Waits until it is complete.
     fn synchronize(&self, py: Python<'_>) -> PyResult<()> {
-        gateway::detach(py, Site::Wait, || self.gpu.synchronize(self.event))
+        gateway::detach(py, Site::Wait, || self.device().synchronize(self.event))
             .map_err(|said| raise(py, &said))
     }
 

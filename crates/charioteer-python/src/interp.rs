@@ -32,6 +32,7 @@ use crate::attached::Attached;
 use crate::devices;
 use crate::gateway::{self, Hidden, PyRef, Site};
 use crate::gil::Gil;
+use crate::libraries;
 use crate::native;
 use crate::reduce::{BodyData, Partials, Reduction};
 use crate::support::{error, support};
@@ -53,6 +54,8 @@ pub struct Interp {
     pub events: std::sync::Mutex<HashMap<String, Event>>,
     /// Whether the policy is to know of every task on devices, and of every choice of cores.
     pub maps_all: bool,
+    /// Whether a driver has the machine's devices, which other libraries of the process use too.
+    pub has_driver: bool,
     /// The user's policy.
     policy: Option<PyRef>,
     /// Partial results of reductions that are under way.
@@ -68,12 +71,14 @@ impl Interp {
         policy: Option<PyRef>,
         maps_all: bool,
         checks: bool,
+        has_driver: bool,
     ) -> Self {
         Self {
             partials: Partials::default(),
             checks,
             policy,
             maps_all,
+            has_driver,
             on_failure,
             gil,
             stores: Attached::new(HashMap::new()),
@@ -452,6 +457,23 @@ impl Interp {
         let py = unsafe { Python::assume_attached() };
         Self::follow_limits(py);
         running.engine.domain().gil.began();
+        let entered = match libraries::enter(py, running.engine) {
+            Ok(entered) => entered,
+            Err(error) => return Self::done(py, running, Err(error)),
+        };
+        let step = Self::run_entered(py, running, body);
+        if let Some(entered) = entered {
+            entered.leave(py);
+        }
+        step
+    }
+
+    #[inline]
+    fn run_entered(
+        py: Python<'_>,
+        running: &Running<'_, Self>,
+        body: &mut PythonBody,
+    ) -> Step<Self> {
         let cores = if body.wide {
             running.grant().cores.len()
         } else {
@@ -893,6 +915,7 @@ impl Domain for Interp {
                 // SAFETY: the calling thread and a string that ends; names that are too long are
                 // refused, which is no harm. Python names its threads itself only from 3.14 on.
                 unsafe { libc::pthread_setname_np(libc::pthread_self(), kernel_name.as_ptr()) };
+                libraries::is_ours();
                 main();
             });
             let main = Py::new(py, ThreadMain(std::sync::Mutex::new(Some(main))))?;

@@ -17,8 +17,9 @@
 //! | `space` | `TaskSpace`, `TaskList` |
 //! | `runtime` | the open runtime and the running task |
 //! | `kernels` | bodies of a known duration, for benchmarks |
-//! | `devices` | virtual devices: streams, events, memory, operations |
+//! | `devices` | machines and their devices: streams, events; memory and operations of virtual ones |
 //! | `cpus` | processors of the host, and threads that are started from pinned ones |
+//! | `libraries` | what CuPy and PyTorch take for current while a body runs |
 //! | `support` | what is used from the Python side of the package |
 
 use pyo3::prelude::*;
@@ -36,6 +37,7 @@ mod gateway;
 mod gil;
 mod interp;
 mod kernels;
+mod libraries;
 mod native;
 mod options;
 mod placement;
@@ -63,7 +65,8 @@ mod _core {
     use super::data::{Array, HostAccess, Region, Tiles, Token};
     #[pymodule_export]
     use super::devices::{
-        Allocation, Clock, Memory, OpenMachine, PyEvent, PyStream, finish_operations,
+        Allocation, Clock, CudaStream, Memory, OpenMachine, PyEvent, PyStream, cuda_devices,
+        finish_operations,
     };
     #[pymodule_export]
     use super::interp::{leave_native_step, limits_changed};

@@ -30,6 +30,7 @@ use crate::devices::{self, OpenMachine, PyEvent, PyStream};
 use crate::gateway::{self, PyRef, Site};
 use crate::gil::Gil;
 use crate::interp::{Core, Interp, Task};
+use crate::libraries;
 use crate::support::{error, support};
 use crate::task::PyTask;
 
@@ -247,6 +248,9 @@ impl PyEngine {
                 policy,
                 !matches!(mapper, Mapper::EarliestFinish),
                 check.unwrap_or(cfg!(feature = "validate")),
+                machine
+                    .as_ref()
+                    .is_some_and(|machine| machine.as_virtual().is_none()),
             ),
             Config {
                 workers,
@@ -534,7 +538,7 @@ impl Context {
 
 thread_local! {
     /// The device that the running task made current, by its place in the set.
-    static CURRENT_DEVICE: Cell<Option<(u64, usize)>> = const { Cell::new(None) };
+    pub static CURRENT_DEVICE: Cell<Option<(u64, usize)>> = const { Cell::new(None) };
 }
 
 #[pymethods]
@@ -586,7 +590,7 @@ impl Context {
         };
         let streams = self
             .lent()
-            .map(|(_, stream)| Bound::new(py, PyStream::of(machine, stream)))
+            .map(|(_, stream)| devices::stream(py, machine, stream))
             .collect::<PyResult<Vec<_>>>()?;
         PyTuple::new(py, streams)
     }
@@ -594,13 +598,13 @@ impl Context {
     /// The stream on the device that is current. `RuntimeError` if the task holds none here, or that is
     /// a core.
     #[getter]
-    fn stream(&self) -> PyResult<PyStream> {
+    fn stream<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let (machine, _, stream) = self.current().ok_or_else(|| self.without("stream"))?;
-        Ok(PyStream::of(machine, stream))
+        devices::stream(py, machine, stream)
     }
 
     /// Makes the device at that place of the set current; the place that was so before.
-    fn make_current(&self, at: usize) -> PyResult<usize> {
+    fn make_current(&self, py: Python<'_>, at: usize) -> PyResult<usize> {
         if at != 0 && at >= self.places.len() {
             return Err(pyo3::exceptions::PyIndexError::new_err(format!(
                 "{} holds {} devices",
@@ -610,6 +614,11 @@ impl Context {
         }
         let before = self.at();
         CURRENT_DEVICE.set(Some((self.task.id(), at)));
+        if let Some((machine, device, _)) = self.current()
+            && machine.as_virtual().is_none()
+        {
+            libraries::switch(py, machine, device)?;
+        }
         Ok(before)
     }
 
@@ -621,10 +630,16 @@ impl Context {
     /// The module that computes on the device that is current: NumPy, or one with its interface.
     #[getter]
     fn xp<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyModule>> {
-        py.import(match self.current() {
-            None => "numpy",
-            Some(_) => "charioteer.virtual",
-        })
+        let Some((machine, _, _)) = self.current() else {
+            return py.import("numpy");
+        };
+        if machine.as_virtual().is_some() {
+            return py.import("charioteer.virtual");
+        }
+        let module = py.import("cupy")?;
+        // It may have come just now, with a current stream that is not the task's.
+        libraries::refresh(py, machine)?;
+        Ok(module)
     }
 
     /// Lets the streams of the set wait for each other, on the devices: what is enqueued on any of
@@ -843,8 +858,8 @@ pub fn current_context(py: Python<'_>) -> PyResult<Context> {
     ))
 }
 
-/// The running task, if it holds devices with streams, and the stream of the one that is current: none if
-/// that is a core.
+/// The running task, if it holds virtual devices with streams, and the stream of the one that is current:
+/// none if that is a core.
 #[pyfunction]
 pub fn task_stream(py: Python<'_>) -> PyResult<Option<(u64, Option<PyStream>)>> {
     let Ok(active) = active(py) else {
@@ -855,12 +870,15 @@ pub fn task_stream(py: Python<'_>) -> PyResult<Option<(u64, Option<PyStream>)>> 
         return Ok(None);
     };
     let context = Context::of(engine, task, grant);
-    if context.machine().is_none() {
+    if context
+        .machine()
+        .is_none_or(|machine| machine.as_virtual().is_none())
+    {
         return Ok(None);
     }
     let stream = context
         .current()
-        .map(|(machine, _, stream)| PyStream::of(machine, stream));
+        .and_then(|(machine, _, stream)| PyStream::of(machine, stream));
     Ok(Some((context.task.id(), stream)))
 }
 

@@ -155,7 +155,8 @@ def commit() -> str:
     """The git commit that this package's source is checked out at, else the package's version.
 
     A commit with local changes ends in ``-dirty``. A copy installed inside somebody else's
-    repository does not count as a checkout of ours: the file itself must be tracked.
+    repository does not count as a checkout of ours: the file itself must be tracked. Where there is
+    none, ``CHARIOTEER_COMMIT`` may say what was installed.
     """
     folder = str(Path(__file__).parent)
     git = ["git", "-C", folder]
@@ -166,7 +167,7 @@ def commit() -> str:
             return f"{head}-dirty" if changed else head
     from charioteer import __version__
 
-    return f"version {__version__}"
+    return os.environ.get("CHARIOTEER_COMMIT") or f"version {__version__}"
 
 
 def _output(command: Sequence[str]) -> str:

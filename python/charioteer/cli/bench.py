@@ -24,6 +24,7 @@ BENCHMARKS = {
     "multi-device": "charioteer.bench.multi_device",
     "metg": "charioteer.bench.metg",
     "policies": "charioteer.bench.policies",
+    "gpu": "charioteer.bench.gpu",
 }
 
 

@@ -71,7 +71,7 @@ def collect() -> dict[str, Any]:
                 "online_cores": os.cpu_count(),
             }
         ],
-        "machine": _machine(machine),
+        "machine": _machine(machine.measured()),
         "workers": workers,
         "environment": {
             name: value for name, value in os.environ.items() if name.startswith("CHARIOTEER_")
@@ -92,7 +92,11 @@ def _machine(machine: Machine) -> dict[str, Any]:
                 {"cores": list(node.cores), "memory": node.memory} for node in machine.host.nodes
             ],
         },
-        "gpus": [{"name": gpu.name, "memory": gpu.memory} for gpu in machine.gpus],
+        "driver": machine.driver,
+        "gpus": [
+            {"name": gpu.name, "memory": gpu.memory, "capability": gpu.capability}
+            for gpu in machine.gpus
+        ],
         "links": {
             "host": _link(machine.links.host),
             "peer": None if machine.links.peer is None else _link(machine.links.peer),
@@ -143,15 +147,18 @@ def _add_machine(table: Any, machine: dict[str, Any]) -> None:
         cores = show_cores(node["cores"])
         table.add_row("", f"NUMA node {number}: cores {cores}, {_size(node['memory'])}")
     for number, gpu in enumerate(machine["gpus"]):
-        table.add_row("", f"gpu({number}): {gpu['name']}, {_size(gpu['memory'])}")
+        capability = gpu["capability"]
+        shown = "" if capability is None else f", compute capability {capability}"
+        table.add_row("", f"gpu({number}): {gpu['name']}, {_size(gpu['memory'])}{shown}")
     if not machine["gpus"]:
         return
     links = machine["links"]
-    table.add_row("links", f"host and GPU: {_speed(links['host'])}")
-    if len(machine["gpus"]) > 1:
-        peer = "none" if links["peer"] is None else _speed(links["peer"])
-        table.add_row("", f"GPU and GPU: {peer}")
-    table.add_row("", f"within a GPU: {_speed(links['local'])}")
+    table.add_row("links", f"within a GPU: {_speed(links['local'])}")
+    if machine["driver"] == "virtual":  # of others all were measured, and are among the pairs
+        table.add_row("", f"host and GPU: {_speed(links['host'])}")
+        if len(machine["gpus"]) > 1:
+            peer = "none" if links["peer"] is None else _speed(links["peer"])
+            table.add_row("", f"GPU and GPU: {peer}")
     for pair in links["pairs"]:
         ends = [end.replace("cpu(0)", "host") for end in (pair["from"], pair["to"])]
         table.add_row("", f"{ends[0]} to {ends[1]}: {_speed(pair)}")

@@ -993,6 +993,9 @@ impl<D: Domain> Engine<D> {
                 }
             }
         }
+        if !pause {
+            self.end_together(grant, &pending);
+        }
         self.post(if pause {
             Letter::Paused(grant.id, events, complete)
         } else {
@@ -1006,6 +1009,22 @@ impl<D: Domain> Engine<D> {
             }
         }
         (pending, failure)
+    }
+
+    /// What libraries allocated for a body on a device's stream goes back to their pools for that stream
+    /// when the body drops it, though another stream of the set may use it still. So whoever has the stream
+    /// next comes after all of the set. Virtual devices' memory knows who uses it.
+    fn end_together(&self, grant: &Grant, pending: &[Event]) {
+        if grant.lent.len() < 2 || self.devices().machine.as_virtual().is_some() {
+            return;
+        }
+        for stream in grant.lent.iter().filter_map(|lent| lent.stream) {
+            let others = pending.iter().filter(|event| event.stream != stream);
+            for event in others {
+                // A device that is lost gives its streams to nobody.
+                let _ = self.devices().device(stream.device).follow(stream, *event);
+            }
+        }
     }
 
     /// Gives back what a task has of the devices, if it has anything: no body uses it any more.

@@ -270,4 +270,18 @@ pub trait Device: Send + Sync {
     /// # Errors
     /// [`DeviceError::NoAccess`] if nothing links them.
     fn enable_peer(&self, peer: DeviceId) -> Result<(), DeviceError>;
+
+    /// What the driver calls the stream, for libraries that are to use it; `None` where no driver is.
+    fn handle(&self, stream: Stream) -> Option<usize>;
+
+    /// Makes the device current on this thread for all libraries that use its driver, until another
+    /// one is. Nothing where no driver is.
+    ///
+    /// # Errors
+    /// [`DeviceError::Lost`].
+    fn make_current(&self) -> Result<(), DeviceError>;
+
+    /// Ends the device for all who know it: what is not complete completes as lost, and its
+    /// completions are called before this returns. With a driver, what is enqueued runs on.
+    fn close(&self);
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::description::{Description, Host, Links, Time};
 use super::device::{Device, DeviceId, HOST, Kind};
-use super::observer::Observer;
+use super::observer::{Observer, Observers};
 use super::virtual_gpu::{Clock, VirtualGpu, build};
 
 /// A machine: what it is, and its devices. When it is dropped its devices are lost.
@@ -14,6 +14,8 @@ pub struct Machine {
     /// The accelerators, in the order of their numbers.
     devices: Vec<Arc<dyn Device>>,
     virtual_machine: Option<VirtualMachine>,
+    /// Of devices that are not virtual.
+    observers: Arc<Observers>,
 }
 
 /// What only a virtual machine has.
@@ -39,6 +41,27 @@ impl Machine {
             description,
             devices: Vec::new(),
             virtual_machine: None,
+            observers: Arc::default(),
+        })
+    }
+
+    /// A machine with these accelerators, which a driver has: as many as the description says, in the
+    /// order of their numbers. `observers` is whom they tell what they see.
+    ///
+    /// # Panics
+    /// If they are more or fewer.
+    #[must_use]
+    pub fn with_devices(
+        description: Description,
+        devices: Vec<Arc<dyn Device>>,
+        observers: Arc<Observers>,
+    ) -> Arc<Self> {
+        assert_eq!(devices.len(), description.gpus().len());
+        Arc::new(Self {
+            description,
+            devices,
+            virtual_machine: None,
+            observers,
         })
     }
 
@@ -55,6 +78,7 @@ impl Machine {
             description,
             devices,
             virtual_machine: Some(VirtualMachine { gpus, clock }),
+            observers: Arc::default(),
         })
     }
 
@@ -89,23 +113,28 @@ impl Machine {
 
     /// Tells `observer` from now on what the devices are asked for and what they see.
     pub fn add_observer(&self, observer: Arc<dyn Observer>) {
-        if let Some(devices) = &self.virtual_machine {
-            devices.clock.observers().add(observer);
+        self.observers().add(observer);
+    }
+
+    fn observers(&self) -> &Observers {
+        match &self.virtual_machine {
+            Some(devices) => devices.clock.observers(),
+            None => &self.observers,
         }
     }
 
     /// Tells `observer` nothing any more. When this returns, no call of it is under way.
     pub fn remove_observer(&self, observer: &Arc<dyn Observer>) {
-        if let Some(devices) = &self.virtual_machine {
-            devices.clock.observers().remove(observer);
-        }
+        self.observers().remove(observer);
     }
 
-    /// Ends virtual devices now, whoever still knows of them: they are lost. The machine's end does the
+    /// Ends its devices now, whoever still knows of them: they are lost. The machine's end does the
     /// same.
     pub fn close(&self) {
-        if let Some(devices) = &self.virtual_machine {
-            devices.clock.close();
+        match &self.virtual_machine {
+            // They have one end.
+            Some(devices) => devices.clock.close(),
+            None => self.devices.iter().for_each(|device| device.close()),
         }
     }
 
@@ -149,8 +178,8 @@ impl VirtualMachine {
     }
 }
 
-impl Drop for VirtualMachine {
+impl Drop for Machine {
     fn drop(&mut self) {
-        self.clock.close();
+        self.close();
     }
 }

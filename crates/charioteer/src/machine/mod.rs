@@ -52,4 +52,4 @@ pub use device::{
     Operation, Stream,
 };
 pub use machine::{Machine, VirtualMachine};
-pub use observer::{Enqueued, Observed, Observer};
+pub use observer::{Enqueued, Observed, Observer, Observers};

@@ -68,29 +68,32 @@ pub trait Observer: Send + Sync {
 }
 
 /// The observers of a machine.
-pub(super) struct Observers {
+pub struct Observers {
     any: AtomicBool,
     list: RwLock<Vec<Arc<dyn Observer>>>,
     order: Order,
 }
 
-impl Observers {
-    pub(super) fn new() -> Self {
+impl Default for Observers {
+    fn default() -> Self {
         Self {
             any: AtomicBool::new(false),
             list: RwLock::new(Vec::new()),
             order: Order::new(),
         }
     }
+}
 
+impl Observers {
     /// Whether there is one.
     #[inline]
     pub(super) fn are_there(&self) -> bool {
         self.any.load(Ordering::Relaxed)
     }
 
+    /// Tells all of them. For devices, which hold no lock then.
     #[inline]
-    pub(super) fn tell(&self, observed: Observed) {
+    pub fn tell(&self, observed: Observed) {
         if self.are_there() {
             self.tell_all(observed);
         }

@@ -143,7 +143,7 @@ impl Core {
             time: description.time(),
             start: Instant::now(),
             clock: AtomicU64::new(0),
-            observers: Observers::new(),
+            observers: Observers::default(),
         })
     }
 

@@ -431,6 +431,19 @@ impl Device for VirtualGpu {
         self.core
             .change(|state, _| state.enable_peer(self.id, peer))
     }
+
+    fn handle(&self, _stream: Stream) -> Option<usize> {
+        None
+    }
+
+    fn make_current(&self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    /// Its machine's devices have one end.
+    fn close(&self) {
+        self.core.close();
+    }
 }
 
 impl fmt::Debug for VirtualGpu {

@@ -1,0 +1,840 @@
+//! [`CudaGpu`]: the machine's interface on the driver.
+//!
+//! # Devices, contexts, streams
+//!
+//! Devices are those that the driver numbers, in its order, so that `CUDA_VISIBLE_DEVICES` and numbers
+//! mean what they mean to every other library of the process. A device's primary context is made when
+//! its first stream is, since it takes the driver a while and memory of the device: a program that runs
+//! on cores alone does not pay for GPUs that are there. Access to a peer is given when both contexts
+//! are there.
+//!
+//! A machine's streams are its own while it is open, and go back to the context's pool when it is
+//! closed, if nothing is in flight on them.
+//!
+//! # Loss
+//!
+//! An error of a kernel is the context's: the driver answers every call with it from then on, in all
+//! libraries, until the process ends. So whoever meets one marks the device lost. That must not call
+//! back from a call that may not, so the completions that come of it are called by the thread that
+//! slept for one, or by one that is made for that.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fmt;
+use std::ptr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
+use std::time::Duration;
+
+use charioteer::machine::{
+    Completion, Device, DeviceError, DeviceId, DeviceInfo, DevicePointer, Enqueued, Event, HOST,
+    Mark, Observed, Observers, Stream,
+};
+use cudarc::driver::sys::CUresult;
+
+use crate::driver::{self, Answer, CUstream, Context, Fault, Found, Handle, Recorded, is_pinned};
+use crate::staging::{PIECE, Staging};
+use crate::timeline::{Lane, Reached, Timeline};
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What the process has of the driver's, for as long as it lives.
+#[derive(Default)]
+struct Process {
+    contexts: BTreeMap<u16, &'static Context>,
+    /// Who is to reach whose memory.
+    wishes: BTreeSet<(u16, u16)>,
+}
+
+static PROCESS: Mutex<Process> = Mutex::new(Process {
+    contexts: BTreeMap::new(),
+    wishes: BTreeSet::new(),
+});
+
+impl Process {
+    /// The context of a device, which is made if it is not there.
+    fn context(ordinal: u16) -> Answer<&'static Context> {
+        let mut process = lock(&PROCESS);
+        if let Some(context) = process.contexts.get(&ordinal) {
+            return Ok(context);
+        }
+        let context: &'static Context = Box::leak(Box::new(Context::retain(ordinal)?));
+        process.contexts.insert(ordinal, context);
+        let wishes = process.wishes.clone();
+        for (from, to) in wishes {
+            if from == ordinal || to == ordinal {
+                process.grant(from, to);
+            }
+        }
+        Ok(context)
+    }
+
+    /// Gives access if both contexts are there. The driver may refuse it, for it gives it to few at
+    /// once: then whoever tries to reach the peer hears that there is none.
+    fn grant(&mut self, from: u16, to: u16) {
+        if let (Some(own), Some(peer)) = (self.contexts.get(&from), self.contexts.get(&to))
+            && own.reach(peer, from).is_err()
+        {
+            self.wishes.remove(&(from, to));
+        }
+    }
+
+    fn wish(from: u16, to: u16) {
+        let mut process = lock(&PROCESS);
+        if process.wishes.insert((from, to)) {
+            process.grant(from, to);
+        }
+    }
+
+    fn may_reach(from: u16, to: u16) -> bool {
+        lock(&PROCESS).wishes.contains(&(from, to))
+    }
+}
+
+/// What went over one link in one direction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Traffic {
+    /// Whose memory was read.
+    pub from: DeviceId,
+    /// Whose memory was written.
+    pub to: DeviceId,
+    /// Copies enqueued.
+    pub copies: u64,
+    /// Their bytes.
+    pub bytes: u64,
+}
+
+/// What a device has seen since the machine was opened. What other libraries enqueue or wait for is
+/// not in it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Streams taken.
+    pub streams: u64,
+    /// Copies enqueued on this device, by link, in order of (from, to).
+    pub traffic: Vec<Traffic>,
+    /// Waits of its streams for events of another stream that were not complete.
+    pub stream_waits: u64,
+    /// Calls of `synchronize` that had to block.
+    pub host_synchronisations: u64,
+    /// How often a thread slept until an event was complete, to tell of it.
+    pub notifications: u64,
+}
+
+/// The devices of one machine.
+pub(crate) struct Fleet {
+    gpus: Vec<Gpu>,
+    observers: Arc<Observers>,
+}
+
+struct Gpu {
+    info: DeviceInfo,
+    ordinal: u16,
+    /// Whose memory it can reach.
+    peers: Vec<u16>,
+    context: OnceLock<&'static Context>,
+    timelines: RwLock<Vec<Arc<Timeline<CudaLane>>>>,
+    /// Why it is lost.
+    lost: OnceLock<Arc<str>>,
+    /// The bytes of each allocation, by address.
+    allocations: Mutex<HashMap<u64, u64>>,
+    staging: Staging,
+    traffic: Mutex<BTreeMap<(DeviceId, DeviceId), (u64, u64)>>,
+    streams: AtomicU64,
+    stream_waits: AtomicU64,
+    host_synchronisations: AtomicU64,
+}
+
+/// A stream of the driver's.
+pub(crate) struct CudaLane {
+    context: &'static Context,
+    stream: Handle<CUstream>,
+    fleet: Weak<Fleet>,
+    index: usize,
+}
+
+impl Lane for CudaLane {
+    type Event = Recorded;
+    type Fault = Fault;
+
+    #[inline]
+    fn is_idle(&self) -> Answer<bool> {
+        self.context.is_idle(self.stream)
+    }
+
+    #[inline]
+    fn record(&self) -> Answer<Recorded> {
+        self.context.record(self.stream, false)
+    }
+
+    #[inline]
+    fn is_done(&self, event: &Recorded) -> Answer<bool> {
+        event.is_done()
+    }
+
+    fn block(&self, event: &Recorded) -> Answer<()> {
+        event.block()
+    }
+
+    fn failed(&self, fault: Fault) {
+        if let Some(fleet) = self.fleet.upgrade() {
+            fleet.gpus[self.index].lose(&fault.to_string().into());
+        }
+    }
+}
+
+impl Gpu {
+    /// All that is not complete fails, and whoever waits for it is told by this thread.
+    fn lose(&self, why: &Arc<str>) {
+        let _ = self.lost.set(Arc::clone(why));
+        let timelines = self.timelines();
+        for timeline in &timelines {
+            timeline.fail();
+        }
+    }
+
+    fn timelines(&self) -> Vec<Arc<Timeline<CudaLane>>> {
+        let timelines = self.timelines.read();
+        timelines.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// Whether an error concerns what was asked for alone, and leaves the device as it is.
+fn is_harmless(fault: Fault) -> bool {
+    // Of a stream that somebody captures.
+    (900..=908).contains(&(fault.0 as u32))
+}
+
+/// A GPU of the CUDA driver. See the module.
+pub struct CudaGpu {
+    fleet: Arc<Fleet>,
+    index: usize,
+}
+
+impl CudaGpu {
+    fn gpu(&self) -> &Gpu {
+        &self.fleet.gpus[self.index]
+    }
+
+    fn id(&self) -> DeviceId {
+        self.gpu().info.id
+    }
+
+    fn lost(&self, why: &Arc<str>) -> DeviceError {
+        DeviceError::Lost(self.id(), Arc::clone(why))
+    }
+
+    /// What the driver's answer means: an error that is no answer to what was asked is the device's end.
+    fn answer<T>(&self, answer: Answer<T>) -> Result<T, DeviceError> {
+        answer.map_err(|fault| {
+            if is_harmless(fault) {
+                return DeviceError::Operation(self.id(), fault.to_string().into());
+            }
+            let gpu = self.gpu();
+            let why: Arc<str> = fault.to_string().into();
+            if gpu.lost.set(Arc::clone(&why)).is_ok() {
+                // The caller may hold locks, and must not be called back.
+                let (fleet, index) = (Arc::clone(&self.fleet), self.index);
+                let mourn = {
+                    let why = Arc::clone(&why);
+                    move || fleet.gpus[index].lose(&why)
+                };
+                std::thread::Builder::new()
+                    .name("charioteer-cuda".into())
+                    .spawn(mourn)
+                    .expect("the system refuses a thread to tell of a lost device");
+            }
+            self.lost(gpu.lost.get().unwrap_or(&why))
+        })
+    }
+
+    fn check(&self) -> Result<(), DeviceError> {
+        match self.gpu().lost.get() {
+            Some(why) => Err(self.lost(why)),
+            None => Ok(()),
+        }
+    }
+
+    fn context(&self) -> Result<&'static Context, DeviceError> {
+        let gpu = self.gpu();
+        if let Some(context) = gpu.context.get() {
+            return Ok(context);
+        }
+        let context = self.answer(Process::context(gpu.ordinal))?;
+        Ok(gpu.context.get_or_init(|| context))
+    }
+
+    /// The timeline of a stream of any device of the machine.
+    fn timeline(&self, stream: Stream) -> Result<Arc<Timeline<CudaLane>>, DeviceError> {
+        let index = usize::from(stream.device.index());
+        let gpu = self
+            .fleet
+            .gpus
+            .get(index)
+            .ok_or(DeviceError::NoAccess(self.id(), stream.device))?;
+        let timelines = gpu.timelines.read().unwrap_or_else(PoisonError::into_inner);
+        let found = timelines.get(stream.number as usize).map(Arc::clone);
+        drop(timelines);
+        // Those of a machine that is closed are gone.
+        found.ok_or_else(|| {
+            let why = gpu.lost.get().cloned();
+            DeviceError::Lost(
+                gpu.info.id,
+                why.unwrap_or_else(|| "it has no such stream".into()),
+            )
+        })
+    }
+
+    /// The timeline of a stream of this device, which is there.
+    fn own(&self, stream: Stream) -> Result<Arc<Timeline<CudaLane>>, DeviceError> {
+        if stream.device != self.id() {
+            return Err(DeviceError::NoAccess(self.id(), stream.device));
+        }
+        self.check()?;
+        self.timeline(stream)
+    }
+
+    fn sibling(&self, id: DeviceId) -> Self {
+        Self {
+            fleet: Arc::clone(&self.fleet),
+            index: usize::from(id.index()),
+        }
+    }
+
+    fn put_wait(&self, stream: Stream, event: Event, inherits: bool) -> Result<(), DeviceError> {
+        let timeline = self.own(stream)?;
+        if event.stream == stream {
+            return Ok(());
+        }
+        let other = match self.timeline(event.stream) {
+            Ok(other) => other,
+            Err(_) if !inherits => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        let observers = &self.fleet.observers;
+        let from = match other.look(event.position) {
+            Reached::Done => {
+                // The stream is told nothing: it is the host that saw it.
+                observers.tell(Observed::Seen(event));
+                timeline.tail() + 1
+            }
+            Reached::Pending(recorded) => {
+                let lane = &timeline.lane;
+                self.answer(lane.context.wait(lane.stream, &recorded))?;
+                self.gpu().stream_waits.fetch_add(1, Ordering::Relaxed);
+                timeline.skip()
+            }
+            Reached::Lost if inherits => {
+                return Err(self.sibling(event.stream.device).lost_event());
+            }
+            Reached::Lost => timeline.tail() + 1,
+        };
+        observers.tell(Observed::Waits {
+            stream,
+            from,
+            event,
+        });
+        Ok(())
+    }
+
+    /// Why an event is lost.
+    fn lost_event(&self) -> DeviceError {
+        match self.gpu().lost.get() {
+            Some(why) => self.lost(why),
+            None => DeviceError::Operation(self.id(), "nobody recorded the event".into()),
+        }
+    }
+
+    /// The event that is recorded behind what was just enqueued.
+    fn recorded(
+        &self,
+        timeline: &Timeline<CudaLane>,
+        stream: Stream,
+    ) -> Result<Event, DeviceError> {
+        let (position, _) = self.answer(timeline.record())?;
+        Ok(Event { stream, position })
+    }
+
+    fn check_reach(&self, pointer: DevicePointer) -> Result<(), DeviceError> {
+        let id = self.id();
+        let ordinal = |id: DeviceId| {
+            self.fleet
+                .gpus
+                .get(usize::from(id.index()))
+                .map(|it| it.ordinal)
+        };
+        if pointer.device == HOST || pointer.device == id {
+            return Ok(());
+        }
+        match ordinal(pointer.device) {
+            Some(peer) if Process::may_reach(self.gpu().ordinal, peer) => Ok(()),
+            _ => Err(DeviceError::NoAccess(id, pointer.device)),
+        }
+    }
+
+    fn count_copy(&self, from: DeviceId, to: DeviceId, bytes: u64) {
+        let mut traffic = lock(&self.gpu().traffic);
+        let (copies, moved) = traffic.entry((from, to)).or_default();
+        *copies += 1;
+        *moved += bytes;
+    }
+
+    /// What a copy's error means.
+    fn copied(
+        &self,
+        answer: Answer<()>,
+        pointer: DevicePointer,
+        bytes: u64,
+    ) -> Result<(), DeviceError> {
+        match answer {
+            Err(Fault(CUresult::CUDA_ERROR_INVALID_VALUE)) => {
+                Err(DeviceError::BadAddress(pointer, bytes))
+            }
+            answer => self.answer(answer),
+        }
+    }
+
+    /// Copies bytes between pageable memory of the host and the device, piece by piece.
+    ///
+    /// # Safety
+    /// As [`Device::copy`].
+    unsafe fn copy_staged(
+        &self,
+        timeline: &Arc<Timeline<CudaLane>>,
+        from: DevicePointer,
+        to: DevicePointer,
+        bytes: u64,
+    ) -> Result<(), DeviceError> {
+        let CudaLane {
+            context, stream, ..
+        } = timeline.lane;
+        let staging = &self.gpu().staging;
+        let bytes = usize::try_from(bytes).expect("host memory has fewer bytes");
+        for start in (0..bytes).step_by(PIECE) {
+            let size = PIECE.min(bytes - start);
+            let (from, to) = (from.offset(start as u64), to.offset(start as u64));
+            let buffer = self.answer(staging.take(context, size))?;
+            let staged = buffer.address();
+            let copied = if from.device == HOST {
+                // SAFETY: the caller's memory is valid; the buffer is as large and nobody else's.
+                unsafe { ptr::copy_nonoverlapping(from.address as *const u8, staged, size) };
+                // SAFETY: the buffer is in use until the copy is done, by `put`.
+                let answer = unsafe { context.copy(staged as u64, to.address, size, stream) };
+                self.copied(answer, to, size as u64)
+            } else {
+                // SAFETY: as above.
+                let answer = unsafe { context.copy(from.address, staged as u64, size, stream) };
+                let (staged, target) = (staged as usize, to.address as usize);
+                self.copied(answer, from, size as u64).and_then(|()| {
+                    let unload = move || {
+                        // SAFETY: the caller's memory is valid until this was called, in stream order
+                        // behind the copy into the buffer, which is in use until then.
+                        unsafe {
+                            ptr::copy_nonoverlapping(staged as *const u8, target as *mut u8, size);
+                        }
+                    };
+                    self.answer(context.call(stream, Box::new(unload)))
+                })
+            };
+            let recorded = self.answer(timeline.record());
+            match recorded {
+                Ok((position, _)) => staging.put(buffer, timeline, position),
+                // A copy may be under way.
+                Err(_) => std::mem::forget(buffer),
+            }
+            copied?;
+            recorded?;
+        }
+        Ok(())
+    }
+
+    /// What it has seen.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        let gpu = self.gpu();
+        let traffic = lock(&gpu.traffic);
+        let traffic = traffic
+            .iter()
+            .map(|(&(from, to), &(copies, bytes))| Traffic {
+                from,
+                to,
+                copies,
+                bytes,
+            });
+        Counters {
+            streams: gpu.streams.load(Ordering::Relaxed),
+            traffic: traffic.collect(),
+            stream_waits: gpu.stream_waits.load(Ordering::Relaxed),
+            host_synchronisations: gpu.host_synchronisations.load(Ordering::Relaxed),
+            notifications: gpu.timelines().iter().map(|it| it.notifications()).sum(),
+        }
+    }
+
+    /// Whether both are of one machine.
+    #[must_use]
+    pub fn same_machine(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.fleet, &other.fleet)
+    }
+
+    /// Copies `bytes` from or to the memory of another device, or the host's if it is [`HOST`], and
+    /// says how many went over a second, and what an empty copy takes: the best of a few. It waits, on
+    /// a stream of its own.
+    ///
+    /// # Errors
+    /// [`DeviceError::NoAccess`] without access to the peer; [`DeviceError::OutOfMemory`];
+    /// [`DeviceError::Lost`].
+    pub fn measure(
+        &self,
+        other: DeviceId,
+        inwards: bool,
+        bytes: u64,
+    ) -> Result<(f64, Duration), DeviceError> {
+        const TRIES: usize = 4;
+        let stream = self.create_stream()?;
+        let context = self.context()?;
+        let own = self.allocate(bytes, stream)?;
+        let mut pinned = None;
+        let peer = if other == HOST {
+            let size = usize::try_from(bytes).expect("host memory has fewer bytes");
+            let buffer = pinned.insert(self.answer(driver::Pinned::new(context, size))?);
+            DevicePointer {
+                device: HOST,
+                address: buffer.address() as u64,
+            }
+        } else {
+            let sibling = self.sibling(other);
+            let there = sibling.create_stream()?;
+            let memory = sibling.allocate(bytes, there)?;
+            self.wait(stream, sibling.record(there)?)?;
+            memory
+        };
+        let (from, to) = if inwards { (peer, own) } else { (own, peer) };
+        let time = |bytes| -> Result<Duration, DeviceError> {
+            let start = self.mark(stream)?;
+            // SAFETY: the memory lives until the end of this function, which waits for the copy.
+            unsafe { self.copy(from, to, bytes, stream) }?;
+            let end = self.mark(stream)?;
+            self.synchronize(self.record(stream)?)?;
+            Ok(self.elapsed(&start, &end).unwrap_or(Duration::MAX))
+        };
+        let best = |bytes| {
+            let times: Result<Vec<_>, _> = (0..TRIES).map(|_| time(bytes)).collect();
+            Ok::<_, DeviceError>(times?.into_iter().min().unwrap_or(Duration::MAX))
+        };
+        let result = best(4).and_then(|latency| {
+            let whole = best(bytes)?.saturating_sub(latency);
+            #[allow(clippy::cast_precision_loss, reason = "far below what a clock tells")]
+            Ok((bytes as f64 / whole.as_secs_f64().max(1e-9), latency))
+        });
+        self.free(own, stream)?;
+        if other != HOST {
+            let sibling = self.sibling(other);
+            let there = sibling.create_stream()?;
+            sibling.wait(there, self.record(stream)?)?;
+            sibling.free(peer, there)?;
+        }
+        drop(pinned);
+        result
+    }
+}
+
+impl Device for CudaGpu {
+    fn info(&self) -> &DeviceInfo {
+        &self.gpu().info
+    }
+
+    fn create_stream(&self) -> Result<Stream, DeviceError> {
+        self.check()?;
+        let context = self.context()?;
+        let stream = self.answer(context.stream())?;
+        let gpu = self.gpu();
+        let lane = CudaLane {
+            context,
+            stream,
+            fleet: Arc::downgrade(&self.fleet),
+            index: self.index,
+        };
+        let number = {
+            let mut timelines = (gpu.timelines.write()).unwrap_or_else(PoisonError::into_inner);
+            timelines.push(Timeline::new(lane));
+            u32::try_from(timelines.len() - 1).expect("fewer streams than 2^32")
+        };
+        gpu.streams.fetch_add(1, Ordering::Relaxed);
+        let stream = Stream {
+            device: self.id(),
+            number,
+        };
+        self.fleet.observers.tell(Observed::Created(stream));
+        Ok(stream)
+    }
+
+    #[inline]
+    fn record(&self, stream: Stream) -> Result<Event, DeviceError> {
+        let timeline = self.own(stream)?;
+        let event = self.recorded(&timeline, stream)?;
+        self.fleet.observers.tell(Observed::Recorded(event));
+        Ok(event)
+    }
+
+    fn mark(&self, stream: Stream) -> Result<Mark, DeviceError> {
+        let timeline = self.own(stream)?;
+        let lane = &timeline.lane;
+        let recorded = self.answer(lane.context.record(lane.stream, true))?;
+        let event = Event {
+            stream,
+            position: timeline.skip(),
+        };
+        let observed = Observed::Enqueued(event, Enqueued::Mark);
+        self.fleet.observers.tell(observed);
+        Ok(Mark(Arc::new(recorded)))
+    }
+
+    fn elapsed(&self, from: &Mark, to: &Mark) -> Option<Duration> {
+        let to = to.0.downcast_ref::<Recorded>()?;
+        to.since(from.0.downcast_ref::<Recorded>()?)
+    }
+
+    fn wait(&self, stream: Stream, event: Event) -> Result<(), DeviceError> {
+        self.put_wait(stream, event, true)
+    }
+
+    fn follow(&self, stream: Stream, event: Event) -> Result<(), DeviceError> {
+        self.put_wait(stream, event, false)
+    }
+
+    #[inline]
+    fn is_complete(&self, event: Event) -> Result<bool, DeviceError> {
+        let timeline = self.timeline(event.stream)?;
+        let complete = match self.answer(timeline.is_done(event.position))? {
+            Some(complete) => Ok(complete),
+            None => Err(self.sibling(event.stream.device).lost_event()),
+        };
+        if complete != Ok(false) {
+            self.fleet.observers.tell(Observed::Seen(event));
+        }
+        complete
+    }
+
+    fn synchronize(&self, event: Event) -> Result<(), DeviceError> {
+        let timeline = self.timeline(event.stream)?;
+        let lost = || Err(self.sibling(event.stream.device).lost_event());
+        let observed = match timeline.look(event.position) {
+            Reached::Done => Observed::Seen(event),
+            Reached::Lost => return lost(),
+            Reached::Pending(recorded) => {
+                let gpu = self.gpu();
+                gpu.host_synchronisations.fetch_add(1, Ordering::Relaxed);
+                if !self.answer(timeline.block(event.position, &recorded))? {
+                    return lost();
+                }
+                Observed::Synchronised(event)
+            }
+        };
+        self.fleet.observers.tell(observed);
+        Ok(())
+    }
+
+    fn when_complete(&self, event: Event, call: Completion) {
+        let timeline = match self.timeline(event.stream) {
+            Ok(timeline) => timeline,
+            Err(error) => return call(Err(error)),
+        };
+        let device = self.sibling(event.stream.device);
+        timeline.watch(
+            event.position,
+            Box::new(move |done| {
+                device.fleet.observers.tell(Observed::Seen(event));
+                call(if done {
+                    Ok(())
+                } else {
+                    Err(device.lost_event())
+                });
+            }),
+        );
+    }
+
+    fn allocate(&self, bytes: u64, stream: Stream) -> Result<DevicePointer, DeviceError> {
+        let timeline = self.own(stream)?;
+        let CudaLane {
+            context, stream, ..
+        } = timeline.lane;
+        let address = match context.allocate(bytes, stream) {
+            Err(Fault(CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
+                return Err(DeviceError::OutOfMemory {
+                    device: self.id(),
+                    wanted: bytes,
+                    free: self.free_memory(),
+                });
+            }
+            answer => self.answer(answer)?,
+        };
+        lock(&self.gpu().allocations).insert(address, bytes);
+        Ok(DevicePointer {
+            device: self.id(),
+            address,
+        })
+    }
+
+    fn free(&self, pointer: DevicePointer, stream: Stream) -> Result<(), DeviceError> {
+        let timeline = self.own(stream)?;
+        if pointer.device != self.id() {
+            return Err(DeviceError::NoAccess(self.id(), pointer.device));
+        }
+        if lock(&self.gpu().allocations)
+            .remove(&pointer.address)
+            .is_none()
+        {
+            return Err(DeviceError::BadAddress(pointer, 0));
+        }
+        let lane = &timeline.lane;
+        self.answer(lane.context.free(pointer.address, lane.stream))?;
+        let event = Event {
+            stream,
+            position: timeline.skip(),
+        };
+        let freed = Observed::Enqueued(event, Enqueued::Free);
+        self.fleet.observers.tell(freed);
+        Ok(())
+    }
+
+    fn free_memory(&self) -> u64 {
+        let known = self.gpu().context.get();
+        // Without a context nobody here has any of it.
+        known.map_or(self.info().memory, |context| {
+            context.free_memory().unwrap_or(0)
+        })
+    }
+
+    // SAFETY: the caller's duties are the trait's, and are passed on to the driver, or to the host
+    // function behind the copy.
+    unsafe fn copy(
+        &self,
+        from: DevicePointer,
+        to: DevicePointer,
+        bytes: u64,
+        stream: Stream,
+    ) -> Result<(), DeviceError> {
+        let timeline = self.own(stream)?;
+        self.check_reach(from)?;
+        self.check_reach(to)?;
+        let sides = [from, to];
+        let host = sides.iter().find(|side| side.device == HOST);
+        if from.device == HOST && to.device == HOST {
+            return Err(DeviceError::NoAccess(self.id(), HOST));
+        }
+        if bytes == 0 {
+            return Ok(());
+        }
+        let lane = &timeline.lane;
+        let staged = host.is_some_and(|host| !is_pinned(lane.context, host.address));
+        if staged {
+            // SAFETY: as the caller says.
+            unsafe { self.copy_staged(&timeline, from, to, bytes) }?;
+        } else {
+            let device = if from.device == HOST { to } else { from };
+            let size =
+                usize::try_from(bytes).map_err(|_| DeviceError::BadAddress(device, bytes))?;
+            // SAFETY: as the caller says; host memory is pinned.
+            let answer = unsafe {
+                lane.context
+                    .copy(from.address, to.address, size, lane.stream)
+            };
+            self.copied(answer, device, bytes)?;
+        }
+        self.count_copy(from.device, to.device, bytes);
+        let event = Event {
+            stream,
+            position: timeline.skip(),
+        };
+        let copied = Observed::Enqueued(event, Enqueued::Copy);
+        self.fleet.observers.tell(copied);
+        Ok(())
+    }
+
+    fn enable_peer(&self, peer: DeviceId) -> Result<(), DeviceError> {
+        let refused = DeviceError::NoAccess(self.id(), peer);
+        let Some(other) = self.fleet.gpus.get(usize::from(peer.index())) else {
+            return Err(refused);
+        };
+        let own = self.gpu();
+        if peer == HOST || !own.peers.contains(&other.ordinal) {
+            return Err(refused);
+        }
+        Process::wish(own.ordinal, other.ordinal);
+        Ok(())
+    }
+
+    fn handle(&self, stream: Stream) -> Option<usize> {
+        let timeline = self.own(stream).ok()?;
+        Some(timeline.lane.stream.0 as usize)
+    }
+
+    #[inline]
+    fn make_current(&self) -> Result<(), DeviceError> {
+        self.check()?;
+        let context = self.context()?;
+        self.answer(context.make_current())
+    }
+
+    fn close(&self) {
+        let gpu = self.gpu();
+        let timelines = {
+            let mut timelines = (gpu.timelines.write()).unwrap_or_else(PoisonError::into_inner);
+            std::mem::take(&mut *timelines)
+        };
+        let whole = gpu.lost.set("the machine is closed".into()).is_ok();
+        for timeline in timelines {
+            let CudaLane {
+                context, stream, ..
+            } = timeline.lane;
+            // Before it is told that what is not done is lost.
+            let idle = whole && matches!(timeline.record(), Ok((_, true)));
+            timeline.fail();
+            timeline.close();
+            if idle {
+                context.give_back(stream);
+            }
+        }
+        gpu.staging.close();
+    }
+}
+
+impl fmt::Debug for CudaGpu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("CudaGpu").field(self.info()).finish()
+    }
+}
+
+/// The devices of a machine: the first ones that the driver has.
+pub(crate) fn build(found: &[Found], observers: &Arc<Observers>) -> Vec<Arc<CudaGpu>> {
+    let gpus = found.iter().zip(0..).map(|(found, ordinal)| Gpu {
+        info: DeviceInfo {
+            id: DeviceId::gpu(ordinal),
+            name: found.name.clone(),
+            memory: found.memory,
+        },
+        ordinal,
+        peers: found.peers.clone(),
+        context: OnceLock::new(),
+        timelines: RwLock::default(),
+        lost: OnceLock::new(),
+        allocations: Mutex::default(),
+        staging: Staging::default(),
+        traffic: Mutex::default(),
+        streams: AtomicU64::new(0),
+        stream_waits: AtomicU64::new(0),
+        host_synchronisations: AtomicU64::new(0),
+    });
+    let fleet = Arc::new(Fleet {
+        gpus: gpus.collect(),
+        observers: Arc::clone(observers),
+    });
+    (0..fleet.gpus.len())
+        .map(|index| {
+            Arc::new(CudaGpu {
+                fleet: Arc::clone(&fleet),
+                index,
+            })
+        })
+        .collect()
+}

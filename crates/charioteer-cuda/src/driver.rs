@@ -1,0 +1,515 @@
+//! The driver's functions that are used, with what they answer as errors.
+//!
+//! The library is looked for once a process, by [`found`]; without it nothing else here is called. A
+//! call works with the context that is current on its thread, which is the thread's own business:
+//! whoever makes one for the runtime's sake does so within [`Context::enter`], and leaves the thread as
+//! it was. Contexts are the primary ones, which all libraries of the process share, and stay until the
+//! process ends: somebody's memory may live there.
+
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::fmt;
+use std::ptr;
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::Duration;
+
+use cudarc::driver::sys::{self, CUresult};
+
+pub(crate) use sys::{CUdeviceptr, CUevent, CUmemoryPool, CUstream};
+
+/// What the driver answered instead of success.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Fault(pub(crate) CUresult);
+
+pub(crate) type Answer<T> = Result<T, Fault>;
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let text = |ask: unsafe fn(CUresult, *mut *const c_char) -> CUresult| {
+            let mut text = ptr::null();
+            // SAFETY: a place for the pointer; what it is set to lives as long as the library.
+            unsafe {
+                if ask(self.0, &raw mut text) != CUresult::CUDA_SUCCESS || text.is_null() {
+                    return None;
+                }
+                CStr::from_ptr(text).to_str().ok()
+            }
+        };
+        match (text(sys::cuGetErrorString), text(sys::cuGetErrorName)) {
+            (Some(what), Some(name)) => write!(f, "{what} ({name})"),
+            _ => write!(f, "CUDA error {}", self.0 as u32),
+        }
+    }
+}
+
+#[inline]
+fn check(result: CUresult) -> Answer<()> {
+    match result {
+        CUresult::CUDA_SUCCESS => Ok(()),
+        fault => Err(Fault(fault)),
+    }
+}
+
+/// Whether it is done: a device that is not is no fault.
+#[inline]
+fn poll(result: CUresult) -> Answer<bool> {
+    match result {
+        CUresult::CUDA_SUCCESS => Ok(true),
+        CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+        fault => Err(Fault(fault)),
+    }
+}
+
+/// A device as the driver numbers those that `CUDA_VISIBLE_DEVICES` leaves.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Found {
+    /// What its maker calls it.
+    pub name: String,
+    /// Its memory in bytes.
+    pub memory: u64,
+    /// Its compute capability: major and minor.
+    pub capability: (u32, u32),
+    /// The bandwidth of its own memory in bytes a second, from its clock and width.
+    pub bandwidth: f64,
+    /// Whose memory it can reach.
+    pub peers: Vec<u16>,
+}
+
+/// The devices of the process; none where there is no driver.
+///
+/// # Errors
+/// Why the driver is there and cannot be used.
+pub fn found() -> Result<&'static [Found], String> {
+    static FOUND: OnceLock<Result<Vec<Found>, String>> = OnceLock::new();
+    let found = FOUND.get_or_init(|| {
+        // SAFETY: the library is the driver's, which runs nothing of note when it is loaded.
+        if !unsafe { sys::is_culib_present() } {
+            return Ok(Vec::new());
+        }
+        match look() {
+            Ok(found) => Ok(found),
+            // No device, or a library without its driver: a machine that has none.
+            Err(Fault(
+                CUresult::CUDA_ERROR_NO_DEVICE
+                | CUresult::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH
+                | CUresult::CUDA_ERROR_STUB_LIBRARY,
+            )) => Ok(Vec::new()),
+            Err(fault) => Err(format!("the CUDA driver cannot be used: {fault}")),
+        }
+    });
+    found.as_deref().map_err(Clone::clone)
+}
+
+fn look() -> Answer<Vec<Found>> {
+    let mut count = 0;
+    // SAFETY: the library is there.
+    unsafe {
+        check(sys::cuInit(0))?;
+        check(sys::cuDeviceGetCount(&raw mut count))?;
+    }
+    (0..count).map(|ordinal| look_at(ordinal, count)).collect()
+}
+
+fn look_at(ordinal: c_int, count: c_int) -> Answer<Found> {
+    let device = device(ordinal)?;
+    let mut name = [0; 256];
+    let mut memory = 0;
+    // SAFETY: places for what is asked, and the length of the one for the name.
+    unsafe {
+        check(sys::cuDeviceGetName(name.as_mut_ptr(), 256, device))?;
+        check(sys::cuDeviceTotalMem_v2(&raw mut memory, device))?;
+    }
+    // SAFETY: the driver ends the name within its place.
+    let name = unsafe { CStr::from_ptr(name.as_ptr()) };
+    use sys::CUdevice_attribute_enum as Attribute;
+    let ask = |what| -> Answer<u32> {
+        let mut value = 0;
+        // SAFETY: a place for what is asked.
+        check(unsafe { sys::cuDeviceGetAttribute(&raw mut value, what, device) })?;
+        Ok(u32::try_from(value).unwrap_or(0))
+    };
+    let clock = ask(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE)?;
+    let width = ask(Attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH)?;
+    let mut peers = Vec::new();
+    for peer in (0..count).filter(|peer| *peer != ordinal) {
+        let mut can = 0;
+        // SAFETY: a place for what is asked.
+        check(unsafe { sys::cuDeviceCanAccessPeer(&raw mut can, device, self::device(peer)?) })?;
+        if can != 0 {
+            peers.push(u16::try_from(peer).unwrap_or(u16::MAX));
+        }
+    }
+    Ok(Found {
+        peers,
+        name: name.to_string_lossy().into_owned(),
+        memory: memory as u64,
+        capability: (
+            ask(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+            ask(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+        ),
+        // Kilohertz at a double data rate, and bits.
+        bandwidth: 2e3 * f64::from(clock) * f64::from(width) / 8.0,
+    })
+}
+
+fn device(ordinal: c_int) -> Answer<sys::CUdevice> {
+    let mut device = 0;
+    // SAFETY: a place for what is asked.
+    check(unsafe { sys::cuDeviceGet(&raw mut device, ordinal) })?;
+    Ok(device)
+}
+
+/// The primary context of a device, and what is kept of it between two uses.
+pub(crate) struct Context {
+    context: sys::CUcontext,
+    pub(crate) pool: CUmemoryPool,
+    streams: Mutex<Vec<Handle<CUstream>>>,
+    events: Mutex<Vec<Handle<CUevent>>>,
+    timed: Mutex<Vec<Handle<CUevent>>>,
+}
+
+/// A handle of the driver's, which any thread may use.
+#[derive(Clone, Copy)]
+pub(crate) struct Handle<T>(pub(crate) T);
+
+// SAFETY: the driver's handles belong to no thread.
+unsafe impl<T> Send for Handle<T> {}
+// SAFETY: as above; the driver locks what it has to.
+unsafe impl<T> Sync for Handle<T> {}
+
+// SAFETY: a context and a pool are handles of the driver's, see `Handle`.
+unsafe impl Send for Context {}
+// SAFETY: as above.
+unsafe impl Sync for Context {}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The context that was current on the thread, which is so again when this is dropped.
+pub(crate) struct Entered {
+    before: sys::CUcontext,
+    changed: bool,
+}
+
+impl Drop for Entered {
+    #[inline]
+    fn drop(&mut self) {
+        if self.changed {
+            // SAFETY: it was current before, and may be none.
+            let _ = unsafe { sys::cuCtxSetCurrent(self.before) };
+        }
+    }
+}
+
+impl Context {
+    /// The primary context of the device with that number, with a memory pool of the runtime's that
+    /// keeps what is given back.
+    pub(crate) fn retain(ordinal: u16) -> Answer<Self> {
+        let ordinal = c_int::from(ordinal);
+        let device = device(ordinal)?;
+        let mut context = ptr::null_mut();
+        let mut pool = ptr::null_mut();
+        // SAFETY: a pool's properties are plain data, and all zeros are those of none.
+        let mut properties: sys::CUmemPoolProps = unsafe { std::mem::zeroed() };
+        properties.allocType = sys::CUmemAllocationType_enum::CU_MEM_ALLOCATION_TYPE_PINNED;
+        properties.location = location(ordinal);
+        let mut keep = u64::MAX;
+        // SAFETY: places for what is asked, and for what is said.
+        unsafe {
+            check(sys::cuDevicePrimaryCtxRetain(&raw mut context, device))?;
+            check(sys::cuMemPoolCreate(&raw mut pool, &raw const properties))?;
+            check(sys::cuMemPoolSetAttribute(
+                pool,
+                sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD,
+                (&raw mut keep).cast(),
+            ))?;
+        }
+        Ok(Self {
+            context,
+            pool,
+            streams: Mutex::default(),
+            events: Mutex::default(),
+            timed: Mutex::default(),
+        })
+    }
+
+    /// Makes it current on this thread for good.
+    pub(crate) fn make_current(&self) -> Answer<()> {
+        // SAFETY: the context is retained for ever.
+        check(unsafe { sys::cuCtxSetCurrent(self.context) })
+    }
+
+    /// Makes it current until what is given is dropped.
+    #[inline]
+    pub(crate) fn enter(&self) -> Answer<Entered> {
+        let mut before = ptr::null_mut();
+        // SAFETY: a place for what is asked; the context is retained for ever.
+        unsafe {
+            check(sys::cuCtxGetCurrent(&raw mut before))?;
+            let changed = before != self.context;
+            if changed {
+                check(sys::cuCtxSetCurrent(self.context))?;
+            }
+            Ok(Entered { before, changed })
+        }
+    }
+
+    /// A stream that waits for no other of itself: one that was given back, or a new one.
+    pub(crate) fn stream(&self) -> Answer<Handle<CUstream>> {
+        if let Some(known) = lock(&self.streams).pop() {
+            return Ok(known);
+        }
+        let _entered = self.enter()?;
+        let mut stream = ptr::null_mut();
+        let flags = sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as c_uint;
+        // SAFETY: a place for the handle.
+        check(unsafe { sys::cuStreamCreate(&raw mut stream, flags) })?;
+        Ok(Handle(stream))
+    }
+
+    /// Gives a stream back on which nothing is in flight.
+    pub(crate) fn give_back(&self, stream: Handle<CUstream>) {
+        lock(&self.streams).push(stream);
+    }
+
+    /// Whether all that is enqueued on the stream is done.
+    #[inline]
+    pub(crate) fn is_idle(&self, stream: Handle<CUstream>) -> Answer<bool> {
+        let _entered = self.enter()?;
+        // SAFETY: streams are never destroyed.
+        poll(unsafe { sys::cuStreamQuery(stream.0) })
+    }
+
+    /// An event behind all that is enqueued on the stream.
+    #[inline]
+    pub(crate) fn record(&'static self, stream: Handle<CUstream>, timed: bool) -> Answer<Recorded> {
+        use sys::CUevent_flags_enum as Flags;
+        let _entered = self.enter()?;
+        let known = lock(self.events(timed)).pop();
+        let event = match known {
+            Some(event) => event,
+            None => {
+                let mut event = ptr::null_mut();
+                let flags = if timed {
+                    Flags::CU_EVENT_DEFAULT as c_uint
+                } else {
+                    // A thread that waits for it sleeps.
+                    Flags::CU_EVENT_DISABLE_TIMING as c_uint
+                        | Flags::CU_EVENT_BLOCKING_SYNC as c_uint
+                };
+                // SAFETY: a place for the handle.
+                check(unsafe { sys::cuEventCreate(&raw mut event, flags) })?;
+                Handle(event)
+            }
+        };
+        let recorded = Recorded {
+            context: self,
+            event,
+            timed,
+        };
+        // SAFETY: the event is nobody else's; streams are never destroyed.
+        check(unsafe { sys::cuEventRecord(event.0, stream.0) })?;
+        Ok(recorded)
+    }
+
+    fn events(&self, timed: bool) -> &Mutex<Vec<Handle<CUevent>>> {
+        if timed { &self.timed } else { &self.events }
+    }
+
+    /// What is enqueued on the stream from now on starts after the event, of any device.
+    #[inline]
+    pub(crate) fn wait(&self, stream: Handle<CUstream>, event: &Recorded) -> Answer<()> {
+        let _entered = self.enter()?;
+        // SAFETY: streams are never destroyed; the event lives, and the driver keeps what it needs.
+        check(unsafe { sys::cuStreamWaitEvent(stream.0, event.event.0, 0) })
+    }
+
+    /// Lets what runs in this context reach the memory of the other, and what is in its pool.
+    pub(crate) fn reach(&self, other: &Self, own: u16) -> Answer<()> {
+        let _entered = self.enter()?;
+        // SAFETY: both contexts are retained for ever.
+        match unsafe { sys::cuCtxEnablePeerAccess(other.context, 0) } {
+            CUresult::CUDA_SUCCESS | CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED => {}
+            fault => return Err(Fault(fault)),
+        }
+        let access = sys::CUmemAccessDesc {
+            location: location(c_int::from(own)),
+            flags: sys::CUmemAccess_flags_enum::CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
+        };
+        // SAFETY: one description, and the other's pool.
+        check(unsafe { sys::cuMemPoolSetAccess(other.pool, &raw const access, 1) })
+    }
+
+    pub(crate) fn allocate(&self, bytes: u64, stream: Handle<CUstream>) -> Answer<CUdeviceptr> {
+        let _entered = self.enter()?;
+        let mut address = 0;
+        let bytes =
+            usize::try_from(bytes.max(1)).map_err(|_| Fault(CUresult::CUDA_ERROR_OUT_OF_MEMORY))?;
+        // SAFETY: a place for the address; the pool is never destroyed.
+        check(unsafe {
+            sys::cuMemAllocFromPoolAsync(&raw mut address, bytes, self.pool, stream.0)
+        })?;
+        Ok(address)
+    }
+
+    pub(crate) fn free(&self, address: CUdeviceptr, stream: Handle<CUstream>) -> Answer<()> {
+        let _entered = self.enter()?;
+        // SAFETY: the caller knows that the address is an allocation's, which it gives up.
+        check(unsafe { sys::cuMemFreeAsync(address, stream.0) })
+    }
+
+    /// Bytes that nobody has: those that the driver has, and those that the pool keeps.
+    pub(crate) fn free_memory(&self) -> Answer<u64> {
+        use sys::CUmemPool_attribute_enum as Attribute;
+        let _entered = self.enter()?;
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: places for what is asked.
+        check(unsafe { sys::cuMemGetInfo_v2(&raw mut free, &raw mut total) })?;
+        let ask = |what| -> Answer<u64> {
+            let mut value = 0_u64;
+            // SAFETY: a place for what is asked.
+            check(unsafe { sys::cuMemPoolGetAttribute(self.pool, what, (&raw mut value).cast()) })?;
+            Ok(value)
+        };
+        let reserved = ask(Attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?;
+        let used = ask(Attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?;
+        Ok(free as u64 + reserved.saturating_sub(used))
+    }
+
+    /// Copies bytes in stream order between addresses of the one address space that all devices and
+    /// the host share.
+    ///
+    /// # Safety
+    /// Host memory is pinned, and it and the devices' stay valid until the copy is done.
+    pub(crate) unsafe fn copy(
+        &self,
+        from: CUdeviceptr,
+        to: CUdeviceptr,
+        bytes: usize,
+        stream: Handle<CUstream>,
+    ) -> Answer<()> {
+        let _entered = self.enter()?;
+        // SAFETY: as the caller says.
+        check(unsafe { sys::cuMemcpyAsync(to, from, bytes, stream.0) })
+    }
+
+    /// Calls `call` on a thread of the driver's in stream order; what is enqueued behind it waits. It
+    /// calls no function of the driver's.
+    pub(crate) fn call(
+        &self,
+        stream: Handle<CUstream>,
+        call: Box<dyn FnOnce() + Send>,
+    ) -> Answer<()> {
+        unsafe extern "C" fn run(data: *mut c_void) {
+            // SAFETY: the box that was given below, once.
+            let call = unsafe { Box::from_raw(data.cast::<Box<dyn FnOnce() + Send>>()) };
+            call();
+        }
+        let _entered = self.enter()?;
+        let data = Box::into_raw(Box::new(call));
+        // SAFETY: the function takes the box that it is given. It does not unwind: what is called
+        // copies bytes.
+        let result = check(unsafe { sys::cuLaunchHostFunc(stream.0, Some(run), data.cast()) });
+        if result.is_err() {
+            // SAFETY: nobody else has it.
+            drop(unsafe { Box::from_raw(data) });
+        }
+        result
+    }
+}
+
+fn location(ordinal: c_int) -> sys::CUmemLocation {
+    sys::CUmemLocation {
+        type_: sys::CUmemLocationType_enum::CU_MEM_LOCATION_TYPE_DEVICE,
+        id: ordinal,
+    }
+}
+
+/// An event that was recorded; dropped, it is recorded again for somebody else.
+pub(crate) struct Recorded {
+    context: &'static Context,
+    event: Handle<CUevent>,
+    timed: bool,
+}
+
+impl Recorded {
+    #[inline]
+    pub(crate) fn is_done(&self) -> Answer<bool> {
+        let _entered = self.context.enter()?;
+        // SAFETY: the event lives.
+        poll(unsafe { sys::cuEventQuery(self.event.0) })
+    }
+
+    /// Sleeps until it is done.
+    pub(crate) fn block(&self) -> Answer<()> {
+        let _entered = self.context.enter()?;
+        // SAFETY: the event lives.
+        check(unsafe { sys::cuEventSynchronize(self.event.0) })
+    }
+
+    /// The time from another one to this one; `None` unless both are done.
+    pub(crate) fn since(&self, from: &Self) -> Option<Duration> {
+        let _entered = self.context.enter().ok()?;
+        let mut milliseconds = 0.0;
+        // SAFETY: a place for the time; both events live.
+        let result =
+            unsafe { sys::cuEventElapsedTime(&raw mut milliseconds, from.event.0, self.event.0) };
+        check(result).ok()?;
+        Duration::try_from_secs_f32(milliseconds / 1e3).ok()
+    }
+}
+
+impl Drop for Recorded {
+    fn drop(&mut self) {
+        lock(self.context.events(self.timed)).push(self.event);
+    }
+}
+
+/// Pinned memory of the host, which the copy engines of all devices reach.
+pub(crate) struct Pinned {
+    address: *mut c_void,
+    bytes: usize,
+}
+
+// SAFETY: plain memory.
+unsafe impl Send for Pinned {}
+
+impl Pinned {
+    pub(crate) fn new(context: &Context, bytes: usize) -> Answer<Self> {
+        let _entered = context.enter()?;
+        let mut address = ptr::null_mut();
+        // SAFETY: a place for the address.
+        check(unsafe {
+            sys::cuMemHostAlloc(&raw mut address, bytes, sys::CU_MEMHOSTALLOC_PORTABLE)
+        })?;
+        Ok(Self { address, bytes })
+    }
+
+    pub(crate) fn address(&self) -> *mut u8 {
+        self.address.cast()
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.bytes
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        // SAFETY: it was allocated above, and whoever drops it knows that no copy uses it.
+        let _ = unsafe { sys::cuMemFreeHost(self.address) };
+    }
+}
+
+/// Whether host memory is pinned, by whomever.
+pub(crate) fn is_pinned(context: &Context, address: u64) -> bool {
+    let Ok(_entered) = context.enter() else {
+        return false;
+    };
+    let mut kind: c_uint = 0;
+    let what = sys::CUpointer_attribute_enum::CU_POINTER_ATTRIBUTE_MEMORY_TYPE;
+    // SAFETY: a place for what is asked; the driver answers for any address.
+    let result = unsafe { sys::cuPointerGetAttribute((&raw mut kind).cast(), what, address) };
+    // Memory that the driver does not know is pageable, and answered with an error.
+    result == CUresult::CUDA_SUCCESS && kind == sys::CUmemorytype_enum::CU_MEMORYTYPE_HOST as c_uint
+}

@@ -1,0 +1,631 @@
+//! A stream's timeline on a driver's events, and who is told when it gets somewhere.
+//!
+//! # Positions
+//!
+//! What other libraries enqueue on a stream nobody tells us. So a position is not a count of entries
+//! but of *records*: [`Timeline::record`] asks the stream whether it is idle. If it is, all up to its
+//! last position is done, and that is the answer: an empty body costs one question, no event and no
+//! notification. If not, the driver records one of its events, and the next position stands for it. Of
+//! a stream, positions are done in order, so the one counter `done` answers for all that were before
+//! it, without a lock and without the driver.
+//!
+//! # Who is told
+//!
+//! A position that somebody waits for ([`Timeline::watch`]) costs a notification. The timeline has a
+//! thread for that, which starts with its first watch and sleeps in the driver until the first
+//! watched event is complete, or on a condition while nothing is watched. When it wakes it tells of
+//! all that is done by then, so that a chain of short tasks costs far fewer wake-ups than it has
+//! tasks. As workers do, it looks for some microseconds before it sleeps, if no other such thread of the
+//! process looks: to wake it costs whoever watches a system call, and the driver takes longer to wake a
+//! thread than a short kernel takes. There is one a stream, and not one a device, because the driver lets a thread sleep for one
+//! event only: with one thread, a short task beside a long one would be reported late, or the thread
+//! would have to look around again and again. Host functions on the streams would need no threads of
+//! ours; but they hold their stream up, run one after the other, and wake somebody as late as an
+//! event does (54 µs against 52 for a kernel of 10 µs, launch included; see the design's decisions).
+//!
+//! # Loss
+//!
+//! [`Timeline::fail`] ends it: what is not done is lost, and who watches is told so. What was done
+//! before stays so. A question that the driver answers with an error says so to its caller, who fails
+//! all timelines of the device.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use smallvec::SmallVec;
+
+/// What a timeline needs of a stream. A question about an event that is complete may cost more than
+/// one about an event that is not.
+pub(crate) trait Lane: Send + Sync + 'static {
+    type Event: Send + Sync + 'static;
+    type Fault;
+
+    /// Whether all that is enqueued is done.
+    fn is_idle(&self) -> Result<bool, Self::Fault>;
+    /// An event behind all that is enqueued.
+    fn record(&self) -> Result<Self::Event, Self::Fault>;
+    fn is_done(&self, event: &Self::Event) -> Result<bool, Self::Fault>;
+    /// Sleeps until the event is done.
+    fn block(&self, event: &Self::Event) -> Result<(), Self::Fault>;
+    /// A thread that tells of completions met an error: everybody is to hear of it.
+    fn failed(&self, fault: Self::Fault);
+}
+
+/// Called once: with true when the position is done, with false when it is lost.
+pub(crate) type Call = Box<dyn FnOnce(bool) + Send>;
+
+type Calls = SmallVec<[Call; 4]>;
+
+/// For how long a thread that tells looks before it sleeps.
+const LOOK: Duration = Duration::from_micros(40);
+/// How often it asks the driver meanwhile.
+const EVERY: Duration = Duration::from_micros(3);
+
+/// Whether a thread looks.
+static LOOKING: AtomicBool = AtomicBool::new(false);
+
+/// Looks until something is so, or for a while, or not at all if another thread does; whether it is so.
+fn look(mut is_so: impl FnMut() -> bool) -> bool {
+    if LOOKING.swap(true, Ordering::Acquire) {
+        return false;
+    }
+    let (start, mut asked) = (Instant::now(), Duration::ZERO);
+    let so = loop {
+        let time = start.elapsed();
+        if time >= asked {
+            if is_so() {
+                break true;
+            }
+            asked = time + EVERY;
+        }
+        if time > LOOK {
+            break false;
+        }
+        std::thread::yield_now();
+    };
+    LOOKING.store(false, Ordering::Release);
+    so
+}
+
+pub(crate) struct Timeline<L: Lane> {
+    pub(crate) lane: L,
+    /// The last position that was given.
+    tail: AtomicU64,
+    /// All up to here is done.
+    done: AtomicU64,
+    /// The position that was recorded last, if nobody has asked for it since: then it is not done.
+    fresh: AtomicU64,
+    /// How many calls wait in the queue.
+    watched: AtomicU64,
+    queue: Mutex<Queue<L>>,
+    changed: Condvar,
+    /// How often the thread that tells slept until an event was complete.
+    notifications: AtomicU64,
+}
+
+struct Queue<L: Lane> {
+    /// Those whose events were not done when somebody looked last, and those that somebody watches
+    /// and was not told of.
+    entries: VecDeque<Entry<L>>,
+    /// Whether the thread that tells has been started, and whether it is to be woken.
+    told: bool,
+    asleep: bool,
+    /// What is not done is lost.
+    lost: bool,
+    closed: bool,
+}
+
+struct Entry<L: Lane> {
+    position: u64,
+    event: Arc<L::Event>,
+    calls: SmallVec<[Call; 1]>,
+}
+
+/// What is known of a position.
+pub(crate) enum Reached<E> {
+    Done,
+    /// Not yet, when somebody looked last; the event is at it or behind it.
+    Pending(Arc<E>),
+    Lost,
+}
+
+impl<L: Lane> Timeline<L> {
+    pub(crate) fn new(lane: L) -> Arc<Self> {
+        Arc::new(Self {
+            lane,
+            tail: AtomicU64::new(0),
+            done: AtomicU64::new(0),
+            fresh: AtomicU64::new(0),
+            watched: AtomicU64::new(0),
+            queue: Mutex::new(Queue {
+                entries: VecDeque::new(),
+                told: false,
+                asleep: false,
+                lost: false,
+                closed: false,
+            }),
+            changed: Condvar::new(),
+            notifications: AtomicU64::new(0),
+        })
+    }
+
+    pub(crate) fn notifications(&self) -> u64 {
+        self.notifications.load(Ordering::Relaxed)
+    }
+
+    /// The last position that was given.
+    pub(crate) fn tail(&self) -> u64 {
+        self.tail.load(Ordering::Relaxed)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Queue<L>> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Under the lock: all up to the position is done. What nobody watches is forgotten.
+    fn reach(&self, queue: &mut Queue<L>, position: u64) {
+        if position > self.done.load(Ordering::Relaxed) {
+            // Who reads it sees what the device wrote, as the driver promised whoever asked it.
+            self.done.store(position, Ordering::Release);
+        }
+        while let Some(first) = queue.entries.front()
+            && first.position <= position
+            && first.calls.is_empty()
+        {
+            queue.entries.pop_front();
+        }
+    }
+
+    /// The position behind all that is enqueued, and whether it is done.
+    pub(crate) fn record(&self) -> Result<(u64, bool), L::Fault> {
+        let mut queue = self.lock();
+        let tail = self.tail.load(Ordering::Relaxed);
+        if self.lane.is_idle()? {
+            self.reach(&mut queue, tail);
+            return Ok((tail, true));
+        }
+        let event = Arc::new(self.lane.record()?);
+        let position = tail + 1;
+        self.tail.store(position, Ordering::Relaxed);
+        self.fresh.store(position, Ordering::Relaxed);
+        queue.entries.push_back(Entry {
+            position,
+            event,
+            calls: SmallVec::new(),
+        });
+        Ok((position, false))
+    }
+
+    /// A position of its own for something that was enqueued and that no event is behind.
+    pub(crate) fn skip(&self) -> u64 {
+        let _queue = self.lock();
+        let position = self.tail.load(Ordering::Relaxed) + 1;
+        self.tail.store(position, Ordering::Relaxed);
+        position
+    }
+
+    /// Whether it is done, as far as somebody looked: a load.
+    #[inline]
+    pub(crate) fn is_known_done(&self, position: u64) -> bool {
+        self.done.load(Ordering::Acquire) >= position
+    }
+
+    /// Where the timeline is with respect to a position, without a question to the driver.
+    pub(crate) fn look(&self, position: u64) -> Reached<L::Event> {
+        if self.is_known_done(position) {
+            return Reached::Done;
+        }
+        self.find(&self.lock(), position)
+    }
+
+    fn find(&self, queue: &Queue<L>, position: u64) -> Reached<L::Event> {
+        if self.is_known_done(position) {
+            return Reached::Done;
+        }
+        let at = queue.entries.partition_point(|it| it.position < position);
+        match queue.entries.get(at) {
+            Some(entry) if !queue.lost => Reached::Pending(Arc::clone(&entry.event)),
+            _ => Reached::Lost,
+        }
+    }
+
+    /// Whether the position is done; `None` if it is lost.
+    pub(crate) fn is_done(&self, position: u64) -> Result<Option<bool>, L::Fault> {
+        // Whoever records asks next whether that is done, and the stream has just said that it is not.
+        let fresh = &self.fresh;
+        if fresh.load(Ordering::Relaxed) == position && position != 0 {
+            fresh.store(0, Ordering::Relaxed);
+            return Ok(Some(false));
+        }
+        let event = match self.look(position) {
+            Reached::Done => return Ok(Some(true)),
+            Reached::Lost => return Ok(None),
+            Reached::Pending(event) => event,
+        };
+        if !self.lane.is_done(&event)? {
+            return Ok(Some(false));
+        }
+        self.reach(&mut self.lock(), position);
+        Ok(Some(true))
+    }
+
+    /// Blocks until the position is done; false if it is lost.
+    pub(crate) fn block(&self, position: u64, event: &L::Event) -> Result<bool, L::Fault> {
+        self.lane.block(event)?;
+        let mut queue = self.lock();
+        if queue.lost {
+            return Ok(self.is_known_done(position));
+        }
+        self.reach(&mut queue, position);
+        Ok(true)
+    }
+
+    /// Calls back when the position is done or lost: at once if that is so already.
+    ///
+    /// # Panics
+    /// If the system refuses a thread.
+    pub(crate) fn watch(self: &Arc<Self>, position: u64, call: Call) {
+        let done = {
+            let mut queue = self.lock();
+            match self.find(&queue, position) {
+                Reached::Done => true,
+                Reached::Lost => false,
+                Reached::Pending(_) => {
+                    self.watched.fetch_add(1, Ordering::Relaxed);
+                    let at = queue.entries.partition_point(|it| it.position < position);
+                    queue.entries[at].calls.push(call);
+                    if !queue.told {
+                        queue.told = true;
+                        let timeline = Arc::clone(self);
+                        std::thread::Builder::new()
+                            .name("charioteer-cuda".into())
+                            .spawn(move || timeline.tell())
+                            .expect("the system refuses a thread to wait for a device");
+                    } else if queue.asleep {
+                        queue.asleep = false;
+                        drop(queue);
+                        self.changed.notify_one();
+                    }
+                    return;
+                }
+            }
+        };
+        call(done);
+    }
+
+    /// What the thread does that tells of completions.
+    fn tell(self: Arc<Self>) {
+        let mut queue = self.lock();
+        loop {
+            let watched = queue.entries.iter().find(|entry| !entry.calls.is_empty());
+            let Some((position, event)) =
+                watched.map(|entry| (entry.position, Arc::clone(&entry.event)))
+            else {
+                queue = match self.rest(queue) {
+                    Some(queue) => queue,
+                    None => return,
+                };
+                continue;
+            };
+            drop(queue);
+            let done = || self.is_known_done(position);
+            // An error is met again by who sleeps.
+            if !look(|| done() || matches!(self.lane.is_done(&event), Ok(true))) && !done() {
+                self.notifications.fetch_add(1, Ordering::Relaxed);
+                if let Err(fault) = self.lane.block(&event) {
+                    // Fails this timeline too.
+                    self.lane.failed(fault);
+                    queue = self.lock();
+                    continue;
+                }
+            }
+            drop(event);
+            let reached = self.look_further(position);
+            queue = self.lock();
+            if queue.lost {
+                continue;
+            }
+            self.reach(&mut queue, reached);
+            let calls = Self::take_until(&mut queue, reached);
+            self.watched
+                .fetch_sub(calls.len() as u64, Ordering::Relaxed);
+            drop(queue);
+            calls.into_iter().for_each(|call| call(true));
+            queue = self.lock();
+        }
+    }
+
+    /// Waits until something is watched; `None` if nothing will be any more.
+    fn rest<'a>(&'a self, mut queue: MutexGuard<'a, Queue<L>>) -> Option<MutexGuard<'a, Queue<L>>> {
+        if queue.closed {
+            return None;
+        }
+        drop(queue);
+        look(|| self.watched.load(Ordering::Relaxed) != 0);
+        queue = self.lock();
+        if queue.entries.iter().any(|entry| !entry.calls.is_empty()) || queue.closed {
+            return Some(queue);
+        }
+        queue.asleep = true;
+        let mut queue = (self.changed.wait(queue)).unwrap_or_else(PoisonError::into_inner);
+        queue.asleep = false;
+        Some(queue)
+    }
+
+    /// How far the stream got beyond a position that is done. Asks the driver with no lock held, which who
+    /// records would wait for.
+    fn look_further(&self, mut position: u64) -> u64 {
+        loop {
+            let next = {
+                let queue = self.lock();
+                let at = queue.entries.partition_point(|it| it.position <= position);
+                let next = queue.entries.get(at);
+                next.map(|entry| (entry.position, Arc::clone(&entry.event)))
+            };
+            match next {
+                Some((next, event)) if matches!(self.lane.is_done(&event), Ok(true)) => {
+                    position = next;
+                }
+                _ => return position,
+            }
+        }
+    }
+
+    /// Takes the calls up to a position, in order.
+    fn take_until(queue: &mut Queue<L>, position: u64) -> Calls {
+        let mut calls = Calls::new();
+        while let Some(first) = queue.entries.front()
+            && first.position <= position
+        {
+            let first = queue.entries.pop_front();
+            calls.extend(first.into_iter().flat_map(|first| first.calls));
+        }
+        calls
+    }
+
+    /// What is not done is lost from now on, and whoever watches it is told. Gives the events on which
+    /// somebody may sleep still.
+    pub(crate) fn fail(&self) {
+        let entries = {
+            let mut queue = self.lock();
+            queue.lost = true;
+            self.watched.store(0, Ordering::Relaxed);
+            std::mem::take(&mut queue.entries)
+        };
+        for entry in entries {
+            let done = self.is_known_done(entry.position);
+            entry.calls.into_iter().for_each(|call| call(done));
+        }
+    }
+
+    /// Its thread ends as soon as nothing is watched any more.
+    pub(crate) fn close(&self) {
+        self.lock().closed = true;
+        self.changed.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use super::*;
+
+    /// A stream whose work is done when the test says so.
+    #[derive(Default)]
+    struct Bench {
+        /// How much is enqueued, how much is done, and whether the device is broken.
+        state: Mutex<(u64, u64, bool)>,
+        changed: Condvar,
+        records: AtomicUsize,
+        questions: AtomicUsize,
+        blocks: AtomicUsize,
+        faults: Mutex<Option<mpsc::Sender<()>>>,
+    }
+
+    #[derive(Debug, PartialEq)]
+    struct Broken;
+
+    impl Bench {
+        fn ask(&self, until: u64) -> Result<bool, Broken> {
+            let state = self.state.lock().unwrap();
+            if state.2 {
+                return Err(Broken);
+            }
+            Ok(state.1 >= until)
+        }
+
+        fn enqueue(&self) {
+            self.state.lock().unwrap().0 += 1;
+        }
+
+        fn finish(&self, count: u64) {
+            self.state.lock().unwrap().1 += count;
+            self.changed.notify_all();
+        }
+
+        fn break_down(&self) {
+            self.state.lock().unwrap().2 = true;
+            self.changed.notify_all();
+        }
+    }
+
+    impl Lane for Arc<Bench> {
+        type Event = u64;
+        type Fault = Broken;
+
+        fn is_idle(&self) -> Result<bool, Broken> {
+            let enqueued = self.state.lock().unwrap().0;
+            self.ask(enqueued)
+        }
+
+        fn record(&self) -> Result<u64, Broken> {
+            self.records.fetch_add(1, Ordering::Relaxed);
+            Ok(self.state.lock().unwrap().0)
+        }
+
+        fn is_done(&self, event: &u64) -> Result<bool, Broken> {
+            self.questions.fetch_add(1, Ordering::Relaxed);
+            self.ask(*event)
+        }
+
+        fn block(&self, event: &u64) -> Result<(), Broken> {
+            self.blocks.fetch_add(1, Ordering::Relaxed);
+            let mut state = self.state.lock().unwrap();
+            while state.1 < *event {
+                if state.2 {
+                    return Err(Broken);
+                }
+                state = self.changed.wait(state).unwrap();
+            }
+            if state.2 { Err(Broken) } else { Ok(()) }
+        }
+
+        fn failed(&self, _: Broken) {
+            if let Some(faults) = &*self.faults.lock().unwrap() {
+                faults.send(()).unwrap();
+            }
+        }
+    }
+
+    fn bench() -> (Arc<Bench>, Arc<Timeline<Arc<Bench>>>) {
+        let bench = Arc::new(Bench::default());
+        (Arc::clone(&bench), Timeline::new(bench))
+    }
+
+    const SOON: Duration = Duration::from_secs(30);
+
+    #[test]
+    fn an_idle_stream_needs_no_event() {
+        let (bench, timeline) = bench();
+        assert_eq!(timeline.record(), Ok((0, true)));
+        bench.enqueue();
+        bench.finish(1);
+        assert_eq!(timeline.record(), Ok((0, true)));
+        assert_eq!(timeline.is_done(0), Ok(Some(true)));
+        assert_eq!(bench.records.load(Ordering::Relaxed), 0);
+        assert_eq!(bench.questions.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn positions_are_done_in_order_and_stay_so() {
+        let (bench, timeline) = bench();
+        let positions: Vec<u64> = (0..3)
+            .map(|_| {
+                bench.enqueue();
+                timeline.record().unwrap().0
+            })
+            .collect();
+        assert_eq!(positions, [1, 2, 3]);
+        assert_eq!(timeline.is_done(1), Ok(Some(false)));
+        assert_eq!(bench.questions.load(Ordering::Relaxed), 1);
+        // The stream said so when it was recorded.
+        assert_eq!(timeline.is_done(3), Ok(Some(false)));
+        assert_eq!(bench.questions.load(Ordering::Relaxed), 1);
+        bench.finish(2);
+        // Of the later one the earlier one follows, and is not asked for.
+        assert_eq!(timeline.is_done(2), Ok(Some(true)));
+        let asked = bench.questions.load(Ordering::Relaxed);
+        assert_eq!(timeline.is_done(1), Ok(Some(true)));
+        assert_eq!(bench.questions.load(Ordering::Relaxed), asked);
+        assert_eq!(timeline.is_done(3), Ok(Some(false)));
+        bench.finish(1);
+        // The stream is idle, which says the same of all.
+        assert_eq!(timeline.record(), Ok((3, true)));
+        assert!(timeline.is_known_done(3));
+        assert!(timeline.lock().entries.is_empty());
+    }
+
+    #[test]
+    fn one_wake_up_tells_of_all_that_is_done() {
+        let (bench, timeline) = bench();
+        let (told, hears) = mpsc::channel();
+        for _ in 0..100 {
+            bench.enqueue();
+            let (position, _) = timeline.record().unwrap();
+            let told = told.clone();
+            let call = move |done| told.send((position, done)).unwrap();
+            timeline.watch(position, Box::new(call));
+        }
+        bench.finish(100);
+        let heard: Vec<_> = (0..100)
+            .map(|_| hears.recv_timeout(SOON).unwrap())
+            .collect();
+        assert_eq!(heard, (1..=100).map(|at| (at, true)).collect::<Vec<_>>());
+        assert!(bench.blocks.load(Ordering::Relaxed) <= 1);
+        // What is done already is told at once, by the caller's thread.
+        let (told, hears) = mpsc::channel();
+        timeline.watch(50, Box::new(move |done| told.send(done).unwrap()));
+        assert_eq!(hears.try_recv(), Ok(true));
+        timeline.close();
+    }
+
+    #[test]
+    fn a_timeline_that_rested_tells_again() {
+        let (bench, timeline) = bench();
+        for _ in 0..3 {
+            bench.enqueue();
+            let (position, _) = timeline.record().unwrap();
+            let (told, hears) = mpsc::channel();
+            timeline.watch(position, Box::new(move |done| told.send(done).unwrap()));
+            bench.finish(1);
+            assert_eq!(hears.recv_timeout(SOON), Ok(true));
+        }
+        timeline.close();
+    }
+
+    #[test]
+    fn a_recorded_idle_stream_does_not_swallow_who_watches() {
+        let (bench, timeline) = bench();
+        bench.enqueue();
+        let (position, _) = timeline.record().unwrap();
+        let (told, hears) = mpsc::channel();
+        timeline.watch(position, Box::new(move |done| told.send(done).unwrap()));
+        {
+            // While the thread that tells is not through yet.
+            let mut state = bench.state.lock().unwrap();
+            state.1 = 1;
+        }
+        assert_eq!(timeline.record(), Ok((position, true)));
+        bench.finish(0);
+        assert_eq!(hears.recv_timeout(SOON), Ok(true));
+        timeline.close();
+    }
+
+    #[test]
+    fn what_is_lost_is_told_and_what_was_done_is_not_lost() {
+        let (bench, timeline) = bench();
+        let (faults, hears_of_faults) = mpsc::channel();
+        *bench.faults.lock().unwrap() = Some(faults);
+        bench.enqueue();
+        assert_eq!(timeline.record(), Ok((1, false)));
+        assert_eq!(timeline.is_done(1), Ok(Some(false)));
+        bench.finish(1);
+        assert_eq!(timeline.is_done(1), Ok(Some(true)));
+        bench.enqueue();
+        assert_eq!(timeline.record(), Ok((2, false)));
+        assert_eq!(timeline.is_done(2), Ok(Some(false)));
+        let (told, hears) = mpsc::channel();
+        let call = |told: &mpsc::Sender<bool>| -> Call {
+            let told = told.clone();
+            Box::new(move |done| told.send(done).unwrap())
+        };
+        timeline.watch(2, call(&told));
+        bench.break_down();
+        // Who sleeps hears it, and fails the timelines of the device.
+        hears_of_faults.recv_timeout(SOON).unwrap();
+        assert_eq!(timeline.is_done(2), Err(Broken));
+        timeline.fail();
+        assert_eq!(hears.recv_timeout(SOON), Ok(false));
+        timeline.watch(2, call(&told));
+        timeline.watch(1, call(&told));
+        assert_eq!((hears.try_recv(), hears.try_recv()), (Ok(false), Ok(true)));
+        assert_eq!(timeline.is_done(2), Ok(None));
+        assert_eq!(timeline.is_done(1), Ok(Some(true)));
+        timeline.close();
+    }
+}

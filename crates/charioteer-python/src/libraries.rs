@@ -1,0 +1,217 @@
+//! What other libraries take for current while a body runs on a device that a driver has.
+//!
+//! The driver's context is current on the thread, which every library follows. CuPy and PyTorch have a
+//! current stream of their own a thread and a device; for those of them that are imported it is the
+//! task's. What makes a stream theirs (`charioteer/_cuda.py`) is made once a thread and stream, and
+//! called before each body: a body may have left another one.
+//!
+//! A thread of the runtime is not put back after a body, since the next one will do as much: only where
+//! a body without devices follows, and once. Any other thread, and a body within which another one ran,
+//! is as it was before.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use charioteer::machine::{DeviceId, Machine, Stream};
+use pyo3::ffi;
+use pyo3::prelude::*;
+use smallvec::SmallVec;
+
+use crate::devices::raise;
+use crate::gateway::PyRef;
+use crate::interp::{Core, report};
+use crate::runtime::CURRENT_DEVICE;
+use crate::support::support;
+
+/// Devices and streams of a body, the current one's place among them.
+#[derive(Clone)]
+struct Frame {
+    lent: SmallVec<[(DeviceId, Stream); 2]>,
+    at: usize,
+}
+
+/// What makes the streams of one handle current, of the libraries that were there then.
+type Uses = (usize, SmallVec<[PyRef; 2]>);
+
+thread_local! {
+    /// The body on devices that runs on this thread.
+    static RUNNING: RefCell<Option<Frame>> = const { RefCell::new(None) };
+    /// The devices on which libraries have streams of tasks here.
+    static LEFT: RefCell<SmallVec<[u16; 8]>> = RefCell::default();
+    static OURS: Cell<bool> = const { Cell::new(false) };
+    static USES: RefCell<HashMap<usize, Uses>> = RefCell::default();
+}
+
+/// How many modules there were when the libraries were looked for last, and which were there.
+static MODULES: AtomicUsize = AtomicUsize::new(0);
+static PRESENT: AtomicUsize = AtomicUsize::new(0);
+
+/// This thread is one of the runtime's.
+pub fn is_ours() {
+    OURS.set(true);
+}
+
+/// Which libraries are imported, as bits.
+fn present(py: Python<'_>) -> PyResult<usize> {
+    // SAFETY: attached; the result is borrowed and alive as long as the interpreter.
+    let modules = unsafe { ffi::PyDict_Size(ffi::PyImport_GetModuleDict()) };
+    let modules = usize::try_from(modules).unwrap_or(0);
+    if MODULES.load(Ordering::Relaxed) != modules {
+        let (found, ready): (usize, bool) =
+            support(py).cuda.bind(py).call1(("libraries",))?.extract()?;
+        PRESENT.store(found, Ordering::Relaxed);
+        if ready {
+            MODULES.store(modules, Ordering::Relaxed);
+        }
+    }
+    Ok(PRESENT.load(Ordering::Relaxed))
+}
+
+/// Makes a device current for all libraries, and its stream for those that are there.
+fn make_current(
+    py: Python<'_>,
+    machine: &Machine,
+    present: usize,
+    lent: (DeviceId, Stream),
+) -> PyResult<()> {
+    let device = machine.device(lent.0);
+    device.make_current().map_err(|error| raise(py, &error))?;
+    if present == 0 {
+        return Ok(());
+    }
+    let Some(handle) = device.handle(lent.1) else {
+        return Ok(());
+    };
+    let known = USES.with_borrow(|uses| {
+        let (of, uses) = uses.get(&handle)?;
+        let all = || uses.iter().map(|call| call.clone_ref(py)).collect();
+        (*of == present).then(all)
+    });
+    let calls: SmallVec<[Py<PyAny>; 2]> = match known {
+        Some(calls) => calls,
+        None => {
+            let made: Vec<Bound<'_, PyAny>> = support(py)
+                .cuda
+                .bind(py)
+                .call1(("uses", handle, lent.0.index(), present))?
+                .extract()?;
+            let calls = made.iter().map(|call| call.clone().unbind()).collect();
+            let made = made.into_iter().map(PyRef::from).collect();
+            let old = USES.with_borrow_mut(|uses| uses.insert(handle, (present, made)));
+            drop(old);
+            calls
+        }
+    };
+    for call in calls {
+        call.bind(py).call0()?;
+    }
+    LEFT.with_borrow_mut(|left| {
+        if !left.contains(&lent.0.index()) {
+            left.push(lent.0.index());
+        }
+    });
+    Ok(())
+}
+
+fn apply(py: Python<'_>, machine: &Machine, frame: &Frame) -> PyResult<()> {
+    let present = present(py)?;
+    // The current one last.
+    let others = frame
+        .lent
+        .iter()
+        .enumerate()
+        .filter(|(at, _)| *at != frame.at);
+    for (_, lent) in others {
+        make_current(py, machine, present, *lent)?;
+    }
+    make_current(py, machine, present, frame.lent[frame.at])
+}
+
+/// What was current before a body.
+pub struct Entered {
+    machine: Arc<Machine>,
+    outer: Option<Frame>,
+    place: Option<(u64, usize)>,
+    /// Puts a thread back that is not ours.
+    restore: Option<PyRef>,
+}
+
+/// The body of a task is about to run here; `None` where the machine's devices have no driver.
+#[inline]
+pub fn enter(py: Python<'_>, engine: &Core) -> PyResult<Option<Entered>> {
+    if !engine.domain().has_driver {
+        return Ok(None);
+    }
+    enter_driver(py, engine).map(Some)
+}
+
+fn enter_driver(py: Python<'_>, engine: &Core) -> PyResult<Entered> {
+    let machine = engine.machine().expect("its devices have a driver");
+    let lent = engine.lent();
+    let outer = RUNNING.take();
+    let mut entered = Entered {
+        machine: Arc::clone(machine),
+        outer,
+        place: CURRENT_DEVICE.get(),
+        restore: None,
+    };
+    if lent.is_empty() {
+        let left = LEFT.take();
+        if !left.is_empty() {
+            support(py).cuda.bind(py).call1(("reset", left.to_vec()))?;
+        }
+        return Ok(entered);
+    }
+    if entered.outer.is_none() && !OURS.get() && present(py)? != 0 {
+        let devices: Vec<u16> = lent.iter().map(|(device, _)| device.index()).collect();
+        let restore = support(py).cuda.bind(py).call1(("restorer", devices))?;
+        entered.restore = Some(restore.into());
+    }
+    let frame = Frame { lent, at: 0 };
+    let applied = apply(py, machine, &frame);
+    RUNNING.set(Some(frame));
+    if let Err(error) = applied {
+        entered.leave(py);
+        return Err(error);
+    }
+    Ok(entered)
+}
+
+impl Entered {
+    /// The body ended.
+    pub fn leave(self, py: Python<'_>) {
+        CURRENT_DEVICE.set(self.place);
+        if let Some(frame) = &self.outer {
+            report(py, apply(py, &self.machine, frame));
+        }
+        RUNNING.set(self.outer);
+        if let Some(restore) = &self.restore {
+            report(py, restore.bind(py).call0());
+            LEFT.take();
+        }
+    }
+}
+
+/// The body that runs here made this device of its set current.
+pub fn switch(py: Python<'_>, machine: &Machine, device: DeviceId) -> PyResult<()> {
+    let lent = RUNNING.with_borrow_mut(|running| {
+        let frame = running.as_mut()?;
+        frame.at = frame.lent.iter().position(|(id, _)| *id == device)?;
+        Some(frame.lent[frame.at])
+    });
+    match lent {
+        Some(lent) => make_current(py, machine, present(py)?, lent),
+        None => Ok(()),
+    }
+}
+
+/// A library was imported in the body that runs here.
+pub fn refresh(py: Python<'_>, machine: &Machine) -> PyResult<()> {
+    let frame = RUNNING.with_borrow(Clone::clone);
+    match frame {
+        Some(frame) => apply(py, machine, &frame),
+        None => Ok(()),
+    }
+}

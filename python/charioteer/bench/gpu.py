@@ -1,0 +1,403 @@
+"""``charioteer bench gpu``: what a task on real GPUs costs, beside the loops that people write.
+
+The measures need CuPy, one GPU, and two for tasks over two; where PyTorch is installed, empty tasks
+are measured with it imported too, in a process of its own. What cannot be measured is told as such.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+import charioteer as ch
+from charioteer import gpu
+from charioteer.bench.command import OptionError, add_outcome_arguments, carry_out, choice, positive
+from charioteer.bench.harness import (
+    OURS,
+    Bar,
+    Contestant,
+    Key,
+    Measure,
+    Missing,
+    Sample,
+    absolute,
+    ratio,
+)
+
+__all__ = ["DESCRIPTION", "SUMMARY", "OptionError", "add_arguments", "measures", "run"]
+
+BENCHMARK = "gpu"
+
+SUMMARY = "what a task on real GPUs costs, beside plain CuPy"
+
+DESCRIPTION = """\
+Measure tasks on real GPUs: empty ones on one GPU and on two, with 1, 4 and 16 workers and with
+PyTorch imported; a chain of small additions beside the same loop in plain CuPy; how soon a result
+is told beside a wait for the stream, and a short task beside a long one.
+"""
+
+WORKERS = (1, 4, 16)
+PER_TASK = "time per task"
+DELAY = "time to the result"
+EMPTY = {1: 5.0, 2: 9.0}
+"""Microseconds that an empty task over so many GPUs may cost."""
+GROWTH = 1.3
+TORCH = 1.3
+CHAIN = 1.5
+LATE = 20.0
+"""Microseconds that a result may be later than a stream that is waited for."""
+BESIDE = 200.0
+PLAIN = "plain CuPy"
+NAMES = ("empty", "torch", "two", "chain", "result", "beside")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the benchmark's options."""
+    parser.add_argument("--runs", type=positive, metavar="N", help="counted rounds (default: 5)")
+    parser.add_argument(
+        "--tasks", type=positive, metavar="N", help="tasks in one run (default: 20000)"
+    )
+    parser.add_argument("--only", metavar="A,B", help=f"some of {', '.join(NAMES)}")
+    add_outcome_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Make the measures, print them, write the records.
+
+    Returns:
+        0; 1 if a run of charioteer itself failed, or with ``--check`` if a bar does not hold.
+
+    Raises:
+        OptionError: the options name an unknown measure, or a file that cannot be written.
+    """
+    only = choice("measure", options.only, NAMES) or NAMES
+    chosen = [one for one in measures(options.tasks or 20_000) if one.name in only]
+    return carry_out(BENCHMARK, chosen, options.runs or 5, options)
+
+
+def measures(tasks: int) -> list[Measure]:
+    """All measures, with so many tasks a run."""
+    params = _devices()
+    return [
+        _empty(1, tasks, params),
+        _torch(tasks, params),
+        _empty(2, tasks, params),
+        _chain(min(tasks, 10_000), params),
+        _result(params),
+        _beside(params),
+    ]
+
+
+def _devices() -> dict[str, Any]:
+    """What the records say of the devices."""
+    gpus = ch.Machine.detect().gpus
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        driver = said.stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        driver = "unknown"
+    return {"devices": [one.name for one in gpus], "driver": driver}
+
+
+def _need(gpus: int) -> Any:
+    """CuPy, where there are as many GPUs."""
+    found = len(ch.Machine.detect().gpus)
+    if found < gpus:
+        raise Missing(f"{gpus} GPUs: there are {found}")
+    try:
+        import cupy
+    except ImportError:
+        raise Missing("CuPy is not installed") from None
+    return cupy
+
+
+def empty(width: int, workers: int, tasks: int) -> float:
+    """Seconds for so many empty tasks over ``width`` GPUs, from the first spawn to the end of the
+    last. The runtime's start and the devices' are not in it."""
+    _need(width)
+
+    @ch.task(placement=gpu if width == 1 else gpu * width)
+    def body() -> None:
+        return None
+
+    with ch.Runtime(workers=workers):
+        ch.wait([body() for _ in range(200)])
+        start = perf_counter()
+        ch.wait([body() for _ in range(tasks)])
+        return perf_counter() - start
+
+
+def _ours(width: int, workers: int, tasks: int) -> Sample:
+    return Sample({PER_TASK: 1e6 * empty(width, workers, tasks) / tasks})
+
+
+def _empty(width: int, tasks: int, params: dict[str, Any]) -> Measure:
+    case = f"empty task, {width} GPU" + ("s" if width > 1 else "")
+    one, most = (Key(OURS, case, workers) for workers in (min(WORKERS), max(WORKERS)))
+    growth = Bar(
+        case=case,
+        metric=f"{most.workers} workers / {one.workers}",
+        unit="x",
+        values=ratio(most, one, PER_TASK),
+        limit=GROWTH,
+        lacking="both numbers of workers",
+    )
+    return Measure(
+        name="empty" if width == 1 else "two",
+        title=f"An empty task on {width} GPU" + ("s" if width > 1 else ""),
+        contestants=[
+            Contestant(OURS, case, functools.partial(_ours, width, workers, tasks), workers, params)
+            for workers in WORKERS
+        ],
+        units={PER_TASK: "µs"},
+        bars=[
+            *(absolute(case, PER_TASK, "µs", EMPTY[width], workers) for workers in WORKERS),
+            growth,
+        ],
+        note="From the first spawn until the last is complete, over their number.",
+    )
+
+
+_PROBE = """
+import json, sys
+if sys.argv[1] == "torch":
+    import torch
+    torch.cuda.init()
+import cupy
+from charioteer.bench.gpu import empty
+print(json.dumps(1e6 * empty(1, 4, int(sys.argv[2])) / int(sys.argv[2])))
+"""
+
+
+def _apart(library: str, tasks: int) -> Sample:
+    """Empty tasks in a process of its own, with or without PyTorch."""
+    _need(1)
+    from importlib.util import find_spec
+
+    if library == "torch" and find_spec("torch") is None:
+        raise Missing("PyTorch is not installed")
+    command = [sys.executable, "-c", _PROBE, library, str(tasks)]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    if said.returncode != 0:
+        raise RuntimeError(said.stderr.strip().splitlines()[-1])
+    return Sample({PER_TASK: json.loads(said.stdout.splitlines()[-1])})
+
+
+def _torch(tasks: int, params: dict[str, Any]) -> Measure:
+    cases = {"cupy": "empty task, CuPy imported", "torch": "empty task, CuPy and PyTorch imported"}
+    keys = {library: Key(OURS, case, 4) for library, case in cases.items()}
+    return Measure(
+        name="torch",
+        title="An empty task on 1 GPU, 4 workers, with PyTorch imported",
+        contestants=[
+            Contestant(OURS, case, functools.partial(_apart, library, tasks), 4, params)
+            for library, case in cases.items()
+        ],
+        units={PER_TASK: "µs"},
+        bars=[
+            Bar(
+                case=cases["torch"],
+                metric="with PyTorch / without",
+                unit="x",
+                values=ratio(keys["torch"], keys["cupy"], PER_TASK),
+                limit=TORCH,
+                lacking="PyTorch",
+            )
+        ],
+        runs=3,
+        warmup=0,
+    )
+
+
+def _chain(length: int, params: dict[str, Any]) -> Measure:
+    case = f"chain of {length} additions"
+
+    def plain() -> Sample:
+        cupy = _need(1)
+        x, y = cupy.zeros(1024, cupy.float32), cupy.ones(1024, cupy.float32)
+        with cupy.cuda.Stream(non_blocking=True) as stream:
+            cupy.add(x, y, out=x)
+            stream.synchronize()
+            start = perf_counter()
+            for _ in range(length):
+                cupy.add(x, y, out=x)
+            stream.synchronize()
+            time = perf_counter() - start
+        return Sample({PER_TASK: 1e6 * time / length})
+
+    def ours() -> Sample:
+        cupy = _need(1)
+        x, y = cupy.zeros(1024, cupy.float32), cupy.ones(1024, cupy.float32)
+        cupy.cuda.get_current_stream().synchronize()
+
+        @ch.task(placement=gpu(0))
+        def add() -> None:
+            cupy.add(x, y, out=x)
+
+        with ch.Runtime(workers=1) as rt:
+            add().result()
+            T = ch.TaskSpace("T")
+            before = rt.stats()["devices"][gpu(0)]["host_synchronisations"]
+            start = perf_counter()
+            last = add.options(T[0])()
+            for i in range(1, length):
+                last = add.options(T[i], dependencies=T[i - 1])()
+            last.result()
+            time = perf_counter() - start
+            waits = rt.stats()["devices"][gpu(0)]["host_synchronisations"] - before
+        assert float(x[0]) == length + 1
+        return Sample({PER_TASK: 1e6 * time / length, "host synchronisations": waits})
+
+    return Measure(
+        name="chain",
+        title="A chain of cupy.add(x, y, out=x), 1,024 numbers, one a task, by names",
+        contestants=[
+            Contestant(PLAIN, case, plain, None, params),
+            Contestant(OURS, case, ours, 1, params),
+        ],
+        units={PER_TASK: "µs", "host synchronisations": ""},
+        bars=[
+            Bar(
+                case=case,
+                metric=f"{OURS} / {PLAIN}",
+                unit="x",
+                values=ratio(Key(OURS, case, 1), Key(PLAIN, case), PER_TASK),
+                limit=CHAIN,
+                lacking=PLAIN,
+            ),
+            absolute(case, "host synchronisations", "", 0, 1),
+        ],
+    )
+
+
+def _spin(cupy: Any) -> Callable[[float], None]:
+    """What occupies the current stream for so many seconds."""
+    kernel = cupy.RawKernel(
+        r"""
+extern "C" __global__ void spin(long long nanoseconds) {
+    long long start, now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(start));
+    do {
+        asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    } while (now - start < nanoseconds);
+}
+""",
+        "spin",
+    )
+
+    def spin(seconds: float) -> None:
+        kernel((1,), (1,), (cupy.int64(1e9 * seconds),))
+
+    return spin
+
+
+TIMES = 200
+KERNEL = 1e-4
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def _result(params: dict[str, Any]) -> Measure:
+    case = "result of a kernel of 100 µs"
+
+    def waits(blocking: bool) -> Sample:
+        cupy = _need(1)
+        spin = _spin(cupy)
+        event = cupy.cuda.Event(block=True, disable_timing=True)
+        times = []
+        with cupy.cuda.Stream(non_blocking=True) as stream:
+            for _ in range(TIMES):
+                start = perf_counter()
+                spin(KERNEL)
+                if blocking:
+                    event.record(stream)
+                    event.synchronize()
+                else:
+                    stream.synchronize()
+                times.append(1e6 * (perf_counter() - start))
+        return Sample({DELAY: _median(times)})
+
+    def ours() -> Sample:
+        spin = _spin(_need(1))
+
+        @ch.task(placement=gpu(0))
+        def body() -> None:
+            spin(KERNEL)
+
+        times = []
+        with ch.Runtime(workers=4):
+            for _ in range(TIMES):
+                start = perf_counter()
+                body().result()
+                times.append(1e6 * (perf_counter() - start))
+        return Sample({DELAY: _median(times)})
+
+    blocking = f"{PLAIN}, a thread that sleeps"
+    key = Key(OURS, case, 4)
+
+    def later(result: Any) -> list[float]:
+        if key not in result or Key(blocking, case) not in result:
+            return []
+        mine, theirs = (result[one].values.get(DELAY, []) for one in (key, Key(blocking, case)))
+        return [a - b for a, b in zip(mine, theirs, strict=False)]
+
+    return Measure(
+        name="result",
+        title="From the spawn, or the launch, until the host knows",
+        contestants=[
+            Contestant(PLAIN, case, functools.partial(waits, False), None, params),
+            Contestant(blocking, case, functools.partial(waits, True), None, params),
+            Contestant(OURS, case, ours, 4, params),
+        ],
+        units={DELAY: "µs"},
+        bars=[
+            Bar(
+                case=case,
+                metric=f"later than {blocking}",
+                unit="µs",
+                values=later,
+                limit=LATE,
+                lacking=blocking,
+            )
+        ],
+    )
+
+
+def _beside(params: dict[str, Any]) -> Measure:
+    case = "a task of 10 µs beside one of 1 s"
+
+    def ours() -> Sample:
+        spin = _spin(_need(1))
+
+        @ch.task(placement=gpu(0), share=0.5)
+        def body(seconds: float) -> None:
+            spin(seconds)
+
+        times = []
+        with ch.Runtime(workers=4):
+            body(1e-5).result()
+            long = body(1.0)
+            for _ in range(TIMES):
+                start = perf_counter()
+                body(1e-5).result()
+                times.append(1e6 * (perf_counter() - start))
+            assert not long.done()
+        return Sample({DELAY: _median(times), "the latest": max(times)})
+
+    return Measure(
+        name="beside",
+        title="From the spawn of a short task until its result, beside a long one",
+        contestants=[Contestant(OURS, case, ours, 4, params)],
+        units={DELAY: "µs", "the latest": "µs"},
+        bars=[absolute(case, DELAY, "µs", BESIDE + 10, 4)],
+        note="The kernel's 10 µs are in it.",
+    )

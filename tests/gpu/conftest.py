@@ -1,0 +1,125 @@
+"""Tests that need real GPUs: skipped, with the reason, where there is none.
+
+Unlike other tests they may leave threads behind: the driver keeps its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import charioteer as ch
+from charioteer import gpu
+
+SPIN = r"""
+extern "C" __global__ void spin(long long nanoseconds, long long* target, long long value) {
+    long long start, now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(start));
+    do {
+        asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    } while (now - start < nanoseconds);
+    if (target) *target = value;
+}
+"""
+"""A kernel that takes its time, and then writes a number."""
+
+MEET = r"""
+extern "C" __global__ void meet(volatile int* mine, volatile int* other, int* met) {
+    long long start, now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(start));
+    *mine = 1;
+    __threadfence_system();
+    do {
+        asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    } while (*other == 0 && now - start < 10000000000ll);
+    *met = *other;
+}
+"""
+"""A kernel that waits, up to ten seconds, for another one to begin."""
+
+
+@functools.cache
+def found() -> int:
+    """How many GPUs there are."""
+    return len(ch.Machine.detect().gpus)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        marker = item.get_closest_marker("gpu")
+        if marker is None:
+            continue
+        needed = marker.args[0] if marker.args else 1
+        if found() < needed:
+            has = f"the machine has {found()} of CUDA"
+            item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPUs, and {has}"))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind() -> Iterator[None]:
+    yield
+    with ch.Runtime(workers=0):  # says if the test left one open
+        pass
+
+
+def _library(name: str) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what libraries have to say while they are imported
+        return pytest.importorskip(name)
+
+
+@pytest.fixture(scope="session")
+def cp() -> Any:
+    """CuPy."""
+    return _library("cupy")
+
+
+@pytest.fixture(scope="session")
+def torch() -> Any:
+    """PyTorch."""
+    found = _library("torch")
+    if not found.cuda.is_available():
+        pytest.skip("PyTorch has no CUDA")
+    return found
+
+
+@pytest.fixture(scope="session")
+def spin(cp: Any) -> Callable[..., None]:
+    """``spin(seconds, target=None, value=0)``: occupies the current stream, then writes."""
+    kernel = cp.RawKernel(SPIN, "spin")
+
+    def run(seconds: float, target: Any = None, value: int = 0) -> None:
+        pointer = 0 if target is None else target.data.ptr
+        kernel((1,), (1,), (cp.int64(1e9 * seconds), cp.uint64(pointer), cp.int64(value)))
+
+    # To load a kernel may take until all that runs on the device has ended.
+    run(0)
+    cp.cuda.get_current_stream().synchronize()
+    return run
+
+
+@pytest.fixture(scope="session")
+def meet(cp: Any) -> Any:
+    """The kernel :data:`MEET`."""
+    kernel = cp.RawKernel(MEET, "meet")
+    flags = cp.ones(3, cp.int32)
+    kernel((1,), (1,), (flags, flags[1:], flags[2:]))  # loads it
+    cp.cuda.get_current_stream().synchronize()
+    return kernel
+
+
+@pytest.fixture
+def rt() -> Iterator[ch.Runtime]:
+    """A runtime on the GPUs of the machine."""
+    with ch.Runtime(workers=4) as runtime:
+        yield runtime
+
+
+@pytest.fixture
+def counters(rt: ch.Runtime) -> Callable[[], dict[str, Any]]:
+    """What the first GPU has seen."""
+    return lambda: rt.stats()["devices"][gpu(0)]
