@@ -59,7 +59,7 @@ def factor(matrix: Matrix) -> tuple[str, Matrix]:
 
 @factor.variant(ch.cpu, cost=lambda matrix: len(matrix) ** 3 / 3 / CORE)
 def _(matrix: Matrix) -> tuple[str, Matrix]:
-    return "cpu", np.linalg.cholesky(matrix)
+    return "cpu", np.linalg.cholesky(matrix).astype(np.float64, copy=False)
 
 
 @factor.variant(ch.gpu)

@@ -6,8 +6,8 @@
 //!
 //! # Protocol
 //!
-//! **Records.** A datum has, under one lock, an [`index`] of *records*: who reads and who writes which
-//! part, as far as it matters to those who come. A spawn opens a [`Session`]: it locks all data of its
+//! **Records.** A datum has, under one lock, an index of *records*: who reads and who writes which
+//! part, as far as it matters to those who come. A spawn opens a session: it locks all data of its
 //! accesses, in the order of their numbers, looks up whom it comes after, links itself to those, enters
 //! its own records, and lets go. So registration is atomic, and whoever finds a record finds all edges
 //! that lead to its task. That is what the search for cycles needs, see `graph`. A spawn that is refused
