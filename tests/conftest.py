@@ -42,6 +42,8 @@ _stderr = os.dup(2)
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Of pytest-run-parallel, which is not everywhere where tests are run.
+    config.addinivalue_line("markers", "thread_unsafe(reason): not to be run by several threads")
     # Capturing is off here, so this is the real standard error.
     os.dup2(2, _stderr)
     # BLAS starts its threads at the first product that may use them; they are nobody's leak. SciPy

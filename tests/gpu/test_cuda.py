@@ -254,6 +254,7 @@ def test_torch_tensors_pass_from_task_to_task(rt: ch.Runtime, torch: Any) -> Non
     assert found.result() == pytest.approx(float(((a @ b) @ (c @ d)).trace()), rel=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*Grid size")
 def test_numba_takes_the_stream(rt: ch.Runtime, cp: Any) -> None:
     cuda = pytest.importorskip("numba.cuda")
 
@@ -486,6 +487,8 @@ def test_a_task_on_two_gpus(rt: ch.Runtime, cp: Any, spin: Spin) -> None:
         assert both().result() == pytest.approx(2 * x.sum())
 
 
+# CuPy says that it has given itself access to the other device's memory.
+@pytest.mark.filterwarnings("ignore:The device where the array resides")
 @pytest.mark.gpu(2)
 def test_dependencies_between_gpus_wait_on_the_devices(rt: ch.Runtime, cp: Any, spin: Spin) -> None:
     for attempt in range(5):
