@@ -339,6 +339,7 @@ def test_the_native_body_lasts_about_as_long_as_asked() -> None:
         ("pending", {"tasks": 1_000, "keep": True}, "memory per task"),
         ("anonymous", {"tasks": 20_000}, "growth"),
         ("rotating", {"tasks": 20_000}, "growth"),
+        ("cholesky", {"n": 4, "repetitions": 20}, "growth"),
         ("idle", {"workers": 4, "seconds": 0.1}, "processor time"),
         (
             "gil",

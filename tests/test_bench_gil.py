@@ -24,6 +24,8 @@ from charioteer.bench.harness import OURS, Key, Missing, Series
 from charioteer.bench.peers import THREAD_POOL
 from charioteer.cli import main
 
+pytestmark = pytest.mark.surface
+
 needs_gil = pytest.mark.skipif(
     not getattr(sys, "_is_gil_enabled", lambda: True)(), reason="there is no GIL to hold"
 )
@@ -233,7 +235,6 @@ def test_what_is_not_there_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 PARLA = """
 import threading
 
-pytestmark = pytest.mark.surface
 class Handle:
     def __init__(self): self.ended = False
     def __await__(self):
