@@ -118,7 +118,12 @@ def data(call: str, *arguments: Any) -> Any:
 
 def loaded_loop() -> Any:
     """The module ``_loop``, if a coroutine needed it so far."""
-    return sys.modules.get("charioteer._loop")
+    if "charioteer._loop" not in sys.modules:
+        return None
+    # Another thread may be in the middle of its import, which this waits for.
+    from charioteer import _loop
+
+    return _loop
 
 
 def loaded(call: str, *arguments: Any) -> Any:
