@@ -27,7 +27,7 @@ use std::time::Duration;
 
 use charioteer::machine::{
     Completion, Device, DeviceError, DeviceId, DeviceInfo, DevicePointer, Enqueued, Event, HOST,
-    Mark, Observed, Observers, Stream,
+    Mark, Observed, Observers, Stream, Traffic,
 };
 use cudarc::driver::sys::CUresult;
 
@@ -90,19 +90,6 @@ impl Process {
     fn may_reach(from: u16, to: u16) -> bool {
         lock(&PROCESS).wishes.contains(&(from, to))
     }
-}
-
-/// What went over one link in one direction.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Traffic {
-    /// Whose memory was read.
-    pub from: DeviceId,
-    /// Whose memory was written.
-    pub to: DeviceId,
-    /// Copies enqueued.
-    pub copies: u64,
-    /// Their bytes.
-    pub bytes: u64,
 }
 
 /// What a device has seen since the machine was opened. What other libraries enqueue or wait for is

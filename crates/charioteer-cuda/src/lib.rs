@@ -20,7 +20,7 @@ use std::sync::Arc;
 
 use charioteer::machine::Observers;
 
-pub use device::{Counters, CudaGpu, Traffic};
+pub use device::{Counters, CudaGpu};
 pub use driver::{Found, found};
 
 /// As many devices as asked for, in the driver's order, who tell `observers` what they see.

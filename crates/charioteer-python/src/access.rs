@@ -11,6 +11,7 @@
 use std::sync::Arc;
 
 use charioteer::data;
+pub use charioteer::data::Mode;
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyString, PyTuple};
@@ -45,7 +46,7 @@ pub fn accesses<'a>(claims: &'a [Claim<'_>]) -> SmallVec<[data::Access<'a, Inter
         .iter()
         .map(|claim| data::Access {
             part: part(&claim.thing).expect("only regions and tokens are claimed"),
-            mode: claim.mode.core(),
+            mode: claim.mode,
             ordered: claim.ordered,
         })
         .collect()
@@ -74,53 +75,26 @@ fn part<'a>(thing: &'a Bound<'_, PyAny>) -> Option<&'a data::Part<Interp>> {
     thing.cast::<Token>().ok().map(|token| token.get().part())
 }
 
-/// What a body does with data.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Mode {
-    In,
-    Out,
-    InOut,
-    Commute,
-    /// Reduces by this operation, see `reduce`.
-    Reduce(u32),
+/// The mode of a word in `charioteer/_modes.py`; an empty one is none. Reductions are numbered by
+/// [`OPERATIONS`].
+fn parse(word: &str) -> Option<Mode> {
+    Some(match word {
+        "In" => Mode::In,
+        "Out" => Mode::Out,
+        "InOut" => Mode::InOut,
+        "Commute" => Mode::Commute,
+        _ => {
+            let operation = OPERATIONS.iter().position(|name| *name == word)?;
+            Mode::Reduce(u32::try_from(operation).expect("few operations"))
+        }
+    })
 }
 
-impl Mode {
-    /// From its word in `charioteer/_modes.py`; an empty one is none.
-    fn parse(word: &str) -> Option<Self> {
-        Some(match word {
-            "In" => Self::In,
-            "Out" => Self::Out,
-            "InOut" => Self::InOut,
-            "Commute" => Self::Commute,
-            _ => {
-                let operation = OPERATIONS.iter().position(|name| *name == word)?;
-                Self::Reduce(u32::try_from(operation).expect("few operations"))
-            }
-        })
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::In => "ch.In",
-            Self::Out => "ch.Out",
-            Self::InOut => "ch.InOut",
-            Self::Commute => "ch.Commute",
-            Self::Reduce(0) => "ch.Sum",
-            Self::Reduce(1) => "ch.Prod",
-            Self::Reduce(2) => "ch.Min",
-            Self::Reduce(_) => "ch.Max",
-        }
-    }
-
-    fn core(self) -> data::Mode {
-        match self {
-            Self::In => data::Mode::In,
-            Self::Out => data::Mode::Out,
-            Self::InOut => data::Mode::InOut,
-            Self::Commute => data::Mode::Commute,
-            Self::Reduce(operation) => data::Mode::Reduce(operation),
-        }
+/// What users call it.
+fn name_of(mode: Mode) -> String {
+    match mode {
+        Mode::Reduce(operation) => format!("ch.{}", OPERATIONS[operation as usize]),
+        _ => format!("ch.{}", mode.name()),
     }
 }
 
@@ -162,7 +136,7 @@ impl Signature {
         Ok(found.map(|(positional, parts, keywords, annotations)| {
             let modes = |all: Vec<(Py<PyAny>, String)>| {
                 all.into_iter()
-                    .map(|(name, word)| (Some(PyRef::new(name)), Mode::parse(&word)))
+                    .map(|(name, word)| (Some(PyRef::new(name)), parse(&word)))
                     .collect()
             };
             let positional: Vec<(Option<PyRef>, Option<Mode>)> = modes(positional);
@@ -176,7 +150,7 @@ impl Signature {
                     last.map_or(0, |last| last + 1)
                 },
                 positional,
-                parts: Mode::parse(&parts),
+                parts: parse(&parts),
                 keywords,
                 annotations: annotations.into_iter().map(PyRef::new).collect(),
                 takes_arrays: false,
@@ -660,7 +634,7 @@ fn wrong(signature: &Signature, mode: Mode, given: &Bound<'_, PyAny>, name: &str
             "{}: parameter {name} ({}) takes a region of a managed array or a list of regions, not \
              {what}{cure}",
             signature.function,
-            mode.name()
+            name_of(mode)
         ),),
     )
 }

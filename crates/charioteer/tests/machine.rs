@@ -8,7 +8,8 @@ use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Barrier, Mutex};
 use std::time::Duration;
 
-use charioteer::machine::virtual_gpu::{Traffic, VirtualGpu};
+use charioteer::machine::Traffic;
+use charioteer::machine::virtual_gpu::VirtualGpu;
 use charioteer::machine::{
     Description, Device, DeviceError, DeviceId, DevicePointer, Enqueued, Event, Gpu, HOST, Host,
     Link, Links, Machine, Observed, Observer, Operation, Stream, Time,

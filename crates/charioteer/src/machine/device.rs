@@ -285,3 +285,16 @@ pub trait Device: Send + Sync {
     /// completions are called before this returns. With a driver, what is enqueued runs on.
     fn close(&self);
 }
+
+/// What went over one link in one direction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Traffic {
+    /// Whose memory was read.
+    pub from: DeviceId,
+    /// Whose memory was written.
+    pub to: DeviceId,
+    /// Copies enqueued.
+    pub copies: u64,
+    /// Their bytes.
+    pub bytes: u64,
+}

@@ -73,23 +73,10 @@ use self::timeline::{Timeline, Timelines};
 use super::description::Description;
 use super::device::{
     Completion, Device, DeviceError, DeviceId, DeviceInfo, DevicePointer, Event, HOST, Mark,
-    Operation, Stream,
+    Operation, Stream, Traffic,
 };
 use super::observer::{Enqueued, Observed, Observers};
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
-
-/// What went over one link in one direction.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Traffic {
-    /// Whose memory was read.
-    pub from: DeviceId,
-    /// Whose memory was written.
-    pub to: DeviceId,
-    /// Copies enqueued.
-    pub copies: u64,
-    /// Their bytes.
-    pub bytes: u64,
-}
 
 /// What a device has seen since the machine was made.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
