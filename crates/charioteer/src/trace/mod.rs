@@ -62,7 +62,9 @@
 //! comes after its `begun`.
 
 mod check;
+mod evidence;
 mod file;
+mod lives;
 mod numbers;
 mod order;
 mod record;

@@ -4,7 +4,7 @@
 //!
 //! *Evidence* is what the device layer logged at its calls: what was enqueued at which position of
 //! which stream, which streams were told to wait for what, and what the host saw complete. From
-//! that alone `evidence` works out what is before what. The *claims* come from what the runtime
+//! that alone [`evidence`](super::evidence) works out what is before what. The *claims* come from what the runtime
 //! believes: the edges of the graph say what must be ordered, the ledger's grants say who has what.
 //! They are never evidence that anything was ordered.
 //!
@@ -31,7 +31,6 @@
 
 mod capacity;
 mod claims;
-mod evidence;
 
 use std::fmt;
 
