@@ -96,6 +96,11 @@ impl Evidence {
         })
     }
 
+    /// The number of a stream, if the trace names it.
+    pub(super) fn known(&self, stream: Stream) -> Option<Track> {
+        self.numbers.get(&stream).copied()
+    }
+
     pub(super) fn stream(&self, track: Track) -> Stream {
         self.lines[track as usize].stream
     }

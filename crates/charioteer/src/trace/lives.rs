@@ -34,6 +34,9 @@ pub(super) struct Stay {
 #[derive(Clone, Debug)]
 pub(super) struct Part {
     pub(super) device: DeviceId,
+    /// Which member of the set that is, of how many.
+    pub(super) member: u16,
+    pub(super) members: u16,
     pub(super) track: Track,
     /// When the body began.
     pub(super) begun: u64,
@@ -98,8 +101,8 @@ pub(super) struct Lives {
 struct Open {
     streams: SmallVec<[Stream; 2]>,
     /// The devices of its grant, by their place in it.
-    members: SmallVec<[DeviceId; 2]>,
-    has_cores: bool,
+    list: SmallVec<[DeviceId; 2]>,
+    members: u16,
     begun: bool,
 }
 
@@ -140,15 +143,19 @@ impl Lives {
         for record in &trace.devices {
             let task = record.task;
             match record.event {
-                DeviceEvent::Granted { device, member, .. } => {
+                DeviceEvent::Granted {
+                    device,
+                    member,
+                    members,
+                    ..
+                } => {
                     let open = open.entry(task).or_default();
                     if member == 0 {
                         *open = Open::default();
+                        open.members = members;
                     }
-                    if device == HOST {
-                        open.has_cores = true;
-                    } else {
-                        open.members.push(device);
+                    if device != HOST {
+                        open.list.push(device);
                     }
                     *granted.entry(task).or_default() |= device == HOST;
                 }
@@ -164,8 +171,11 @@ impl Lives {
                     let life = self.of.entry(task).or_default();
                     for stream in &open.streams {
                         let track = self.evidence.track(*stream);
+                        let place = open.list.iter().position(|it| *it == stream.device);
                         life.parts.push(Part {
                             device: stream.device,
+                            member: place.map_or(0, |place| place as u16), // fewer than members
+                            members: open.members,
                             track,
                             begun: record.time,
                             before: self.evidence.last(track),
@@ -177,7 +187,7 @@ impl Lives {
                 DeviceEvent::Returned { member, behind } => {
                     let device = open
                         .get(&task)
-                        .and_then(|open| open.members.get(usize::from(member)));
+                        .and_then(|open| open.list.get(usize::from(member)));
                     let (Some(&device), Some(life)) = (device, self.of.get_mut(&task)) else {
                         continue;
                     };

@@ -4,6 +4,18 @@ use crate::data::Mode;
 use crate::machine::{DeviceId, Enqueued, Event as Position, Observed, Stream};
 use crate::region::Region;
 
+/// What each member of a set has of a region that a task accesses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Spread {
+    /// All of it.
+    #[default]
+    Whole,
+    /// Its piece along that axis.
+    Shard(u8),
+    /// All of it, and writes the same as the others.
+    Replicated,
+}
+
 /// What may happen to a task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
@@ -165,6 +177,60 @@ pub struct AccessRecord {
     pub mode: Mode,
     /// With which indices.
     pub region: Region,
+    /// What each member of a set has of them.
+    pub spread: Spread,
+}
+
+/// A copy of elements of an array from one memory to another, or an instance that was dropped.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MoveRecord {
+    /// Nanoseconds since the start of the trace: when it was enqueued or dropped, under the lock of
+    /// whoever did it.
+    pub time: u64,
+    /// The thread, by a number that is unique in the process.
+    pub thread: u32,
+    /// The datum.
+    pub datum: u64,
+    /// Which elements.
+    pub region: Region,
+    /// Whose memory they are in.
+    pub from: DeviceId,
+    /// Whose memory they go to.
+    pub to: DeviceId,
+    /// The box of the instance that they are in: on the host, all of the array.
+    pub source: Region,
+    /// The box of the instance that they go to.
+    pub target: Region,
+    /// How many bytes go over the link.
+    pub bytes: u64,
+    /// Complete when they are there. None: the instance that they are in is dropped.
+    pub event: Option<Position>,
+}
+
+/// How the elements of an array lie.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// Bytes of an element.
+    pub item: u64,
+    /// Elements along each axis.
+    pub shape: Vec<u64>,
+}
+
+/// A spread as a number.
+pub(super) fn spread_word(spread: Spread) -> u32 {
+    match spread {
+        Spread::Whole => 0,
+        Spread::Replicated => 1,
+        Spread::Shard(axis) => 2 + u32::from(axis),
+    }
+}
+
+pub(super) fn spread_of(word: u32) -> Option<Spread> {
+    Some(match word {
+        0 => Spread::Whole,
+        1 => Spread::Replicated,
+        axis => Spread::Shard(u8::try_from(axis - 2).ok()?),
+    })
 }
 
 /// A mode as two numbers.
@@ -189,13 +255,13 @@ pub(super) fn mode_of(words: [u32; 2]) -> Option<Mode> {
     }
 }
 
-const NO_POSITION: u64 = u64::MAX;
+pub(super) const NO_POSITION: u64 = u64::MAX;
 
-fn stream_word(stream: Stream) -> u64 {
+pub(super) fn stream_word(stream: Stream) -> u64 {
     u64::from(stream.device.0) << 32 | u64::from(stream.number)
 }
 
-fn stream_of(word: u64) -> Option<Stream> {
+pub(super) fn stream_of(word: u64) -> Option<Stream> {
     Some(Stream {
         device: DeviceId(u16::try_from(word >> 32).ok()?),
         number: word as u32, // the lower half
