@@ -3,13 +3,14 @@
 
 mod common;
 
+use charioteer::data::Spread;
 use charioteer::gang::WHOLE;
 use charioteer::machine::{DeviceId, Enqueued, Event as Position, HOST, Observed, Stream};
 use charioteer::native::Mode;
 use charioteer::region::{Region, Span};
 use charioteer::trace::{
     self, AccessRecord, DeviceEvent, DeviceRecord, Event, Layout, MoveRecord, Moves, Optimum,
-    Record, Rule, Spread, TraceFile,
+    Record, Rule, TraceFile,
 };
 
 const ARRAY: u64 = 900;
@@ -165,6 +166,7 @@ impl Author {
                 device: stream.device,
                 member: 0,
                 members: 1,
+                place: 0,
                 share: WHOLE,
                 memory: 0,
             },

@@ -8,9 +8,10 @@ use std::path::{Path, PathBuf};
 use smallvec::SmallVec;
 
 use super::record::{
-    AccessRecord, DeviceRecord, Event, Layout, MoveRecord, NO_POSITION, Record, Spread, mode_of,
+    AccessRecord, DeviceRecord, Event, Layout, MoveRecord, NO_POSITION, Record, mode_of,
     mode_words, spread_of, spread_word, stream_of, stream_word,
 };
+use crate::data::Spread;
 use crate::machine::{DeviceId, Event as Position};
 use crate::region::{Region, Span};
 
@@ -537,6 +538,7 @@ mod tests {
                 device,
                 member,
                 members: 4,
+                place: 3,
                 share: 65_536,
                 memory: 17,
             },

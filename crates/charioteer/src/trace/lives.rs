@@ -66,6 +66,8 @@ impl Part {
 pub(super) struct Life {
     pub(super) host: Option<Stay>,
     pub(super) parts: SmallVec<[Part; 1]>,
+    /// The places in its set that are cores, beside the devices of others.
+    pub(super) cores: SmallVec<[u16; 2]>,
 }
 
 impl Life {
@@ -100,8 +102,9 @@ pub(super) struct Lives {
 #[derive(Default)]
 struct Open {
     streams: SmallVec<[Stream; 2]>,
-    /// The devices of its grant, by their place in it.
-    list: SmallVec<[DeviceId; 2]>,
+    /// The devices of its grant, with their places in the set, and those of the cores.
+    list: SmallVec<[(DeviceId, u16); 2]>,
+    cores: SmallVec<[u16; 2]>,
     members: u16,
     begun: bool,
 }
@@ -147,6 +150,7 @@ impl Lives {
                     device,
                     member,
                     members,
+                    place,
                     ..
                 } => {
                     let open = open.entry(task).or_default();
@@ -155,7 +159,9 @@ impl Lives {
                         open.members = members;
                     }
                     if device != HOST {
-                        open.list.push(device);
+                        open.list.push((device, place));
+                    } else {
+                        open.cores.push(place);
                     }
                     *granted.entry(task).or_default() |= device == HOST;
                 }
@@ -169,12 +175,13 @@ impl Lives {
                     };
                     open.begun = true;
                     let life = self.of.entry(task).or_default();
+                    life.cores.clone_from(&open.cores);
                     for stream in &open.streams {
                         let track = self.evidence.track(*stream);
-                        let place = open.list.iter().position(|it| *it == stream.device);
+                        let member = open.list.iter().find(|it| it.0 == stream.device);
                         life.parts.push(Part {
                             device: stream.device,
-                            member: place.map_or(0, |place| place as u16), // fewer than members
+                            member: member.map_or(0, |it| it.1),
                             members: open.members,
                             track,
                             begun: record.time,
@@ -188,7 +195,7 @@ impl Lives {
                     let device = open
                         .get(&task)
                         .and_then(|open| open.list.get(usize::from(member)));
-                    let (Some(&device), Some(life)) = (device, self.of.get_mut(&task)) else {
+                    let (Some(&(device, _)), Some(life)) = (device, self.of.get_mut(&task)) else {
                         continue;
                     };
                     let part = life.parts.iter_mut().rev();

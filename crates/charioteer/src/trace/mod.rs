@@ -39,9 +39,10 @@
 //!
 //! ```text
 //! [spawn edge*] (ready start (suspend ready start)* end [retry])* (done | failed)
+//! [spawn edge*] ready carry (done | failed)
 //! ```
 //!
-//! where a task that is cancelled or skipped may fail at any point before a `start`, and one that was
+//! the second those of one that moves data and has no body, where a task that is cancelled or skipped may fail at any point before a `start`, and one that was
 //! never spawned has nothing but its failure.
 //!
 //! # Accesses
@@ -89,7 +90,7 @@ pub use moves::{Moves, check_moves};
 pub use optimum::{Optimum, optimum};
 pub use order::{Ordered, check_order};
 pub use record::{
-    AccessRecord, DeviceEvent, DeviceRecord, Event, Layout, MoveRecord, Record, Spread,
+    AccessRecord, DeviceEvent, DeviceRecord, Event, Layout, MoveRecord, Record,
 };
 
 pub(crate) use numbers::{next_id, thread_number};
@@ -208,7 +209,7 @@ impl Trace {
             thread: u32::try_from(thread).unwrap_or(u32::MAX),
             mode: access.mode,
             region: access.part.region().clone(),
-            spread: Spread::Whole,
+            spread: access.spread,
         };
         let mut ring = self.rings[thread % RINGS].lock();
         ring.accesses.push(record);

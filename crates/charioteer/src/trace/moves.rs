@@ -34,8 +34,8 @@ use super::check::{NoEvidence, Rule, Violation};
 use super::evidence::{Clock, Position, has};
 use super::file::TraceFile;
 use super::lives::{Life, Lives, Part};
-use super::record::{AccessRecord, DeviceEvent, Event, MoveRecord, Spread};
-use crate::data::Mode;
+use super::record::{AccessRecord, DeviceEvent, Event, MoveRecord};
+use crate::data::{Mode, Spread};
 use crate::machine::{DeviceId, HOST, Observed};
 use crate::region::tree::{Bounds, Tree, longest};
 use crate::region::{Region, Span};
@@ -579,15 +579,11 @@ impl<'a> Replay<'a> {
             })
             .collect();
         if let Some(stay) = life.host {
-            // Its members on the host come behind those on devices.
-            let (first, members_all) = life
-                .parts
-                .first()
-                .map_or((0, 1), |part| (members.len(), part.members));
-            for member in first..usize::from(members_all) {
-                let whole = Some(&array.whole);
-                let member = u16::try_from(member).expect("a set has few members");
-                let wants = wants(accesses, member, members_all, whole);
+            // Alone, or with devices.
+            let of = life.parts.first().map_or(1, |part| part.members);
+            let cores = if life.parts.is_empty() { &[0][..] } else { &life.cores };
+            for &member in cores {
+                let wants = wants(accesses, member, of, Some(&array.whole));
                 members.push((HOST, Who::Host(stay.begin), wants));
             }
         }

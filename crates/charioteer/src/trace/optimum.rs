@@ -132,7 +132,10 @@ pub fn optimum(trace: &TraceFile) -> Result<Optimum, NoEvidence> {
         }
         if life.host.is_some() {
             let members = life.parts.first().map_or(1, |part| part.members);
-            schedule.add(trace, HOST, (members - 1, members), 0, accesses);
+            let cores = if life.parts.is_empty() { &[0][..] } else { &life.cores };
+            for &member in cores {
+                schedule.add(trace, HOST, (member, members), 0, accesses);
+            }
         }
     }
     Ok(schedule.run(memories))

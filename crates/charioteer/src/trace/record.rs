@@ -1,20 +1,8 @@
 //! What a trace has of tasks and of devices.
 
-use crate::data::Mode;
+use crate::data::{Mode, Spread};
 use crate::machine::{DeviceId, Enqueued, Event as Position, Observed, Stream};
 use crate::region::Region;
-
-/// What each member of a set has of a region that a task accesses.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Spread {
-    /// All of it.
-    #[default]
-    Whole,
-    /// Its piece along that axis.
-    Shard(u8),
-    /// All of it, and writes the same as the others.
-    Replicated,
-}
 
 /// What may happen to a task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +26,8 @@ pub enum Event {
     Done = 8,
     /// It has its outcome: none, by a failure, by cancellation or because a predecessor failed.
     Failed = 9,
+    /// It has no body, and moved data, or began to.
+    Carry = 10,
 }
 
 impl Event {
@@ -52,6 +42,7 @@ impl Event {
             Self::Retry,
             Self::Done,
             Self::Failed,
+            Self::Carry,
         ]
         .into_iter()
         .find(|event| *event as u32 == number)
@@ -70,6 +61,7 @@ impl Event {
             Self::Retry => "retry",
             Self::Done => "done",
             Self::Failed => "failed",
+            Self::Carry => "carry",
         }
     }
 }
@@ -113,6 +105,8 @@ pub enum DeviceEvent {
         member: u16,
         /// How many the set has.
         members: u16,
+        /// Its place among all of them, in the order of the set; before version 4 it is 0.
+        place: u16,
         /// Part of the device's compute.
         share: u32,
         /// Bytes of its memory.
@@ -288,10 +282,11 @@ impl DeviceRecord {
                 device,
                 member,
                 members,
+                place,
                 share,
                 memory,
             } => {
-                let set = u64::from(members) << 32 | u64::from(member);
+                let set = u64::from(members) << 32 | u64::from(place) << 16 | u64::from(member);
                 (2, [device.0.into(), set, share.into(), memory])
             }
             DeviceEvent::Lent(stream) => (3, [stream_word(stream), 0, 0, 0]),
@@ -354,7 +349,8 @@ impl DeviceRecord {
             },
             2 => DeviceEvent::Granted {
                 device: device(a)?,
-                member: u16::try_from(b & 0xffff_ffff).ok()?,
+                member: b as u16,         // the lowest 16 bits
+                place: (b >> 16) as u16, // those above
                 members: u16::try_from(b >> 32).ok()?,
                 share: u32::try_from(c).ok()?,
                 memory: d,

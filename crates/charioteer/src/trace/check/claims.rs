@@ -140,6 +140,8 @@ impl<'a> Claims<'a> {
             (State::Running, Event::Suspend) => State::Suspended,
             // A body that went elsewhere ends there.
             (State::Running | State::Suspended, Event::End) => State::Ended,
+            // Its copies are in the order of those to whom the data belong.
+            (State::Ready, Event::Carry) => State::Ended,
             (State::Ended, Event::Retry) => State::Spawned,
             (State::Ended, Event::Done | Event::Failed) => State::Over,
             // Skipped, cancelled, kept from beginning by a device, or never spawned.
@@ -284,6 +286,7 @@ impl<'a> Claims<'a> {
                 members,
                 share,
                 memory,
+                ..
             } => self.granted(record, device, (member, members), (share, memory)),
             DeviceEvent::Lent(core) if core.device == HOST => {
                 self.is_lent_core(task, core.number);
