@@ -134,6 +134,11 @@ impl Lives {
         lives
     }
 
+    /// Whether any task did anything on a device.
+    pub(super) fn any_parts(&self) -> bool {
+        self.of.values().any(|life| !life.parts.is_empty())
+    }
+
     /// The life of a task, if it did anything.
     pub(super) fn of(&self, task: u64) -> Option<&Life> {
         self.of.get(&task)

@@ -107,6 +107,32 @@ use crate::data::Access;
 use crate::sync::Mutex;
 use crate::task::Domain;
 
+/// What a trace shows of data: the order of accesses, and where the data were when they were needed.
+#[derive(Clone, Debug)]
+pub struct DataCheck {
+    /// The order of accesses.
+    pub order: Ordered,
+    /// What was copied, and what the best eviction would have. A trace before version 4 does not say.
+    pub moves: Option<(Moves, Optimum)>,
+}
+
+/// [`check_order`], [`check_moves`] and [`optimum`] at once, which costs less.
+///
+/// # Errors
+/// [`NoEvidence`] of a trace before version 3.
+pub fn check_data(trace: &TraceFile) -> Result<DataCheck, NoEvidence> {
+    if trace.version < 3 {
+        let version = trace.version;
+        return Err(NoEvidence { version, needs: 3 });
+    }
+    let lives = lives::Lives::new(trace);
+    let knows = trace.version >= 4;
+    Ok(DataCheck {
+        order: order::prove(trace, &lives),
+        moves: knows.then(|| (moves::replay(trace, &lives), optimum::best(trace, &lives))),
+    })
+}
+
 const RINGS: usize = 64;
 const CAPACITY: usize = 1024;
 

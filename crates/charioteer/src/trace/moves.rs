@@ -138,26 +138,45 @@ pub fn check_moves(trace: &TraceFile) -> Result<Moves, NoEvidence> {
         });
     }
     let lives = Lives::new(trace);
-    let mut replay = Replay::new(trace, &lives);
-    for (time, step) in steps(trace, &lives) {
+    Ok(replay(trace, &lives))
+}
+
+/// The same, of a trace of version 4 with its lives.
+pub(super) fn replay(trace: &TraceFile, lives: &Lives) -> Moves {
+    let scattered = scattered(trace, lives);
+    let mut replay = Replay::new(trace, lives, &scattered);
+    for (time, step) in steps(trace, lives, &scattered) {
         match step {
             Step::Move(at) => replay.moves(at),
             Step::Begin(task) => replay.begins(task, time),
             Step::Lose(device) => replay.loses(device),
         }
     }
-    Ok(replay.found)
+    replay.found
+}
+
+/// The arrays that were ever used elsewhere than on the host.
+pub(super) fn scattered(trace: &TraceFile, lives: &Lives) -> HashSet<u64> {
+    let mut scattered: HashSet<u64> = trace.moves.iter().map(|record| record.datum).collect();
+    let on_devices = |task| lives.of(task).is_some_and(|life| !life.parts.is_empty());
+    if lives.any_parts() {
+        let accesses = trace.accesses.iter();
+        let used = accesses.filter(|access| on_devices(access.task));
+        scattered.extend(used.map(|access| access.datum));
+    }
+    scattered.retain(|datum| trace.layouts.contains_key(datum));
+    scattered
 }
 
 /// All that is replayed, in the order of its times.
-fn steps(trace: &TraceFile, lives: &Lives) -> Vec<(u64, Step)> {
+fn steps(trace: &TraceFile, lives: &Lives, scattered: &HashSet<u64>) -> Vec<(u64, Step)> {
     let mut steps: Vec<(u64, Step)> = Vec::new();
     for (at, record) in trace.moves.iter().enumerate() {
         steps.push((record.time, Step::Move(at)));
     }
     let mut seen = HashSet::new();
     for access in &trace.accesses {
-        if !trace.layouts.contains_key(&access.datum) || !seen.insert(access.task) {
+        if !scattered.contains(&access.datum) || !seen.insert(access.task) {
             continue;
         }
         let Some(life) = lives.of(access.task) else {
@@ -275,7 +294,7 @@ enum Who<'a> {
 }
 
 impl<'a> Replay<'a> {
-    fn new(trace: &'a TraceFile, lives: &'a Lives) -> Self {
+    fn new(trace: &'a TraceFile, lives: &'a Lives, scattered: &HashSet<u64>) -> Self {
         let evidence = &lives.evidence;
         let copies = trace.moves.iter().map(|record| {
             let known = record
@@ -292,7 +311,7 @@ impl<'a> Replay<'a> {
         let mut accesses: HashMap<u64, Vec<&AccessRecord>> = HashMap::new();
         let mut loose = HashSet::new();
         for access in &trace.accesses {
-            if !trace.layouts.contains_key(&access.datum) {
+            if !scattered.contains(&access.datum) {
                 continue;
             }
             if access.number == 0 && !access.region.is_empty() {
@@ -300,9 +319,9 @@ impl<'a> Replay<'a> {
             }
             accesses.entry(access.task).or_default().push(access);
         }
-        let arrays = trace.layouts.iter().map(|(&datum, layout)| {
-            let array = Array::new(&layout.shape, loose.contains(&datum));
-            (datum, array)
+        let arrays = scattered.iter().map(|datum| {
+            let shape = &trace.layouts[datum].shape;
+            (*datum, Array::new(shape, loose.contains(datum)))
         });
         let failed = trace.records.iter();
         let failed = failed.filter(|record| record.event == Event::Failed);

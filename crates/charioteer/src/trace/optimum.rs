@@ -20,7 +20,7 @@ use smallvec::SmallVec;
 use super::check::NoEvidence;
 use super::file::TraceFile;
 use super::lives::Lives;
-use super::moves::wants;
+use super::moves::{scattered, wants};
 use super::record::{AccessRecord, DeviceEvent};
 use crate::data::Mode;
 use crate::machine::{DeviceId, HOST};
@@ -90,10 +90,16 @@ pub fn optimum(trace: &TraceFile) -> Result<Optimum, NoEvidence> {
         });
     }
     let lives = Lives::new(trace);
+    Ok(best(trace, &lives))
+}
+
+/// The same, of a trace of version 4 with its lives.
+pub(super) fn best(trace: &TraceFile, lives: &Lives) -> Optimum {
+    let scattered = scattered(trace, lives);
     let mut schedule = Schedule::default();
     let mut tasks: HashMap<u64, Vec<&AccessRecord>> = HashMap::new();
     for access in &trace.accesses {
-        if trace.layouts.contains_key(&access.datum) {
+        if scattered.contains(&access.datum) {
             tasks.entry(access.task).or_default().push(access);
         }
     }
@@ -138,7 +144,7 @@ pub fn optimum(trace: &TraceFile) -> Result<Optimum, NoEvidence> {
             }
         }
     }
-    Ok(schedule.run(memories))
+    schedule.run(memories)
 }
 
 #[derive(Default)]

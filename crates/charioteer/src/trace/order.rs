@@ -96,16 +96,20 @@ pub fn check_order(trace: &TraceFile) -> Result<Ordered, NoEvidence> {
             needs: 3,
         });
     }
-    let lives = Lives::new(trace);
+    Ok(prove(trace, &Lives::new(trace)))
+}
+
+/// The same, of a trace of version 3 or later with its lives.
+pub(super) fn prove(trace: &TraceFile, lives: &Lives) -> Ordered {
     let mut checker = Checker {
         trace,
-        lives: &lives,
+        lives,
         found: Ordered::default(),
     };
     for accesses in trace.accesses.chunk_by(|a, b| a.datum == b.datum) {
         checker.datum(accesses);
     }
-    Ok(checker.found)
+    checker.found
 }
 
 /// Whether two accesses that overlap have to be ordered; those that commute exclude each other besides.
