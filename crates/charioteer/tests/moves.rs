@@ -388,3 +388,226 @@ fn a_cycle_of_tiles_costs_the_best_what_belady_says() {
     let best = trace::optimum(&author.file).unwrap();
     assert_eq!((best.loaded, best.written_back, best.bytes), (0, 160, 320));
 }
+
+/// Real traces: random programs on devices, and the same verdict in the slowest way.
+mod real {
+    use std::collections::{HashMap, HashSet};
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use charioteer::gang::{Alternative, Member};
+    use charioteer::machine::{Description, Kind, Links, Machine, Time};
+    use charioteer::native::{Access, Datum, Part, Runtime, Task, current};
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::common::{check_trace, prove, take_trace, trace_path, within_on};
+
+    const ELEMENTS: u64 = 24;
+    const SIZE: usize = 5;
+
+    #[derive(Clone, Debug)]
+    enum On {
+        Host,
+        /// Cores and devices.
+        Any,
+        Gpu(u16),
+        /// Two devices, which divide what they write.
+        Pair,
+        /// A core and a device, which do.
+        Mixed,
+        Prefetch(u16),
+        Evict(u16),
+        /// The host itself.
+        Outside,
+    }
+
+    #[derive(Clone, Debug)]
+    struct Plan {
+        on: On,
+        uses: Vec<(Span, Mode)>,
+        work: u64,
+        fails: bool,
+    }
+
+    #[derive(Clone, Debug)]
+    struct Program {
+        gpus: u16,
+        workers: usize,
+        runahead: u32,
+        /// Elements for which a device has room.
+        room: u64,
+        peers: bool,
+        plans: Vec<Plan>,
+    }
+
+    fn span() -> impl Strategy<Value = Span> {
+        prop_oneof![
+            6 => (0..ELEMENTS / 4).prop_map(|tile| Span::range(tile * 4, tile * 4 + 4)),
+            2 => (0..ELEMENTS - 6, 2..7_u64).prop_map(|(from, count)| Span::range(from, from + count)),
+            1 => (0..4_u64, 2..5_u64).prop_map(|(from, count)| Span::new(from, 3, count)),
+        ]
+    }
+
+    fn plan(gpus: u16, commutes: bool) -> impl Strategy<Value = Plan> {
+        let on = prop_oneof![
+            8 => (0..gpus).prop_map(On::Gpu),
+            2 => Just(On::Any),
+            2 => Just(On::Host),
+            2 => Just(if gpus > 1 { On::Pair } else { On::Any }),
+            1 => Just(On::Mixed),
+            1 => Just(On::Outside),
+            1 => (0..gpus).prop_map(On::Prefetch),
+            1 => (0..gpus).prop_map(On::Evict),
+        ];
+        let mode = if commutes {
+            prop_oneof![Just(Mode::In), Just(Mode::InOut), Just(Mode::Commute)].boxed()
+        } else {
+            prop_oneof![3 => Just(Mode::In), 2 => Just(Mode::InOut), 2 => Just(Mode::Out)].boxed()
+        };
+        let uses = prop::collection::vec((span(), mode), 1..3);
+        let fails = prop::bool::weighted(if commutes { 0.0 } else { 0.04 });
+        (on, uses, 0..40_u64, fails).prop_map(|(on, uses, work, fails)| Plan {
+            on,
+            uses,
+            work,
+            fails,
+        })
+    }
+
+    fn program(most: usize) -> impl Strategy<Value = Program> {
+        let workers = prop_oneof![Just(0_usize), Just(1), Just(3)];
+        let runahead = prop_oneof![1 => Just(0_u32), 3 => Just(64)];
+        let room = prop_oneof![Just(ELEMENTS * 4), Just(2 * ELEMENTS), Just(ELEMENTS)];
+        (1..=3_u16, workers, runahead, room, prop::bool::ANY, prop::bool::weighted(0.2)).prop_flat_map(
+            move |(gpus, workers, runahead, room, peers, commutes)| {
+                prop::collection::vec(plan(gpus, commutes), 1..most).prop_map(move |plans| Program {
+                    gpus,
+                    workers,
+                    runahead,
+                    room,
+                    peers,
+                    plans,
+                })
+            },
+        )
+    }
+
+    fn alternatives(on: &On) -> Vec<Alternative> {
+        let any = Member::Any(Kind::Gpu);
+        let members = match on {
+            On::Gpu(index) => vec![Member::Device(gpu(*index))],
+            On::Pair => vec![any, any],
+            On::Mixed => vec![Member::Any(Kind::Cpu), any],
+            _ => vec![any],
+        };
+        vec![Alternative {
+            members: members.into(),
+            share: WHOLE,
+            memory: 0,
+        }]
+    }
+
+    /// Runs a program and gives its trace.
+    pub fn run(program: &Program) -> TraceFile {
+        let mut description =
+            Description::uniform(2, usize::from(program.gpus), program.room * ITEM, Time::Real)
+                .unwrap();
+        if !program.peers {
+            let links = Links {
+                peer: None,
+                ..Links::default()
+            };
+            let (host, gpus) = (description.host().clone(), description.gpus().to_vec());
+            description = Description::new(host, gpus, links, Time::Real).unwrap();
+        }
+        let machine = Machine::virtual_machine(description);
+        let path = trace_path();
+        let runtime = Runtime::builder()
+            .workers(program.workers)
+            .machine(Arc::clone(&machine))
+            .runahead(program.runahead)
+            .trace(&path)
+            .open()
+            .unwrap();
+        let buffer = vec![0_u64; usize::try_from(ELEMENTS).unwrap()];
+        let address = buffer.as_ptr() as usize;
+        let datum: Arc<Datum> =
+            Datum::stored("A", &[ELEMENTS], 8, address, Box::new(buffer));
+        let mut tasks: Vec<Task<()>> = Vec::new();
+        for (number, plan) in program.plans.iter().enumerate() {
+            let parts: Vec<Part> = plan
+                .uses
+                .iter()
+                .map(|(span, _)| datum.part(Region::new([*span])))
+                .collect();
+            match plan.on {
+                On::Prefetch(index) => {
+                    tasks.extend(runtime.prefetch(&parts[0], gpu(index)));
+                    continue;
+                }
+                On::Evict(index) => {
+                    tasks.extend(runtime.evict(&parts[0], gpu(index)));
+                    continue;
+                }
+                On::Outside => {
+                    drop(runtime.host(&[Access::new(&parts[0], Mode::InOut)]));
+                    continue;
+                }
+                _ => {}
+            }
+            let mut task = runtime.task().name(format!("t{number}"));
+            let splits = matches!(plan.on, On::Pair | On::Mixed);
+            for ((_, mode), part) in plan.uses.iter().zip(&parts) {
+                let access = Access::new(part, *mode);
+                task = task.accesses(match mode {
+                    Mode::In => access,
+                    _ if splits => access.sharded(0),
+                    _ => access,
+                });
+            }
+            task = match plan.on {
+                On::Host => task,
+                _ => task.on(alternatives(&plan.on)),
+            };
+            let (machine, work, fails) = (Arc::clone(&machine), plan.work, plan.fails);
+            let body = move || {
+                for (device, stream) in current().unwrap().streams() {
+                    let gpu = machine.as_virtual().unwrap().gpu(device);
+                    let _ = gpu.busy(stream, Duration::from_micros(work));
+                }
+                if fails {
+                    return Err(std::io::Error::other("on purpose"));
+                }
+                Ok(())
+            };
+            // Some are refused: they conflict with themselves, or never fit.
+            let mut body = Some(body);
+            tasks.extend(task.try_spawn(0, move || (body.take().expect("it runs once"))()));
+        }
+        for task in &tasks {
+            let _ = task.result();
+        }
+        let _ = runtime.close();
+        take_trace(&path)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 1000, max_shrink_iters: 400, ..ProptestConfig::default() })]
+
+        #[test]
+        fn random_programs_have_their_data_where_they_run(program in program(SIZE)) {
+            within_on(program.clone(), 5, move || {
+                let file = run(&program);
+                check_trace(&file);
+                prove(&file);
+                let checked = trace::check_data(&file).unwrap();
+                let (moves, _) = checked.moves.unwrap();
+                let mut violations = checked.order.violations;
+                violations.extend(moves.violations);
+                let violations: Vec<_> = violations.iter().map(ToString::to_string).collect();
+                assert!(violations.is_empty(), "{violations:#?}");
+            });
+        }
+    }
+}

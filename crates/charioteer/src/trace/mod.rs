@@ -104,6 +104,7 @@ use std::time::{Instant, SystemTime};
 use crossbeam_utils::CachePadded;
 
 use crate::data::Access;
+use crate::data::store::Moved;
 use crate::sync::Mutex;
 use crate::task::Domain;
 
@@ -245,7 +246,24 @@ impl Trace {
         }
     }
 
-    pub(crate) fn push_move(&self, record: MoveRecord) {
+    /// A copy, or an instance that was dropped.
+    pub(crate) fn record_move(&self, moved: &Moved) {
+        let time = moved.at.saturating_duration_since(self.start).as_nanos();
+        self.push_move(MoveRecord {
+            time: u64::try_from(time).unwrap_or(u64::MAX),
+            thread: u32::try_from(thread_number()).unwrap_or(u32::MAX),
+            datum: moved.storage,
+            region: moved.region.clone(),
+            from: moved.from,
+            to: moved.to,
+            source: moved.source.clone(),
+            target: moved.target.clone(),
+            bytes: moved.bytes,
+            event: moved.event,
+        });
+    }
+
+    fn push_move(&self, record: MoveRecord) {
         let mut ring = self.rings[thread_number() % RINGS].lock();
         ring.moves.push(record);
         if ring.moves.len() == CAPACITY {
