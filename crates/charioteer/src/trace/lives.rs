@@ -38,8 +38,9 @@ pub(super) struct Part {
     pub(super) member: u16,
     pub(super) members: u16,
     pub(super) track: Track,
-    /// When the body began.
+    /// When the body began, and when its device had been given back.
     pub(super) begun: u64,
+    pub(super) returned: u64,
     /// What was on the stream then: the last position that is not of the body.
     before: u64,
     /// What it is behind on other streams.
@@ -190,6 +191,7 @@ impl Lives {
                             members: open.members,
                             track,
                             begun: record.time,
+                            returned: u64::MAX,
                             before: self.evidence.last(track),
                             clock: None,
                             end: u64::MAX,
@@ -205,6 +207,7 @@ impl Lives {
                     };
                     let part = life.parts.iter_mut().rev();
                     if let Some(part) = { part }.find(|part| part.device == device) {
+                        part.returned = record.time;
                         // Without an event the device is lost, and what ran there is known.
                         part.end = behind.map_or(part.end, |event| event.position);
                     }

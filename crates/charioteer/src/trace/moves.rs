@@ -13,9 +13,9 @@
 //! The copies and drops of the trace and the tasks that began are replayed in the order of their times, with
 //! nothing of what the store believes. For each array there are disjoint *pieces*. A piece has the task that
 //! wrote it last, and the *places* that have that version: an instance each (a device and a box of the
-//! array), with what put it there, the writer or a copy. A task writes when it begins: copies of what was
-//! there before were decided before that, and those of what it writes come after. That this order of
-//! conflicting accesses is the right one is proved by [`check_order`](super::check_order); what is before
+//! array), with what put it there, the writer or a copy. A task writes when it begins: nobody copies what it
+//! writes before that. What was there before is kept aside until the task is known to have been launched,
+//! since it may still be copied to make room. That this order of conflicting accesses is the right one is proved by [`check_order`](super::check_order); what is before
 //! what is known from the [evidence](super::evidence) here as there.
 //!
 //! Which instance a task uses follows from its accesses: the box of each, where boxes of one member of its
@@ -96,6 +96,8 @@ struct Array {
     axes: SmallVec<[usize; 3]>,
     whole: Rc<Region>,
     pieces: Tree<Piece>,
+    /// What was there before somebody began to write, with when that was launched at the latest.
+    former: Tree<(Piece, u64)>,
     uses: Tree<Use>,
     /// Whether there are accesses in no order.
     loose: bool,
@@ -466,6 +468,14 @@ impl<'a> Replay<'a> {
         let who = Who::Copy(at);
         self.writes_to(&who, array, &target, &record.region, 0, record.datum);
         for mut piece in array.cut(&record.region) {
+            let here = |(place, _): &(Place, Since)| *place == source;
+            if piece.sound
+                && !piece.holders.iter().any(here)
+                && array.copy_former(&piece.region, &source, &target, record.time, at)
+            {
+                array.put(piece);
+                continue;
+            }
             if piece.sound {
                 self.takes_last(&who, record, &piece, &source);
                 let there = |(place, _): &(Place, Since)| place.device == record.to;
@@ -636,8 +646,15 @@ impl<'a> Replay<'a> {
                 });
             }
         }
+        let parts = life.parts.iter().filter(|part| part.begun == time);
+        let launched = parts.map(|part| part.returned).max();
         for piece in written {
-            drop(array.cut(&piece.region));
+            array.forget_former(&piece.region);
+            for old in array.cut(&piece.region) {
+                if let Some(launched) = launched.filter(|_| old.writer != task) {
+                    array.keep_former(old, launched);
+                }
+            }
             array.put(piece);
         }
     }
@@ -721,6 +738,7 @@ impl Array {
         let mut array = Self {
             axes: longest(shape),
             pieces: Tree::new(),
+            former: Tree::new(),
             uses: Tree::new(),
             whole: Rc::new(whole.clone()),
             loose,
@@ -767,9 +785,67 @@ impl Array {
         taken
     }
 
+    /// Forgets what was there before the version that is written over now.
+    fn forget_former(&mut self, region: &Region) {
+        let bounds = Bounds::of(region, &self.axes);
+        let mut taken = Vec::new();
+        let overlaps = &mut |(piece, _): &(Piece, u64)| piece.region.overlaps(region);
+        self.former.extract(Some(&bounds), overlaps, &mut taken);
+        for (piece, launched) in taken {
+            for rest in piece.region.difference(region) {
+                let rest = Piece {
+                    region: rest,
+                    holders: piece.holders.clone(),
+                    ..piece
+                };
+                self.keep_former(rest, launched);
+            }
+        }
+    }
+
+    fn keep_former(&mut self, piece: Piece, launched: u64) {
+        let bounds = Bounds::of(&piece.region, &self.axes);
+        self.former.insert(bounds, (piece, launched));
+    }
+
+    /// Copies what was there before somebody wrote who may not be launched at that time; false if all of it
+    /// is not there.
+    fn copy_former(
+        &mut self,
+        region: &Region,
+        source: &Place,
+        target: &Place,
+        time: u64,
+        copy: usize,
+    ) -> bool {
+        let bounds = Bounds::of(region, &self.axes);
+        let mut found = 0;
+        let matches = |(piece, launched): &(Piece, u64)| {
+            let has = |(place, _): &(Place, Since)| place == source;
+            *launched >= time && piece.holders.iter().any(has) && piece.region.overlaps(region)
+        };
+        self.former.visit(&bounds, &mut |one| {
+            if matches(one) {
+                found += one.0.region.intersection(region).elements();
+            }
+        });
+        if found != region.elements() {
+            return false;
+        }
+        self.former.visit_mut(&bounds, &mut |one| {
+            if matches(one) {
+                one.0.holders.push((target.clone(), Since::Copy(copy)));
+            }
+        });
+        true
+    }
+
     fn drop_instance(&mut self, place: &Place) {
         let bounds = Bounds::of(&place.instance, &self.axes);
         self.pieces.visit_mut(&bounds, &mut |piece| {
+            piece.holders.retain(|(other, _)| other != place);
+        });
+        self.former.visit_mut(&bounds, &mut |(piece, _)| {
             piece.holders.retain(|(other, _)| other != place);
         });
         let of_it = &mut |one: &Use| one.place == *place;
