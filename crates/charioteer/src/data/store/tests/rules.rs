@@ -292,6 +292,24 @@ fn a_lost_device_takes_what_it_had_alone() {
     assert_eq!(bench.store.counters()[0].resident, 0);
 }
 
+#[test]
+fn what_a_lost_device_had_is_not_waited_for_at_the_end() {
+    let bench = Bench::new(2, 64, true);
+    for at in [0, 16, 32] {
+        bench.set(ONE, &range(at, at + 16), 1);
+    }
+    bench.set(TWO, &range(48, 64), 2);
+    gpu(&bench.machine, ONE).lose("a test");
+    let events = bench.store.come_home();
+    finish(&bench.machine);
+    for event in events {
+        assert_eq!(bench.machine.device(TWO).is_complete(event), Ok(true));
+    }
+    assert_eq!(bytes(&bench.array)[48..], [2; 16]);
+    let lost = bench.home(&range(0, 64), Touch::Read).unwrap_err();
+    assert!(matches!(lost, DeviceError::Lost(ONE, _)), "{lost}");
+}
+
 /// What keeps a buffer, and tells when it goes.
 struct Keep(
     Arc<AtomicBool>,
