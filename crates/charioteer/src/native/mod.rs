@@ -54,6 +54,47 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
+//! Data that have bytes of their own go where they are needed. A body on a device finds them there, and enqueues
+//! its work; what it wrote comes home when the host wants it, or the runtime closes.
+//!
+//! ```
+//! use std::sync::Arc;
+//! use std::sync::atomic::{AtomicU64, Ordering};
+//!
+//! use charioteer::gang::{Alternative, Member, WHOLE};
+//! use charioteer::machine::{Description, Kind, Machine, Time};
+//! use charioteer::native::{Datum, Runtime, current};
+//!
+//! let machine = Machine::virtual_machine(Description::uniform(2, 1, 1 << 20, Time::Real)?);
+//! let runtime = Runtime::builder().workers(2).machine(Arc::clone(&machine)).open()?;
+//! let cells: Arc<[AtomicU64]> = (0..8).map(AtomicU64::new).collect();
+//! let keep = Box::new(Arc::clone(&cells));
+//! let datum = Datum::stored("cells", &[8], 8, cells.as_ptr() as usize, keep);
+//! let whole = datum.whole();
+//! let gpu = Alternative { members: [Member::Any(Kind::Gpu)].into(), share: WHOLE, memory: 0 };
+//! for _ in 0..3 {
+//!     let machine = Arc::clone(&machine);
+//!     runtime.task().on([gpu.clone()]).updates(&whole).spawn_detached(move || {
+//!         let here = current().expect("a task runs");
+//!         let view = here.view(0).expect("it has bytes").clone();
+//!         let (device, stream) = here.streams()[0];
+//!         let gpu = Arc::clone(machine.as_virtual().expect("it is").gpu(device));
+//!         let inner = Arc::clone(&gpu);
+//!         let double = Box::new(move || {
+//!             let bytes = inner.bytes(view.pointer, 64)?;
+//!             // SAFETY: eight elements in a row, which nobody else has now.
+//!             let row = unsafe { std::slice::from_raw_parts_mut(bytes.as_ptr().cast::<u64>(), 8) };
+//!             row.iter_mut().for_each(|it| *it *= 2);
+//!             Ok(())
+//!         });
+//!         gpu.enqueue(stream, double).expect("the device is there");
+//!     })?;
+//! }
+//! runtime.close()?;
+//! assert_eq!(cells[7].load(Ordering::Relaxed), 56);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
 //! A body fails by returning an error (from [`Spawner::try_spawn`]) or by a panic; both are an
 //! outcome of its task, travel to dependents as [`TaskError::Dependency`], and are given by
 //! [`Runtime::close`] if nobody received them.
@@ -72,7 +113,8 @@ use std::task::{Context as PollContext, Poll};
 use std::time::{Duration, Instant};
 
 use crate::data;
-pub use crate::data::{Access, AccessTrouble, Mode};
+pub use crate::data::store::View;
+pub use crate::data::{Access, AccessTrouble, Mode, Spread, Views};
 use crate::engine::{self, Config, Engine, Handle};
 pub use crate::engine::{Counts, Place, SpawnError, WaitError};
 use crate::machine::cpus::{self, Pinning, Pins};
@@ -88,7 +130,8 @@ use smallvec::SmallVec;
 pub use space::TaskSpace;
 
 /// What tasks order their accesses by: it stands for an array of the program's own, or for anything that
-/// only some tasks may use at once. See [`crate::data`].
+/// only some tasks may use at once. One that is [stored](data::Datum::stored) goes to devices with its tasks.
+/// See [`crate::data`].
 pub type Datum = data::Datum<Native>;
 /// A part of a [`Datum`].
 pub type Part = data::Part<Native>;
@@ -119,6 +162,14 @@ impl fmt::Display for SpawnError {
                 )
             }
             Self::Access(trouble) => trouble.fmt(f),
+            Self::Memory {
+                device,
+                wanted,
+                there,
+            } => write!(
+                f,
+                "the task takes {wanted} bytes of the memory of a {device}, which has {there}"
+            ),
         }
     }
 }
@@ -416,6 +467,33 @@ impl Runtime {
         self.engine.host_access(label, accesses, None)
     }
 
+    /// Brings a part to a device, in the order of this call among the spawns, where it stays until its room is
+    /// needed; or to the host. The task is done when it is there.
+    ///
+    /// # Errors
+    /// [`SpawnError`]; [`SpawnError::Devices`] if there is no such device.
+    pub fn prefetch(&self, part: &Part, device: DeviceId) -> Result<Task<()>, SpawnError> {
+        let label = Label::Name("prefetch".into());
+        self.engine.prefetch(label, part, device).map(Task::of)
+    }
+
+    /// Drops what a device has of a part, in the order of this call among the spawns; what is there alone is
+    /// copied home first. The task is done when that is.
+    ///
+    /// # Errors
+    /// As [`prefetch`](Self::prefetch).
+    pub fn evict(&self, part: &Part, device: DeviceId) -> Result<Task<()>, SpawnError> {
+        let label = Label::Name("evict".into());
+        self.engine.evict(label, part, device).map(Task::of)
+    }
+
+    /// What devices have of data; nothing without devices.
+    #[must_use]
+    pub fn data_counters(&self) -> Vec<data::store::Counters> {
+        let store = self.engine.data();
+        store.map_or_else(Vec::new, |store| store.counters())
+    }
+
     /// The choices of a function, for [`Spawner::choices`].
     ///
     /// # Errors
@@ -621,7 +699,8 @@ impl<'a> Spawner<'a> {
     }
 
     /// It runs on one of these choices, which is chosen when it is ready, for a call of that size.
-    /// [`Current::choice`] says which it is.
+    /// [`Current::choice`] says which it is. One choice is enough for its run time to be known, which
+    /// counts where there are several devices for it.
     pub fn choices(mut self, choices: &Arc<Choices>, size: u64) -> Self {
         let mapping = Mapping::new(Arc::clone(choices), size);
         self.options.need = Need::Mapped;
@@ -941,6 +1020,7 @@ pub struct Current {
     task: TaskRef<Native>,
     grant: crate::Grant,
     places: Vec<Place>,
+    views: Option<Views>,
 }
 
 impl Current {
@@ -973,6 +1053,26 @@ impl Current {
         &self.places
     }
 
+    /// Where the elements are that it accesses: for each of its [places](Self::places), each of its accesses in
+    /// the order in which they were given. None of what is on the host, for a core, and of what has no
+    /// elements of its own, see [`Datum::stored`]. Empty if it has no devices, or no such data.
+    ///
+    /// What is there is the work's that the body puts on its streams: it comes after all that the runtime
+    /// copied there, and others see what it writes behind it.
+    #[must_use]
+    pub fn views(&self) -> &[Box<[Option<View>]>] {
+        self.views.as_deref().unwrap_or_default()
+    }
+
+    /// Where the elements of one access are, by its number, of a task that has one device.
+    #[must_use]
+    pub fn view(&self, access: usize) -> Option<&View> {
+        match self.views() {
+            [only] => only.get(access)?.as_ref(),
+            _ => None,
+        }
+    }
+
     /// Which of its [choices](Spawner::choices) it is, by the index in their list, if it has any.
     #[must_use]
     pub fn choice(&self) -> Option<usize> {
@@ -992,7 +1092,9 @@ pub fn current() -> Option<Current> {
     let engine = domain::engine_here()?;
     let (task, grant) = engine.current()?;
     let places = engine.held_by(&task, &grant).to_vec();
+    let views = engine.views_of(&task);
     Some(Current {
+        views,
         task,
         grant,
         places,
