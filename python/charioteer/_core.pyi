@@ -24,7 +24,14 @@ import numpy.typing as npt
 from typing_extensions import disjoint_base
 
 from charioteer._futures import Tasks
-from charioteer._variants import Cost, HeldDevices, Size, VariantDecorator
+from charioteer._variants import (
+    ArrayLibrary,
+    Cost,
+    HeldDevices,
+    Shards,
+    Size,
+    VariantDecorator,
+)
 from charioteer.devices import Device, Placement
 from charioteer.policies import Policy
 
@@ -209,12 +216,28 @@ class TaskFunction(Generic[_P, _R_co]):
         output: _Regions | None = None,
         inout: _Regions | None = None,
         commute: _Regions | None = None,
+        shards: Shards | None = None,
+        array_library: ArrayLibrary | None = None,
+        idempotent: bool | None = None,
     ) -> Self: ...
     def map(self, *iterables: Iterable[Any]) -> TaskList[_R_co]: ...
     def variant(
-        self, placement: Placement, /, *, cost: Cost | None = None
+        self,
+        placement: Placement,
+        /,
+        *,
+        cost: Cost | None = None,
+        shards: Shards | None = None,
+        array_library: ArrayLibrary | None = None,
     ) -> VariantDecorator[_R_co]: ...
-    def _register(self, body: object, placement: object, cost: object) -> None: ...
+    def _register(
+        self,
+        body: object,
+        placement: object,
+        cost: object,
+        shards: object,
+        library: str | None,
+    ) -> None: ...
     @overload
     def __get__(self, instance: None, owner: type | None = None, /) -> Self: ...
     @overload
@@ -275,6 +298,9 @@ def task(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
     base: bool = True,
 ) -> TaskFunction[_P, _R]: ...
 @overload
@@ -296,6 +322,9 @@ def task(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
     base: bool = True,
 ) -> TaskFunction[_P, _R]: ...
 @overload
@@ -317,6 +346,9 @@ def task(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
     base: bool = True,
 ) -> TaskFunction[_P, _R]: ...
 @overload
@@ -338,6 +370,9 @@ def task(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
     base: bool = True,
 ) -> TaskFunction[_P, _R]: ...
 @overload
@@ -359,6 +394,9 @@ def task(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
     base: bool = True,
 ) -> TaskFunction[_P, _R]: ...
 @overload
@@ -380,6 +418,9 @@ def task(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
     base: bool = True,
 ) -> TaskDecorator: ...
 @overload
@@ -401,6 +442,9 @@ def spawn(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
 ) -> Task[_R]: ...
 @overload
 def spawn(
@@ -421,6 +465,9 @@ def spawn(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
 ) -> Task[_R]: ...
 @overload
 def spawn(
@@ -441,6 +488,9 @@ def spawn(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
 ) -> Task[_R]: ...
 @overload
 def spawn(
@@ -461,6 +511,9 @@ def spawn(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
 ) -> Task[_R]: ...
 @overload
 def spawn(
@@ -481,6 +534,9 @@ def spawn(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
 ) -> Spawner: ...
 @overload
 def spawn_many(
@@ -502,6 +558,9 @@ def spawn_many(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
 ) -> TaskList[_R]: ...
 @overload
 def spawn_many(
@@ -523,6 +582,9 @@ def spawn_many(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
 ) -> TaskList[_R]: ...
 @overload
 def spawn_many(
@@ -544,6 +606,9 @@ def spawn_many(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
 ) -> TaskList[_R]: ...
 @overload
 def submit(

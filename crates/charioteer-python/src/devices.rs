@@ -928,6 +928,18 @@ pub struct Memory {
     size: u64,
 }
 
+impl Memory {
+    /// Of a virtual GPU, at an address there.
+    pub fn at(gpu: &Arc<VirtualGpu>, address: u64, size: u64) -> Self {
+        let device = gpu.info().id;
+        Self {
+            gpu: Arc::clone(gpu),
+            pointer: DevicePointer { device, address },
+            size,
+        }
+    }
+}
+
 /// What a buffer keeps.
 struct Export {
     bytes: DeviceBytes,

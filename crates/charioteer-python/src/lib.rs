@@ -38,6 +38,7 @@ mod gil;
 mod interp;
 mod kernels;
 mod libraries;
+mod local;
 mod native;
 mod options;
 mod placement;
