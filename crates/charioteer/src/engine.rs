@@ -61,6 +61,7 @@ use crate::trace::{Event, Trace};
 use crate::work::{self, Worker};
 
 pub use accesses::{HostAccess, HostError};
+use accesses::Registered;
 use devices::Devices;
 pub use devices::Place;
 pub(crate) use devices::{Answer, is_on_devices};
@@ -828,7 +829,7 @@ impl<D: Domain> Engine<D> {
                 task.links.lock().rare().predecessors = dependencies.to_vec();
             }
             let done = self.connect(&task, dependencies);
-            let launched = self.catch_up(&task, dependencies);
+            let launched = self.catch_up(&task, dependencies, &[]);
             self.release(&task, done + launched + 1);
         }
         self.drain_if_alone();
@@ -886,22 +887,22 @@ impl<D: Domain> Engine<D> {
         let published = if accesses.is_empty() {
             let clean = if loose { 0 } else { DIRTY };
             let published = self.publish_claimed(task, dependencies, flags, clean);
-            published.map(|(before, _)| (before, 0, Vec::new()))
+            published.map(|(before, _)| (before, Registered::default()))
         } else {
             self.publish_ordered(task, dependencies, accesses, flags, loose)
         };
-        let (before, followed, edges) = match published {
+        let (before, registered) = match published {
             Ok(published) => published,
             Err(refused) => return Err(self.take_back(task, dependencies, connected, refused)),
         };
         self.record_spawn(time, task, dependencies);
-        self.record_edges(time, task, &edges);
+        self.record_edges(time, task, &registered.edges);
         if before.has(CANCEL) {
             // Somebody asked while the spawn was under way.
             Self::cancel(task);
         }
-        let launched = self.catch_up(task, dependencies);
-        self.release(task, connected + followed + launched + 1);
+        let launched = self.catch_up(task, dependencies, &registered.before);
+        self.release(task, connected + registered.done + launched + 1);
         self.drain_if_alone();
         Ok(())
     }
@@ -1670,9 +1671,7 @@ impl<D: Domain> Engine<D> {
         let link = Link::Callback(Box::new(callback));
         Self::listen_outside(task, link).map_err(|link| match link {
             Link::Callback(callback) => *callback,
-            Link::Dependent(_) | Link::After(_) | Link::Ahead(_) | Link::Latch(_) => {
-                unreachable!("the link that was given comes back")
-            }
+            _ => unreachable!("the link that was given comes back"),
         })
     }
 
@@ -2212,6 +2211,24 @@ fn hand_on<D: Domain>(
             }
         }
     };
+    let land = |next: TaskRef<D>, worklist: &mut Vec<Settled<D>>| {
+        let landed = next.land(None);
+        match landed {
+            Landed::Nothing => return,
+            Landed::Done => return worklist.push(devices::settled(&next)),
+            Landed::Free | Landed::Past => {}
+        }
+        let engine_of_next = next.engine.load(Ordering::Relaxed);
+        match engine.filter(|engine| engine.id == engine_of_next) {
+            Some(engine) => engine.go_on(next, landed, worklist),
+            None => {
+                if let Some(engine) = Engine::of(&next) {
+                    engine.go_on(next, landed, worklist);
+                    engine.summon();
+                }
+            }
+        }
+    };
     links.for_each(|link| match link {
         Link::After(next) => release(next, worklist),
         Link::Dependent(next) => {
@@ -2229,23 +2246,9 @@ fn hand_on<D: Domain>(
             if failed {
                 next.poison(task.root());
             }
-            match next.land(None) {
-                Landed::Nothing => {}
-                Landed::Done => worklist.push(devices::settled(&next)),
-                Landed::Free => {
-                    let engine_of_next = next.engine.load(Ordering::Relaxed);
-                    match engine.filter(|engine| engine.id == engine_of_next) {
-                        Some(engine) => engine.let_go(next, worklist),
-                        None => {
-                            if let Some(engine) = Engine::of(&next) {
-                                engine.let_go(next, worklist);
-                                engine.summon();
-                            }
-                        }
-                    }
-                }
-            }
+            land(next, worklist);
         }
+        Link::Behind(next) => land(next, worklist),
         Link::Latch(latch) => {
             Engine::arrive(engine, &latch, failed);
         }

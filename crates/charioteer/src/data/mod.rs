@@ -41,7 +41,9 @@
 //! task and a user's value (invariant 8).
 
 mod index;
+pub mod store;
 
+use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
 
@@ -52,6 +54,7 @@ use crate::region::{Region, Span};
 use crate::sync::{AtomicBool, Guard, Mutex, Ordering};
 use crate::task::{Domain, TaskRef};
 use index::{Gone, Index};
+use store::Storage;
 
 pub(crate) use index::{Attached, Found, Turn};
 
@@ -63,6 +66,7 @@ pub struct Datum<D: Domain> {
     /// Those by which the index looks up.
     axes: SmallVec<[usize; AXES]>,
     index: Mutex<Index<D>>,
+    storage: Option<Arc<Storage>>,
 }
 
 impl<D: Domain> Datum<D> {
@@ -72,16 +76,40 @@ impl<D: Domain> Datum<D> {
     /// If an axis is longer than 2^63 - 1.
     #[must_use]
     pub fn new(label: impl Into<Box<str>>, shape: &[u64]) -> Arc<Self> {
+        Self::with(crate::trace::next_id(), label.into(), shape, None)
+    }
+
+    /// An array whose elements, of `item` bytes, are in C order from `address` on, for as long as `keep`
+    /// lives. Devices may have copies of it, see [`store`].
+    ///
+    /// # Panics
+    /// If it has more than 2^63 bytes.
+    #[must_use]
+    pub fn stored(
+        label: impl Into<Box<str>>,
+        shape: &[u64],
+        item: usize,
+        address: usize,
+        keep: Box<dyn Any + Send + Sync>,
+    ) -> Arc<Self> {
+        let (id, label) = (crate::trace::next_id(), label.into());
+        let (item, address) = (item as u64, address as u64);
+        let storage = Storage::new(id, label.clone(), shape, item, address, keep);
+        Self::with(id, label, shape, Some(storage))
+    }
+
+    fn with(id: u64, label: Box<str>, shape: &[u64], storage: Option<Arc<Storage>>) -> Arc<Self> {
         assert!(
             shape.iter().all(|&extent| extent < 1 << 63),
             "an axis has fewer than 2^63 indices"
         );
         Arc::new(Self {
-            id: crate::trace::next_id(),
-            label: label.into(),
+            id,
+            label,
             shape: shape.into(),
             axes: longest(shape),
             index: Mutex::new(Index::new()),
+            storage,
         })
     }
 
@@ -101,6 +129,12 @@ impl<D: Domain> Datum<D> {
     #[must_use]
     pub fn label(&self) -> &str {
         &self.label
+    }
+
+    /// Where its elements are; none of a token, and of an array that is known by its order alone.
+    #[must_use]
+    pub fn storage(&self) -> Option<&Arc<Storage>> {
+        self.storage.as_ref()
     }
 
     /// How many indices each axis has.

@@ -28,7 +28,7 @@ use smallvec::SmallVec;
 use super::{Engine, Refused, Settled, SpawnError, WaitError, graph, hand_on};
 use crate::data::{self, Access, AccessTrouble, Found, Group, Mode, Refusal, Session, Turn};
 use crate::sync::{Ordering, fence};
-use crate::task::state::{DIRTY, HOST, JOINS, ORDERED, Snapshot};
+use crate::task::state::{AHEAD, DIRTY, HOST, JOINS, ORDERED, Snapshot};
 use crate::task::{
     Content, Domain, Ending, Failure, Link, Need, Options, Outcome, Phase, Task, TaskRef, Until,
 };
@@ -36,13 +36,26 @@ use crate::trace::Event;
 use crate::work::Worker;
 
 /// What came of a registration.
-struct Registered {
+pub(super) struct Registered<D: Domain> {
     /// How many of the predecessors were past.
-    done: u32,
+    pub(super) done: u32,
     /// Whether one of them is not spawned, or has such behind it.
     loose: bool,
     /// Their numbers, if somebody wants to know.
-    edges: Vec<u64>,
+    pub(super) edges: Vec<u64>,
+    /// They themselves, of a task that may run ahead of them.
+    pub(super) before: Vec<TaskRef<D>>,
+}
+
+impl<D: Domain> Default for Registered<D> {
+    fn default() -> Self {
+        Self {
+            done: 0,
+            loose: false,
+            edges: Vec::new(),
+            before: Vec::new(),
+        }
+    }
 }
 
 /// Why an access of the host did not come about.
@@ -124,7 +137,9 @@ impl<D: Domain> Engine<D> {
             task.links.lock().rare().predecessors = dependencies.to_vec();
         }
         let connected = self.connect(task, dependencies);
-        let registered = self.register(task, dependencies, accesses, None, |_, _, _| Ok(()));
+        let ahead = task.state.load().has(AHEAD);
+        let registered =
+            self.register(task, dependencies, accesses, None, ahead, |_, _, _| Ok(()));
         let (registered, ()) = match registered {
             Ok(registered) => registered,
             Err(Refused::Error(error)) => {
@@ -137,14 +152,13 @@ impl<D: Domain> Engine<D> {
         };
         self.record_spawn(time, task, dependencies);
         self.record_edges(time, task, &registered.edges);
-        let launched = self.catch_up(task, dependencies);
+        let launched = self.catch_up(task, dependencies, &registered.before);
         self.release(task, connected + registered.done + launched + 1);
         self.drain_if_alone();
         Ok(())
     }
 
-    /// Publishes a claimed task with accesses. Gives the word before, how many of its predecessors by
-    /// accesses were past, and the numbers of all of them.
+    /// Publishes a claimed task with accesses. Gives the word before, and what came of the registration.
     pub(super) fn publish_ordered(
         self: &Arc<Self>,
         task: &TaskRef<D>,
@@ -152,8 +166,9 @@ impl<D: Domain> Engine<D> {
         accesses: &[Access<'_, D>],
         flags: u32,
         loose: bool,
-    ) -> Result<(Snapshot, u32, Vec<u64>), Refused<D>> {
+    ) -> Result<(Snapshot, Registered<D>), Refused<D>> {
         let flags = flags | flags_of(accesses);
+        let ahead = flags & AHEAD != 0;
         let publish = |found: &Found<'_, D>, done: u32, is_loose: bool| {
             // The references are not the last ones: the records have others.
             let mut all = dependencies.to_vec();
@@ -166,22 +181,23 @@ impl<D: Domain> Engine<D> {
                 })
         };
         let (registered, (before, search)) =
-            self.register(task, dependencies, accesses, None, publish)?;
+            self.register(task, dependencies, accesses, None, ahead, publish)?;
         drop(search);
-        Ok((before, registered.done, registered.edges))
+        Ok((before, registered))
     }
 
     /// Registers the accesses of a task, and calls `publish` when its edges stand and its records do not;
     /// under the locks of the data, so that what is to be dropped has to be given back. `combines`: the
-    /// reduction that the task ends.
+    /// reduction that the task ends. `ahead`: it may run ahead.
     fn register<R>(
         self: &Arc<Self>,
         task: &TaskRef<D>,
         dependencies: &[TaskRef<D>],
         accesses: &[Access<'_, D>],
         combines: Option<&Group<D>>,
+        ahead: bool,
         publish: impl Fn(&Found<'_, D>, u32, bool) -> Result<R, Refused<D>>,
-    ) -> Result<(Registered, R), Refused<D>> {
+    ) -> Result<(Registered<D>, R), Refused<D>> {
         let parent = if combines.is_some() {
             None
         } else {
@@ -192,7 +208,7 @@ impl<D: Domain> Engine<D> {
             let looked = session
                 .look_up(task, parent.as_ref(), combines)
                 .map(|found| {
-                    let registered = self.link_behind(task, dependencies, &found);
+                    let registered = self.link_behind(task, dependencies, &found, ahead);
                     let published = publish(&found, registered.done, registered.loose)?;
                     Ok((registered, published))
                 });
@@ -235,13 +251,18 @@ impl<D: Domain> Engine<D> {
         task: &TaskRef<D>,
         dependencies: &[TaskRef<D>],
         found: &Found<'_, D>,
-    ) -> Registered {
+        ahead: bool,
+    ) -> Registered<D> {
         let count = u32::try_from(found.before.len()).expect("fewer than 2^32 predecessors");
         let mut registered = Registered {
             done: 0,
             loose: found.before.iter().any(|(task, _)| graph::is_loose(task)),
-            edges: Vec::new(),
+            ..Registered::default()
         };
+        if ahead {
+            let before = found.before.iter();
+            registered.before = before.map(|&(task, _)| Arc::clone(task)).collect();
+        }
         if self.trace.is_some() {
             registered.edges = found.before.iter().map(|(task, _)| task.id).collect();
         }
@@ -320,6 +341,7 @@ impl<D: Domain> Engine<D> {
                 }
             }
             drop(session);
+            passed += self.catch_up(task, &before, &[]);
         }
         task.release(passed + 1)
     }
@@ -359,7 +381,7 @@ impl<D: Domain> Engine<D> {
         task.note_part(group.part(), Some(Arc::clone(group)));
         let time = self.now();
         let access = [Access::new(group.part(), Mode::InOut)];
-        let registered = self.register(&task, &[], &access, Some(group), |_, _, _| Ok(()));
+        let registered = self.register(&task, &[], &access, Some(group), false, |_, _, _| Ok(()));
         match registered {
             Ok((registered, ())) => {
                 self.record_spawn(time, &task, &[]);
@@ -439,7 +461,7 @@ impl<D: Domain> Engine<D> {
             data.gate = Some((Arc::clone(&gate), Arc::new(Turn::new())));
         }
         let time = self.now();
-        let registered = self.register(&task, &[], accesses, None, |_, _, _| Ok(()));
+        let registered = self.register(&task, &[], accesses, None, false, |_, _, _| Ok(()));
         let registered = match registered {
             Ok((registered, ())) => registered,
             Err(refused) => {

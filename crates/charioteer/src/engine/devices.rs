@@ -869,7 +869,10 @@ impl<D: Domain> Engine<D> {
                 return Ok(());
             };
             let waits = |lent: &gang::Lent| lent.stream.is_none() || !lent.waits.is_empty();
-            if flight.behind.is_empty() && !loan.lent.iter().any(waits) {
+            if flight.behind.is_empty()
+                && flight.after.is_empty()
+                && !loan.lent.iter().any(waits)
+            {
                 return Ok(());
             }
             let lent: SmallVec<[_; 2]> = loan
@@ -877,7 +880,9 @@ impl<D: Domain> Engine<D> {
                 .iter_mut()
                 .map(|lent| (lent.device, lent.stream, std::mem::take(&mut lent.waits)))
                 .collect();
-            (lent, std::mem::take(&mut flight.behind))
+            let mut behind = std::mem::take(&mut flight.behind);
+            behind.append(&mut flight.after);
+            (lent, behind)
         };
         // One that is lost keeps none of the others from being told, since what is given back there
         // is behind what they were told.
@@ -1069,19 +1074,24 @@ impl<D: Domain> Engine<D> {
         );
     }
 
-    /// Lets a task that was just published run ahead of those of its predecessors that were launched
-    /// before it was linked to them; says how many links that were.
+    /// Lets a task that was just published run ahead of those of its predecessors, named ones and those
+    /// by accesses, that were launched before it was linked to them; says how many links that were.
     #[inline]
-    pub(super) fn catch_up(&self, task: &TaskRef<D>, dependencies: &[TaskRef<D>]) -> u32 {
+    pub(super) fn catch_up(
+        &self,
+        task: &TaskRef<D>,
+        dependencies: &[TaskRef<D>],
+        before: &[TaskRef<D>],
+    ) -> u32 {
         if self.devices.is_none() || !task.state.load().has(AHEAD) {
             return 0;
         }
         let mut count = 0;
-        for dependency in dependencies {
+        for dependency in dependencies.iter().chain(before) {
             if dependency.state.load().has(LAUNCHED) && self.owns(dependency) {
                 let (events, links) = dependency.let_ahead(|next| Arc::ptr_eq(next, task));
-                for next in &links {
-                    next.go_behind(&events);
+                for (next, inherits) in &links {
+                    next.go_behind(&events, *inherits);
                 }
                 count += u32::try_from(links.len()).expect("fewer than 2^32 predecessors");
             }
@@ -1092,14 +1102,16 @@ impl<D: Domain> Engine<D> {
     /// The body of a task on devices ended for good, and `outcome` is what the task comes to unless
     /// its work on the devices fails.
     pub(super) fn launch_off(self: &Arc<Self>, task: &TaskRef<D>, mut outcome: Outcome<D>) {
-        let Some(grant) = Self::take_loan(task, |_| true) else {
-            self.settle(task, outcome);
-            return;
-        };
         // Before anybody can hear of the launch: nobody may take the engine for quiet meanwhile.
         self.elsewhere.fetch_add(1, Ordering::SeqCst);
-        self.mark_end(task, &grant);
-        let (pending, failure) = self.hand_in(&grant, false);
+        let (pending, failure) = match Self::take_loan(task, |_| true) {
+            Some(grant) => {
+                self.mark_end(task, &grant);
+                self.hand_in(&grant, false)
+            }
+            // It was to be repeated, and was cancelled: its work is as far as it was then.
+            None => (std::mem::take(&mut task.links.lock().flight().behind), None),
+        };
         if let (Some(error), Outcome::Value(_)) = (failure, &outcome) {
             outcome = Outcome::Failed(Failure::Device(error));
         }
@@ -1109,8 +1121,8 @@ impl<D: Domain> Engine<D> {
         task.launch(outcome, &pending, leads);
         if leads {
             let (_, ahead) = task.let_ahead(|next| next.state.load().has(AHEAD) && self.owns(next));
-            for next in ahead {
-                next.go_behind(&pending);
+            for (next, inherits) in ahead {
+                next.go_behind(&pending, inherits);
                 self.release(&next, 1);
             }
         }
@@ -1137,6 +1149,20 @@ impl<D: Domain> Engine<D> {
                 engine.work_off_first(landed(&task, failure));
             }),
         );
+    }
+
+    /// The last part of a task is complete that was not, though it is not launched.
+    pub(super) fn go_on(
+        self: &Arc<Self>,
+        task: TaskRef<D>,
+        landed: Landed,
+        worklist: &mut Vec<Settled<D>>,
+    ) {
+        match landed {
+            Landed::Free => self.let_go(task, worklist),
+            Landed::Past => self.turn_has_come(&task, worklist),
+            Landed::Nothing | Landed::Done => {}
+        }
     }
 
     fn note_loss(self: &Arc<Self>, error: &DeviceError) {
@@ -1299,7 +1325,8 @@ pub(super) fn landed<D: Domain>(
 ) -> Option<Settled<D>> {
     match task.land(failure) {
         Landed::Done => Some(settled(task)),
-        Landed::Nothing | Landed::Free => None,
+        Landed::Nothing => None,
+        Landed::Free | Landed::Past => unreachable!("a launched task is neither held nor over"),
     }
 }
 

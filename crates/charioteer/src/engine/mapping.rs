@@ -293,6 +293,7 @@ impl<D: Domain> Engine<D> {
                 let mut links = task.links.lock();
                 let flight = links.flight();
                 flight.behind.clear();
+                flight.after.clear();
                 let held = flight.is_ahead();
                 if held {
                     mapping.decide(Decision::Held(choice));

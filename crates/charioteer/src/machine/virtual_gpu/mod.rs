@@ -414,6 +414,27 @@ impl Device for VirtualGpu {
         Ok(())
     }
 
+    unsafe fn copy_strided(
+        &self,
+        _from: DevicePointer,
+        _from_strides: &[u64],
+        _to: DevicePointer,
+        _to_strides: &[u64],
+        _extents: &[u64],
+        _item: u64,
+        _stream: Stream,
+    ) -> Result<(), DeviceError> {
+        todo!()
+    }
+
+    unsafe fn register_host(&self, _address: u64, _bytes: u64) -> Result<bool, DeviceError> {
+        todo!()
+    }
+
+    fn unregister_host(&self, _address: u64) {
+        todo!()
+    }
+
     fn enable_peer(&self, peer: DeviceId) -> Result<(), DeviceError> {
         self.core
             .change(|state, _| state.enable_peer(self.id, peer))
