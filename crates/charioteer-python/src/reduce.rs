@@ -265,6 +265,10 @@ impl BodyData {
         self.lent.clear();
         self.sums.clear();
         if let Some(deferral) = &self.deferral {
+            if let Some(library) = deferral.library {
+                let noted = ("declare_library", running.task.id(), library.name());
+                support(py).data.bind(py).call1(noted)?;
+            }
             let placed = Placed::of(py, running, deferral, self.gathers)?;
             self.placed = Some(Box::new(placed));
         }

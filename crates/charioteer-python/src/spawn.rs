@@ -1098,7 +1098,7 @@ fn many_handles(
             }
             let mut found = Vec::new();
             let held = hold(&item, &mut found)?;
-            let handles = held.is_some();
+            let substitute = held.is_some();
             let item = held.unwrap_or(item);
             found.extend(said.dependencies.iter().cloned());
             handles.extend(launch(
@@ -1106,7 +1106,7 @@ fn many_handles(
                 &active.engine,
                 bodies,
                 Arguments::One(item.into()),
-                handles,
+                substitute,
                 options,
                 &found,
                 said,
