@@ -277,9 +277,7 @@ def combine(
         combined(target, each, out=target)
 
 
-def combine_rows(
-    operation: str, target: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]
-) -> None:
+def combine_rows(operation: str, target: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> None:
     """Combines what :func:`device_partial` made into the target."""
     combine(operation, target, [rows] if rows.ndim == target.ndim else list(rows))
 

@@ -161,7 +161,7 @@ def _places(alternative: Alternative, totals: Totals) -> list[int]:
         raise PlacementError("the machine has no gpu")
     if any(member.kind == "cpu" and member.device is not None for member in alternative.members):
         raise PlacementError("cores are all alike: say how many, cpu * n")
-    if kinds == {"cpu"} and alternative[1:] != (None, None):
+    if kinds == {"cpu"} and (alternative.memory, alternative.share) != (None, None):
         raise PlacementError("needs of an alternative's own are for devices with memory")
     if wanted.cores > totals.cores:
         raise PlacementError(f"the runtime has {totals.cores} cores")

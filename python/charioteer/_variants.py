@@ -206,7 +206,10 @@ class Variants:
                 if member.kind == "cpu" and member.device is not None:
                     shown = show_members(one.members)
                     raise PlacementError(f"{shown}: cores are all alike: say how many, cpu * n")
-            if {member.kind for member in one.members} == {"cpu"} and one[1:] != (None, None):
+            if {member.kind for member in one.members} == {"cpu"} and (one.memory, one.share) != (
+                None,
+                None,
+            ):
                 shown = show_members(one.members)
                 raise PlacementError(f"{shown}: needs of its own are for devices with memory")
         body = plain_body(body)
