@@ -2,9 +2,9 @@
 arrays that bodies get for regions.
 
 For a region CuPy is imported where it is installed, unless the task asks for other arrays: the body
-would import it. Else nothing is imported here for anybody: what is not in ``sys.modules`` is not there, and what is being
-imported by another thread right now is not there yet. Streams are handles of the driver, which the
-runtime owns; the libraries' objects for them are views.
+would import it. Else nothing is imported here for anybody: what is not in ``sys.modules`` is not
+there, and what is being imported by another thread right now is not there yet. Streams are handles
+of the driver, which the runtime owns; the libraries' objects for them are views.
 
 Libraries are bits, so that the core can keep what it made for a set of them: :data:`CUPY`,
 :data:`TORCH`.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 from charioteer import _core
 from charioteer._core import Array, Region, Token
 from charioteer._modes import In, Out
+from charioteer.devices import Device, Kind
 from charioteer.errors import AccessError
 
 if TYPE_CHECKING:
@@ -234,6 +235,21 @@ def reducible(operation: str, region: Region) -> None:
     kinds = "biufc" if operation in ("Sum", "Prod") else "biuf"
     if region.dtype.kind not in kinds:
         raise AccessError(f"{region!r} has no elements that ch.{operation} could reduce")
+
+
+def gpu_number(device: object) -> int | None:
+    """The number of a GPU; ``None`` for the host.
+
+    Raises:
+        TypeError: no device.
+    """
+    match device:
+        case Device(Kind("gpu"), index):
+            number: int = index
+            return number
+        case Device(Kind("cpu")) | Kind("cpu"):
+            return None
+    raise TypeError(f"{device!r} is no device: say which one, as gpu(0), or cpu for the host")
 
 
 def identity(operation: str, dtype: np.dtype[Any]) -> int | float | bool:

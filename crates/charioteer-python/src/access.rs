@@ -113,7 +113,7 @@ pub fn accesses<'a>(claims: &'a [Claim<'_>]) -> SmallVec<[data::Access<'a, Inter
             part: part(&claim.thing).expect("only regions and tokens are claimed"),
             mode: claim.mode,
             ordered: claim.ordered,
-            // SHIM spread: claim.spread,
+            spread: claim.spread,
         })
         .collect()
 }

@@ -29,7 +29,7 @@ use std::sync::Arc;
 
 use charioteer::data::{self, Datum, Grid, Part};
 use charioteer::engine::HostError;
-use charioteer::machine::DeviceId;
+use charioteer::machine::{DeviceId, HOST};
 use charioteer::region as index;
 use pyo3::exceptions::{PyIndexError, PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::ffi;
@@ -44,6 +44,7 @@ use crate::interp::{Core, Interp, Label, Task, exception_of};
 use crate::local::{Layout, Library, Wanted};
 use crate::native::{ArrayHead, C_CONTIGUOUS, WRITEABLE};
 use crate::runtime;
+use crate::spawn::{handle_of, spawn_error};
 use crate::support::{error, support};
 use crate::task::wait_error;
 
@@ -244,6 +245,32 @@ impl Region {
     pub fn contains(&self, other: &Self) -> bool {
         Arc::ptr_eq(self.part.datum(), other.part.datum())
             && self.part.region().contains(other.part.region())
+    }
+
+    /// Spawns the task that brings it to a device, or takes it from there.
+    fn moved<'py>(
+        slf: &Bound<'py, Self>,
+        device: &Bound<'py, PyAny>,
+        there: bool,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let py = slf.py();
+        let number: Option<u16> = support(py)
+            .data
+            .bind(py)
+            .call1(("gpu_number", device))?
+            .extract()?;
+        let device = number.map_or(HOST, DeviceId::gpu);
+        let this = slf.get();
+        let engine = Arc::clone(&runtime::active(py)?.engine);
+        let spawned = if there {
+            let label = format!("prefetch {} to {device}", this.text());
+            engine.prefetch(Label::Name(label.into()), &this.part, device)
+        } else {
+            let label = format!("evict {} from {device}", this.text());
+            engine.evict(Label::Name(label.into()), &this.part, device)
+        };
+        let handle = spawned.map_err(|why| spawn_error(py, why, None))?;
+        handle_of(py, Some(handle), None)
     }
 
     /// The region of the same array that is seen through these axes.
@@ -800,6 +827,25 @@ impl Region {
             .data
             .bind(slf.py())
             .call1(("assign", slf, value))
+    }
+
+    /// Spawns a task that brings the region to a device, in its place in the order, so that it is there
+    /// before a task needs it; to the host for `cpu`. It stays until its room is needed. `PlacementError` if
+    /// there is no such device, `TypeError` for what is no device.
+    fn prefetch<'py>(
+        slf: &Bound<'py, Self>,
+        device: &Bound<'py, PyAny>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        Self::moved(slf, device, true)
+    }
+
+    /// Spawns a task that gives up what a device has of the region, in its place in the order; what is there
+    /// alone comes to the host first. Nothing happens to what is not there. Raises what `prefetch` does.
+    fn evict<'py>(
+        slf: &Bound<'py, Self>,
+        device: &Bound<'py, PyAny>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        Self::moved(slf, device, false)
     }
 
     /// A grid of regions of this shape, from the first element on; the last ones are smaller where the

@@ -47,12 +47,9 @@ use crate::reduce::OPERATIONS;
 use crate::runtime::CURRENT_DEVICE;
 use crate::support::{error, support};
 
-pub use charioteer::data::store::View;
-
-// SHIM
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Spread { Whole, Shard(u8), Replicated }
-pub fn views_of(_: &crate::interp::Core, _: &crate::interp::Task) -> Vec<Vec<Option<View>>> { Vec::new() }
+use charioteer::data::Views;
+pub use charioteer::data::Spread;
+use charioteer::data::store::View;
 
 /// Whose arrays a body gets on the devices of a driver.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -112,7 +109,8 @@ pub struct Deferral {
 /// Where a body runs, and what it has there.
 pub struct Placed {
     places: SmallVec<[Place; 2]>,
-    views: Vec<Vec<Option<View>>>,
+    /// For each member, of each access; `None` if nothing of the task's data is on devices.
+    views: Option<Views>,
     gathers: bool,
     /// What marks arrays that are taken back when the body ends.
     loan: Option<PyRef>,
@@ -129,11 +127,15 @@ impl Placed {
     ) -> PyResult<Self> {
         let engine = running.engine;
         let places = engine.held_by(running.task, &running.grant());
-        let views = views_of(engine, running.task);
+        let views = engine.views_of(running.task);
         let on_devices = places
             .iter()
             .any(|place| matches!(place, Place::Device(..)));
-        if on_devices && places.len() != views.len() {
+        if on_devices
+            && views
+                .as_ref()
+                .is_some_and(|views| views.len() != places.len())
+        {
             // One of them was lost, and left the set.
             return Err(error(
                 py,
@@ -244,7 +246,8 @@ impl Placed {
             _ => return region.get().host_view(py, piece, writes),
         };
         let machine = running.engine.machine().expect("it has devices");
-        let view = self.views[at].get(access).and_then(Option::as_ref);
+        let views = self.views.as_ref().map(|views| &views[at]);
+        let view = views.and_then(|views| views.get(access)?.as_ref());
         let wanted = Wanted {
             engine: charioteer::engine::Engine::<Interp>::id(running.engine),
             machine,

@@ -493,13 +493,14 @@ impl Context {
         let (Some((machine, device, _)), Some(engine)) = (self.current(), &self.engine) else {
             return region.get().host_view(py, None, writes);
         };
-        let views = crate::local::views_of(engine, &self.task);
-        let view = views.get(self.at()).and_then(|views| views.get(access));
+        let views = engine.views_of(&self.task);
+        let views = views.as_ref().and_then(|views| views.get(self.at()));
+        let view = views.and_then(|views| views.get(access)?.as_ref());
         let wanted = Wanted {
             engine: charioteer::engine::Engine::<Interp>::id(engine),
             machine,
             device,
-            view: view.and_then(Option::as_ref),
+            view,
             piece: None,
             writes,
             library: None,

@@ -3,7 +3,6 @@
 use std::cell::Cell;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use charioteer::data::AccessTrouble;
 use charioteer::engine::{Handle, SpawnError};
 use charioteer::task::Options;
 use pyo3::exceptions::{PyRuntimeError, PyTypeError};
@@ -278,7 +277,7 @@ pub fn count_groups(entered: bool) {
 
 /// The object of a task that was spawned just now, which belongs to the spawner's group.
 #[inline]
-fn handle_of<'py>(
+pub fn handle_of<'py>(
     py: Python<'py>,
     spawned: Option<Handle<Interp>>,
     target: Option<&Target>,
@@ -305,12 +304,13 @@ pub fn spawn_error(py: Python<'_>, why: SpawnError, target: Option<&Target>) -> 
             error(py, "DuplicateTaskError", (name,))
         }
         SpawnError::Cycle(cycle) => error(py, "CycleError", (cycle,)),
-        SpawnError::Access(AccessTrouble::OnDevices) => {
-            let why = AccessTrouble::OnDevices.to_string();
-            error(py, "PlacementError", (why,))
-        }
         SpawnError::Access(why) => error(py, "AccessError", (why.to_string(),)),
         SpawnError::Devices(reasons) => error(py, "PlacementError", (reasons.join("; "),)),
+        SpawnError::Memory {
+            device,
+            wanted,
+            there,
+        } => error(py, "OutOfDeviceMemoryError", (device, wanted, there)),
         SpawnError::Cores(wanted, present) => error(
             py,
             "PlacementError",

@@ -56,19 +56,22 @@ use crossbeam_utils::CachePadded;
 use smallvec::SmallVec;
 
 use super::mapping::bit;
+use super::transfers::Transfers;
 use super::witness::{Owners, Witness};
 use super::{Engine, Moving, Settled, SpawnError};
+use crate::data::Holding;
+use crate::data::store::Store;
 use crate::machine::{Device, DeviceError, DeviceId, Event, HOST, Kind, Machine, Stream};
 use crate::schedule::gang::{
     self, Alternative, Capacity, Gang, Grant, GrantId, Limits, Reason, Request, Step,
 };
-use crate::schedule::map::{DISTURBED, Mapping};
+use crate::schedule::map::DISTURBED;
 use crate::schedule::places;
 use crate::schedule::queues::{Injector, Steal};
 use crate::sync::{
     AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Mutex, Ordering, fence, yield_now,
 };
-use crate::task::state::{AHEAD, LAUNCHED, LINKED};
+use crate::task::state::{AHEAD, LAUNCHED, LINKED, Snapshot};
 use crate::task::{
     Domain, Ending, Failure, Flight, Landed, Latch, Need, Options, Outcome, Phase, Task, TaskRef,
     Until, Waker,
@@ -173,8 +176,9 @@ impl Default for Limits {
 /// The devices of an engine.
 pub(crate) struct Devices<D: Domain> {
     machine: Arc<Machine>,
-    capacities: Box<[Capacity]>,
+    pub(super) capacities: Box<[Capacity]>,
     runahead: u32,
+    pub(super) transfers: Transfers,
     /// How many bodies that wait keep memory, as of the last turn.
     keeping: AtomicUsize,
     /// What each device has before it, as of the last turn, if somebody wants to know.
@@ -254,6 +258,7 @@ impl<D: Domain> Devices<D> {
         });
         Self {
             runahead: limits.runahead,
+            transfers: Transfers::new(Store::new(Arc::clone(&machine))),
             keeping: AtomicUsize::new(0),
             gauges: capacities.iter().map(|_| Gauge::default()).collect(),
             backlog: AtomicU64::new(0),
@@ -274,8 +279,18 @@ impl<D: Domain> Devices<D> {
         self.machine.device(id).as_ref()
     }
 
+    pub(super) fn runahead(&self) -> u32 {
+        self.runahead
+    }
+
+    /// Whether an event is complete, and did not fail.
+    pub(super) fn is_complete_well(&self, event: Event) -> bool {
+        let device = self.device(event.stream.device);
+        matches!(device.is_complete(event), Ok(true))
+    }
+
     /// Whether an event is complete; one that failed is.
-    fn is_complete(&self, event: Event) -> bool {
+    pub(super) fn is_complete(&self, event: Event) -> bool {
         self.device(event.stream.device)
             .is_complete(event)
             .unwrap_or(true)
@@ -413,14 +428,20 @@ pub enum Place {
     Device(DeviceId, Stream),
 }
 
-/// The set that a task was granted, by the number in its grant.
-fn set_of<D: Domain>(task: &Task<D>, alternative: usize) -> &Alternative {
+/// The set that a task was granted, by the number in its grant, and its place among all sets that the task
+/// may be granted.
+pub(super) fn granted_set<D: Domain>(task: &Task<D>, alternative: usize) -> (&Alternative, usize) {
     let options = task.options().expect("a task on devices has options");
     // Of a task that is mapped by now the set is known, and that number is of when it was not.
-    match options.mapping.as_deref().and_then(Mapping::set) {
-        Some(set) => set,
-        None => &sets_of(options)[alternative],
+    let mapping = options.mapping.as_deref();
+    match mapping.and_then(|mapping| Some((mapping.set()?, mapping.place()?))) {
+        Some(granted) => granted,
+        None => (&sets_of(options)[alternative], alternative),
     }
+}
+
+fn set_of<D: Domain>(task: &Task<D>, alternative: usize) -> &Alternative {
+    granted_set(task, alternative).0
 }
 
 /// The sets of devices that a task on devices says.
@@ -773,7 +794,7 @@ impl<D: Domain> Engine<D> {
         }
         let places = grant.lent.iter().fold(0, |all, it| all | bit(it.device));
         self.settle_choice(&task, grant.alternative, places);
-        let cores = set_of(&task, grant.alternative).cores();
+        let events = self.plan_data(&task, &grant);
         if let Some(witness) = &self.devices().witness {
             for stream in grant.lent.iter().filter_map(|lent| lent.stream) {
                 witness.log(DeviceEvent::Lent(stream), task.id);
@@ -786,6 +807,21 @@ impl<D: Domain> Engine<D> {
             flight.loan = Some(grant);
             flight.paused = false;
         }
+        if events.is_empty() {
+            self.board(task);
+        } else {
+            self.hold_until(&task, events);
+        }
+    }
+
+    /// A task that has its devices and its data is queued for a worker, or for its cores.
+    pub(super) fn board(self: &Arc<Self>, task: TaskRef<D>) {
+        let cores = {
+            let links = task.links.lock();
+            let flight = links.rare.as_ref().and_then(|rare| rare.flight.as_ref());
+            let loan = flight.and_then(|flight| flight.loan.as_ref());
+            loan.map_or(0, |loan| set_of(&task, loan.alternative).cores())
+        };
         // One core is what every worker has.
         if cores > 1 && self.workers != 0 {
             let need = Need::Cores(u16::try_from(cores).expect("fewer cores than 65,536"));
@@ -846,8 +882,13 @@ impl<D: Domain> Engine<D> {
             self.settle(task, Outcome::Failed(Failure::Dependency(root)));
             return false;
         }
-        match self.order_streams(task) {
+        let ordered = match self.trouble_with_data(task) {
+            Some(trouble) => Err(trouble),
+            None => self.order_streams(task),
+        };
+        match ordered {
             Ok(()) => {
+                self.begin_with_data(task);
                 self.log_begun(task);
                 self.mark_start(task);
                 true
@@ -869,10 +910,7 @@ impl<D: Domain> Engine<D> {
                 return Ok(());
             };
             let waits = |lent: &gang::Lent| lent.stream.is_none() || !lent.waits.is_empty();
-            if flight.behind.is_empty()
-                && flight.after.is_empty()
-                && !loan.lent.iter().any(waits)
-            {
+            if flight.behind.is_empty() && flight.after.is_empty() && !loan.lent.iter().any(waits) {
                 return Ok(());
             }
             let lent: SmallVec<[_; 2]> = loan
@@ -965,19 +1003,31 @@ impl<D: Domain> Engine<D> {
         (events, failure)
     }
 
-    fn take_loan(task: &Task<D>, may: impl FnOnce(&Flight<D>) -> bool) -> Option<Grant> {
+    /// Takes what a task has of the devices, and of the data there.
+    fn take_loan(
+        task: &Task<D>,
+        may: impl FnOnce(&Flight<D>) -> bool,
+    ) -> Option<(Grant, Option<Box<Holding>>)> {
         let mut links = task.links.lock();
         let flight = links.rare.as_mut()?.flight.as_mut()?;
         if may(flight) {
-            flight.loan.take()
+            Some((flight.loan.take()?, flight.holding.take()))
         } else {
             None
         }
     }
 
-    /// Gives a loan back, behind what was put on its streams; tells where that ends and is not complete.
-    fn hand_in(self: &Arc<Self>, grant: &Grant, pause: bool) -> (Events, Option<DeviceError>) {
+    /// Gives a loan back with what is held of data, if the body does not only pause, behind what was put on
+    /// its streams; tells where that ends and is not complete.
+    fn hand_in(
+        self: &Arc<Self>,
+        grant: &Grant,
+        holding: Option<Box<Holding>>,
+        pause: bool,
+    ) -> (Events, Option<DeviceError>) {
         let (events, mut failure) = self.record_events(grant);
+        // Before the ledger gives the memory to somebody else.
+        self.let_go_of_data(holding, &events);
         let mut pending = Events::new();
         let mut failed = Events::new();
         let mut complete = 0;
@@ -1036,14 +1086,19 @@ impl<D: Domain> Engine<D> {
     #[cold]
     pub(crate) fn return_loan(self: &Arc<Self>, task: &Task<D>) {
         // What paused is about to have its share again, and comes back here then.
-        if let Some(grant) = Self::take_loan(task, |flight| !flight.paused) {
-            self.hand_back(&grant, false);
+        if let Some((grant, holding)) = Self::take_loan(task, |flight| !flight.paused) {
+            self.hand_back(&grant, holding, false);
         }
     }
 
     /// As [`hand_in`](Self::hand_in), where nobody but the ledger waits for what is not complete.
-    fn hand_back(self: &Arc<Self>, grant: &Grant, pause: bool) -> Events {
-        let (pending, _) = self.hand_in(grant, pause);
+    fn hand_back(
+        self: &Arc<Self>,
+        grant: &Grant,
+        holding: Option<Box<Holding>>,
+        pause: bool,
+    ) -> Events {
+        let (pending, _) = self.hand_in(grant, holding, pause);
         for event in &pending {
             self.tell_when_complete(*event);
         }
@@ -1053,8 +1108,8 @@ impl<D: Domain> Engine<D> {
     /// The attempt of a task on devices ended, and another one follows: after all that this one put on
     /// its streams.
     pub(super) fn put_off(self: &Arc<Self>, task: &TaskRef<D>) {
-        if let Some(grant) = Self::take_loan(task, |_| true) {
-            let pending = self.hand_back(&grant, false);
+        if let Some((grant, holding)) = Self::take_loan(task, |_| true) {
+            let pending = self.hand_back(&grant, holding, false);
             task.links.lock().flight().behind = pending;
         }
     }
@@ -1105,9 +1160,9 @@ impl<D: Domain> Engine<D> {
         // Before anybody can hear of the launch: nobody may take the engine for quiet meanwhile.
         self.elsewhere.fetch_add(1, Ordering::SeqCst);
         let (pending, failure) = match Self::take_loan(task, |_| true) {
-            Some(grant) => {
+            Some((grant, holding)) => {
                 self.mark_end(task, &grant);
-                self.hand_in(&grant, false)
+                self.hand_in(&grant, holding, false)
             }
             // It was to be repeated, and was cancelled: its work is as far as it was then.
             None => (std::mem::take(&mut task.links.lock().flight().behind), None),
@@ -1119,18 +1174,23 @@ impl<D: Domain> Engine<D> {
             && matches!(outcome, Outcome::Value(_))
             && task.options().is_none_or(|options| options.retries == 0);
         task.launch(outcome, &pending, leads);
+        self.lead(task, &pending, leads);
+        // The body itself.
+        self.work_off_first(landed(task, None));
+    }
+
+    /// A task was launched, and its work ends with these events: lets dependents run ahead, if `leads`.
+    pub(super) fn lead(self: &Arc<Self>, task: &TaskRef<D>, pending: &[Event], leads: bool) {
         if leads {
             let (_, ahead) = task.let_ahead(|next| next.state.load().has(AHEAD) && self.owns(next));
             for (next, inherits) in ahead {
-                next.go_behind(&pending, inherits);
+                next.go_behind(pending, inherits);
                 self.release(&next, 1);
             }
         }
-        for event in pending {
+        for &event in pending {
             self.when_complete(task, event);
         }
-        // The body itself.
-        self.work_off_first(landed(task, None));
     }
 
     fn when_complete(self: &Arc<Self>, task: &TaskRef<D>, event: Event) {
@@ -1165,8 +1225,9 @@ impl<D: Domain> Engine<D> {
         }
     }
 
-    fn note_loss(self: &Arc<Self>, error: &DeviceError) {
+    pub(super) fn note_loss(self: &Arc<Self>, error: &DeviceError) {
         if let DeviceError::Lost(device, _) = error {
+            self.devices().transfers.lose(*device);
             self.post(Letter::Lost(*device));
         }
     }
@@ -1177,10 +1238,11 @@ impl<D: Domain> Engine<D> {
         self.post(Letter::Failed(event.stream));
     }
 
-    /// A task on devices has its outcome: gives back what it has left.
-    pub(super) fn arrived(self: &Arc<Self>, task: &Task<D>) {
+    /// A task that was launched, or is one on devices, has its outcome, and that was its word before: gives
+    /// back what it has left.
+    pub(super) fn arrived(self: &Arc<Self>, task: &Task<D>, before: Snapshot) {
         self.return_loan(task);
-        if task.state.load().has(LAUNCHED) {
+        if before.has(LAUNCHED) {
             self.elsewhere.fetch_sub(1, Ordering::SeqCst);
         }
     }
@@ -1214,13 +1276,13 @@ impl<D: Domain> Engine<D> {
             flight.loan.clone()
         };
         if let Some(grant) = grant {
-            self.hand_back(&grant, true);
+            self.hand_back(&grant, None, true);
         }
     }
 
     /// A body that cannot use the share that it asked for, and was given, lends it again.
     fn lend_again(self: &Arc<Self>, answer: &Answer<D>, grant: &Grant) {
-        self.hand_back(grant, true);
+        self.hand_back(grant, None, true);
         // After the letter: who sees this asks for it anew.
         *answer.share.lock() = Share::Lent;
     }

@@ -33,7 +33,7 @@ use crate::schedule::map::{
     BEGUN, COUNTED, Choice, Choices, DISTURBED, Decision, EXPLORES, Mapping, Marks, On, TIMED,
 };
 use crate::sync::{AtomicU32, AtomicU64, Condvar, Mutex, Ordering, assert_unlocked};
-use crate::task::state::AHEAD;
+use crate::task::state::{AHEAD, USES};
 use crate::task::{Domain, Ending, Failure, Need, Outcome, Phase, Task, TaskRef};
 
 /// How many parked tasks the user's policy is asked for at once.
@@ -313,21 +313,26 @@ impl<D: Domain> Engine<D> {
 
     fn go_to_cores(self: &Arc<Self>, task: TaskRef<D>, choice: usize) {
         let mapping = task.mapping().expect("it is being mapped");
+        if task.state.load().has(USES) {
+            // Held, if it is, until its data are there.
+            mapping.decide(Decision::Held(choice));
+            if !self.is_at_home_ready(&task) {
+                return;
+            }
+        }
         let need = mapping.choices().need(choice);
         mapping.decide(Decision::Choice(choice));
         let priority = task.options().map_or(0, |options| options.priority);
         self.queue(task, need, priority);
     }
 
-    /// A held task may go on.
+    /// A held task may go on: to cores, or with the devices that it was granted.
     pub(super) fn let_go(self: &Arc<Self>, task: TaskRef<D>, worklist: &mut Vec<Settled<D>>) {
         match task.poisoned() {
-            None => {
-                let decision = task.mapping().map(Mapping::decision);
-                if let Some(Decision::Held(choice)) = decision {
-                    self.go_to_cores(task, choice);
-                }
-            }
+            None => match task.mapping().map(Mapping::decision) {
+                Some(Decision::Held(choice)) => self.go_to_cores(task, choice),
+                _ => self.board(task),
+            },
             Some(root) => {
                 if task.state.advance(Phase::Ready, Phase::Running).is_ok() {
                     let ending = Ending::Given(Outcome::Failed(Failure::Dependency(root)));
@@ -338,7 +343,7 @@ impl<D: Domain> Engine<D> {
     }
 
     /// Fails a task that is ready, unless somebody has it.
-    fn fail_ready(self: &Arc<Self>, task: &TaskRef<D>, failure: Failure<D>) {
+    pub(super) fn fail_ready(self: &Arc<Self>, task: &TaskRef<D>, failure: Failure<D>) {
         if task.state.advance(Phase::Ready, Phase::Running).is_ok() {
             self.settle(task, Outcome::Failed(failure));
         }
@@ -423,7 +428,7 @@ impl<D: Domain> Engine<D> {
                         0 => (0, 0),
                         _ => (self.wait_for_cores(), load_of_cores),
                     };
-                    for devices in self.sets_for(set, &near) {
+                    for devices in self.sets_for(mapping.set_of(index), &near) {
                         let (wait, load) = self.load_of(&devices);
                         let local = devices.iter().filter(|it| near.contains(it)).count();
                         candidates.push(Candidate {
@@ -520,7 +525,7 @@ impl<D: Domain> Engine<D> {
             let chosen = Alternative {
                 members: members.collect(),
                 share: set.share,
-                memory: set.memory,
+                memory: mapping.set_of(choice).memory,
             };
             mapping.set_places(candidate.devices.iter().fold(0, |all, it| all | bit(*it)));
             mapping.note(COUNTED);

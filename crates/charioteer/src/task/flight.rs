@@ -6,6 +6,7 @@ use smallvec::SmallVec;
 
 use super::state::{BEHIND, LAUNCHED, Snapshot, validate};
 use super::{Content, Domain, Failure, Link, Outcome, Phase, Task, TaskRef};
+use crate::data::Holding;
 use crate::machine::{DeviceError, Event};
 use crate::schedule::gang::Grant;
 use crate::schedule::map::Marks;
@@ -24,11 +25,13 @@ pub(crate) struct Flight<D: Domain> {
     pub(crate) loan: Option<Grant>,
     /// The body waits, and its share of the loan is another's.
     pub(crate) paused: bool,
+    /// What it has of managed data there.
+    pub(crate) holding: Option<Box<Holding>>,
     /// The devices of the loan, as bits by index; they stay when it is given back.
     pub(crate) places: u64,
     /// Around the body's work, if it is timed.
     pub(crate) marks: Option<Box<Marks>>,
-    /// The task is mapped to cores, and goes there when nothing is incomplete any more.
+    /// The task is ready, and goes on, to cores or with its loan, when nothing is incomplete any more.
     pub(crate) held: bool,
     /// Events of predecessors that were launched and not complete when they let this task go: of those
     /// whose failure is its own, and of those that it only comes after.
@@ -69,6 +72,7 @@ impl<D: Domain> Default for Flight<D> {
         Self {
             loan: None,
             paused: false,
+            holding: None,
             places: 0,
             marks: None,
             held: false,

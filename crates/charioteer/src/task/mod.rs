@@ -397,9 +397,13 @@ impl<D: Domain> Links<D> {
     fn take_rare(&mut self) -> Option<Box<Rare<D>>> {
         let mut rare = self.rare.take();
         let flight = rare.as_mut().and_then(|rare| rare.flight.as_mut());
-        if let Some(loan) = flight.and_then(|flight| flight.loan.take()) {
+        if let Some(flight) = flight
+            && let Some(loan) = flight.loan.take()
+        {
             // Of a task that was cancelled: it is to be given back.
-            self.flight().loan = Some(loan);
+            let holding = flight.holding.take();
+            let flight = self.flight();
+            (flight.loan, flight.holding) = (Some(loan), holding);
         }
         rare
     }

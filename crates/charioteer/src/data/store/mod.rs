@@ -197,8 +197,8 @@ impl Store {
         todo!()
     }
 
-    /// Brings elements to a device, where they stay until their room is needed. Gives the event of when
-    /// they are there, if they are not already.
+    /// Brings elements to a device, where they stay until their room is needed. They are there when the
+    /// events are complete.
     ///
     /// # Errors
     /// As [`ensure`](Self::ensure).
@@ -207,7 +207,7 @@ impl Store {
         _storage: &Arc<Storage>,
         _region: &Region,
         _device: DeviceId,
-    ) -> Result<Option<Event>, DeviceError> {
+    ) -> Result<SmallVec<[Event; 2]>, DeviceError> {
         todo!()
     }
 
