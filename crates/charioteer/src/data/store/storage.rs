@@ -7,8 +7,9 @@ use std::sync::{Arc, Weak};
 use smallvec::SmallVec;
 
 use super::graves::Graves;
+use crate::machine::Device;
 use crate::region::Region;
-use crate::sync::{AtomicBool, Mutex, Ordering};
+use crate::sync::{AtomicBool, AtomicU32, Mutex, Ordering};
 
 /// The bytes of an array: a buffer of the host in C order, of which devices may have copies.
 pub struct Storage {
@@ -21,15 +22,35 @@ pub struct Storage {
     pub(super) strides: SmallVec<[u64; 4]>,
     /// Whether it has ever been anywhere but on the host.
     scattered: AtomicBool,
-    /// Keeps the host's buffer.
-    keep: Mutex<Keep>,
+    /// Where a store had its directory when it was last asked.
+    pub(super) hint: AtomicU32,
+    life: Mutex<Life>,
 }
 
-struct Keep {
-    buffer: Option<Box<dyn Any + Send + Sync>>,
+struct Life {
+    /// None once it was dropped.
+    buffer: Option<Buffer>,
     /// Of the store that knows of it.
     graves: Weak<Graves>,
 }
+
+/// What keeps the host's memory, and who prepared it for copies.
+pub(super) struct Buffer {
+    address: u64,
+    registered: Option<Arc<dyn Device>>,
+    _keep: Box<dyn Any + Send + Sync>,
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        if let Some(device) = &self.registered {
+            device.unregister_host(self.address);
+        }
+    }
+}
+
+/// Arrays of fewer bytes are not worth the call that prepares their memory for copies.
+const WORTHY: u64 = 1 << 20;
 
 impl Storage {
     /// An array of this shape, with elements of `item` bytes, in C order from `address` on. The buffer
@@ -60,8 +81,13 @@ impl Storage {
             strides: strides(&whole, item),
             whole,
             scattered: AtomicBool::new(false),
-            keep: Mutex::new(Keep {
-                buffer: Some(keep),
+            hint: AtomicU32::new(u32::MAX),
+            life: Mutex::new(Life {
+                buffer: Some(Buffer {
+                    address,
+                    registered: None,
+                    _keep: keep,
+                }),
                 graves: Weak::new(),
             }),
         })
@@ -102,6 +128,49 @@ impl Storage {
     #[must_use]
     pub fn is_scattered(&self) -> bool {
         self.scattered.load(Ordering::Acquire)
+    }
+
+    /// Some of it is about to be on a device.
+    #[inline]
+    pub(super) fn scatter(&self) {
+        if !self.scattered.load(Ordering::Relaxed) {
+            self.scattered.store(true, Ordering::Release);
+        }
+    }
+
+    /// Has the host's memory prepared for copies, before the first of them. It may take a while.
+    #[cold]
+    pub(super) fn prepare(&self, device: &Arc<dyn Device>) {
+        if self.bytes() < WORTHY {
+            return;
+        }
+        let mut life = self.life.lock();
+        if let Some(buffer) = &mut life.buffer
+            && buffer.registered.is_none()
+        {
+            // SAFETY: the memory is kept for as long as the buffer is, which undoes this first.
+            let done = unsafe { device.register_host(self.address, self.bytes()) };
+            if done == Ok(true) {
+                buffer.registered = Some(Arc::clone(device));
+            }
+        }
+    }
+
+    /// A store knows of it, and is to hear of its end.
+    pub(super) fn attach(&self, graves: &Arc<Graves>) {
+        self.life.lock().graves = Arc::downgrade(graves);
+    }
+}
+
+impl Drop for Storage {
+    fn drop(&mut self) {
+        let (buffer, graves) = {
+            let mut life = self.life.lock();
+            (life.buffer.take(), life.graves.upgrade())
+        };
+        if let (Some(buffer), Some(graves)) = (buffer, graves) {
+            graves.bury(self.id, buffer);
+        }
     }
 }
 
