@@ -406,7 +406,11 @@ impl State {
             piece.holders.push(Holder { at: to, ready });
         }
         if from != HOME {
-            self.instances[from].uses.add(event);
+            let source = &mut self.instances[from];
+            source.uses.add(event);
+            for &writer in source.writers.iter().filter(|writer| **writer != stream) {
+                machine.device(writer.device).follow(writer, event)?;
+            }
         }
         if to != HOME {
             let instance = &mut self.instances[to];

@@ -1,8 +1,10 @@
 //! An instance: memory of a device for a box of an array.
 
+use smallvec::SmallVec;
+
 use super::View;
 use super::events::Events;
-use crate::machine::{DeviceId, DevicePointer};
+use crate::machine::{DeviceId, DevicePointer, Stream};
 
 /// The number of the instance that is always there: the host's buffer.
 pub(super) const HOME: u32 = u32::MAX;
@@ -16,6 +18,9 @@ pub(super) struct Instance {
     pub(super) bytes: u64,
     /// How many tasks hold it, from plan to launch.
     pub(super) pins: u32,
+    /// Streams of those that will write, once for each want: what is copied from it until they are
+    /// launched, for other members of their sets, they have to be behind.
+    pub(super) writers: SmallVec<[Stream; 1]>,
     /// How many pieces are valid in it.
     pub(super) valid: u32,
     /// What used the memory before: nobody touches it but behind that.

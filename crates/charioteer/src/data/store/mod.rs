@@ -142,6 +142,8 @@ pub struct View {
 #[must_use = "what is held stays pinned until it is given back"]
 pub struct Held {
     device: DeviceId,
+    /// On which the task will run.
+    stream: Option<Stream>,
     views: SmallVec<[View; 4]>,
     wants: SmallVec<[Pinned; 4]>,
     /// The instances, each once.
@@ -331,9 +333,15 @@ impl Store {
             Some((_, sum)) => *sum += bytes,
             None => sources.push((from, bytes)),
         };
+        let wants::Groups { groups, of } = group(wants);
         let state = self.state.lock();
-        for want in wants.iter().filter(|want| want.touch.reads()) {
-            state.missing(&self.machine, want, device, &mut add);
+        for (want, group) in wants.iter().zip(of) {
+            if let Some(group) = group
+                && want.touch.reads()
+            {
+                let hull = &groups[group as usize].hull;
+                state.missing(&self.machine, want, hull, device, &mut add);
+            }
         }
         drop(state);
         let description = self.machine.description();
@@ -394,7 +402,7 @@ impl Store {
         self.prepare(wants, stream.device);
         self.change(|state, machine| {
             let mut held = state.hold(machine, stream.device, wants, memory, &self.graves)?;
-            let ready = state.ready(machine, stream, &held);
+            let ready = state.ready(machine, stream, &mut held);
             for want in &held.wants {
                 state.unwant(number, want.directory, want.frame);
             }
@@ -465,8 +473,8 @@ impl Store {
         })
     }
 
-    /// Brings elements to a device, where they stay until their room is needed. They are there when the
-    /// events are complete.
+    /// Brings elements to a device, where they stay until their room is needed, or to the host. They are
+    /// there when the events are complete.
     ///
     /// # Errors
     /// As [`ensure`](Self::ensure).
@@ -482,6 +490,9 @@ impl Store {
             region,
             touch,
         }];
+        if device == HOST {
+            return self.ensure_host(&wants);
+        }
         self.prepare(&wants, device);
         self.change(|state, machine| {
             let mut held = state.hold(machine, device, &wants, 0, &self.graves)?;
@@ -622,6 +633,7 @@ impl State {
         &self,
         machine: &Machine,
         want: &Want<'_>,
+        hull: &Region,
         device: DeviceId,
         add: &mut impl FnMut(DeviceId, u64),
     ) {
@@ -632,7 +644,7 @@ impl State {
             return;
         };
         let directory = &self.directories[number];
-        let frame = directory.find(&wants::hull(want.region));
+        let frame = directory.find(hull);
         let there = match frame {
             _ if device == HOST => Some(HOME),
             Some(frame) => directory.frames[frame].instance(device),
@@ -668,6 +680,7 @@ impl State {
         let wants::Groups { groups, of } = group(wants);
         let mut held = Held {
             device,
+            stream: None,
             views: SmallVec::new(),
             wants: SmallVec::new(),
             pins: SmallVec::new(),
@@ -768,7 +781,16 @@ impl State {
     }
 
     /// Brings what is read, and has the stream wait for what it has to.
-    fn ready(&mut self, machine: &Machine, stream: Stream, held: &Held) -> Result<(), DeviceError> {
+    fn ready(
+        &mut self,
+        machine: &Machine,
+        stream: Stream,
+        held: &mut Held,
+    ) -> Result<(), DeviceError> {
+        held.stream = Some(stream);
+        for want in held.wants.iter().filter(|want| want.touch.writes()) {
+            self.instances[want.at].writers.push(stream);
+        }
         let (mut copies, mut users) = (Events::new(), Events::new());
         for want in &held.wants {
             let Pinned { directory, at, .. } = *want;
@@ -881,6 +903,13 @@ impl State {
     /// Gives back what is held.
     #[inline]
     fn release(&mut self, held: &mut Held) {
+        if let Some(stream) = held.stream {
+            for want in held.wants.iter().filter(|want| want.touch.writes()) {
+                let writers = &mut self.instances[want.at].writers;
+                let place = writers.iter().position(|writer| *writer == stream);
+                writers.swap_remove(place.expect("it was entered"));
+            }
+        }
         for at in held.pins.drain(..) {
             self.unpin(at);
         }

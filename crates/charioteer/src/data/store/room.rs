@@ -357,6 +357,7 @@ impl State {
             view,
             bytes,
             pins: 0,
+            writers: SmallVec::new(),
             valid: 0,
             born: block.behind,
             uses: Events::new(),

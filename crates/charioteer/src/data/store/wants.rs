@@ -28,7 +28,7 @@ pub(super) struct Groups<'a> {
 }
 
 /// The box around a region.
-pub(super) fn hull(region: &Region) -> Region {
+fn hull(region: &Region) -> Region {
     if region.spans().iter().all(|span| span.step() == 1) {
         region.clone()
     } else {

@@ -241,8 +241,10 @@ pub(super) struct Outbox {
     pub(super) observed: Vec<Observed>,
     pub(super) signals: Vec<Arc<Signal>>,
     pub(super) calls: Vec<(Event, Completion, Result<(), DeviceError>)>,
-    /// Dropped: what will never run, and memory.
+    /// Dropped: what will never run, and may be the user's.
     pub(super) drops: Vec<Box<dyn Any + Send>>,
+    /// Dropped: memory, and copies that will never run.
+    pub(super) memory: Vec<Box<dyn Any + Send>>,
 }
 
 impl Outbox {
@@ -251,6 +253,7 @@ impl Outbox {
             && self.signals.is_empty()
             && self.calls.is_empty()
             && self.drops.is_empty()
+            && self.memory.is_empty()
     }
 }
 
@@ -454,7 +457,7 @@ impl State {
         buffer: Option<Buffer>,
     ) -> Result<(), DeviceError> {
         if let Some(lost) = self.lost(device) {
-            self.out.drops.extend(buffer.map(|it| Box::new(it) as _));
+            self.out.memory.extend(buffer.map(|it| Box::new(it) as _));
             return Err(lost);
         }
         self.device(device).memory.provide(address, buffer)
@@ -639,7 +642,7 @@ impl State {
         }
         device.lost = Some(Arc::clone(why));
         let buffers: Vec<_> = device.memory.clear().collect();
-        self.out.drops.push(Box::new(buffers));
+        self.out.memory.push(Box::new(buffers));
         self.shared[usize::from(id.index())]
             .status
             .fetch_or(LOST, Ordering::Relaxed);
@@ -716,7 +719,7 @@ impl State {
             Work::Operation(operation) => Some(Run::Operation(stream, operation)),
             Work::Copy(copy) => {
                 if let Err(error) = self.check_copy(stream.device, &copy) {
-                    self.out.drops.push(Box::new(copy));
+                    self.out.memory.push(Box::new(copy));
                     self.end(stream, Err(error), due.at);
                     return None;
                 }
@@ -816,14 +819,15 @@ impl State {
                 self.release(stream.device, address, Some(Event { stream, position }));
             }
             // It was not run.
-            work @ (Work::Operation(_) | Work::Copy(_)) => self.out.drops.push(Box::new(work)),
+            Work::Operation(operation) => self.out.drops.push(Box::new(operation)),
+            Work::Copy(copy) => self.out.memory.push(Box::new(copy)),
         }
         self.reach(stream, position, at);
     }
 
     fn release(&mut self, device: DeviceId, address: u64, event: Option<Event>) {
         if let Some(buffer) = self.device(device).memory.release(address, event) {
-            self.out.drops.push(Box::new(buffer));
+            self.out.memory.push(Box::new(buffer));
         }
     }
 
