@@ -42,7 +42,12 @@ def copies(runtime: ch.Runtime, source: str, target: str) -> tuple[int, int]:
 
 
 @ch.task(placement=gpu)
-def add(x: ch.InOut[Array], y: ch.In[Array] | float) -> None:
+def add(x: ch.InOut[Array], y: float) -> None:
+    x += y
+
+
+@ch.task(placement=gpu)
+def accumulate(x: ch.InOut[Array], y: ch.In[Array]) -> None:
     x += y
 
 
@@ -283,9 +288,7 @@ def test_a_set_of_one_gets_tuples() -> None:
         @ch.task
         def body(a: ch.InOut[Array]) -> None:
             seen.append(type(a))
-            for _, one in zip(
-                ch.current().each(), a if isinstance(a, tuple) else (a,), strict=True
-            ):
+            for one in a if isinstance(a, tuple) else (a,):
                 one += 1
 
         for placement in (gpu * 1, gpu.all, (gpu,), gpu, gpu(0), cpu * 2, cpu):
@@ -372,9 +375,9 @@ def test_variants_have_shards_of_their_own() -> None:
 def test_what_sets_are_refused() -> None:
     def body(a: ch.InOut[Array], b: ch.In[Array]) -> None: ...
 
-    with pytest.raises(ch.AccessError, match="a is written on gpu \\* 2"):
+    with pytest.raises(ch.AccessError, match=r"a is written on gpu \* 2"):
         ch.task(placement=gpu * 2)(body)
-    with pytest.raises(ch.AccessError, match="a is written on gpu.all"):
+    with pytest.raises(ch.AccessError, match=r"a is written on gpu\.all"):
         ch.task(placement=[cpu, gpu.all], shards={"b": 0})(body)
     with pytest.raises(ch.AccessError, match=r"a is written on \(cpu, gpu\)"):
         ch.task(placement=(cpu, gpu))(body)
@@ -386,7 +389,7 @@ def test_what_sets_are_refused() -> None:
         with pytest.raises(TypeError):
             ch.task(placement=gpu * 2, shards=anything(wrong))(body)
     function = ch.task(body)
-    with pytest.raises(ch.AccessError, match="a is written on gpu \\* 2"):
+    with pytest.raises(ch.AccessError, match=r"a is written on gpu \* 2"):
         function.variant(gpu * 2)(body)
     function.variant(gpu * 2, shards={"a": 0})(body)
     with opened(gpus=4):
@@ -611,7 +614,7 @@ def test_a_map_infers() -> None:
         A = ch.zeros((8, 4))
         rows = list(A)
         add.map(rows, [float(i) for i in range(8)])
-        add.map(rows[1:], rows[:-1])
+        accumulate.map(rows[1:], rows[:-1])
         found = np.arange(8.0)
         for i in range(1, 8):
             found[i] += found[i - 1]
@@ -624,7 +627,7 @@ def test_a_map_infers() -> None:
 def test_what_never_fits_is_refused_at_the_spawn() -> None:
     with opened(gpus=1, memory=1 * MiB):
         A = ch.zeros(MiB // 8 + 1)
-        with pytest.raises(ch.OutOfDeviceMemoryError, match="1,048,584|1048584") as info:
+        with pytest.raises(ch.OutOfDeviceMemoryError, match=r"1,048,584|1048584") as info:
             add(A, 1.0)
         assert isinstance(info.value, MemoryError)
         add.options(placement=[gpu, cpu])(A, 1.0)
@@ -654,7 +657,7 @@ def test_failures_travel_as_ever() -> None:
             raise Boom
 
         failed = fail(A)
-        skipped = add(B, A)
+        skipped = accumulate(B, A)
         error = skipped.exception()
         assert isinstance(error, ch.DependencyError)
         assert isinstance(failed.exception(), Boom)
@@ -694,7 +697,7 @@ def test_a_copy_that_fails() -> None:
         with pytest.raises(ch.DependencyError):
             A.numpy()
         put(A, 2.0)
-        add(A, B)
+        accumulate(A, B)
         assert A.numpy().tolist() == [3] * 100
 
 
@@ -706,7 +709,7 @@ def test_data_are_lost_with_their_device() -> None:
         B.prefetch(gpu(0)).result()
         assert rt.devices is not None
         rt.devices.lose(0, "on purpose")
-        lost = add.options(placement=gpu(1))(C, A)
+        lost = accumulate.options(placement=gpu(1))(C, A)
         error = lost.exception()
         assert isinstance(error, ch.DeviceLostError), repr(error)
         assert "A" in str(error)
@@ -755,7 +758,7 @@ def test_cancelling_what_waits_for_data() -> None:
             ch.current().stream.busy(0.02)
             a += 1
 
-        second = add(B, A)
+        second = accumulate(B, A)
         second.cancel()
         third = add(A, 1.0)
         third.result()
@@ -771,7 +774,7 @@ def test_any_number_of_workers(workers: int, runahead: int) -> None:
         for turn in range(6):
             for at, row in enumerate(A):
                 add.options(placement=[gpu, cpu, gpu((at + turn) % 2)])(row, 1.0)
-            add(A[1:], A[:-1])
+            accumulate(A[1:], A[:-1])
         expected = np.zeros((4, 8))
         for _ in range(6):
             expected += 1

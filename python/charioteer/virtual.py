@@ -258,6 +258,8 @@ class ndarray(NDArrayOperatorsMixin):  # noqa: N801 (as NumPy's)
 
     def _on_device(self) -> np.ndarray[Any, Any]:
         """The elements themselves, within an operation."""
+        if not self.size:
+            return np.empty(self._shape, self._dtype)
         return np.ndarray(
             self._shape,
             self._dtype,
@@ -1037,7 +1039,8 @@ _INFERRED: set[Any] = {
         *("all", "amax", "amin", "any", "argmax", "argmin", "argsort", "average", "clip"),
         *("count_nonzero", "cross", "cumprod", "cumsum", "dot", "einsum", "inner", "max", "mean"),
         *("median", "min", "nanmax", "nanmean", "nanmin", "nanprod", "nanstd"),
-        *("nansum", "nanvar", "prod", "ptp", "roll", "round", "sort", "std", "sum"),
+        *("nansum", "nanvar", "prod", "ptp", "roll", "round", "searchsorted", "sort"),
+        *("std", "sum"),
         *("tensordot", "trace", "tril", "triu", "var", "vdot", "isclose"),
     )
 } | {

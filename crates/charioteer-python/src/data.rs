@@ -1149,8 +1149,14 @@ impl Array {
     fn release(slf: &Bound<'_, Self>) -> PyResult<()> {
         let py = slf.py();
         let region = slf.as_super().get();
-        // What it has may be undefined, and is let go all the same.
-        let access = HostEntry::enter(py, region, data::Mode::Out)?;
+        let access = match HostEntry::enter(py, region, data::Mode::InOut) {
+            Ok(access) => access,
+            // What it has is undefined, and is let go all the same.
+            Err(error) if is_dependency_error(py, &error) => {
+                HostEntry::enter(py, region, data::Mode::Out)?
+            }
+            Err(error) => return Err(error),
+        };
         region.part.datum().close();
         drop(access);
         Ok(())
@@ -1192,6 +1198,13 @@ impl HostEntry {
             Err(HostError::Closed) => Err(runtime::none(py)),
         }
     }
+}
+
+fn is_dependency_error(py: Python<'_>, error: &PyErr) -> bool {
+    let class = py
+        .import("charioteer.errors")
+        .and_then(|errors| errors.getattr("DependencyError"));
+    class.is_ok_and(|class| error.is_instance(py, &class))
 }
 
 /// What reading a region raises that a failed task was to write.

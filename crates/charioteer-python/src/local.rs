@@ -282,7 +282,8 @@ impl Placed {
         let identity = data.call1(("identity", name, dtype))?;
         array.set_item(PyEllipsis::get(py), identity)?;
         match slot.spread() {
-            Spread::Shard(_) => array.get_item(0_usize),
+            // Of numbers alone NumPy would give a copy.
+            Spread::Shard(_) => array.get_item((0_usize, PyEllipsis::get(py))),
             _ => Ok(array),
         }
     }

@@ -564,9 +564,11 @@ impl Recipe {
             let body = unsafe { Bound::from_borrowed_ptr(py, body) };
             bodies.push(callable::prepare(&callable::bind_like(function, body)?)?);
         }
-        let name = callable::name(function)?;
+        let (name, modes) = (callable::name(function)?, callable::modes(function)?);
         for body in &mut bodies {
             body.name = name;
+            // Those of the function, whichever body runs.
+            body.modes.clone_from(&modes);
         }
         if bodies.len() == 1 {
             return Ok(Bodies::One(bodies.pop().expect("there is one")));
