@@ -847,7 +847,12 @@ def check_trace(
 ) -> tuple[int, int, int, list[tuple[str, int, int | None, str]]]: ...
 def check_order(
     path: str | PathLike[str],
-) -> tuple[int, int, list[tuple[str, int, int | None, str]]]: ...
+) -> tuple[
+    int,
+    int,
+    tuple[int, int, int, int, int, int] | None,
+    list[tuple[str, int, int | None, str]],
+]: ...
 def read_trace(
     path: str | PathLike[str],
 ) -> tuple[int, list[tuple[int, int, str, int, int]], dict[int, str]]: ...

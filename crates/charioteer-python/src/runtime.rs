@@ -974,13 +974,33 @@ pub fn check_trace(
     Ok((checked.tasks, checked.grants, checked.pairs, broken))
 }
 
-/// Checks the order of accesses in a trace file: how many accesses it has, how many pairs were compared,
-/// and what was broken; raises what `check_trace` does.
+/// What was copied: copies, their bytes, bytes copied within devices, instances dropped, reads looked at,
+/// bytes that the best eviction moves.
+type Moved = (usize, u64, u64, usize, usize, u64);
+
+/// Checks what a trace file says of data: how many accesses it has, how many pairs were compared, what was
+/// copied (none where the version does not say), and what was broken; raises what `check_trace` does.
 #[pyfunction]
-pub fn check_order(py: Python<'_>, path: std::path::PathBuf) -> PyResult<(usize, usize, Broken)> {
-    let checked = prove(py, path, charioteer::trace::check_order)?;
-    let broken = broken(checked.violations);
-    Ok((checked.accesses, checked.pairs, broken))
+pub fn check_order(
+    py: Python<'_>,
+    path: std::path::PathBuf,
+) -> PyResult<(usize, usize, Option<Moved>, Broken)> {
+    let checked = prove(py, path, charioteer::trace::check_data)?;
+    let order = checked.order;
+    let mut violations = order.violations;
+    let moved = checked.moves.map(|(moves, best)| {
+        violations.extend(moves.violations);
+        let dropped = moves.dropped;
+        (
+            moves.copies,
+            moves.bytes,
+            moves.local,
+            dropped,
+            moves.reads,
+            best.bytes,
+        )
+    });
+    Ok((order.accesses, order.pairs, moved, broken(violations)))
 }
 
 /// The events of a trace file: `(wall, [(time, thread, event, task, other)], {task: name})`, times

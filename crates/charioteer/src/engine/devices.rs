@@ -256,9 +256,14 @@ impl<D: Domain> Devices<D> {
         let witness = traced.map(|(trace, engine)| {
             Witness::new::<D>(trace, &machine, &capacities, workers, engine)
         });
+        let store = Store::new(Arc::clone(&machine));
+        if let Some((trace, _)) = traced {
+            let trace = Arc::clone(trace);
+            store.observe(Box::new(move |moved| trace.record_move(moved)));
+        }
         Self {
             runahead: limits.runahead,
-            transfers: Transfers::new(Store::new(Arc::clone(&machine))),
+            transfers: Transfers::new(store),
             keeping: AtomicUsize::new(0),
             gauges: capacities.iter().map(|_| Gauge::default()).collect(),
             backlog: AtomicU64::new(0),

@@ -645,13 +645,12 @@ impl<D: Domain> Engine<D> {
             return self.turn_has_come(task, worklist);
         }
         self.record_at(time, TraceEvent::Ready, task);
-        self.record(TraceEvent::Start, task);
+        self.record(TraceEvent::Carry, task);
         let (uses, _) = task.take_uses();
         let moved = match &uses {
             Some(uses) => uses.with_all(|wants| self.move_data(wants, moves)),
             None => Ok(Events::new()),
         };
-        self.record(TraceEvent::End, task);
         let (events, outcome) = match moved {
             Ok(events) => (events, Outcome::Value(D::nothing())),
             Err(error) => {
