@@ -358,6 +358,12 @@ impl Wanted<'_> {
         let index = self.device.index();
         let memory = (layout.address, layout.size, layout.offset);
         let all = ("managed", library, index, memory, shape, dtype, strides, self.writes);
-        support(py).cuda.bind(py).call1(all)
+        let before = libraries::present(py)?;
+        let made = support(py).cuda.bind(py).call1(all)?;
+        if libraries::present(py)? != before {
+            // It came just now, with a current stream that is not the task's.
+            libraries::refresh(py, self.machine)?;
+        }
+        Ok(made)
     }
 }
