@@ -141,7 +141,7 @@ pub struct Entered {
 /// The body of a task is about to run here; `None` where the machine's devices have no driver.
 #[inline]
 pub fn enter(py: Python<'_>, engine: &Core) -> PyResult<Option<Entered>> {
-    if !engine.domain().has_driver {
+    if engine.domain().gpus.is_empty() {
         return Ok(None);
     }
     enter_driver(py, engine).map(Some)
@@ -205,6 +205,11 @@ pub fn switch(py: Python<'_>, machine: &Machine, device: DeviceId) -> PyResult<(
         Some(lent) => make_current(py, machine, present(py)?, lent),
         None => Ok(()),
     }
+}
+
+/// The device that is current in the body that runs here, and the task's stream on it.
+pub fn current() -> Option<(DeviceId, Stream)> {
+    RUNNING.with_borrow(|running| running.as_ref().map(|frame| frame.lent[frame.at]))
 }
 
 /// A library was imported in the body that runs here.

@@ -16,6 +16,7 @@ use crate::access::{self, Claim, Claims, Declared};
 use crate::callable::{self, Callable, Prepared};
 use crate::gateway::{self, Hidden, PyRef};
 use crate::interp::{Arguments, Body, Core, Held, Interp, Label, PythonBody, Task};
+use crate::launches;
 use crate::native;
 use crate::options::{Keywords, Target, keywords};
 use crate::reduce::BodyData;
@@ -118,6 +119,8 @@ fn hold<'py>(
 /// The body of one call.
 fn body_of(
     py: Python<'_>,
+    engine: &Core,
+    place: (Option<&Options>, Option<usize>),
     prepared: Prepared,
     arguments: Arguments,
     substitute: bool,
@@ -143,6 +146,10 @@ fn body_of(
                 *name = call.name();
             }
             Body::Native(call)
+        }
+        Callable::Kernel(launch) => {
+            let call = launches::Call::new(py, engine, launch, arguments, substitute, place)?;
+            Body::Kernel(Box::new(call))
         }
     })
 }
@@ -176,6 +183,8 @@ fn launch(
             name = prepared.name;
             body_of(
                 py,
+                engine,
+                (options.as_deref(), None),
                 prepared,
                 arguments,
                 substitute,
@@ -189,11 +198,14 @@ fn launch(
             let bodies = candidates
                 .bodies
                 .into_iter()
-                .map(|prepared| {
+                .enumerate()
+                .map(|(number, prepared)| {
                     let mut name = "";
                     let arguments = arguments.clone_ref(py);
                     body_of(
                         py,
+                        engine,
+                        (options.as_deref(), Some(number)),
                         prepared,
                         arguments,
                         substitute,
@@ -836,6 +848,19 @@ impl TaskFunction {
     #[allow(clippy::unused_self)]
     fn __clear__(&self) {
         // The function's own dictionary and cells are cleared by the collector.
+    }
+}
+
+impl TaskFunction {
+    /// Of a function of ours, which has a base body alone.
+    pub fn plain<'py>(function: Bound<'py, PyAny>, said: Keywords) -> PyResult<Bound<'py, Self>> {
+        let py = function.py();
+        let made = Self {
+            function: function.into(),
+            said,
+            variants: Bound::new(py, VariantTable::new())?.into(),
+        };
+        Bound::new(py, made)
     }
 }
 
