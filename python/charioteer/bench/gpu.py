@@ -38,8 +38,9 @@ SUMMARY = "what a task on real GPUs costs, beside plain CuPy"
 
 DESCRIPTION = """\
 Measure tasks on real GPUs: empty ones on one GPU and on two, with 1, 4 and 16 workers and with
-PyTorch imported; a chain of small additions beside the same loop in plain CuPy; how soon a result
-is told beside a wait for the stream, and a short task beside a long one.
+PyTorch imported; a chain of small additions, by CuPy and as native kernels, beside the same loop in
+plain CuPy; how soon a result is told beside a wait for the stream, and a short task beside a long
+one.
 """
 
 WORKERS = (1, 4, 16)
@@ -50,11 +51,12 @@ EMPTY = {1: 5.0, 2: 9.0}
 GROWTH = 1.3
 TORCH = 1.3
 CHAIN = 1.5
+NATIVE = 0.6
 LATE = 20.0
 """Microseconds that a result may be later than a stream that is waited for."""
 BESIDE = 200.0
 PLAIN = "plain CuPy"
-NAMES = ("empty", "torch", "two", "chain", "result", "beside")
+NAMES = ("empty", "torch", "two", "chain", "kernel", "result", "beside")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,6 +91,7 @@ def measures(tasks: int) -> list[Measure]:
         _torch(tasks, params),
         _empty(2, tasks, params),
         _chain(min(tasks, 10_000), params),
+        _kernel(tasks, params),
         _result(params),
         _beside(params),
     ]
@@ -221,7 +224,7 @@ def _chain(length: int, params: dict[str, Any]) -> Measure:
 
     def plain() -> Sample:
         cupy = _need(1)
-        x, y = cupy.zeros(1024, cupy.float32), cupy.ones(1024, cupy.float32)
+        x, y = _vectors(cupy)
         with cupy.cuda.Stream(non_blocking=True) as stream:
             cupy.add(x, y, out=x)
             stream.synchronize()
@@ -232,28 +235,40 @@ def _chain(length: int, params: dict[str, Any]) -> Measure:
             time = perf_counter() - start
         return Sample({PER_TASK: 1e6 * time / length})
 
+    def chained(add: Any, *arguments: Any) -> Sample:
+        """So many tasks, each after the one before by its name."""
+        with ch.Runtime(workers=1) as rt:
+            add(*arguments).result()
+            T = ch.TaskSpace("T")
+            before = rt.stats()["devices"][gpu(0)]["host_synchronisations"]
+            start = perf_counter()
+            last = add.options(T[0])(*arguments)
+            for i in range(1, length):
+                last = add.options(T[i], dependencies=T[i - 1])(*arguments)
+            last.result()
+            time = perf_counter() - start
+            waits = rt.stats()["devices"][gpu(0)]["host_synchronisations"] - before
+        return Sample({PER_TASK: 1e6 * time / length, "host synchronisations": waits})
+
     def ours() -> Sample:
         cupy = _need(1)
-        x, y = cupy.zeros(1024, cupy.float32), cupy.ones(1024, cupy.float32)
-        cupy.cuda.get_current_stream().synchronize()
+        x, y = _vectors(cupy)
 
         @ch.task(placement=gpu(0))
         def add() -> None:
             cupy.add(x, y, out=x)
 
-        with ch.Runtime(workers=1) as rt:
-            add().result()
-            T = ch.TaskSpace("T")
-            before = rt.stats()["devices"][gpu(0)]["host_synchronisations"]
-            start = perf_counter()
-            last = add.options(T[0])()
-            for i in range(1, length):
-                last = add.options(T[i], dependencies=T[i - 1])()
-            last.result()
-            time = perf_counter() - start
-            waits = rt.stats()["devices"][gpu(0)]["host_synchronisations"] - before
+        sample = chained(add)
         assert float(x[0]) == length + 1
-        return Sample({PER_TASK: 1e6 * time / length, "host synchronisations": waits})
+        return sample
+
+    def native() -> Sample:
+        x, y = _vectors(_need(1))
+        sample = chained(_add()[8, 128], x, y)
+        assert float(x[0]) == length + 1
+        return sample
+
+    kernels = f"chain of {length} native kernels"
 
     return Measure(
         name="chain",
@@ -261,6 +276,7 @@ def _chain(length: int, params: dict[str, Any]) -> Measure:
         contestants=[
             Contestant(PLAIN, case, plain, None, params),
             Contestant(OURS, case, ours, 1, params),
+            Contestant(OURS, kernels, native, 1, params),
         ],
         units={PER_TASK: "µs", "host synchronisations": ""},
         bars=[
@@ -273,7 +289,64 @@ def _chain(length: int, params: dict[str, Any]) -> Measure:
                 lacking=PLAIN,
             ),
             absolute(case, "host synchronisations", "", 0, 1),
+            Bar(
+                case=kernels,
+                metric=f"{OURS} / {PLAIN}",
+                unit="x",
+                values=ratio(Key(OURS, kernels, 1), Key(PLAIN, case), PER_TASK),
+                limit=NATIVE,
+                lacking=PLAIN,
+            ),
+            absolute(kernels, "host synchronisations", "", 0, 1),
         ],
+    )
+
+
+def _vectors(cupy: Any) -> tuple[Any, Any]:
+    x, y = cupy.zeros(1024, cupy.float32), cupy.ones(1024, cupy.float32)
+    cupy.cuda.get_current_stream().synchronize()
+    return x, y
+
+
+def _add() -> ch.Kernel:
+    """``x += y`` for 1,024 numbers, as what CuPy launches for that."""
+    return ch.kernel(
+        r"""
+extern "C" __global__ void add(float* x, const float* y) {
+    unsigned at = blockIdx.x * blockDim.x + threadIdx.x;
+    if (at < 1024) x[at] += y[at];
+}
+""",
+        "add",
+        ("*f4", "const *f4"),
+        placement=gpu(0),
+    )
+
+
+def _kernel(tasks: int, params: dict[str, Any]) -> Measure:
+    case = "a task that is one native kernel"
+
+    def ours(workers: int) -> Sample:
+        x, y = _vectors(_need(1))
+        add = _add()
+        with ch.Runtime(workers=workers):
+            add[8, 128](x, y).result()
+            start = perf_counter()
+            ch.wait([add[8, 128](x, y) for _ in range(tasks)])
+            time = perf_counter() - start
+        assert float(x[0]) == tasks + 1
+        return Sample({PER_TASK: 1e6 * time / tasks})
+
+    return Measure(
+        name="kernel",
+        title="Independent native kernels on 1 GPU, each of which takes all of it",
+        contestants=[
+            Contestant(OURS, case, functools.partial(ours, workers), workers, params)
+            for workers in WORKERS
+        ],
+        units={PER_TASK: "µs"},
+        bars=[],
+        note="From the first spawn until the last is complete, over their number.",
     )
 
 
