@@ -214,7 +214,11 @@ impl CudaGpu {
                 )
             }
         };
-        match launch() {
+        let answer = launch();
+        if answer.is_ok() {
+            timeline.enqueued();
+        }
+        match answer {
             Err(fault) if concerns_launch(fault) => {
                 Err(DeviceError::Operation(self.id(), fault.to_string().into()))
             }

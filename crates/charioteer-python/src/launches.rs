@@ -670,6 +670,7 @@ impl Launch {
         match running.engine.lent().as_slice() {
             [(device, stream)] => {
                 let gpu = &running.engine.domain().gpus[usize::from(device.index())];
+                libraries::occupy(gpu);
                 self.enqueue(packed, gpu, *stream)
             }
             _ => Err(Failure {
