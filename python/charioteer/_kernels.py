@@ -54,19 +54,20 @@ def kernel(
 
     ``k[grid, block]`` and ``k[grid, block, shared]`` are task functions, with ``.options`` like any
     other; ``.fn`` puts the kernel on the stream of a task whose body calls it. Arguments are
-    converted at the call and kept alive until the device has used them; the launch takes no GIL, and
-    no other library. Handles among the arguments are dependencies.
+    converted at the call, and kept alive until the device has used them. The launch takes no GIL,
+    and no other library. Handles among the arguments are dependencies.
 
     Args:
-        code: CUDA C++ source, PTX (both also as bytes or as the path of a file), a cubin or a fat
-            binary as bytes; a ``RawKernel`` of CuPy, a kernel or an ``ObjectCode`` of ``cuda.core``,
-            or a kernel of Numba that was compiled for one signature.
+        code: CUDA C++ source, PTX, a cubin or a fat binary, as text, bytes or the path of a file; a
+            ``RawKernel`` of CuPy, a kernel or an ``ObjectCode`` of ``cuda.core``, or a kernel of
+            Numba that was compiled for one signature.
         name: of the kernel: needed for source, images and an ``ObjectCode``. A C++ name such as
             ``"axpy<float>"`` says which instance of a template it is.
         params: what it takes, in order, as for :func:`charioteer.native`: ``"i4"``, ``"f8"``,
             ``"c16"`` and so on by value, ``"p"`` for an address or ``None``, ``ch.In``, ``ch.Out``,
-            ``ch.InOut``, ``"*f8"`` or ``"const *f8"`` for the data of an array on the GPU: of CuPy, of
-            PyTorch, or of anything with a ``__cuda_array_interface__``. Left out it is nothing, and
+            ``ch.InOut``, ``"*f8"`` or ``"const *f8"`` for the data of an array on the GPU: a region
+            of a managed array, which is ordered and brought there, or an array of CuPy, PyTorch, or
+            anything with a ``__cuda_array_interface__``, which is not. Left out it is nothing, and
             for a kernel of Numba what its signature says.
         options: of the compiler, such as ``("-std=c++17",)``.
         strided: an array need not be C-contiguous, and is passed as its address, its extents and
@@ -89,9 +90,9 @@ def kernel(
 
     The call that spawns raises :class:`charioteer.KernelError` if the code cannot be compiled or
     loaded, :class:`charioteer.PlacementError` where there is no GPU of the CUDA driver, and
-    ``TypeError`` and ``ValueError`` for arguments that do not fit. A task fails with ``KernelError``
-    if the driver refuses the launch, and with :class:`charioteer.DeviceLostError` if the kernel
-    faults.
+    ``TypeError`` and ``ValueError`` for arguments that do not fit. A task fails with
+    ``KernelError`` if the driver refuses the launch, and with
+    :class:`charioteer.DeviceLostError` if the kernel faults.
     """
     if name is not None and not isinstance(name, str):
         raise TypeError(f"name is a string, not {type(name).__name__}: options() takes handles")

@@ -52,8 +52,8 @@ def compile_source(
     if compiler is None:
         raise KernelError(
             name,
-            "NVRTC, which compiles CUDA C++, is not found: install the package nvidia-cuda-nvrtc, or"
-            " pass a cubin or PTX",
+            "NVRTC, which compiles CUDA C++, is not found: install the package nvidia-cuda-nvrtc,"
+            " or pass a cubin or PTX",
         )
     program = ctypes.c_void_p()
     nvrtc = compiler.library

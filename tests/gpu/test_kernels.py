@@ -230,9 +230,7 @@ def test_a_launch_that_is_refused_fails_its_task_alone(rt: ch.Runtime, cp: Any) 
     assert (cp.asnumpy(x) == np.arange(32)[::-1]).all()
 
 
-def test_arguments_live_until_the_device_has_used_them(
-    rt: ch.Runtime, cp: Any, spin: Any
-) -> None:
+def test_arguments_live_until_the_device_has_used_them(rt: ch.Runtime, cp: Any, spin: Any) -> None:
     axpy = _axpy()
     y = cp.zeros(N)
     _ready(cp)
@@ -311,7 +309,7 @@ def test_independent_kernels_share_a_stream(rt: ch.Runtime, cp: Any, counters: A
     axpy = _axpy()
     x, y = cp.ones(N), cp.zeros(N)
     _ready(cp)
-    # Each takes the whole GPU, so they follow each other there; a stream for each would be of no use.
+    # Each takes the whole GPU, so that they follow each other: a stream for each is of no use.
     ch.wait([axpy[4, 256](y, x, 1.0, N) for _ in range(500)])
     assert (cp.asnumpy(y) == 500).all()
     assert counters()["streams"] <= 4

@@ -716,7 +716,7 @@ pub struct PyKernel {
     said: Keywords,
     signature: String,
     /// The shape that was asked for last, and its task function.
-    last: Attached<Option<(PyRef, PyRef)>>,
+    last: Attached<Option<(Dimensions, PyRef)>>,
 }
 
 #[pymethods]
@@ -810,23 +810,23 @@ impl PyKernel {
         py: Python<'py>,
         shape: &Bound<'py, PyAny>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let known = self.last.lock(py).as_ref().map(|(key, made)| {
-            // New references call nothing.
-            (key.clone_ref(py), made.clone_ref(py))
-        });
-        if let Some((key, made)) = known
-            && key.bind(py).eq(shape)?
-        {
+        let dimensions = dimensions(shape)?;
+        let known = {
+            let last = self.last.lock(py);
+            let same = last.as_ref().filter(|(shape, _)| *shape == dimensions);
+            // A new reference calls nothing.
+            same.map(|(_, made)| made.clone_ref(py))
+        };
+        if let Some(made) = known {
             return Ok(made.into_bound(py));
         }
         let launch = KernelLaunch(Arc::new(Launch {
             code: Arc::clone(&self.code),
-            dimensions: dimensions(shape)?,
+            dimensions,
         }));
         let function = Bound::new(py, launch)?.into_any();
         let made = TaskFunction::plain(function, self.said.clone())?.into_any();
-        let news = (shape.clone().into(), made.clone().into());
-        let old = self.last.lock(py).replace(news);
+        let old = self.last.lock(py).replace((dimensions, made.clone().into()));
         drop(old);
         Ok(made)
     }
@@ -855,9 +855,8 @@ impl PyKernel {
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         self.said.traverse(&visit)?;
         if let Some(last) = self.last.try_lock()
-            && let Some((key, made)) = &*last
+            && let Some((_, made)) = &*last
         {
-            visit.call(key.get())?;
             visit.call(made.get())?;
         }
         // Where a pending task shares the code, the collector would take the reference for this

@@ -56,7 +56,12 @@ LATE = 20.0
 """Microseconds that a result may be later than a stream that is waited for."""
 BESIDE = 200.0
 PLAIN = "plain CuPy"
-NAMES = ("empty", "torch", "two", "chain", "kernel", "result", "beside")
+NAMES = ("empty", "torch", "two", "chain", "kernel", "result", "beside", "soak")
+USUAL = NAMES[:-1]
+"""The soak takes a while, and is made when it is asked for."""
+SOAK = 1_000_000
+GROWN = 16.0
+"""MiB that host or device memory may be larger after the soak than after a tenth of it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tasks", type=positive, metavar="N", help="tasks in one run (default: 20000)"
     )
-    parser.add_argument("--only", metavar="A,B", help=f"some of {', '.join(NAMES)}")
+    parser.add_argument(
+        "--only", metavar="A,B", help=f"some of {', '.join(NAMES)} (default: all but soak)"
+    )
     add_outcome_arguments(parser)
 
 
@@ -78,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         OptionError: the options name an unknown measure, or a file that cannot be written.
     """
-    only = choice("measure", options.only, NAMES) or NAMES
+    only = choice("measure", options.only, NAMES) or USUAL
     chosen = [one for one in measures(options.tasks or 20_000) if one.name in only]
     return carry_out(BENCHMARK, chosen, options.runs or 5, options)
 
@@ -94,6 +101,7 @@ def measures(tasks: int) -> list[Measure]:
         _kernel(tasks, params),
         _result(params),
         _beside(params),
+        _soak(params),
     ]
 
 
@@ -473,4 +481,65 @@ def _beside(params: dict[str, Any]) -> Measure:
         units={DELAY: "µs", "the latest": "µs"},
         bars=[absolute(case, DELAY, "µs", BESIDE + 10, 4)],
         note="The kernel's 10 µs are in it.",
+    )
+
+
+def _soak(params: dict[str, Any]) -> Measure:
+    case = f"{SOAK:,} tasks"
+
+    def ours() -> Sample:
+        cupy = _need(1)
+        x, y = _vectors(cupy)
+        add = _add()[8, 128]
+
+        @ch.task(placement=gpu(0))
+        def body(x: Any) -> Any:
+            return x + 1
+
+        def some(count: int) -> None:
+            """Kernels and bodies that allocate, chained and on their own."""
+            for _ in range(count // 1000):
+                T = ch.TaskSpace("T")
+                for i in range(0, 996, 4):
+                    add.options(T[i], dependencies=T[i - 1])(x, y)
+                    body.options(T[i + 1], dependencies=T[i])(x)
+                    add.options(T[i + 2], dependencies=T[i + 1])(x, y)
+                    body.options(T[i + 3])(x)
+                for _ in range(4):
+                    add(x, y)
+                T[:].result()
+
+        def held() -> tuple[float, float]:
+            with open("/proc/self/statm") as file:
+                pages = int(file.read().split()[1])
+            free, total = cupy.cuda.runtime.memGetInfo()
+            return pages * 4096 / (1 << 20), (total - free) / (1 << 20)
+
+        with ch.Runtime(workers=4):
+            some(SOAK // 10)
+            before = held()
+            start = perf_counter()
+            some(SOAK - SOAK // 10)
+            time = perf_counter() - start
+            after = held()
+        return Sample(
+            {
+                PER_TASK: 1e6 * time / (SOAK - SOAK // 10),
+                "host memory grew": after[0] - before[0],
+                "device memory grew": after[1] - before[1],
+            }
+        )
+
+    return Measure(
+        name="soak",
+        title="Many tasks in one runtime",
+        contestants=[Contestant(OURS, case, ours, 4, params)],
+        units={PER_TASK: "µs", "host memory grew": "MiB", "device memory grew": "MiB"},
+        bars=[
+            absolute(case, "host memory grew", "MiB", GROWN, 4),
+            absolute(case, "device memory grew", "MiB", GROWN, 4),
+        ],
+        runs=1,
+        warmup=0,
+        note="Native kernels and bodies that allocate; from a tenth of them on.",
     )
