@@ -39,7 +39,14 @@ from charioteer._kernels import kernel
 from charioteer._modes import Commute, In, InOut, Max, Min, Out, Prod, Sum
 from charioteer._native import native
 from charioteer._runtime import Runtime
-from charioteer._trace import OrderCheck, TraceCheck, Violation, check_order, check_trace
+from charioteer._trace import (
+    MoveCheck,
+    OrderCheck,
+    TraceCheck,
+    Violation,
+    check_order,
+    check_trace,
+)
 from charioteer._variants import SpecializedFunction, specialize
 from charioteer.devices import Device, DeviceSet, Kind, Requirement, cpu, gpu
 from charioteer.errors import (
@@ -102,6 +109,7 @@ __all__ = [
     "Max",
     "Min",
     "ModelError",
+    "MoveCheck",
     "NativeError",
     "NoRuntimeError",
     "OrderCheck",

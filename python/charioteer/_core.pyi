@@ -24,8 +24,15 @@ import numpy.typing as npt
 from typing_extensions import disjoint_base
 
 from charioteer._futures import Tasks
-from charioteer._variants import Cost, HeldDevices, Size, VariantDecorator
-from charioteer.devices import Device, Placement
+from charioteer._variants import (
+    ArrayLibrary,
+    Cost,
+    HeldDevices,
+    Shards,
+    Size,
+    VariantDecorator,
+)
+from charioteer.devices import Device, Kind, Placement
 from charioteer.policies import Policy
 
 __all__ = [
@@ -66,6 +73,7 @@ __all__ = [
     "count_groups",
     "cuda_devices",
     "current_context",
+    "dlpack",
     "finish_elsewhere",
     "finish_operations",
     "held_devices",
@@ -211,12 +219,28 @@ class TaskFunction(Generic[_P, _R_co]):
         output: _Regions | None = None,
         inout: _Regions | None = None,
         commute: _Regions | None = None,
+        shards: Shards | None = None,
+        array_library: ArrayLibrary | None = None,
+        idempotent: bool | None = None,
     ) -> Self: ...
     def map(self, *iterables: Iterable[Any]) -> TaskList[_R_co]: ...
     def variant(
-        self, placement: Placement, /, *, cost: Cost | None = None
+        self,
+        placement: Placement,
+        /,
+        *,
+        cost: Cost | None = None,
+        shards: Shards | None = None,
+        array_library: ArrayLibrary | None = None,
     ) -> VariantDecorator[_R_co]: ...
-    def _register(self, body: object, placement: object, cost: object) -> None: ...
+    def _register(
+        self,
+        body: object,
+        placement: object,
+        cost: object,
+        shards: object,
+        library: str | None,
+    ) -> None: ...
     @overload
     def __get__(self, instance: None, owner: type | None = None, /) -> Self: ...
     @overload
@@ -277,6 +301,9 @@ def task(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
     base: bool = True,
 ) -> TaskFunction[_P, _R]: ...
 @overload
@@ -298,6 +325,9 @@ def task(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
     base: bool = True,
 ) -> TaskFunction[_P, _R]: ...
 @overload
@@ -319,6 +349,9 @@ def task(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
     base: bool = True,
 ) -> TaskFunction[_P, _R]: ...
 @overload
@@ -340,6 +373,9 @@ def task(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
     base: bool = True,
 ) -> TaskFunction[_P, _R]: ...
 @overload
@@ -361,6 +397,9 @@ def task(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
     base: bool = True,
 ) -> TaskFunction[_P, _R]: ...
 @overload
@@ -382,6 +421,9 @@ def task(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
     base: bool = True,
 ) -> TaskDecorator: ...
 @overload
@@ -403,6 +445,9 @@ def spawn(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
 ) -> Task[_R]: ...
 @overload
 def spawn(
@@ -423,6 +468,9 @@ def spawn(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
 ) -> Task[_R]: ...
 @overload
 def spawn(
@@ -443,6 +491,9 @@ def spawn(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
 ) -> Task[_R]: ...
 @overload
 def spawn(
@@ -463,6 +514,9 @@ def spawn(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
 ) -> Task[_R]: ...
 @overload
 def spawn(
@@ -483,6 +537,9 @@ def spawn(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
 ) -> Spawner: ...
 @overload
 def spawn_many(
@@ -504,6 +561,9 @@ def spawn_many(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
 ) -> TaskList[_R]: ...
 @overload
 def spawn_many(
@@ -525,6 +585,9 @@ def spawn_many(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
 ) -> TaskList[_R]: ...
 @overload
 def spawn_many(
@@ -546,6 +609,9 @@ def spawn_many(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
 ) -> TaskList[_R]: ...
 @overload
 def submit(
@@ -620,6 +686,8 @@ class Region:
     def numpy(self) -> np.ndarray[Any, Any]: ...
     def host(self, mode: Literal["r", "rw"] = "r") -> HostAccess: ...
     def fill(self, value: Any) -> Task[None]: ...
+    def prefetch(self, device: Device | Kind) -> Task[None]: ...
+    def evict(self, device: Device | Kind) -> Task[None]: ...
     def __len__(self) -> int: ...
     def __getitem__(self, index: _Index | tuple[_Index, ...], /) -> Any: ...
     def __setitem__(self, index: _Index | tuple[_Index, ...], value: Any, /) -> None: ...
@@ -790,6 +858,8 @@ class Context:
     def each(self) -> Iterator[Device]: ...
     @property
     def xp(self) -> Any: ...
+    @property
+    def array_library(self) -> str: ...
     def local(self, region: Region) -> Any: ...
     def barrier(self) -> None: ...
     def record(self, name: str) -> Event: ...
@@ -812,7 +882,12 @@ def check_trace(
 ) -> tuple[int, int, int, list[tuple[str, int, int | None, str]]]: ...
 def check_order(
     path: str | PathLike[str],
-) -> tuple[int, int, list[tuple[str, int, int | None, str]]]: ...
+) -> tuple[
+    int,
+    int,
+    tuple[int, int, int, int, int, int] | None,
+    list[tuple[str, int, int | None, str]],
+]: ...
 def read_trace(
     path: str | PathLike[str],
 ) -> tuple[int, list[tuple[int, int, str, int, int]], dict[int, str]]: ...
@@ -836,6 +911,9 @@ def work(seconds: float, held: float = 0.0, slices: int = 1) -> None: ...
 # Machines and their devices.
 
 def cuda_devices() -> list[tuple[str, int, tuple[int, int], float, list[int]]]: ...
+def dlpack(
+    address: int, device: int, kind: tuple[int, int], shape: list[int], strides: list[int]
+) -> object: ...
 
 @final
 class OpenMachine:

@@ -281,6 +281,65 @@ def test_handles_and_variants(rt: ch.Runtime, cp: Any) -> None:
     assert (cp.asnumpy(inside().result()) == 5).all()
 
 
+def test_regions_are_ordered_and_brought(rt: ch.Runtime, cp: Any) -> None:
+    X, Y = ch.array(np.arange(2.0 * N)), ch.zeros(2 * N)
+    axpy = ch.kernel(AXPY, "axpy", (ch.InOut["f8"], ch.In["f8"], "f8", "i4"))
+    for part in range(2):
+        piece = slice(part * N, (part + 1) * N)
+        for factor in (1.0, 2.0):
+            axpy[4, 256](Y[piece], X[piece], factor, N)
+
+    @ch.task(placement=gpu)
+    def double(x: ch.InOut) -> None:
+        x *= 2.0
+
+    double(Y)
+
+    @ch.task
+    def on_a_core(y: ch.InOut) -> None:
+        y += 1.0
+
+    on_a_core(Y)
+    axpy[4, 256](Y[:N], X[N:], 1.0, N)
+    expected = 6.0 * np.arange(2 * N) + 1
+    expected[:N] += np.arange(N, 2 * N)
+    np.testing.assert_array_equal(Y.numpy(), expected)
+    # What is not managed is taken beside it.
+    z = cp.ones(N)
+    _ready(cp)
+    axpy[4, 256](Y[:N], z, 1.0, N).result()
+    expected[:N] += 1
+    np.testing.assert_array_equal(Y.numpy(), expected)
+    with pytest.raises(TypeError, match="an array of f8, not of f4"):
+        axpy[4, 256](Y, ch.zeros(N, "f4"), 1.0, N)
+
+
+def test_tiles_and_strided_regions(rt: ch.Runtime, cp: Any) -> None:
+    A = ch.array(np.arange(48.0, dtype="f4").reshape(6, 8))
+    tiles = A.tiles((3, 4))
+    fill = ch.kernel(AXPY, "fill<float>", (ch.Out["f4"], "f4", "u4"))
+    fill[1, 32](tiles[1, 0], 9, 12)
+    scale = ch.kernel(AXPY, "scale", (ch.InOut["f4"], "f4"), strided=True)
+    scale[6, 8](A[::2, 1::3], 5.0)
+    expected = np.arange(48.0, dtype="f4").reshape(6, 8)
+    expected[3:, :4] = 9
+    expected[::2, 1::3] *= 5
+    np.testing.assert_array_equal(A.numpy(), expected)
+    refused = ch.kernel(AXPY, "fill<float>", (ch.InOut["f4"], "f4", "u4"))[1, 32](A[:, ::2], 1, 1)
+    with pytest.raises(ch.KernelError, match="not C-contiguous"):
+        refused.result()
+
+
+def test_a_failed_launch_is_told_to_who_reads(rt: ch.Runtime) -> None:
+    X = ch.zeros(N, "i4")
+    reverse = ch.kernel(AXPY, "reverse", (ch.InOut["i4"],))
+    refused = reverse[1, 32, 1 << 20](X)
+    with pytest.raises(ch.DependencyError):
+        X.numpy()
+    with pytest.raises(ch.KernelError):
+        refused.result()
+
+
 def test_a_chain_takes_no_gil(rt: ch.Runtime, cp: Any, counters: Any) -> None:
     axpy = _axpy()
     x, y = cp.ones(N), cp.zeros(N)

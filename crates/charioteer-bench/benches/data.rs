@@ -112,7 +112,7 @@ fn look_up(criterion: &mut Criterion) {
 }
 
 /// Tasks of the trace.
-const TASKS: u64 = 100_000;
+const TASKS: u64 = 1_000_000;
 
 fn order(criterion: &mut Criterion) {
     let path = std::env::temp_dir().join(format!("charioteer-order-{}", std::process::id()));

@@ -751,6 +751,27 @@ impl Device for CudaGpu {
         Ok(())
     }
 
+    unsafe fn copy_strided(
+        &self,
+        _from: DevicePointer,
+        _from_strides: &[u64],
+        _to: DevicePointer,
+        _to_strides: &[u64],
+        _extents: &[u64],
+        _item: u64,
+        _stream: Stream,
+    ) -> Result<(), DeviceError> {
+        todo!()
+    }
+
+    unsafe fn register_host(&self, _address: u64, _bytes: u64) -> Result<bool, DeviceError> {
+        todo!()
+    }
+
+    fn unregister_host(&self, _address: u64) {
+        todo!()
+    }
+
     fn enable_peer(&self, peer: DeviceId) -> Result<(), DeviceError> {
         let refused = DeviceError::NoAccess(self.id(), peer);
         let Some(other) = self.fleet.gpus.get(usize::from(peer.index())) else {

@@ -237,7 +237,7 @@ pub fn prepare_raw(callable: &Bound<'_, PyAny>) -> PyResult<Prepared> {
         let launch = launch.get().launch();
         return Ok(Prepared {
             name: launch.name(),
-            modes: None,
+            modes: launch.modes().map(|modes| (modes, 0)),
             callable: Callable::Kernel(Arc::clone(launch)),
         });
     }
@@ -307,8 +307,8 @@ pub fn modes(callable: &Bound<'_, PyAny>) -> PyResult<Modes> {
         let callee = Callee::Routine(Arc::clone(routine.get().routine()));
         return Ok(callee.modes().map(|modes| (modes, 0)));
     }
-    if callable.is_exact_instance_of::<KernelLaunch>() {
-        return Ok(None);
+    if let Ok(launch) = callable.cast::<KernelLaunch>() {
+        return Ok(launch.get().launch().modes().map(|modes| (modes, 0)));
     }
     if callable.get_type().is(support(py).method.bind(py)) {
         let function = callable.getattr("__func__")?;

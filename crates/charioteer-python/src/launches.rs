@@ -18,6 +18,9 @@
 //! (bytes), each a parameter of 64 bits, and for a kernel of Numba what Numba's arrays are:
 //! null, null, the number of elements, their size, the address, extents, strides.
 //!
+//! A region of a managed array is where the core has it by then: its address, and the strides, are put among
+//! the words when the kernel is launched, on a copy of them, since another attempt may find it elsewhere.
+//!
 //! Errors of a launch are [`Failure`]s: exceptions are made of them where somebody receives them.
 
 use std::ffi::{CString, c_void};
@@ -25,6 +28,7 @@ use std::sync::Arc;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 
+use charioteer::data::store::View;
 use charioteer::engine::{Engine, Running};
 use charioteer::gang::Member;
 use charioteer::machine::{DeviceError, DeviceId, Kind as DeviceKind, Stream};
@@ -39,15 +43,17 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyInt, PyString, PyTuple};
 use smallvec::SmallVec;
 
-use crate::access::Mode;
+use crate::access::{Mode, Signature, Slot};
 use crate::attached::Attached;
 use crate::callable::intern;
+use crate::data::{Axes, Axis, place};
 use crate::devices::raise;
 use crate::gateway::{self, PyRef, Site};
 use crate::interp::{Arguments, Core, Interp, Raised, Value, substitute, trouble};
 use crate::libraries;
 use crate::native::{DtypeHead, Plain, Scalar, convert, name_of_scalar, not_a};
 use crate::options::{Keywords, keywords};
+use crate::placement::body_of;
 use crate::runtime;
 use crate::spawn::TaskFunction;
 use crate::support::{error, support};
@@ -84,6 +90,8 @@ pub struct Code {
     ready: AtomicU32,
     /// The sizes of the kernel's own parameters, where the driver tells them.
     sizes: OnceLock<Box<[usize]>>,
+    /// What it does with its arrays; none if it takes none.
+    modes: Option<Arc<Signature>>,
 }
 
 /// A kernel and the shape of its launch.
@@ -213,8 +221,22 @@ struct Packed {
     words: SmallVec<[u64; 8]>,
     /// Where the value of each of the kernel's parameters begins.
     starts: SmallVec<[u16; 8]>,
+    /// What is known at the launch alone.
+    late: SmallVec<[Late; 2]>,
     /// Keeps what addresses among them point into.
     _kept: Option<PyRef>,
+}
+
+/// A region among the arguments.
+struct Late {
+    /// Its place among the accesses of the task.
+    access: usize,
+    axes: Axes,
+    /// The size of an element.
+    item: i64,
+    /// Where the words for its address and for its strides are; without these it has to be contiguous.
+    address: usize,
+    strides: Option<usize>,
 }
 
 impl Packed {
@@ -228,6 +250,11 @@ impl Packed {
 impl Launch {
     pub fn name(&self) -> &'static str {
         self.code.name
+    }
+
+    /// What it does with its arrays.
+    pub fn modes(&self) -> Option<Arc<Signature>> {
+        self.code.modes.clone()
     }
 
     /// That a call needs no arguments, as an inline task has none.
@@ -281,6 +308,7 @@ impl Launch {
         let mut packed = Packed {
             words: SmallVec::new(),
             starts: SmallVec::new(),
+            late: SmallVec::new(),
             _kept: None,
         };
         let mut arrays = false;
@@ -303,8 +331,11 @@ impl Launch {
                         axes,
                         layout: code.layout,
                     };
-                    pack_array(argument, wants, &mut packed)
-                        .map_err(|error| code.wrong(py, number, &error))?;
+                    let pack = match argument.cast::<Slot>() {
+                        Ok(slot) => pack_region(py, slot.get(), wants, &mut packed),
+                        Err(_) => pack_array(argument, wants, &mut packed),
+                    };
+                    pack.map_err(|error| code.wrong(py, number, &error))?;
                 }
             }
         }
@@ -321,7 +352,17 @@ impl Launch {
 
     /// Enqueues it. Touches no Python API, and may be called by any thread.
     fn enqueue(&self, packed: &Packed, gpu: &CudaGpu, stream: Stream) -> Result<(), Failure> {
-        let base = packed.words.as_ptr();
+        self.enqueue_words(packed, &packed.words, gpu, stream)
+    }
+
+    fn enqueue_words(
+        &self,
+        packed: &Packed,
+        words: &[u64],
+        gpu: &CudaGpu,
+        stream: Stream,
+    ) -> Result<(), Failure> {
+        let base = words.as_ptr();
         let mut pointers: SmallVec<[*mut c_void; 16]> = packed
             .starts
             .iter()
@@ -360,29 +401,110 @@ struct Found {
     strides: SmallVec<[i64; 4]>,
 }
 
+/// Of a region, all but what is known when it is launched.
+fn pack_region(py: Python<'_>, slot: &Slot, wants: Wants, into: &mut Packed) -> PyResult<()> {
+    if slot.operation().is_some() {
+        return Err(PyTypeError::new_err("kernels do not reduce"));
+    }
+    let region = slot.region().bind(py).get();
+    let dtype = region.dtype(py)?;
+    // SAFETY: the dtype of managed arrays is NumPy's.
+    let scalar = unsafe { DtypeHead::scalar_of(&dtype) };
+    let axes = region.axes();
+    let shape: SmallVec<[u64; 4]> = axes
+        .iter()
+        .filter_map(Axis::extent)
+        .map(|extent| extent as u64)
+        .collect();
+    wants.check(scalar, shape.len())?;
+    let mut late = Late {
+        access: slot.access(),
+        axes,
+        item: dtype.getattr(pyo3::intern!(py, "itemsize"))?.extract()?,
+        address: into.words.len(),
+        strides: None,
+    };
+    if wants.layout == Layout::Numba {
+        let item = late.item.cast_unsigned();
+        for word in [0, 0, shape.iter().product(), item] {
+            into.push(word);
+        }
+        late.address = into.words.len();
+    }
+    into.push(0);
+    if wants.layout != Layout::Pointer {
+        shape.iter().for_each(|extent| into.push(*extent));
+        late.strides = Some(into.words.len());
+        shape.iter().for_each(|_| into.push(0));
+    }
+    into.late.push(late);
+    Ok(())
+}
+
+impl Wants {
+    fn check(&self, scalar: Option<Scalar>, axes: usize) -> PyResult<()> {
+        if let Some(dtype) = self.dtype
+            && scalar != Some(dtype)
+        {
+            let has = scalar.map_or_else(|| "another type".to_owned(), name_of_scalar);
+            return Err(PyTypeError::new_err(format!(
+                "expects an array of {}, not of {has}",
+                name_of_scalar(dtype)
+            )));
+        }
+        if let Some(wanted) = self.axes
+            && wanted != axes
+        {
+            return Err(PyTypeError::new_err(format!(
+                "expects an array with {wanted} axes, not {axes}"
+            )));
+        }
+        Ok(())
+    }
+}
+
+impl Late {
+    /// Puts the address, and the strides if they are wanted, among the words; false if it is not
+    /// contiguous, and has to be.
+    fn fill(&self, view: Option<&View>, words: &mut [u64]) -> bool {
+        let Some(view) = view else {
+            // A region without elements is nowhere.
+            return true;
+        };
+        let (address, strides) = place(&self.axes, view);
+        words[self.address] = address;
+        if let Some(at) = self.strides {
+            for (word, stride) in words[at..].iter_mut().zip(&strides) {
+                *word = stride.cast_unsigned();
+            }
+            return true;
+        }
+        let shape: SmallVec<[u64; 4]> = self
+            .axes
+            .iter()
+            .filter_map(Axis::extent)
+            .map(|extent| extent as u64)
+            .collect();
+        is_contiguous(&shape, &strides, self.item)
+    }
+}
+
+/// Whether an array with these strides, in bytes, is in C's order.
+fn is_contiguous(shape: &[u64], strides: &[i64], item: i64) -> bool {
+    let plain = c_strides(shape, item);
+    // Where there is one step, or none, the stride is never used.
+    let same = shape
+        .iter()
+        .zip(strides.iter().zip(&plain))
+        .all(|(extent, (stride, plain))| *extent == 1 || stride == plain);
+    same || shape.contains(&0)
+}
+
 fn pack_array(given: &Bound<'_, PyAny>, wants: Wants, into: &mut Packed) -> PyResult<()> {
     let found = find(given, wants.layout != Layout::Pointer)?;
-    if let Some(dtype) = wants.dtype
-        && found.scalar != Some(dtype)
-    {
-        let has = found
-            .scalar
-            .map_or_else(|| "another type".to_owned(), name_of_scalar);
-        return Err(PyTypeError::new_err(format!(
-            "expects an array of {}, not of {has}",
-            name_of_scalar(dtype)
-        )));
-    }
+    wants.check(found.scalar, found.shape.len())?;
     if wants.writes && found.readonly {
         return Err(PyValueError::new_err("the array is read-only"));
-    }
-    if let Some(axes) = wants.axes
-        && axes != found.shape.len()
-    {
-        return Err(PyTypeError::new_err(format!(
-            "expects an array with {axes} axes, not {}",
-            found.shape.len()
-        )));
     }
     match wants.layout {
         Layout::Pointer => {
@@ -521,17 +643,11 @@ fn find_described(described: &Bound<'_, PyAny>, shaped: bool) -> PyResult<Found>
         .get(2..)
         .and_then(|size| size.parse().ok())
         .unwrap_or(1);
-    let plain = c_strides(&shape, item);
     let (contiguous, strides) = if strides.is_none() {
-        (true, plain)
+        (true, c_strides(&shape, item))
     } else {
         let strides: SmallVec<[i64; 4]> = strides.extract::<Vec<i64>>()?.into();
-        // Where there is one step, or none, the stride is never used.
-        let same = shape
-            .iter()
-            .zip(strides.iter().zip(&plain))
-            .all(|(extent, (stride, plain))| *extent == 1 || stride == plain);
-        (same || shape.contains(&0), strides)
+        (is_contiguous(&shape, &strides, item), strides)
     };
     let foreign = if cfg!(target_endian = "little") {
         '>'
@@ -671,7 +787,24 @@ impl Launch {
             [(device, stream)] => {
                 let gpu = &running.engine.domain().gpus[usize::from(device.index())];
                 libraries::occupy(gpu);
-                self.enqueue(packed, gpu, *stream)
+                if packed.late.is_empty() {
+                    return self.enqueue(packed, gpu, *stream);
+                }
+                let views = running.engine.views_of(running.task);
+                let views = views.as_ref().and_then(|views| views.first());
+                let mut words = packed.words.clone();
+                for late in &packed.late {
+                    let view = views.and_then(|views| views.get(late.access)?.as_ref());
+                    if !late.fill(view, &mut words) {
+                        let why = "a region is not C-contiguous where it is: strided=True passes its \
+                                   extents and strides too";
+                        return Err(Failure {
+                            kernel: self.code.name,
+                            why: DeviceError::Operation(*device, why.into()),
+                        });
+                    }
+                }
+                self.enqueue_words(packed, &words, gpu, *stream)
             }
             _ => Err(Failure {
                 kernel: self.code.name,
@@ -695,8 +828,7 @@ fn has_one_gpu(options: Option<&Options>, body: Option<usize>) -> bool {
             .list()
             .iter()
             .filter(|choice| {
-                let variant = (choice.variant & !crate::placement::OPEN) as usize;
-                body.is_none_or(|body| body == variant)
+                body.is_none_or(|body| body == body_of(choice.variant))
             })
             .all(|choice| match &choice.on {
                 On::Devices(set) => alone(set),
@@ -757,6 +889,7 @@ impl PyKernel {
             timeout,
             retries,
             [None; 4],
+            [None; 3],
         )?;
         let kind = |(kind, code, axes): (String, String, Option<usize>)| {
             let scalar = Scalar::parse(&code);
@@ -795,6 +928,15 @@ impl PyKernel {
             },
             ready: AtomicU32::new(u32::MAX),
             sizes: OnceLock::new(),
+            modes: None,
+        };
+        let modes = code.parameters.iter().map(|kind| match kind {
+            Kind::Array { mode, .. } => Some(*mode),
+            Kind::Value(_) => None,
+        });
+        let code = Code {
+            modes: Signature::native(code.name, modes),
+            ..code
         };
         Ok(Self {
             code: Arc::new(code),

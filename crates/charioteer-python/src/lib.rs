@@ -40,6 +40,7 @@ mod interp;
 mod kernels;
 mod launches;
 mod libraries;
+mod local;
 mod native;
 mod options;
 mod placement;
@@ -68,7 +69,7 @@ mod _core {
     #[pymodule_export]
     use super::devices::{
         Allocation, Clock, CudaStream, Memory, OpenMachine, PyEvent, PyStream, cuda_devices,
-        finish_operations,
+        dlpack, finish_operations,
     };
     #[pymodule_export]
     use super::interp::{leave_native_step, limits_changed};

@@ -50,8 +50,8 @@ use crate::sync::{
     assert_unlocked, fence, yield_now,
 };
 use crate::task::state::{
-    BLOCKED, CANCEL, CANCELLED, DELIVERED, DIRTY, FAILED, HOST, JOINS, LINKED, LOOSE_WAIT, OUTSIDE,
-    POISONED, REPORTED, SLEEPING, Snapshot, TIMED_OUT, TOLD, WOKEN,
+    BLOCKED, CANCEL, CANCELLED, DELIVERED, DIRTY, FAILED, HOST, JOINS, LAUNCHED, LINKED,
+    LOOSE_WAIT, OUTSIDE, POISONED, REPORTED, SLEEPING, Snapshot, TIMED_OUT, TOLD, USES, WOKEN,
 };
 use crate::task::{
     Awaits, Content, Domain, Ending, Failure, Landed, Latch, Link, List, Need, Options, Outcome,
@@ -60,6 +60,7 @@ use crate::task::{
 use crate::trace::{Event, Trace};
 use crate::work::{self, Worker};
 
+use accesses::Registered;
 pub use accesses::{HostAccess, HostError};
 use devices::Devices;
 pub use devices::Place;
@@ -71,6 +72,7 @@ mod devices;
 #[cfg(all(test, loom))]
 mod loom_models;
 mod mapping;
+mod transfers;
 mod witness;
 
 /// Threads beyond the workers that stand in for bodies that wait.
@@ -284,6 +286,16 @@ pub enum SpawnError {
     Devices(Vec<String>),
     /// Its accesses are refused.
     Access(AccessTrouble),
+    /// What it accesses, with the memory that it declares, takes more than any device has on which it may
+    /// run.
+    Memory {
+        /// The device that lacks least, or its kind.
+        device: String,
+        /// Bytes that the task takes there.
+        wanted: u64,
+        /// Bytes that it has, or the largest of its kind.
+        there: u64,
+    },
 }
 
 /// Why a body may not wait.
@@ -770,15 +782,17 @@ impl<D: Domain> Engine<D> {
         self: &Arc<Self>,
         label: D::Label,
         body: D::Body,
-        options: Option<Box<Options>>,
+        mut options: Option<Box<Options>>,
         dependencies: &[TaskRef<D>],
         accesses: &[Access<'_, D>],
         handles: u32,
     ) -> Result<TaskRef<D>, SpawnError> {
         self.check(options.as_deref())?;
-        if !accesses.is_empty() {
-            Self::check_accesses(accesses, options.as_deref())?;
-        }
+        let uses = if accesses.is_empty() {
+            None
+        } else {
+            self.check_accesses(accesses, options.as_deref_mut())?
+        };
         self.make_room();
         self.admit()?;
         let phase = if dependencies.is_empty() && accesses.is_empty() {
@@ -786,8 +800,11 @@ impl<D: Domain> Engine<D> {
         } else {
             Phase::Waiting
         };
-        let flags = self.flags(&body, options.as_deref());
+        let flags = self.flags(&body, options.as_deref(), uses.is_some());
         let task = Task::new(label, phase, Content::Body(body), options, handles);
+        if let Some(uses) = uses {
+            self.keep_uses(&task, uses);
+        }
         if flags != 0 {
             task.state.set(flags);
         }
@@ -795,15 +812,16 @@ impl<D: Domain> Engine<D> {
         Ok(Arc::new(task))
     }
 
-    /// The flags of a task with this body and these options.
+    /// The flags of a task with this body and these options; `uses`: it keeps its accesses.
     #[inline]
-    fn flags(&self, body: &D::Body, options: Option<&Options>) -> u32 {
+    fn flags(&self, body: &D::Body, options: Option<&Options>, uses: bool) -> u32 {
         let outside = if self.domain.needs_session(body) {
             0
         } else {
             OUTSIDE
         };
-        outside | options.map_or(0, |options| self.ahead(options))
+        let uses = if uses { USES } else { 0 };
+        outside | uses | options.map_or(0, |options| self.ahead(options))
     }
 
     /// Lets a task go that nobody else knows yet. So nothing leads on from it, and it cannot close
@@ -828,7 +846,7 @@ impl<D: Domain> Engine<D> {
                 task.links.lock().rare().predecessors = dependencies.to_vec();
             }
             let done = self.connect(&task, dependencies);
-            let launched = self.catch_up(&task, dependencies);
+            let launched = self.catch_up(&task, dependencies, &[]);
             self.release(&task, done + launched + 1);
         }
         self.drain_if_alone();
@@ -843,14 +861,16 @@ impl<D: Domain> Engine<D> {
         self: &Arc<Self>,
         task: &TaskRef<D>,
         body: D::Body,
-        options: Option<Box<Options>>,
+        mut options: Option<Box<Options>>,
         dependencies: &[TaskRef<D>],
         accesses: &[Access<'_, D>],
     ) -> Result<(), SpawnError> {
         self.check(options.as_deref())?;
-        if !accesses.is_empty() {
-            Self::check_accesses(accesses, options.as_deref())?;
-        }
+        let uses = if accesses.is_empty() {
+            None
+        } else {
+            self.check_accesses(accesses, options.as_deref_mut())?
+        };
         self.make_room();
         // From here on this thread owns the task, until it is published or given back.
         let claim = task
@@ -872,7 +892,10 @@ impl<D: Domain> Engine<D> {
             task.links.lock().rare().predecessors = dependencies.to_vec();
         }
         task.engine.store(self.id, Ordering::Relaxed);
-        let flags = self.flags(&body, options.as_deref());
+        let flags = self.flags(&body, options.as_deref(), uses.is_some());
+        if let Some(uses) = uses {
+            self.keep_uses(task, uses);
+        }
         task.content.with_mut(|content| {
             // SAFETY: this thread owns the task.
             unsafe { *content = Content::Body(body) };
@@ -886,22 +909,22 @@ impl<D: Domain> Engine<D> {
         let published = if accesses.is_empty() {
             let clean = if loose { 0 } else { DIRTY };
             let published = self.publish_claimed(task, dependencies, flags, clean);
-            published.map(|(before, _)| (before, 0, Vec::new()))
+            published.map(|(before, _)| (before, Registered::default()))
         } else {
             self.publish_ordered(task, dependencies, accesses, flags, loose)
         };
-        let (before, followed, edges) = match published {
+        let (before, registered) = match published {
             Ok(published) => published,
             Err(refused) => return Err(self.take_back(task, dependencies, connected, refused)),
         };
         self.record_spawn(time, task, dependencies);
-        self.record_edges(time, task, &edges);
+        self.record_edges(time, task, &registered.edges);
         if before.has(CANCEL) {
             // Somebody asked while the spawn was under way.
             Self::cancel(task);
         }
-        let launched = self.catch_up(task, dependencies);
-        self.release(task, connected + followed + launched + 1);
+        let launched = self.catch_up(task, dependencies, &registered.before);
+        self.release(task, connected + registered.done + launched + 1);
         self.drain_if_alone();
         Ok(())
     }
@@ -1176,7 +1199,7 @@ impl<D: Domain> Engine<D> {
                 return;
             }
         }
-        if state.has(JOINS | HOST) && !self.enter_line(&task, worklist) {
+        if state.has(JOINS | HOST | USES) && !self.may_begin(&task, worklist) {
             return;
         }
         let time = self.now();
@@ -1670,9 +1693,7 @@ impl<D: Domain> Engine<D> {
         let link = Link::Callback(Box::new(callback));
         Self::listen_outside(task, link).map_err(|link| match link {
             Link::Callback(callback) => *callback,
-            Link::Dependent(_) | Link::After(_) | Link::Ahead(_) | Link::Latch(_) => {
-                unreachable!("the link that was given comes back")
-            }
+            _ => unreachable!("the link that was given comes back"),
         })
     }
 
@@ -1847,10 +1868,10 @@ impl<D: Domain> Engine<D> {
         }
         self.account(task, event == Event::Done);
         let time = self.now();
-        publish(task, ending, worklist, Some(self));
+        let before = publish(task, ending, worklist, Some(self));
         self.record_at(time, event, task);
-        if is_on_devices(task) {
-            self.arrived(task);
+        if is_on_devices(task) || before.has(LAUNCHED) {
+            self.arrived(task, before);
         }
         if is_root && self.domain.wants_unread() && !task.has_handles() {
             self.report(task);
@@ -1930,7 +1951,7 @@ impl<D: Domain> Engine<D> {
         self.closing.store(true, Ordering::SeqCst);
         loop {
             self.drain_if_alone();
-            if self.unfinished() == 0 && !self.combine_open() && self.shut() {
+            if self.unfinished() == 0 && !self.combine_open() && self.is_all_home() && self.shut() {
                 return true;
             }
             if self.advance_time() {
@@ -1943,7 +1964,7 @@ impl<D: Domain> Engine<D> {
             }
             let mut wait = || {
                 let mut quiet = self.quiet.lock();
-                if self.unfinished() != 0 && !self.is_stuck_hint() {
+                if (self.unfinished() != 0 && !self.is_stuck_hint()) || self.is_coming_home() {
                     quiet = self.changed.wait_for(quiet, Duration::from_millis(50));
                 }
                 drop(quiet);
@@ -2163,13 +2184,14 @@ fn claim_to_cancel<D: Domain>(task: &Task<D>, from: Phase) -> bool {
         .is_ok()
 }
 
-/// Publishes the outcome of a task that this thread owns and works through who waits for it.
+/// Publishes the outcome of a task that this thread owns and works through who waits for it. Gives the word
+/// before.
 fn publish<D: Domain>(
     task: &TaskRef<D>,
     ending: Ending<D>,
     worklist: &mut Vec<Settled<D>>,
     engine: Option<&Arc<Engine<D>>>,
-) {
+) -> Snapshot {
     assert_unlocked();
     let places = match engine {
         Some(engine) if engine.maps.follows() => mapping::places_of(task),
@@ -2187,6 +2209,7 @@ fn publish<D: Domain>(
     });
     let links = task.take_links(before, failed);
     hand_on(task, links, failed, places, worklist, engine);
+    before
 }
 
 /// Works through those who wait for a task that is done.
@@ -2212,6 +2235,24 @@ fn hand_on<D: Domain>(
             }
         }
     };
+    let land = |next: TaskRef<D>, worklist: &mut Vec<Settled<D>>| {
+        let landed = next.land(None);
+        match landed {
+            Landed::Nothing => return,
+            Landed::Done => return worklist.push(devices::settled(&next)),
+            Landed::Free | Landed::Past => {}
+        }
+        let engine_of_next = next.engine.load(Ordering::Relaxed);
+        match engine.filter(|engine| engine.id == engine_of_next) {
+            Some(engine) => engine.go_on(next, landed, worklist),
+            None => {
+                if let Some(engine) = Engine::of(&next) {
+                    engine.go_on(next, landed, worklist);
+                    engine.summon();
+                }
+            }
+        }
+    };
     links.for_each(|link| match link {
         Link::After(next) => release(next, worklist),
         Link::Dependent(next) => {
@@ -2229,23 +2270,9 @@ fn hand_on<D: Domain>(
             if failed {
                 next.poison(task.root());
             }
-            match next.land(None) {
-                Landed::Nothing => {}
-                Landed::Done => worklist.push(devices::settled(&next)),
-                Landed::Free => {
-                    let engine_of_next = next.engine.load(Ordering::Relaxed);
-                    match engine.filter(|engine| engine.id == engine_of_next) {
-                        Some(engine) => engine.let_go(next, worklist),
-                        None => {
-                            if let Some(engine) = Engine::of(&next) {
-                                engine.let_go(next, worklist);
-                                engine.summon();
-                            }
-                        }
-                    }
-                }
-            }
+            land(next, worklist);
         }
+        Link::Behind(next) => land(next, worklist),
         Link::Latch(latch) => {
             Engine::arrive(engine, &latch, failed);
         }
@@ -2279,7 +2306,9 @@ fn settle_anywhere<D: Domain>(
                 engine.settle_one(task, ending, worklist);
                 engine.summon();
             }
-            None => publish(task, ending, worklist, None),
+            None => {
+                publish(task, ending, worklist, None);
+            }
         },
     }
 }

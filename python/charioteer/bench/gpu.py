@@ -17,6 +17,7 @@ from typing import Any
 
 import charioteer as ch
 from charioteer import gpu
+from charioteer.bench import gpu_data
 from charioteer.bench.command import OptionError, add_outcome_arguments, carry_out, choice, positive
 from charioteer.bench.harness import (
     OURS,
@@ -40,7 +41,9 @@ DESCRIPTION = """\
 Measure tasks on real GPUs: empty ones on one GPU and on two, with 1, 4 and 16 workers and with
 PyTorch imported; a chain of small additions, by CuPy and as native kernels, beside the same loop in
 plain CuPy; how soon a result is told beside a wait for the stream, and a short task beside a long
-one.
+one. And managed arrays: a chain by regions, copies, tiled Cholesky and a matrix product beside one
+library call, k-means and Jacobi's iteration on one GPU and on two, and a working set that is larger
+than the memory.
 """
 
 WORKERS = (1, 4, 16)
@@ -52,12 +55,14 @@ GROWTH = 1.3
 TORCH = 1.3
 CHAIN = 1.5
 NATIVE = 0.6
+REGIONS = 3.5
+"""Microseconds that a native kernel with two regions may cost in a chain."""
 LATE = 20.0
 """Microseconds that a result may be later than a stream that is waited for."""
 BESIDE = 200.0
 PLAIN = "plain CuPy"
-NAMES = ("empty", "torch", "two", "chain", "kernel", "result", "beside", "soak")
-USUAL = NAMES[:-1]
+USUAL = ("empty", "torch", "two", "chain", "kernel", "result", "beside", *gpu_data.NAMES)
+NAMES = (*USUAL, "soak")
 """The soak takes a while, and is made when it is asked for."""
 SOAK = 1_000_000
 GROWN = 16.0
@@ -73,7 +78,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only", metavar="A,B", help=f"some of {', '.join(NAMES)} (default: all but soak)"
     )
+    for name, default in vars(gpu_data.Sizes()).items():
+        words = _SIZES[name]
+        parser.add_argument(
+            f"--{name}", type=positive, metavar="N", help=f"{words} (default: {default})"
+        )
     add_outcome_arguments(parser)
+
+
+_SIZES = {
+    "length": "tasks of the chain by regions",
+    "region": "bytes of a region that is copied",
+    "cholesky": "rows of the matrix that is factored",
+    "tile": "rows of its tiles",
+    "product": "rows of the matrices that are multiplied",
+    "points": "points that are clustered",
+    "grid": "inner rows of Jacobi's grid",
+    "budget": "bytes of the memory that the larger working set may use",
+}
 
 
 def run(options: argparse.Namespace) -> int:
@@ -86,12 +108,14 @@ def run(options: argparse.Namespace) -> int:
         OptionError: the options name an unknown measure, or a file that cannot be written.
     """
     only = choice("measure", options.only, NAMES) or USUAL
-    chosen = [one for one in measures(options.tasks or 20_000) if one.name in only]
+    said = {name: getattr(options, name) for name in _SIZES}
+    sizes = gpu_data.Sizes(**{name: size for name, size in said.items() if size is not None})
+    chosen = [one for one in measures(options.tasks or 20_000, sizes) if one.name in only]
     return carry_out(BENCHMARK, chosen, options.runs or 5, options)
 
 
-def measures(tasks: int) -> list[Measure]:
-    """All measures, with so many tasks a run."""
+def measures(tasks: int, sizes: gpu_data.Sizes) -> list[Measure]:
+    """All measures, with so many tasks a run and problems of these sizes."""
     params = _devices()
     return [
         _empty(1, tasks, params),
@@ -102,6 +126,7 @@ def measures(tasks: int) -> list[Measure]:
         _result(params),
         _beside(params),
         _soak(params),
+        *gpu_data.measures(sizes, params, _need),
     ]
 
 
@@ -117,11 +142,16 @@ def _devices() -> dict[str, Any]:
     return {"devices": [one.name for one in gpus], "driver": driver}
 
 
-def _need(gpus: int) -> Any:
-    """CuPy, where there are as many GPUs."""
+def _count(gpus: int) -> None:
+    """That there are as many GPUs."""
     found = len(ch.Machine.detect().gpus)
     if found < gpus:
         raise Missing(f"{gpus} GPUs: there are {found}")
+
+
+def _need(gpus: int) -> Any:
+    """CuPy, where there are as many GPUs."""
+    _count(gpus)
     try:
         import cupy
     except ImportError:
@@ -276,7 +306,24 @@ def _chain(length: int, params: dict[str, Any]) -> Measure:
         assert float(x[0]) == length + 1
         return sample
 
+    def regions() -> Sample:
+        _count(1)
+        X, Y = ch.zeros(1024, "f4"), ch.full(1024, 1, "f4")
+        add = _add()[8, 128]
+        with ch.Runtime(workers=1) as rt:
+            add(X, Y).result()
+            before = rt.stats()["devices"][gpu(0)]["host_synchronisations"]
+            start = perf_counter()
+            for _ in range(length):
+                last = add(X, Y)
+            last.result()
+            time = perf_counter() - start
+            waits = rt.stats()["devices"][gpu(0)]["host_synchronisations"] - before
+            assert X.numpy()[0] == length + 1
+        return Sample({PER_TASK: 1e6 * time / length, "host synchronisations": waits})
+
     kernels = f"chain of {length} native kernels"
+    inferred = f"chain of {length} native kernels by regions"
 
     return Measure(
         name="chain",
@@ -285,6 +332,7 @@ def _chain(length: int, params: dict[str, Any]) -> Measure:
             Contestant(PLAIN, case, plain, None, params),
             Contestant(OURS, case, ours, 1, params),
             Contestant(OURS, kernels, native, 1, params),
+            Contestant(OURS, inferred, regions, 1, params),
         ],
         units={PER_TASK: "µs", "host synchronisations": ""},
         bars=[
@@ -306,6 +354,16 @@ def _chain(length: int, params: dict[str, Any]) -> Measure:
                 lacking=PLAIN,
             ),
             absolute(kernels, "host synchronisations", "", 0, 1),
+            absolute(inferred, PER_TASK, "µs", REGIONS, 1),
+            Bar(
+                case=inferred,
+                metric=f"{OURS} / {PLAIN}",
+                unit="x",
+                values=ratio(Key(OURS, inferred, 1), Key(PLAIN, case), PER_TASK),
+                limit=NATIVE,
+                lacking=PLAIN,
+            ),
+            absolute(inferred, "host synchronisations", "", 0, 1),
         ],
     )
 

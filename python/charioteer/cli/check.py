@@ -37,6 +37,13 @@ def run(options: argparse.Namespace) -> int:
         f" data, {checked.pairs + ordered.pairs} pairs in order"
     )
     print(f"{looked_at}: {len(broken) or 'no'} violation{'' if len(broken) == 1 else 's'}")
+    moves = ordered.moves
+    if moves is not None and moves.copies:
+        print(
+            f"{moves.copies} copies between memories with {moves.bytes} bytes, where Belady's rule"
+            f" moves {moves.best}; {moves.local} bytes copied within devices, {moves.dropped}"
+            f" instances dropped, {moves.reads} reads looked at"
+        )
     shown = broken if options.all else broken[:_SHOWN]
     for violation in shown:
         print(violation)

@@ -29,7 +29,8 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use super::{Access, Datum, Group, Mode, Part, Place, tile_region};
+use super::{Access, Datum, Group, Mode, Part, Place, Uses, tile_region};
+use crate::machine::{DeviceError, DeviceId};
 use crate::region::Region;
 use crate::region::tree::Tree;
 use crate::sync::{AtomicBool, AtomicU32, Ordering};
@@ -87,6 +88,21 @@ pub(crate) struct Attached<D: Domain> {
     pub(crate) groups: Vec<Arc<Group<D>>>,
     /// Of an access of the host: what is done when its turn has come.
     pub(crate) gate: Option<(TaskRef<D>, Arc<Turn>)>,
+    /// What it uses of managed data, as long as it has to be got.
+    pub(crate) uses: Option<Arc<Uses>>,
+    /// Why it cannot be got.
+    pub(crate) trouble: Option<DeviceError>,
+    /// Of a task that only moves data: what it does.
+    pub(crate) moves: Option<Move>,
+}
+
+/// What a task does that only moves data.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Move {
+    /// Brings them to this device, where they may stay.
+    Prefetch(DeviceId),
+    /// Drops what is on this device.
+    Evict(DeviceId),
 }
 
 impl<D: Domain> Default for Attached<D> {
@@ -95,6 +111,9 @@ impl<D: Domain> Default for Attached<D> {
             lines: Vec::new(),
             groups: Vec::new(),
             gate: None,
+            uses: None,
+            trouble: None,
+            moves: None,
         }
     }
 }

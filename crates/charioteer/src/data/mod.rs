@@ -41,7 +41,10 @@
 //! task and a user's value (invariant 8).
 
 mod index;
+pub mod store;
+mod uses;
 
+use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
 
@@ -52,8 +55,11 @@ use crate::region::{Region, Span};
 use crate::sync::{AtomicBool, Guard, Mutex, Ordering};
 use crate::task::{Domain, TaskRef};
 use index::{Gone, Index};
+use store::Storage;
 
-pub(crate) use index::{Attached, Found, Turn};
+pub(crate) use index::{Attached, Found, Move, Turn};
+pub(crate) use uses::{Holding, Uses, check_spread};
+pub use uses::{Spread, Views};
 
 /// An array, or a token: what accesses are to. It has no elements, only the order of who uses them.
 pub struct Datum<D: Domain> {
@@ -63,6 +69,9 @@ pub struct Datum<D: Domain> {
     /// Those by which the index looks up.
     axes: SmallVec<[usize; AXES]>,
     index: Mutex<Index<D>>,
+    storage: Option<Arc<Storage>>,
+    /// A task was registered that may take elements to a device. Under the lock of the index.
+    travels: AtomicBool,
 }
 
 impl<D: Domain> Datum<D> {
@@ -72,16 +81,41 @@ impl<D: Domain> Datum<D> {
     /// If an axis is longer than 2^63 - 1.
     #[must_use]
     pub fn new(label: impl Into<Box<str>>, shape: &[u64]) -> Arc<Self> {
+        Self::with(crate::trace::next_id(), label.into(), shape, None)
+    }
+
+    /// An array whose elements, of `item` bytes, are in C order from `address` on, for as long as `keep`
+    /// lives. Devices may have copies of it, see [`store`].
+    ///
+    /// # Panics
+    /// If it has more than 2^63 bytes.
+    #[must_use]
+    pub fn stored(
+        label: impl Into<Box<str>>,
+        shape: &[u64],
+        item: usize,
+        address: usize,
+        keep: Box<dyn Any + Send + Sync>,
+    ) -> Arc<Self> {
+        let (id, label) = (crate::trace::next_id(), label.into());
+        let (item, address) = (item as u64, address as u64);
+        let storage = Storage::new(id, label.clone(), shape, item, address, keep);
+        Self::with(id, label, shape, Some(storage))
+    }
+
+    fn with(id: u64, label: Box<str>, shape: &[u64], storage: Option<Arc<Storage>>) -> Arc<Self> {
         assert!(
             shape.iter().all(|&extent| extent < 1 << 63),
             "an axis has fewer than 2^63 indices"
         );
         Arc::new(Self {
-            id: crate::trace::next_id(),
-            label: label.into(),
+            id,
+            label,
             shape: shape.into(),
             axes: longest(shape),
             index: Mutex::new(Index::new()),
+            storage,
+            travels: AtomicBool::new(false),
         })
     }
 
@@ -101,6 +135,12 @@ impl<D: Domain> Datum<D> {
     #[must_use]
     pub fn label(&self) -> &str {
         &self.label
+    }
+
+    /// Where its elements are; none of a token, and of an array that is known by its order alone.
+    #[must_use]
+    pub fn storage(&self) -> Option<&Arc<Storage>> {
+        self.storage.as_ref()
     }
 
     /// How many indices each axis has.
@@ -360,6 +400,8 @@ pub struct Access<'a, D: Domain> {
     /// Whether it is ordered with conflicting ones; one that is not neither waits nor is waited for, and
     /// its failure leaves nothing undefined.
     pub ordered: bool,
+    /// What the members of a set have of it.
+    pub spread: Spread,
 }
 
 impl<D: Domain> Clone for Access<'_, D> {
@@ -379,6 +421,25 @@ impl<'a, D: Domain> Access<'a, D> {
             part,
             mode,
             ordered: true,
+            spread: Spread::Whole,
+        }
+    }
+
+    /// Each member of a set has its piece along an axis, as even as they can be, the larger ones first.
+    #[must_use]
+    pub fn sharded(self, axis: u8) -> Self {
+        Self {
+            spread: Spread::Shard(axis),
+            ..self
+        }
+    }
+
+    /// Each member of a set writes all of it, and all write the same.
+    #[must_use]
+    pub fn replicated(self) -> Self {
+        Self {
+            spread: Spread::Replicated,
+            ..self
         }
     }
 
@@ -408,8 +469,24 @@ pub enum AccessTrouble {
     },
     /// The datum is closed: its label.
     Closed(String),
-    /// Data are on the host alone: a task with accesses runs on cores.
-    OnDevices,
+    /// The members of a set would each write all of it, and nobody said that they write the same.
+    WrittenWhole {
+        /// The access.
+        access: String,
+        /// How many members one of the task's sets has.
+        members: usize,
+    },
+    /// The axis along which it is divided has fewer indices than a set has members, or is not there.
+    ShortAxis {
+        /// The access.
+        access: String,
+        /// Which axis.
+        axis: u8,
+        /// How many indices it has, if it is there.
+        extent: Option<u64>,
+        /// How many members one of the task's sets has.
+        members: usize,
+    },
 }
 
 impl fmt::Display for AccessTrouble {
@@ -424,9 +501,20 @@ impl fmt::Display for AccessTrouble {
                  its own parent"
             ),
             Self::Closed(label) => write!(f, "{label} was released, or its runtime is closed"),
-            Self::OnDevices => {
-                f.write_str("managed data are on the host: a task that accesses them runs on cores")
-            }
+            Self::WrittenWhole { access, members } => write!(
+                f,
+                "{access} of a set of {members}: what a set writes is sharded, reduced or replicated"
+            ),
+            Self::ShortAxis {
+                access,
+                axis,
+                extent: Some(extent),
+                members,
+            } => write!(
+                f,
+                "{access} cannot be divided among {members}: its axis {axis} has {extent} indices"
+            ),
+            Self::ShortAxis { access, axis, .. } => write!(f, "{access} has no axis {axis}"),
         }
     }
 }
@@ -576,6 +664,22 @@ impl<'a, D: Domain> Session<'a, D> {
             return Err(Refusal::Combined);
         }
         Ok(found)
+    }
+
+    /// Takes note that the task may take elements to a device, or says whether one that was registered
+    /// before may have.
+    pub(crate) fn travels(&self, goes: bool) -> bool {
+        let stored = |locked: &&Locked<'a, D>| locked.datum.storage.is_some();
+        let mut all = self
+            .locked
+            .iter()
+            .filter(stored)
+            .map(|it| &it.datum.travels);
+        if goes {
+            all.for_each(|travels| travels.store(true, Ordering::Relaxed));
+            return true;
+        }
+        all.any(|travels| travels.load(Ordering::Relaxed))
     }
 
     /// Enters the records of `task`, and unlocks. Gives the number of each access in the order of its

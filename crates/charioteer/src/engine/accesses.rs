@@ -26,23 +26,55 @@ use std::time::Instant;
 use smallvec::SmallVec;
 
 use super::{Engine, Refused, Settled, SpawnError, WaitError, graph, hand_on};
-use crate::data::{self, Access, AccessTrouble, Found, Group, Mode, Refusal, Session, Turn};
+use crate::data::{
+    self, Access, AccessTrouble, Found, Group, Mode, Move, Refusal, Session, Turn, Uses,
+};
 use crate::sync::{Ordering, fence};
-use crate::task::state::{DIRTY, HOST, JOINS, ORDERED, Snapshot};
+use crate::task::state::{AHEAD, DIRTY, HOST, JOINS, ORDERED, Snapshot, USES};
 use crate::task::{
-    Content, Domain, Ending, Failure, Link, Need, Options, Outcome, Phase, Task, TaskRef, Until,
+    Content, Domain, Ending, Failure, Link, Options, Outcome, Phase, Task, TaskRef, Until,
 };
 use crate::trace::Event;
 use crate::work::Worker;
 
 /// What came of a registration.
-struct Registered {
+pub(super) struct Registered<D: Domain> {
     /// How many of the predecessors were past.
-    done: u32,
+    pub(super) done: u32,
     /// Whether one of them is not spawned, or has such behind it.
     loose: bool,
     /// Their numbers, if somebody wants to know.
-    edges: Vec<u64>,
+    pub(super) edges: Vec<u64>,
+    /// They themselves, of a task that may run ahead of them.
+    pub(super) before: Vec<TaskRef<D>>,
+}
+
+impl<D: Domain> Default for Registered<D> {
+    fn default() -> Self {
+        Self {
+            done: 0,
+            loose: false,
+            edges: Vec::new(),
+            before: Vec::new(),
+        }
+    }
+}
+
+/// Which way a task may go that is registered.
+#[derive(Clone, Copy)]
+struct Way {
+    /// It may run ahead of work on devices.
+    ahead: bool,
+    /// It may take data to devices.
+    goes: bool,
+}
+
+impl Way {
+    const HOME: Self = Self::of(false, false);
+
+    const fn of(ahead: bool, goes: bool) -> Self {
+        Self { ahead, goes }
+    }
 }
 
 /// Why an access of the host did not come about.
@@ -92,21 +124,15 @@ fn flags_of<D: Domain>(accesses: &[Access<'_, D>]) -> u32 {
 }
 
 impl<D: Domain> Engine<D> {
+    /// That the accesses of a task make sense. Gives what is to be kept of them, if the task may run on
+    /// devices; its sets have room for that from then on.
     pub(super) fn check_accesses(
+        &self,
         accesses: &[Access<'_, D>],
-        options: Option<&Options>,
-    ) -> Result<(), SpawnError> {
-        let on_devices = options.is_some_and(|options| match (options.need, &options.mapping) {
-            (Need::Devices, _) => true,
-            (_, Some(mapping)) => !mapping.choices().devices().is_empty(),
-            _ => false,
-        });
-        let checked = if on_devices {
-            Err(AccessTrouble::OnDevices)
-        } else {
-            data::check(accesses)
-        };
-        checked.map_err(SpawnError::Access)
+        options: Option<&mut Options>,
+    ) -> Result<Option<Uses>, SpawnError> {
+        data::check(accesses).map_err(SpawnError::Access)?;
+        self.prepare(accesses, options)
     }
 
     /// Lets a task with accesses go that nobody else knows yet.
@@ -124,7 +150,8 @@ impl<D: Domain> Engine<D> {
             task.links.lock().rare().predecessors = dependencies.to_vec();
         }
         let connected = self.connect(task, dependencies);
-        let registered = self.register(task, dependencies, accesses, None, |_, _, _| Ok(()));
+        let way = Way::of(task.state.load().has(AHEAD), task.state.load().has(USES));
+        let registered = self.register(task, dependencies, accesses, None, way, |_, _, _| Ok(()));
         let (registered, ()) = match registered {
             Ok(registered) => registered,
             Err(Refused::Error(error)) => {
@@ -137,14 +164,13 @@ impl<D: Domain> Engine<D> {
         };
         self.record_spawn(time, task, dependencies);
         self.record_edges(time, task, &registered.edges);
-        let launched = self.catch_up(task, dependencies);
+        let launched = self.catch_up(task, dependencies, &registered.before);
         self.release(task, connected + registered.done + launched + 1);
         self.drain_if_alone();
         Ok(())
     }
 
-    /// Publishes a claimed task with accesses. Gives the word before, how many of its predecessors by
-    /// accesses were past, and the numbers of all of them.
+    /// Publishes a claimed task with accesses. Gives the word before, and what came of the registration.
     pub(super) fn publish_ordered(
         self: &Arc<Self>,
         task: &TaskRef<D>,
@@ -152,8 +178,9 @@ impl<D: Domain> Engine<D> {
         accesses: &[Access<'_, D>],
         flags: u32,
         loose: bool,
-    ) -> Result<(Snapshot, u32, Vec<u64>), Refused<D>> {
+    ) -> Result<(Snapshot, Registered<D>), Refused<D>> {
         let flags = flags | flags_of(accesses);
+        let way = Way::of(flags & AHEAD != 0, flags & USES != 0);
         let publish = |found: &Found<'_, D>, done: u32, is_loose: bool| {
             // The references are not the last ones: the records have others.
             let mut all = dependencies.to_vec();
@@ -166,9 +193,9 @@ impl<D: Domain> Engine<D> {
                 })
         };
         let (registered, (before, search)) =
-            self.register(task, dependencies, accesses, None, publish)?;
+            self.register(task, dependencies, accesses, None, way, publish)?;
         drop(search);
-        Ok((before, registered.done, registered.edges))
+        Ok((before, registered))
     }
 
     /// Registers the accesses of a task, and calls `publish` when its edges stand and its records do not;
@@ -180,8 +207,9 @@ impl<D: Domain> Engine<D> {
         dependencies: &[TaskRef<D>],
         accesses: &[Access<'_, D>],
         combines: Option<&Group<D>>,
+        way: Way,
         publish: impl Fn(&Found<'_, D>, u32, bool) -> Result<R, Refused<D>>,
-    ) -> Result<(Registered, R), Refused<D>> {
+    ) -> Result<(Registered<D>, R), Refused<D>> {
         let parent = if combines.is_some() {
             None
         } else {
@@ -192,14 +220,18 @@ impl<D: Domain> Engine<D> {
             let looked = session
                 .look_up(task, parent.as_ref(), combines)
                 .map(|found| {
-                    let registered = self.link_behind(task, dependencies, &found);
+                    let registered = self.link_behind(task, dependencies, &found, way.ahead);
                     let published = publish(&found, registered.done, registered.loose)?;
                     Ok((registered, published))
                 });
             let refusal = match looked {
                 Ok(linked) => {
                     let linked = linked?;
+                    let travels = self.devices.is_some() && session.travels(way.goes);
                     let numbers = session.enter(task);
+                    if travels && !way.goes {
+                        self.keep_uses_at_home(task, accesses);
+                    }
                     self.record_accesses(task, accesses, &numbers);
                     self.note_open(task, accesses);
                     return Ok(linked);
@@ -235,13 +267,18 @@ impl<D: Domain> Engine<D> {
         task: &TaskRef<D>,
         dependencies: &[TaskRef<D>],
         found: &Found<'_, D>,
-    ) -> Registered {
+        ahead: bool,
+    ) -> Registered<D> {
         let count = u32::try_from(found.before.len()).expect("fewer than 2^32 predecessors");
         let mut registered = Registered {
             done: 0,
             loose: found.before.iter().any(|(task, _)| graph::is_loose(task)),
-            edges: Vec::new(),
+            ..Registered::default()
         };
+        if ahead {
+            let before = found.before.iter();
+            registered.before = before.map(|&(task, _)| Arc::clone(task)).collect();
+        }
         if self.trace.is_some() {
             registered.edges = found.before.iter().map(|(task, _)| task.id).collect();
         }
@@ -282,9 +319,9 @@ impl<D: Domain> Engine<D> {
 
     // ---- lines and reductions -----------------------------------------------------------------
 
-    /// Lets a task go on whose predecessors are done, and that is the host's, or commutes or reduces. True
-    /// if it is ready.
-    pub(super) fn enter_line(
+    /// Lets a task go on whose predecessors are done, and that has no body, or commutes or reduces, or
+    /// keeps uses of its data. True if it is ready.
+    pub(super) fn may_begin(
         self: &Arc<Self>,
         task: &TaskRef<D>,
         worklist: &mut Vec<Settled<D>>,
@@ -293,10 +330,28 @@ impl<D: Domain> Engine<D> {
             self.turn_has_come(task, worklist);
             return false;
         }
-        if task.state.load().has(HOST) {
+        let state = task.state.load();
+        if state.has(JOINS) && !self.enter_line(task) {
+            return false;
+        }
+        if state.has(HOST)
+            && let Some(moves) = task.moves()
+        {
+            self.carry(task, moves, worklist);
+            return false;
+        }
+        if state.has(USES) && !self.is_at_home(task, worklist) {
+            return false;
+        }
+        if state.has(HOST) {
             self.admit_host(task, worklist);
             return false;
         }
+        true
+    }
+
+    /// Has a task stand in its lines, once. True if nobody stands before it.
+    fn enter_line(&self, task: &TaskRef<D>) -> bool {
         let lines = task.take_lines();
         if lines.is_empty() {
             return true;
@@ -320,6 +375,7 @@ impl<D: Domain> Engine<D> {
                 }
             }
             drop(session);
+            passed += self.catch_up(task, &before, &[]);
         }
         task.release(passed + 1)
     }
@@ -346,7 +402,7 @@ impl<D: Domain> Engine<D> {
 
     fn combine_admitted(self: &Arc<Self>, group: &Arc<Group<D>>) {
         let (label, body) = self.domain.combine(group);
-        let flags = self.flags(&body, None) | ORDERED;
+        let flags = self.flags(&body, None, false) | ORDERED;
         let task = Arc::new(Task::new(
             label,
             Phase::Waiting,
@@ -359,7 +415,15 @@ impl<D: Domain> Engine<D> {
         task.note_part(group.part(), Some(Arc::clone(group)));
         let time = self.now();
         let access = [Access::new(group.part(), Mode::InOut)];
-        let registered = self.register(&task, &[], &access, Some(group), |_, _, _| Ok(()));
+        let registered =
+            self.register(
+                &task,
+                &[],
+                &access,
+                Some(group),
+                Way::HOME,
+                |_, _, _| Ok(()),
+            );
         match registered {
             Ok((registered, ())) => {
                 self.record_spawn(time, &task, &[]);
@@ -439,7 +503,7 @@ impl<D: Domain> Engine<D> {
             data.gate = Some((Arc::clone(&gate), Arc::new(Turn::new())));
         }
         let time = self.now();
-        let registered = self.register(&task, &[], accesses, None, |_, _, _| Ok(()));
+        let registered = self.register(&task, &[], accesses, None, Way::HOME, |_, _, _| Ok(()));
         let registered = match registered {
             Ok((registered, ())) => registered,
             Err(refused) => {
@@ -471,6 +535,10 @@ impl<D: Domain> Engine<D> {
             Err(error) => Err(HostError::Wait(error)),
             Ok(_) => match gate.outcome() {
                 Some(Outcome::Failed(Failure::Dependency(root))) => {
+                    if Arc::ptr_eq(root, &task) {
+                        // Nobody else asks for it.
+                        Self::tell(root);
+                    }
                     Err(HostError::Failed(Arc::clone(root)))
                 }
                 Some(_) => Err(HostError::Closed),
@@ -509,6 +577,8 @@ impl<D: Domain> Engine<D> {
         if let Some((gate, _)) = task.gate() {
             let failure = match failure {
                 Failure::Dependency(root) => Failure::Dependency(Arc::clone(root)),
+                // What it accesses is lost, or cannot be brought home.
+                Failure::Device(_) => Failure::Dependency(Arc::clone(task)),
                 _ => Failure::Cancelled,
             };
             self.open_gate(&gate, Outcome::Failed(failure), worklist);
@@ -542,6 +612,12 @@ fn settled<D: Domain>(task: &TaskRef<D>, outcome: Outcome<D>) -> Settled<D> {
 }
 
 impl<D: Domain> Task<D> {
+    /// What a task does that only moves data.
+    fn moves(&self) -> Option<Move> {
+        let links = self.links.lock();
+        links.rare.as_ref()?.data.as_ref()?.moves
+    }
+
     /// The gate of an access of the host.
     fn gate(&self) -> Option<(TaskRef<D>, Arc<Turn>)> {
         let links = self.links.lock();

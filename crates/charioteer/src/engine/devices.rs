@@ -56,19 +56,22 @@ use crossbeam_utils::CachePadded;
 use smallvec::SmallVec;
 
 use super::mapping::bit;
+use super::transfers::Transfers;
 use super::witness::{Owners, Witness};
 use super::{Engine, Moving, Settled, SpawnError};
+use crate::data::Holding;
+use crate::data::store::Store;
 use crate::machine::{Device, DeviceError, DeviceId, Event, HOST, Kind, Machine, Stream};
 use crate::schedule::gang::{
-    self, Alternative, Capacity, Gang, Grant, GrantId, Limits, Reason, Request, Step,
+    self, Alternative, Capacity, Gang, Grant, GrantId, Limits, Reason, Request, Step, Transfer,
 };
-use crate::schedule::map::{DISTURBED, Mapping};
+use crate::schedule::map::DISTURBED;
 use crate::schedule::places;
 use crate::schedule::queues::{Injector, Steal};
 use crate::sync::{
     AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Mutex, Ordering, fence, yield_now,
 };
-use crate::task::state::{AHEAD, LAUNCHED, LINKED};
+use crate::task::state::{AHEAD, LAUNCHED, LINKED, Snapshot};
 use crate::task::{
     Domain, Ending, Failure, Flight, Landed, Latch, Need, Options, Outcome, Phase, Task, TaskRef,
     Until, Waker,
@@ -146,8 +149,8 @@ impl<D: Domain> Answer<D> {
 type Bits = u64;
 
 enum Letter<D: Domain> {
-    /// And its sets, if they are not those of its options.
-    Ask(TaskRef<D>, Events, Option<Arc<[Alternative]>>),
+    /// And what it asks for.
+    Ask(TaskRef<D>, Box<Request>),
     /// Behind these events, of which those are complete.
     Launched(GrantId, SmallVec<[Option<Event>; 2]>, Bits),
     Paused(GrantId, SmallVec<[Option<Event>; 2]>, Bits),
@@ -173,8 +176,9 @@ impl Default for Limits {
 /// The devices of an engine.
 pub(crate) struct Devices<D: Domain> {
     machine: Arc<Machine>,
-    capacities: Box<[Capacity]>,
+    pub(super) capacities: Box<[Capacity]>,
     runahead: u32,
+    pub(super) transfers: Transfers,
     /// How many bodies that wait keep memory, as of the last turn.
     keeping: AtomicUsize,
     /// What each device has before it, as of the last turn, if somebody wants to know.
@@ -254,8 +258,14 @@ impl<D: Domain> Devices<D> {
         let witness = traced.map(|(trace, engine)| {
             Witness::new::<D>(trace, &machine, &capacities, workers, engine)
         });
+        let store = Store::new(Arc::clone(&machine));
+        if let Some((trace, _)) = traced {
+            let trace = Arc::clone(trace);
+            store.observe(Box::new(move |moved| trace.record_move(moved)));
+        }
         Self {
             runahead: limits.runahead,
+            transfers: Transfers::new(store),
             keeping: AtomicUsize::new(0),
             gauges: capacities.iter().map(|_| Gauge::default()).collect(),
             backlog: AtomicU64::new(0),
@@ -276,8 +286,18 @@ impl<D: Domain> Devices<D> {
         self.machine.device(id).as_ref()
     }
 
+    pub(super) fn runahead(&self) -> u32 {
+        self.runahead
+    }
+
+    /// Whether an event is complete, and did not fail.
+    pub(super) fn is_complete_well(&self, event: Event) -> bool {
+        let device = self.device(event.stream.device);
+        matches!(device.is_complete(event), Ok(true))
+    }
+
     /// Whether an event is complete; one that failed is.
-    fn is_complete(&self, event: Event) -> bool {
+    pub(super) fn is_complete(&self, event: Event) -> bool {
         self.device(event.stream.device)
             .is_complete(event)
             .unwrap_or(true)
@@ -295,9 +315,8 @@ impl<D: Domain> Devices<D> {
                 Steal::Empty => break,
             };
             match letter {
-                Letter::Ask(task, prefer, sets) => {
-                    let request = request(&task, prefer, sets);
-                    if let Err(task) = ledger.submit(task, request) {
+                Letter::Ask(task, request) => {
+                    if let Err(task) = ledger.submit(task, *request) {
                         outbox.stranded.push(task);
                     }
                 }
@@ -394,18 +413,6 @@ fn enable_peers(machine: &Machine, devices: &[Capacity]) {
     }
 }
 
-/// What a task asks the ledger for.
-fn request<D: Domain>(task: &Task<D>, prefer: Events, sets: Option<Arc<[Alternative]>>) -> Request {
-    let options = task.options().expect("a task on devices has options");
-    let estimates = options.mapping.as_ref().map(|mapping| mapping.estimates());
-    Request {
-        alternatives: sets.unwrap_or_else(|| Arc::clone(sets_of(options))),
-        estimates: estimates.unwrap_or_default(),
-        priority: options.priority,
-        prefer,
-    }
-}
-
 /// What a running task holds a place of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
@@ -415,14 +422,20 @@ pub enum Place {
     Device(DeviceId, Stream),
 }
 
-/// The set that a task was granted, by the number in its grant.
-fn set_of<D: Domain>(task: &Task<D>, alternative: usize) -> &Alternative {
+/// The set that a task was granted, by the number in its grant, and its place among all sets that the task
+/// may be granted.
+pub(super) fn granted_set<D: Domain>(task: &Task<D>, alternative: usize) -> (&Alternative, usize) {
     let options = task.options().expect("a task on devices has options");
     // Of a task that is mapped by now the set is known, and that number is of when it was not.
-    match options.mapping.as_deref().and_then(Mapping::set) {
-        Some(set) => set,
-        None => &sets_of(options)[alternative],
+    let mapping = options.mapping.as_deref();
+    match mapping.and_then(|mapping| Some((mapping.set()?, mapping.place()?))) {
+        Some(granted) => granted,
+        None => (&sets_of(options)[alternative], alternative),
     }
+}
+
+fn set_of<D: Domain>(task: &Task<D>, alternative: usize) -> &Alternative {
+    granted_set(task, alternative).0
 }
 
 /// The sets of devices that a task on devices says.
@@ -668,7 +681,10 @@ impl<D: Domain> Engine<D> {
         self.post(match loan {
             // It waited, and has its devices.
             Some(id) => Letter::Resumed(id, Resumer::Task(task)),
-            None => Letter::Ask(task, behind, sets),
+            None => {
+                let request = self.request(&task, behind, sets);
+                Letter::Ask(task, Box::new(request))
+            }
         });
         if !self.is_worker() {
             self.relieve();
@@ -678,8 +694,31 @@ impl<D: Domain> Engine<D> {
     /// Asks for all sets of devices of a task that the ledger has just given back.
     pub(super) fn ask_again(&self, task: TaskRef<D>) {
         let behind = task.links.lock().flight().behind.clone();
+        let request = Box::new(self.request(&task, behind, None));
         // Who has the turn looks at the mail once more.
-        self.devices().mail.push(Letter::Ask(task, behind, None));
+        self.devices().mail.push(Letter::Ask(task, request));
+    }
+
+    /// What a task asks the ledger for: for these sets, or for all that it says.
+    fn request(&self, task: &Task<D>, prefer: Events, sets: Option<Arc<[Alternative]>>) -> Request {
+        let options = task.options().expect("a task on devices has options");
+        let estimates = options.mapping.as_ref().map(|mapping| mapping.estimates());
+        let alternatives = sets.unwrap_or_else(|| Arc::clone(sets_of(options)));
+        let is_open = alternatives.len() > 1
+            || (alternatives.iter().flat_map(|set| &set.members))
+                .any(|member| *member == gang::Member::Any(Kind::Gpu));
+        let transfers = if is_open && self.devices().capacities.len() > 1 {
+            self.transfers_of(task)
+        } else {
+            Box::default()
+        };
+        Request {
+            alternatives,
+            estimates: estimates.unwrap_or_default(),
+            priority: options.priority,
+            prefer,
+            transfers,
+        }
     }
 
     /// Whether nothing that a task comes after is on its way on devices, but for what it ran ahead of.
@@ -742,12 +781,16 @@ impl<D: Domain> Engine<D> {
         })
     }
 
-    /// When a set of devices is free, in nanoseconds from now.
-    pub(super) fn wait_for_devices(&self, set: &Alternative) -> u64 {
+    /// When a set of devices is free and has a task's data, in nanoseconds from now. `transfers`: what that
+    /// takes on each device.
+    pub(super) fn wait_for_devices(&self, set: &Alternative, transfers: &[Transfer]) -> u64 {
         let devices = self.devices();
+        let width = set.members.len() as u64;
         let ahead = |id: DeviceId| {
-            let gauge = &devices.gauges[usize::from(id.index())];
-            gauge.ahead.load(Ordering::Relaxed)
+            let index = usize::from(id.index());
+            let transfer = transfers.get(index).map_or(0, |it| it.time(width));
+            let ahead = devices.gauges[index].ahead.load(Ordering::Relaxed);
+            ahead.saturating_add(transfer)
         };
         let named = |id: DeviceId| set.members.contains(&gang::Member::Device(id));
         let all = devices.capacities.iter().map(|capacity| capacity.id);
@@ -775,7 +818,7 @@ impl<D: Domain> Engine<D> {
         }
         let places = grant.lent.iter().fold(0, |all, it| all | bit(it.device));
         self.settle_choice(&task, grant.alternative, places);
-        let cores = set_of(&task, grant.alternative).cores();
+        let events = self.plan_data(&task, &grant);
         if let Some(witness) = &self.devices().witness {
             for stream in grant.lent.iter().filter_map(|lent| lent.stream) {
                 witness.log(DeviceEvent::Lent(stream), task.id);
@@ -788,6 +831,21 @@ impl<D: Domain> Engine<D> {
             flight.loan = Some(grant);
             flight.paused = false;
         }
+        if events.is_empty() {
+            self.board(task);
+        } else {
+            self.hold_until(&task, events);
+        }
+    }
+
+    /// A task that has its devices and its data is queued for a worker, or for its cores.
+    pub(super) fn board(self: &Arc<Self>, task: TaskRef<D>) {
+        let cores = {
+            let links = task.links.lock();
+            let flight = links.rare.as_ref().and_then(|rare| rare.flight.as_ref());
+            let loan = flight.and_then(|flight| flight.loan.as_ref());
+            loan.map_or(0, |loan| set_of(&task, loan.alternative).cores())
+        };
         // One core is what every worker has.
         if cores > 1 && self.workers != 0 {
             let need = Need::Cores(u16::try_from(cores).expect("fewer cores than 65,536"));
@@ -848,8 +906,13 @@ impl<D: Domain> Engine<D> {
             self.settle(task, Outcome::Failed(Failure::Dependency(root)));
             return false;
         }
-        match self.order_streams(task) {
+        let ordered = match self.trouble_with_data(task) {
+            Some(trouble) => Err(trouble),
+            None => self.order_streams(task),
+        };
+        match ordered {
             Ok(()) => {
+                self.begin_with_data(task);
                 self.log_begun(task);
                 self.mark_start(task);
                 true
@@ -871,7 +934,7 @@ impl<D: Domain> Engine<D> {
                 return Ok(());
             };
             let waits = |lent: &gang::Lent| lent.stream.is_none() || !lent.waits.is_empty();
-            if flight.behind.is_empty() && !loan.lent.iter().any(waits) {
+            if flight.behind.is_empty() && flight.after.is_empty() && !loan.lent.iter().any(waits) {
                 return Ok(());
             }
             let lent: SmallVec<[_; 2]> = loan
@@ -879,7 +942,9 @@ impl<D: Domain> Engine<D> {
                 .iter_mut()
                 .map(|lent| (lent.device, lent.stream, std::mem::take(&mut lent.waits)))
                 .collect();
-            (lent, std::mem::take(&mut flight.behind))
+            let mut behind = std::mem::take(&mut flight.behind);
+            behind.append(&mut flight.after);
+            (lent, behind)
         };
         // One that is lost keeps none of the others from being told, since what is given back there
         // is behind what they were told.
@@ -962,19 +1027,31 @@ impl<D: Domain> Engine<D> {
         (events, failure)
     }
 
-    fn take_loan(task: &Task<D>, may: impl FnOnce(&Flight<D>) -> bool) -> Option<Grant> {
+    /// Takes what a task has of the devices, and of the data there.
+    fn take_loan(
+        task: &Task<D>,
+        may: impl FnOnce(&Flight<D>) -> bool,
+    ) -> Option<(Grant, Option<Box<Holding>>)> {
         let mut links = task.links.lock();
         let flight = links.rare.as_mut()?.flight.as_mut()?;
         if may(flight) {
-            flight.loan.take()
+            Some((flight.loan.take()?, flight.holding.take()))
         } else {
             None
         }
     }
 
-    /// Gives a loan back, behind what was put on its streams; tells where that ends and is not complete.
-    fn hand_in(self: &Arc<Self>, grant: &Grant, pause: bool) -> (Events, Option<DeviceError>) {
+    /// Gives a loan back with what is held of data, if the body does not only pause, behind what was put on
+    /// its streams; tells where that ends and is not complete.
+    fn hand_in(
+        self: &Arc<Self>,
+        grant: &Grant,
+        holding: Option<Box<Holding>>,
+        pause: bool,
+    ) -> (Events, Option<DeviceError>) {
         let (events, mut failure) = self.record_events(grant);
+        // Before the ledger gives the memory to somebody else.
+        self.let_go_of_data(holding, &events);
         let mut pending = Events::new();
         let mut failed = Events::new();
         let mut complete = 0;
@@ -1033,14 +1110,19 @@ impl<D: Domain> Engine<D> {
     #[cold]
     pub(crate) fn return_loan(self: &Arc<Self>, task: &Task<D>) {
         // What paused is about to have its share again, and comes back here then.
-        if let Some(grant) = Self::take_loan(task, |flight| !flight.paused) {
-            self.hand_back(&grant, false);
+        if let Some((grant, holding)) = Self::take_loan(task, |flight| !flight.paused) {
+            self.hand_back(&grant, holding, false);
         }
     }
 
     /// As [`hand_in`](Self::hand_in), where nobody but the ledger waits for what is not complete.
-    fn hand_back(self: &Arc<Self>, grant: &Grant, pause: bool) -> Events {
-        let (pending, _) = self.hand_in(grant, pause);
+    fn hand_back(
+        self: &Arc<Self>,
+        grant: &Grant,
+        holding: Option<Box<Holding>>,
+        pause: bool,
+    ) -> Events {
+        let (pending, _) = self.hand_in(grant, holding, pause);
         for event in &pending {
             self.tell_when_complete(*event);
         }
@@ -1050,8 +1132,8 @@ impl<D: Domain> Engine<D> {
     /// The attempt of a task on devices ended, and another one follows: after all that this one put on
     /// its streams.
     pub(super) fn put_off(self: &Arc<Self>, task: &TaskRef<D>) {
-        if let Some(grant) = Self::take_loan(task, |_| true) {
-            let pending = self.hand_back(&grant, false);
+        if let Some((grant, holding)) = Self::take_loan(task, |_| true) {
+            let pending = self.hand_back(&grant, holding, false);
             task.links.lock().flight().behind = pending;
         }
     }
@@ -1071,19 +1153,24 @@ impl<D: Domain> Engine<D> {
         );
     }
 
-    /// Lets a task that was just published run ahead of those of its predecessors that were launched
-    /// before it was linked to them; says how many links that were.
+    /// Lets a task that was just published run ahead of those of its predecessors, named ones and those
+    /// by accesses, that were launched before it was linked to them; says how many links that were.
     #[inline]
-    pub(super) fn catch_up(&self, task: &TaskRef<D>, dependencies: &[TaskRef<D>]) -> u32 {
+    pub(super) fn catch_up(
+        &self,
+        task: &TaskRef<D>,
+        dependencies: &[TaskRef<D>],
+        before: &[TaskRef<D>],
+    ) -> u32 {
         if self.devices.is_none() || !task.state.load().has(AHEAD) {
             return 0;
         }
         let mut count = 0;
-        for dependency in dependencies {
+        for dependency in dependencies.iter().chain(before) {
             if dependency.state.load().has(LAUNCHED) && self.owns(dependency) {
                 let (events, links) = dependency.let_ahead(|next| Arc::ptr_eq(next, task));
-                for next in &links {
-                    next.go_behind(&events);
+                for (next, inherits) in &links {
+                    next.go_behind(&events, *inherits);
                 }
                 count += u32::try_from(links.len()).expect("fewer than 2^32 predecessors");
             }
@@ -1094,14 +1181,16 @@ impl<D: Domain> Engine<D> {
     /// The body of a task on devices ended for good, and `outcome` is what the task comes to unless
     /// its work on the devices fails.
     pub(super) fn launch_off(self: &Arc<Self>, task: &TaskRef<D>, mut outcome: Outcome<D>) {
-        let Some(grant) = Self::take_loan(task, |_| true) else {
-            self.settle(task, outcome);
-            return;
-        };
         // Before anybody can hear of the launch: nobody may take the engine for quiet meanwhile.
         self.elsewhere.fetch_add(1, Ordering::SeqCst);
-        self.mark_end(task, &grant);
-        let (pending, failure) = self.hand_in(&grant, false);
+        let (pending, failure) = match Self::take_loan(task, |_| true) {
+            Some((grant, holding)) => {
+                self.mark_end(task, &grant);
+                self.hand_in(&grant, holding, false)
+            }
+            // It was to be repeated, and was cancelled: its work is as far as it was then.
+            None => (std::mem::take(&mut task.links.lock().flight().behind), None),
+        };
         if let (Some(error), Outcome::Value(_)) = (failure, &outcome) {
             outcome = Outcome::Failed(Failure::Device(error));
         }
@@ -1109,18 +1198,23 @@ impl<D: Domain> Engine<D> {
             && matches!(outcome, Outcome::Value(_))
             && task.options().is_none_or(|options| options.retries == 0);
         task.launch(outcome, &pending, leads);
+        self.lead(task, &pending, leads);
+        // The body itself.
+        self.work_off_first(landed(task, None));
+    }
+
+    /// A task was launched, and its work ends with these events: lets dependents run ahead, if `leads`.
+    pub(super) fn lead(self: &Arc<Self>, task: &TaskRef<D>, pending: &[Event], leads: bool) {
         if leads {
             let (_, ahead) = task.let_ahead(|next| next.state.load().has(AHEAD) && self.owns(next));
-            for next in ahead {
-                next.go_behind(&pending);
+            for (next, inherits) in ahead {
+                next.go_behind(pending, inherits);
                 self.release(&next, 1);
             }
         }
-        for event in pending {
+        for &event in pending {
             self.when_complete(task, event);
         }
-        // The body itself.
-        self.work_off_first(landed(task, None));
     }
 
     fn when_complete(self: &Arc<Self>, task: &TaskRef<D>, event: Event) {
@@ -1141,8 +1235,23 @@ impl<D: Domain> Engine<D> {
         );
     }
 
-    fn note_loss(self: &Arc<Self>, error: &DeviceError) {
+    /// The last part of a task is complete that was not, though it is not launched.
+    pub(super) fn go_on(
+        self: &Arc<Self>,
+        task: TaskRef<D>,
+        landed: Landed,
+        worklist: &mut Vec<Settled<D>>,
+    ) {
+        match landed {
+            Landed::Free => self.let_go(task, worklist),
+            Landed::Past => self.turn_has_come(&task, worklist),
+            Landed::Nothing | Landed::Done => {}
+        }
+    }
+
+    pub(super) fn note_loss(self: &Arc<Self>, error: &DeviceError) {
         if let DeviceError::Lost(device, _) = error {
+            self.devices().transfers.lose(*device);
             self.post(Letter::Lost(*device));
         }
     }
@@ -1153,10 +1262,11 @@ impl<D: Domain> Engine<D> {
         self.post(Letter::Failed(event.stream));
     }
 
-    /// A task on devices has its outcome: gives back what it has left.
-    pub(super) fn arrived(self: &Arc<Self>, task: &Task<D>) {
+    /// A task that was launched, or is one on devices, has its outcome, and that was its word before: gives
+    /// back what it has left.
+    pub(super) fn arrived(self: &Arc<Self>, task: &Task<D>, before: Snapshot) {
         self.return_loan(task);
-        if task.state.load().has(LAUNCHED) {
+        if before.has(LAUNCHED) {
             self.elsewhere.fetch_sub(1, Ordering::SeqCst);
         }
     }
@@ -1190,13 +1300,13 @@ impl<D: Domain> Engine<D> {
             flight.loan.clone()
         };
         if let Some(grant) = grant {
-            self.hand_back(&grant, true);
+            self.hand_back(&grant, None, true);
         }
     }
 
     /// A body that cannot use the share that it asked for, and was given, lends it again.
     fn lend_again(self: &Arc<Self>, answer: &Answer<D>, grant: &Grant) {
-        self.hand_back(grant, true);
+        self.hand_back(grant, None, true);
         // After the letter: who sees this asks for it anew.
         *answer.share.lock() = Share::Lent;
     }
@@ -1301,7 +1411,8 @@ pub(super) fn landed<D: Domain>(
 ) -> Option<Settled<D>> {
     match task.land(failure) {
         Landed::Done => Some(settled(task)),
-        Landed::Nothing | Landed::Free => None,
+        Landed::Nothing => None,
+        Landed::Free | Landed::Past => unreachable!("a launched task is neither held nor over"),
     }
 }
 

@@ -26,14 +26,14 @@ use smallvec::SmallVec;
 
 use super::{Engine, Settled, SpawnError};
 use crate::machine::{DeviceError, DeviceId, Kind, Mark, Stream, Time};
-use crate::schedule::gang::{Alternative, Grant, Member};
+use crate::schedule::gang::{Alternative, Grant, Member, Transfer};
 use crate::schedule::map::model::Models;
 use crate::schedule::map::policy::{Call, Candidate, Mapper};
 use crate::schedule::map::{
     BEGUN, COUNTED, Choice, Choices, DISTURBED, Decision, EXPLORES, Mapping, Marks, On, TIMED,
 };
 use crate::sync::{AtomicU32, AtomicU64, Condvar, Mutex, Ordering, assert_unlocked};
-use crate::task::state::AHEAD;
+use crate::task::state::{AHEAD, USES};
 use crate::task::{Domain, Ending, Failure, Need, Outcome, Phase, Task, TaskRef};
 
 /// How many parked tasks the user's policy is asked for at once.
@@ -84,6 +84,22 @@ impl<D: Domain> Maps<D> {
         }
         self.parked.lock().closed = true;
         self.bell.notify_all();
+    }
+}
+
+/// What it takes to bring a task's data to the host, and to each device: nanoseconds.
+#[derive(Default)]
+struct Transfers {
+    home: u64,
+    devices: Box<[Transfer]>,
+}
+
+impl Transfers {
+    /// For all of these devices, the members of one set.
+    fn to(&self, devices: &[DeviceId], members: usize) -> u64 {
+        let to = |id: &DeviceId| self.devices.get(usize::from(id.index()));
+        let times = devices.iter().filter_map(to);
+        times.map(|it| it.time(members as u64)).max().unwrap_or(0)
     }
 }
 
@@ -186,7 +202,7 @@ impl<D: Domain> Engine<D> {
         }
         match &self.maps.mapper {
             Mapper::EarliestFinish => {
-                let decision = self.by_finish_time(mapping);
+                let decision = self.by_finish_time(&task, mapping);
                 self.send_to(task, decision);
             }
             Mapper::Policy(policy) => {
@@ -201,7 +217,7 @@ impl<D: Domain> Engine<D> {
 
     /// The choice on cores, or that it is one on devices, by the earliest finish time; or the one that is
     /// to be tried.
-    fn by_finish_time(&self, mapping: &Mapping) -> Decision {
+    fn by_finish_time(&self, task: &Task<D>, mapping: &Mapping) -> Decision {
         let choices = mapping.choices();
         let (cores, devices) = (choices.cores(), choices.devices());
         let advice = mapping.advise(true);
@@ -223,13 +239,14 @@ impl<D: Domain> Engine<D> {
         }
         // What has no estimate is being tried by others.
         let known = advice.estimates.iter().any(Option::is_some);
+        let data = self.transfers(task);
         let best = (0..advice.estimates.len())
             .filter(|&place| !known || advice.estimates[place].is_some())
             .min_by_key(|&place| {
                 let choice = at(place);
                 let estimate = advice.estimates[place].unwrap_or(0);
                 (
-                    estimate.saturating_add(self.wait_for(choices, choice)),
+                    estimate.saturating_add(self.wait_for(choices, choice, &data)),
                     choice,
                 )
             });
@@ -242,17 +259,29 @@ impl<D: Domain> Engine<D> {
         }
     }
 
-    /// When the cores or devices of a choice are free, as far as is known, in nanoseconds from now.
-    fn wait_for(&self, choices: &Choices, choice: usize) -> u64 {
+    /// What it takes to bring the data of a task to where it may run.
+    fn transfers(&self, task: &Task<D>) -> Transfers {
+        if !task.state.load().has(USES) {
+            return Transfers::default();
+        }
+        Transfers {
+            home: self.transfer_home(task),
+            devices: self.transfers_of(task),
+        }
+    }
+
+    /// When the cores or devices of a choice are free and have a task's data, as far as is known, in
+    /// nanoseconds from now.
+    fn wait_for(&self, choices: &Choices, choice: usize, data: &Transfers) -> u64 {
         match &choices.list()[choice].on {
-            On::Cores(_) => self.wait_for_cores(),
+            On::Cores(_) => self.wait_for_cores().saturating_add(data.home),
             On::Devices(set) => {
                 let cores = if set.cores() == 0 {
                     0
                 } else {
-                    self.wait_for_cores()
+                    self.wait_for_cores().saturating_add(data.home)
                 };
-                self.wait_for_devices(set).max(cores)
+                self.wait_for_devices(set, &data.devices).max(cores)
             }
         }
     }
@@ -293,6 +322,7 @@ impl<D: Domain> Engine<D> {
                 let mut links = task.links.lock();
                 let flight = links.flight();
                 flight.behind.clear();
+                flight.after.clear();
                 let held = flight.is_ahead();
                 if held {
                     mapping.decide(Decision::Held(choice));
@@ -312,21 +342,26 @@ impl<D: Domain> Engine<D> {
 
     fn go_to_cores(self: &Arc<Self>, task: TaskRef<D>, choice: usize) {
         let mapping = task.mapping().expect("it is being mapped");
+        if task.state.load().has(USES) {
+            // Held, if it is, until its data are there.
+            mapping.decide(Decision::Held(choice));
+            if !self.is_at_home_ready(&task) {
+                return;
+            }
+        }
         let need = mapping.choices().need(choice);
         mapping.decide(Decision::Choice(choice));
         let priority = task.options().map_or(0, |options| options.priority);
         self.queue(task, need, priority);
     }
 
-    /// A held task may go on.
+    /// A held task may go on: to cores, or with the devices that it was granted.
     pub(super) fn let_go(self: &Arc<Self>, task: TaskRef<D>, worklist: &mut Vec<Settled<D>>) {
         match task.poisoned() {
-            None => {
-                let decision = task.mapping().map(Mapping::decision);
-                if let Some(Decision::Held(choice)) = decision {
-                    self.go_to_cores(task, choice);
-                }
-            }
+            None => match task.mapping().map(Mapping::decision) {
+                Some(Decision::Held(choice)) => self.go_to_cores(task, choice),
+                _ => self.board(task),
+            },
             Some(root) => {
                 if task.state.advance(Phase::Ready, Phase::Running).is_ok() {
                     let ending = Ending::Given(Outcome::Failed(Failure::Dependency(root)));
@@ -337,7 +372,7 @@ impl<D: Domain> Engine<D> {
     }
 
     /// Fails a task that is ready, unless somebody has it.
-    fn fail_ready(self: &Arc<Self>, task: &TaskRef<D>, failure: Failure<D>) {
+    pub(super) fn fail_ready(self: &Arc<Self>, task: &TaskRef<D>, failure: Failure<D>) {
         if task.state.advance(Phase::Ready, Phase::Running).is_ok() {
             self.settle(task, Outcome::Failed(failure));
         }
@@ -392,6 +427,7 @@ impl<D: Domain> Engine<D> {
             .filter(|index| near >> index & 1 != 0)
             .map(DeviceId::gpu)
             .collect();
+        let data = self.transfers(task);
         let known = mapping.advise(false).estimates;
         let estimate = |choice: usize| {
             let place = choices.cores().iter().chain(choices.devices());
@@ -412,17 +448,18 @@ impl<D: Domain> Engine<D> {
                             _ => 1,
                         },
                         estimate: estimate(index),
-                        wait: duration(self.wait_for(choices, index)),
+                        wait: duration(self.wait_for_cores()),
                         load: load_of_cores,
                         local: 0,
+                        transfer: duration(data.home),
                     });
                 }
                 On::Devices(set) if choices.devices().contains(&index) => {
-                    let (wait_for_cores, load_of_cores) = match set.cores() {
-                        0 => (0, 0),
-                        _ => (self.wait_for_cores(), load_of_cores),
+                    let (wait_for_cores, load_of_cores, home) = match set.cores() {
+                        0 => (0, 0, 0),
+                        _ => (self.wait_for_cores(), load_of_cores, data.home),
                     };
-                    for devices in self.sets_for(set, &near) {
+                    for devices in self.sets_for(mapping.set_of(index), &near) {
                         let (wait, load) = self.load_of(&devices);
                         let local = devices.iter().filter(|it| near.contains(it)).count();
                         candidates.push(Candidate {
@@ -432,6 +469,7 @@ impl<D: Domain> Engine<D> {
                             wait: duration(wait.max(wait_for_cores)),
                             load: load.max(load_of_cores),
                             local: u32::try_from(local).unwrap_or(u32::MAX),
+                            transfer: duration(data.to(&devices, set.members.len()).max(home)),
                             devices,
                         });
                     }
@@ -519,7 +557,7 @@ impl<D: Domain> Engine<D> {
             let chosen = Alternative {
                 members: members.collect(),
                 share: set.share,
-                memory: set.memory,
+                memory: mapping.set_of(choice).memory,
             };
             mapping.set_places(candidate.devices.iter().fold(0, |all, it| all | bit(*it)));
             mapping.note(COUNTED);

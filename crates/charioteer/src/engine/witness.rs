@@ -108,11 +108,18 @@ impl Owners {
         let members = count(alternative.members.len());
         let cores = std::iter::repeat_n(HOST, alternative.cores());
         let devices = grant.lent.iter().map(|lent| lent.device);
-        for (member, device) in (0..).zip(devices.chain(cores)) {
+        let places = |cores: bool| {
+            let all = (0..).zip(&alternative.members);
+            all.filter(move |(_, member)| member.is_core() == cores)
+                .map(|(place, _)| place)
+        };
+        let places = places(false).chain(places(true));
+        for ((member, device), place) in (0..).zip(devices.chain(cores)).zip(places) {
             let granted = DeviceEvent::Granted {
                 device,
                 member,
                 members,
+                place,
                 share: alternative.share,
                 memory: alternative.memory,
             };

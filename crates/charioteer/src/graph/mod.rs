@@ -62,7 +62,7 @@ fn successors<D: Domain>(task: &Task<D>) -> Vec<TaskRef<D>> {
         .filter_map(|link| match link {
             Link::Dependent(next) | Link::After(next) => Some(Arc::clone(next)),
             Link::Latch(latch) => latch.waiter().cloned(),
-            Link::Ahead(_) | Link::Callback(_) => None,
+            Link::Ahead(_) | Link::Behind(_) | Link::Callback(_) => None,
         })
         .chain(gate)
         .collect()

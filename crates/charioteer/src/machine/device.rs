@@ -265,6 +265,44 @@ pub trait Device: Send + Sync {
         stream: Stream,
     ) -> Result<(), DeviceError>;
 
+    /// Copies the elements of a box, of `item` bytes each, in stream order: `extents` of them along each
+    /// axis, so many bytes apart. It is one copy of so many bytes as the elements have. For the rest as
+    /// [`copy`](Self::copy).
+    ///
+    /// # Safety
+    /// As [`copy`](Self::copy), for the bytes of the elements.
+    ///
+    /// # Errors
+    /// As [`copy`](Self::copy).
+    ///
+    /// # Panics
+    /// If there are not as many strides as extents.
+    #[allow(clippy::too_many_arguments, reason = "two sides, a shape and a stream")]
+    unsafe fn copy_strided(
+        &self,
+        from: DevicePointer,
+        from_strides: &[u64],
+        to: DevicePointer,
+        to_strides: &[u64],
+        extents: &[u64],
+        item: u64,
+        stream: Stream,
+    ) -> Result<(), DeviceError>;
+
+    /// Prepares memory of the host for fast copies from and to all devices, until it is
+    /// [unregistered](Self::unregister_host). It may take a while. Whether it did: memory that cannot be
+    /// prepared, or is already, is copied all the same.
+    ///
+    /// # Safety
+    /// The memory stays valid until then.
+    ///
+    /// # Errors
+    /// [`DeviceError::Lost`].
+    unsafe fn register_host(&self, address: u64, bytes: u64) -> Result<bool, DeviceError>;
+
+    /// Undoes [`register_host`](Self::register_host), when no copy uses the memory any more.
+    fn unregister_host(&self, address: u64);
+
     /// Lets this device reach the memory of another.
     ///
     /// # Errors

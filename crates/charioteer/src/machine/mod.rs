@@ -33,6 +33,7 @@
 //! | `device` | the interface, with the names that all share |
 //! | `description` | a machine as plain data, and what a transfer takes on it |
 //! | `machine` | [`Machine`]: a description and its devices |
+//! | `strided` | boxes of elements that are copied |
 //! | `observer` | who is told what devices are asked for and what becomes of it |
 //! | [`virtual_gpu`] | a device in host memory, in real and in virtual time |
 //!
@@ -44,6 +45,7 @@ mod device;
 #[allow(clippy::module_inception, reason = "named for what it holds")]
 mod machine;
 mod observer;
+mod strided;
 pub mod virtual_gpu;
 
 pub use description::{Description, DescriptionError, Gpu, Host, Link, Links, MAX_GPUS, Time};
@@ -53,3 +55,4 @@ pub use device::{
 };
 pub use machine::{Machine, VirtualMachine};
 pub use observer::{Enqueued, Observed, Observer, Observers};
+pub use strided::{Axis, Strided};

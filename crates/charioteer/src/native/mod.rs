@@ -72,7 +72,8 @@ use std::task::{Context as PollContext, Poll};
 use std::time::{Duration, Instant};
 
 use crate::data;
-pub use crate::data::{Access, AccessTrouble, Mode};
+pub use crate::data::store::View;
+pub use crate::data::{Access, AccessTrouble, Mode, Spread, Views};
 use crate::engine::{self, Config, Engine, Handle};
 pub use crate::engine::{Counts, Place, SpawnError, WaitError};
 use crate::machine::cpus::{self, Pinning, Pins};
@@ -119,6 +120,14 @@ impl fmt::Display for SpawnError {
                 )
             }
             Self::Access(trouble) => trouble.fmt(f),
+            Self::Memory {
+                device,
+                wanted,
+                there,
+            } => write!(
+                f,
+                "the task takes {wanted} bytes of the memory of a {device}, which has {there}"
+            ),
         }
     }
 }
@@ -414,6 +423,33 @@ impl Runtime {
     pub fn host(&self, accesses: &[Access<'_, Native>]) -> Result<HostAccess, HostError> {
         let label = || Label::Name("host".into());
         self.engine.host_access(label, accesses, None)
+    }
+
+    /// Brings a part to a device, in the order of this call among the spawns, where it stays until its room is
+    /// needed; or to the host. The task is done when it is there.
+    ///
+    /// # Errors
+    /// [`SpawnError`]; [`SpawnError::Devices`] if there is no such device.
+    pub fn prefetch(&self, part: &Part, device: DeviceId) -> Result<Task<()>, SpawnError> {
+        let label = Label::Name("prefetch".into());
+        self.engine.prefetch(label, part, device).map(Task::of)
+    }
+
+    /// Drops what a device has of a part, in the order of this call among the spawns; what is there alone is
+    /// copied home first. The task is done when that is.
+    ///
+    /// # Errors
+    /// As [`prefetch`](Self::prefetch).
+    pub fn evict(&self, part: &Part, device: DeviceId) -> Result<Task<()>, SpawnError> {
+        let label = Label::Name("evict".into());
+        self.engine.evict(label, part, device).map(Task::of)
+    }
+
+    /// What devices have of data; nothing without devices.
+    #[must_use]
+    pub fn data_counters(&self) -> Vec<data::store::Counters> {
+        let store = self.engine.data();
+        store.map_or_else(Vec::new, |store| store.counters())
     }
 
     /// The choices of a function, for [`Spawner::choices`].
@@ -941,6 +977,7 @@ pub struct Current {
     task: TaskRef<Native>,
     grant: crate::Grant,
     places: Vec<Place>,
+    views: Option<Views>,
 }
 
 impl Current {
@@ -973,6 +1010,26 @@ impl Current {
         &self.places
     }
 
+    /// Where the elements are that it accesses: for each of its [places](Self::places), each of its accesses in
+    /// the order in which they were given. None of what is on the host, for a core, and of what has no
+    /// elements of its own, see [`Datum::stored`]. Empty if it has no devices, or no such data.
+    ///
+    /// What is there is the work's that the body puts on its streams: it comes after all that the runtime
+    /// copied there, and others see what it writes behind it.
+    #[must_use]
+    pub fn views(&self) -> &[Box<[Option<View>]>] {
+        self.views.as_deref().unwrap_or_default()
+    }
+
+    /// Where the elements of one access are, by its number, of a task that has one device.
+    #[must_use]
+    pub fn view(&self, access: usize) -> Option<&View> {
+        match self.views() {
+            [only] => only.get(access)?.as_ref(),
+            _ => None,
+        }
+    }
+
     /// Which of its [choices](Spawner::choices) it is, by the index in their list, if it has any.
     #[must_use]
     pub fn choice(&self) -> Option<usize> {
@@ -992,7 +1049,9 @@ pub fn current() -> Option<Current> {
     let engine = domain::engine_here()?;
     let (task, grant) = engine.current()?;
     let places = engine.held_by(&task, &grant).to_vec();
+    let views = engine.views_of(&task);
     Some(Current {
+        views,
         task,
         grant,
         places,

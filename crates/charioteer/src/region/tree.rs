@@ -25,6 +25,12 @@ pub(crate) struct Bounds {
 }
 
 impl Bounds {
+    /// Around everything.
+    pub(crate) const ALL: Self = Self {
+        low: [0; AXES],
+        high: [u64::MAX; AXES],
+    };
+
     /// Those of a region that is not empty, along `axes`; there may be fewer than three.
     pub(crate) fn of(region: &Region, axes: &[usize]) -> Self {
         let mut bounds = Self {

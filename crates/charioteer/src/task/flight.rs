@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use super::state::{LAUNCHED, Snapshot, validate};
+use super::state::{BEHIND, LAUNCHED, Snapshot, validate};
 use super::{Content, Domain, Failure, Link, Outcome, Phase, Task, TaskRef};
+use crate::data::Holding;
 use crate::machine::{DeviceError, Event};
 use crate::schedule::gang::Grant;
 use crate::schedule::map::Marks;
@@ -24,14 +25,18 @@ pub(crate) struct Flight<D: Domain> {
     pub(crate) loan: Option<Grant>,
     /// The body waits, and its share of the loan is another's.
     pub(crate) paused: bool,
+    /// What it has of managed data there.
+    pub(crate) holding: Option<Box<Holding>>,
     /// The devices of the loan, as bits by index; they stay when it is given back.
     pub(crate) places: u64,
     /// Around the body's work, if it is timed.
     pub(crate) marks: Option<Box<Marks>>,
-    /// The task is mapped to cores, and goes there when nothing is incomplete any more.
+    /// The task is ready, and goes on, to cores or with its loan, when nothing is incomplete any more.
     pub(crate) held: bool,
-    /// Events of predecessors that were launched and not complete when they let this task go.
+    /// Events of predecessors that were launched and not complete when they let this task go: of those
+    /// whose failure is its own, and of those that it only comes after.
     pub(crate) behind: SmallVec<[Event; 2]>,
+    pub(crate) after: SmallVec<[Event; 2]>,
     /// Where the body's own work ends, for dependents that run ahead.
     events: SmallVec<[Event; 2]>,
     /// Predecessors that this task runs ahead of and that are not done; once it is launched also the
@@ -51,6 +56,8 @@ pub(crate) enum Landed {
     Free,
     /// The task was launched, and has its outcome.
     Done,
+    /// The task had ended before, without having been launched, and this was the last that it came after.
+    Past,
 }
 
 impl<D: Domain> Flight<D> {
@@ -65,10 +72,12 @@ impl<D: Domain> Default for Flight<D> {
         Self {
             loan: None,
             paused: false,
+            holding: None,
             places: 0,
             marks: None,
             held: false,
             behind: SmallVec::new(),
+            after: SmallVec::new(),
             events: SmallVec::new(),
             incomplete: 0,
             outcome: None,
@@ -112,11 +121,12 @@ impl<D: Domain> Task<D> {
     }
 
     /// Takes the links to those of the `chosen` dependents that may run ahead of this task, and gives
-    /// the events that they are behind from now on. None if the task is not launched, or lets nobody.
+    /// the events that they are behind from now on, and whether a failure of this task is theirs. None if
+    /// the task is not launched, or lets nobody.
     pub(crate) fn let_ahead(
         self: &Arc<Self>,
         chosen: impl Fn(&TaskRef<D>) -> bool,
-    ) -> (SmallVec<[Event; 2]>, Vec<TaskRef<D>>) {
+    ) -> (SmallVec<[Event; 2]>, Vec<(TaskRef<D>, bool)>) {
         let mut links = self.links.lock();
         let flight = links.rare.as_ref().and_then(|rare| rare.flight.as_ref());
         let events = match flight {
@@ -125,23 +135,43 @@ impl<D: Domain> Task<D> {
         };
         let mut ahead = Vec::new();
         for link in links.list.iter_mut() {
-            if let Link::Dependent(next) = link
-                && chosen(next)
-            {
-                ahead.push(Arc::clone(next));
+            let (next, inherits) = match link {
+                Link::Dependent(next) => (next, true),
+                Link::After(next) => (next, false),
+                _ => continue,
+            };
+            if chosen(next) {
                 let next = Arc::clone(next);
-                *link = Link::Ahead(next);
+                ahead.push((Arc::clone(&next), inherits));
+                *link = if inherits {
+                    Link::Ahead(next)
+                } else {
+                    Link::Behind(next)
+                };
             }
         }
         (events, ahead)
     }
 
-    /// This task runs ahead of a predecessor that was launched, behind these events.
-    pub(crate) fn go_behind(&self, events: &[Event]) {
+    /// This task runs ahead of a predecessor that was launched, behind these events; `inherits`: a
+    /// failure of that one is its own. Called before the predecessor is taken off the count.
+    pub(crate) fn go_behind(&self, events: &[Event], inherits: bool) {
         let mut links = self.links.lock();
         let flight = links.flight();
-        flight.incomplete += 1;
-        flight.behind.extend_from_slice(events);
+        if inherits {
+            flight.behind.extend_from_slice(events);
+        } else {
+            flight.after.extend_from_slice(events);
+        }
+        self.count_incomplete(flight, 1);
+    }
+
+    /// So many more parts are incomplete, of a task that is not launched. Under the lock of the links.
+    pub(crate) fn count_incomplete(&self, flight: &mut Flight<D>, parts: i32) {
+        flight.incomplete += parts;
+        if flight.incomplete > 0 {
+            self.state.set(BEHIND);
+        }
     }
 
     /// One part that was incomplete is complete, or failed: what comes of that. Who is told that the task
@@ -157,8 +187,11 @@ impl<D: Domain> Task<D> {
             _ => None,
         };
         flight.incomplete -= 1;
+        let ended = flight.incomplete == 0 && self.state.clear(BEHIND).is_done();
         let landed = if flight.incomplete != 0 {
             Landed::Nothing
+        } else if ended {
+            Landed::Past
         } else if std::mem::take(&mut flight.held) {
             Landed::Free
         } else if flight.outcome.is_some() {

@@ -10,8 +10,10 @@ pub enum Link<D: Domain> {
     Dependent(TaskRef<D>),
     /// The same, and a failure of this one does not concern it: it comes after it, no more.
     After(TaskRef<D>),
-    /// One that was let go when this one was launched, and counts it among what is incomplete.
+    /// A dependent that was let go when this one was launched, and counts it among what is incomplete.
     Ahead(TaskRef<D>),
+    /// The same of one that comes after it, no more.
+    Behind(TaskRef<D>),
     /// Somebody who waits.
     Latch(Arc<Latch<D>>),
     /// A call; boxed, since links are part of each task.

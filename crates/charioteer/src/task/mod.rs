@@ -54,6 +54,15 @@
 //!   done. Between what each writes and what it reads is a SeqCst fence, so one of the two hands them
 //!   on; and both take them under the lock, so only one does.
 //!
+//! * **Order of those who run ahead.** A task that was let go when predecessors were launched has a count
+//!   of zero while these are in flight. So long it has the flag `BEHIND`, and is not past either. The flag
+//!   goes with `incomplete`, under the lock: it is set before the predecessor is taken off `pending`, and
+//!   cleared by the last one that is done. So who reads `pending` as zero, and the word after that, sees the
+//!   flag if it is to be there. A launched task is done no sooner than all that it ran ahead of, of
+//!   either kind of link; one that ended without having been launched leaves its links, and whoever clears
+//!   the flag hands them on, as above. So a task is past only when all tasks before it are done, which is
+//!   what lets its record take the place of theirs.
+//!
 //! This folder knows nobody but `machine`: what a body is, what a value is and how to call back into the user's
 //! world is the [`Domain`]'s business.
 
@@ -383,6 +392,21 @@ impl<D: Domain> Links<D> {
     pub(crate) fn flight(&mut self) -> &mut Flight<D> {
         self.rare().flight.get_or_insert_default()
     }
+
+    /// Takes what a task that is done needs no more.
+    fn take_rare(&mut self) -> Option<Box<Rare<D>>> {
+        let mut rare = self.rare.take();
+        let flight = rare.as_mut().and_then(|rare| rare.flight.as_mut());
+        if let Some(flight) = flight
+            && let Some(loan) = flight.loan.take()
+        {
+            // Of a task that was cancelled: it is to be given back.
+            let holding = flight.holding.take();
+            let flight = self.flight();
+            (flight.loan, flight.holding) = (Some(loan), holding);
+        }
+        rare
+    }
 }
 
 /// A task; see the module's protocol.
@@ -607,20 +631,28 @@ impl<D: Domain> Task<D> {
         if !state.has(LINKED) {
             state = self.state.set(LINKED);
         }
-        if state.is_done() {
-            fence(Ordering::SeqCst);
-            if self.pending.load(Ordering::Acquire) == 0 {
-                return Err(links.list.pop().expect("pushed above, under the same lock"));
-            }
+        if state.is_done() && self.has_had_its_turn() {
+            return Err(links.list.pop().expect("pushed above, under the same lock"));
         }
         Ok(())
+    }
+
+    /// Whether all that this task came after is done. Under the lock of the links, so that it is either
+    /// true, or whoever makes it so comes later.
+    fn has_had_its_turn(&self) -> bool {
+        fence(Ordering::SeqCst);
+        self.pending.load(Ordering::Acquire) == 0 && !self.state.load().has(state::BEHIND)
     }
 
     /// Whether this task, which accesses data, and all that it came after are done.
     #[inline]
     pub(crate) fn past(&self) -> Past {
+        if !self.state.load().is_done() || self.pending.load(Ordering::Acquire) != 0 {
+            return Past::Not;
+        }
+        // After the count: see the module's protocol.
         let state = self.state.load();
-        if !state.is_done() || self.pending.load(Ordering::Acquire) != 0 {
+        if state.has(state::BEHIND) {
             Past::Not
         } else if state.has(state::FAILED) {
             Past::Failed
@@ -637,7 +669,10 @@ impl<D: Domain> Task<D> {
         }
         let (list, rare) = {
             let mut links = self.links.lock();
-            (std::mem::take(&mut links.list), links.rare.take())
+            if !self.has_had_its_turn() {
+                return List::Empty;
+            }
+            (std::mem::take(&mut links.list), links.take_rare())
         };
         drop(rare);
         list
@@ -687,27 +722,17 @@ impl<D: Domain> Task<D> {
     /// Takes what is registered, after `Done` was published; `failed`: without a value.
     #[inline]
     pub(crate) fn take_links(&self, before: Snapshot, failed: bool) -> List<D> {
-        if !before.has(LINKED | DIRTY | state::POISONED | state::LAUNCHED) {
+        if !before.has(LINKED | DIRTY | state::POISONED | state::LAUNCHED | state::USES) {
             return List::Empty;
         }
         let (list, rare) = {
             let mut links = self.links.lock();
-            if failed && before.has(state::ORDERED) {
-                fence(Ordering::SeqCst);
-                if self.pending.load(Ordering::Acquire) != 0 {
-                    // Ended before its turn: those that come after it wait for that.
-                    let others =
-                        |link: &Link<D>| !matches!(link, Link::Dependent(_) | Link::After(_));
-                    return List::Many(links.list.extract(others));
-                }
+            if failed && before.has(state::ORDERED) && !self.has_had_its_turn() {
+                // Ended before its turn: those that come after it wait for that.
+                let others = |link: &Link<D>| !matches!(link, Link::Dependent(_) | Link::After(_));
+                return List::Many(links.list.extract(others));
             }
-            let mut rare = links.rare.take();
-            let flight = rare.as_mut().and_then(|rare| rare.flight.as_mut());
-            if let Some(loan) = flight.and_then(|flight| flight.loan.take()) {
-                // Of a task that was cancelled: it is to be given back.
-                links.flight().loan = Some(loan);
-            }
-            (std::mem::take(&mut links.list), rare)
+            (std::mem::take(&mut links.list), links.take_rare())
         };
         drop(rare);
         list

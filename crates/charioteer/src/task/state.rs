@@ -22,7 +22,9 @@
 //! bit  19       AHEAD       may start behind work in flight, which its streams wait for
 //! bit  20       ORDERED     has accesses to data: others may come after it in order only
 //! bit  21       JOINS       of these are some that commute or reduce
-//! bit  22       HOST        is no body's but the host's, which is told when it is ready
+//! bit  22       HOST        has no body: the host is told when it is ready, or the runtime moves data then
+//! bit  23       BEHIND      ran ahead of a task that is not done
+//! bit  24       USES        keeps what it uses of managed data
 //! ```
 //!
 //! The legal moves are those of [`Phase::may_become`]. A move to `Running` is a compare-and-swap, so
@@ -102,6 +104,8 @@ pub(crate) const AHEAD: u32 = 1 << 19;
 pub(crate) const ORDERED: u32 = 1 << 20;
 pub(crate) const JOINS: u32 = 1 << 21;
 pub(crate) const HOST: u32 = 1 << 22;
+pub(crate) const BEHIND: u32 = 1 << 23;
+pub(crate) const USES: u32 = 1 << 24;
 
 /// A reading of the word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,11 +5,18 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
-use super::record::{AccessRecord, DeviceRecord, Event, Record, mode_of, mode_words};
+use smallvec::SmallVec;
+
+use super::record::{
+    AccessRecord, DeviceRecord, Event, Layout, MoveRecord, NO_POSITION, Record, mode_of,
+    mode_words, spread_of, spread_word, stream_of, stream_word,
+};
+use crate::data::Spread;
+use crate::machine::{DeviceId, Event as Position};
 use crate::region::{Region, Span};
 
 const MAGIC: &[u8; 8] = b"CHARIOTR";
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 /// The oldest that is read.
 const OLDEST: u32 = 1;
 
@@ -19,6 +26,8 @@ const END: u32 = 3;
 const DEVICES: u32 = 4;
 const ACCESSES: u32 = 5;
 const LABEL: u32 = 6;
+const MOVES: u32 = 7;
+const LAYOUT: u32 = 8;
 
 pub(super) fn write_header(file: &mut impl Write, wall: u64) -> io::Result<()> {
     file.write_all(MAGIC)?;
@@ -78,19 +87,61 @@ pub(super) fn write_accesses(file: &mut impl Write, records: &[AccessRecord]) ->
             bytes.extend_from_slice(&word.to_le_bytes());
         }
         let [mode, operation] = mode_words(record.mode);
-        let spans = record.region.spans();
-        let axes = u32::try_from(spans.len()).expect("fewer axes than that");
-        for word in [record.thread, mode, operation, axes] {
+        let axes = u32::try_from(record.region.spans().len()).expect("fewer axes than that");
+        let spread = spread_word(record.spread);
+        for word in [record.thread, mode, operation, spread, 0, axes] {
             bytes.extend_from_slice(&word.to_le_bytes());
         }
-        for span in spans {
-            for word in [span.start(), span.step(), span.count()] {
-                bytes.extend_from_slice(&word.to_le_bytes());
-            }
-        }
+        put_spans(&mut bytes, &record.region);
     }
     write_block(file, ACCESSES, records.len())?;
     file.write_all(&bytes)
+}
+
+fn put_spans(bytes: &mut Vec<u8>, region: &Region) {
+    for span in region.spans() {
+        for word in [span.start(), span.step(), span.count()] {
+            bytes.extend_from_slice(&word.to_le_bytes());
+        }
+    }
+}
+
+pub(super) fn write_moves(file: &mut impl Write, records: &[MoveRecord]) -> io::Result<()> {
+    if records.is_empty() {
+        return Ok(());
+    }
+    let mut bytes = Vec::with_capacity(records.len() * 192);
+    for record in records {
+        let (stream, position) = record.event.map_or((0, NO_POSITION), |event| {
+            (stream_word(event.stream), event.position)
+        });
+        for word in [record.time, record.datum, record.bytes, stream, position] {
+            bytes.extend_from_slice(&word.to_le_bytes());
+        }
+        let axes = u32::try_from(record.region.spans().len()).expect("fewer axes than that");
+        let (from, to) = (record.from.0.into(), record.to.0.into());
+        for word in [record.thread, from, to, axes] {
+            bytes.extend_from_slice(&word.to_le_bytes());
+        }
+        for region in [&record.region, &record.source, &record.target] {
+            put_spans(&mut bytes, region);
+        }
+    }
+    write_block(file, MOVES, records.len())?;
+    file.write_all(&bytes)
+}
+
+pub(super) fn write_layout(
+    file: &mut impl Write,
+    datum: u64,
+    item: u64,
+    shape: &[u64],
+) -> io::Result<()> {
+    write_block(file, LAYOUT, shape.len())?;
+    for word in [datum, item].iter().chain(shape) {
+        file.write_all(&word.to_le_bytes())?;
+    }
+    Ok(())
 }
 
 pub(super) fn write_label(file: &mut impl Write, datum: u64, label: &str) -> io::Result<()> {
@@ -122,6 +173,11 @@ pub struct TraceFile {
     pub devices: Vec<DeviceRecord>,
     /// The accesses of tasks to data, ordered by datum and number. A trace before version 3 has none.
     pub accesses: Vec<AccessRecord>,
+    /// The copies of elements between memories, and what was dropped, ordered by time. A trace before
+    /// version 4 has none.
+    pub moves: Vec<MoveRecord>,
+    /// How the arrays lie that have elements.
+    pub layouts: HashMap<u64, Layout>,
     /// The labels of data.
     pub labels: HashMap<u64, String>,
     /// The names of tasks.
@@ -146,6 +202,7 @@ pub fn read(path: &Path) -> io::Result<TraceFile> {
     file.devices.sort_by_key(|record| record.time);
     file.accesses
         .sort_by_key(|record| (record.datum, record.number, record.task));
+    file.moves.sort_by_key(|record| record.time);
     Ok(file)
 }
 
@@ -223,7 +280,7 @@ impl<'a> Reader<'a> {
             }
             ACCESSES if file.version >= 3 => {
                 for _ in 0..count {
-                    let record = self.access()?;
+                    let record = self.access(file.version)?;
                     file.accesses.push(record);
                 }
             }
@@ -232,6 +289,18 @@ impl<'a> Reader<'a> {
                 let label = self.take(count as usize)?;
                 file.labels
                     .insert(datum, String::from_utf8_lossy(label).into_owned());
+            }
+            MOVES if file.version >= 4 => {
+                for _ in 0..count {
+                    let record = self.movement()?;
+                    file.moves.push(record);
+                }
+            }
+            LAYOUT if file.version >= 4 => {
+                let (datum, item) = (self.number64()?, self.number64()?);
+                let shape: io::Result<Vec<u64>> = (0..count).map(|_| self.number64()).collect();
+                let shape = shape?;
+                file.layouts.insert(datum, Layout { item, shape });
             }
             _ => return Err(self.bad(&format!("no block {tag}"))),
         }
@@ -251,19 +320,19 @@ impl<'a> Reader<'a> {
         })
     }
 
-    fn access(&mut self) -> io::Result<AccessRecord> {
+    fn access(&mut self, version: u32) -> io::Result<AccessRecord> {
         let (time, task) = (self.number64()?, self.number64()?);
         let (datum, number) = (self.number64()?, self.number64()?);
         let thread = self.number32()?;
         let mode = [self.number32()?, self.number32()?];
         let mode = mode_of(mode).ok_or_else(|| self.bad(&format!("no mode {mode:?}")))?;
-        let axes = self.number32()?;
-        let mut spans = Vec::new();
-        for _ in 0..axes {
-            let [start, step, count] = [self.number64()?, self.number64()?, self.number64()?];
-            let span = Span::checked(start, step, count);
-            spans.push(span.ok_or_else(|| self.bad("no span"))?);
+        let mut spread = Spread::default();
+        if version >= 4 {
+            let word = self.number32()?;
+            spread = spread_of(word).ok_or_else(|| self.bad(&format!("no spread {word}")))?;
+            self.number32()?;
         }
+        let axes = self.number32()?;
         Ok(AccessRecord {
             time,
             task,
@@ -271,7 +340,48 @@ impl<'a> Reader<'a> {
             number,
             thread,
             mode,
-            region: Region::new(spans),
+            region: self.region(axes)?,
+            spread,
+        })
+    }
+
+    fn region(&mut self, axes: u32) -> io::Result<Region> {
+        let mut spans = SmallVec::<[Span; 4]>::new();
+        for _ in 0..axes {
+            let [start, step, count] = [self.number64()?, self.number64()?, self.number64()?];
+            let span = Span::checked(start, step, count);
+            spans.push(span.ok_or_else(|| self.bad("no span"))?);
+        }
+        Ok(Region::new(spans))
+    }
+
+    fn movement(&mut self) -> io::Result<MoveRecord> {
+        let (time, datum, bytes) = (self.number64()?, self.number64()?, self.number64()?);
+        let (stream, position) = (self.number64()?, self.number64()?);
+        let thread = self.number32()?;
+        let [from, to] = [self.number32()?, self.number32()?];
+        let device = |number: u32| u16::try_from(number).ok().map(DeviceId);
+        let [Some(from), Some(to)] = [device(from), device(to)] else {
+            return Err(self.bad(&format!("no devices {from} and {to}")));
+        };
+        let event = if position == NO_POSITION {
+            None
+        } else {
+            let stream = stream_of(stream).ok_or_else(|| self.bad("no stream"))?;
+            Some(Position { stream, position })
+        };
+        let axes = self.number32()?;
+        Ok(MoveRecord {
+            time,
+            thread,
+            datum,
+            region: self.region(axes)?,
+            from,
+            to,
+            source: self.region(axes)?,
+            target: self.region(axes)?,
+            bytes,
+            event,
         })
     }
 
@@ -313,9 +423,14 @@ mod tests {
                 trace.record_device(*event, round);
             }
         }
+        let moves = moves();
+        for record in &moves {
+            trace.push_move(record.clone());
+        }
         trace.close().unwrap();
         let file = read(&path).unwrap();
-        assert_eq!(file.version, 3);
+        assert_eq!(file.moves, moves);
+        assert_eq!(file.version, 4);
         assert_eq!(file.records.len(), 3000);
         assert!(file.records.is_sorted_by_key(|record| record.time));
         assert_eq!(file.names[&7], "seven");
@@ -334,7 +449,7 @@ mod tests {
         std::fs::write(&path, &other).unwrap();
         let error = read(&path).unwrap_err().to_string();
         assert!(
-            error.contains("version 99") && error.contains("1 to 3"),
+            error.contains("version 99") && error.contains("1 to 4"),
             "{error}"
         );
         std::fs::remove_file(&path).unwrap();
@@ -375,6 +490,35 @@ mod tests {
         std::fs::remove_file(&path).unwrap();
     }
 
+    /// A copy, and a drop.
+    fn moves() -> Vec<MoveRecord> {
+        let region = Region::new([Span::range(2, 5), Span::new(1, 3, 4)]);
+        let copied = MoveRecord {
+            time: 5,
+            thread: 1,
+            datum: 8,
+            source: Region::whole(&[10, 20]),
+            target: Region::new([Span::range(2, 5), Span::range(1, 11)]),
+            region,
+            from: DeviceId(0),
+            to: DeviceId(3),
+            bytes: 96,
+            event: Some(Position {
+                stream: Stream {
+                    device: DeviceId(3),
+                    number: 2,
+                },
+                position: 0,
+            }),
+        };
+        let dropped = MoveRecord {
+            time: 6,
+            event: None,
+            ..copied.clone()
+        };
+        vec![copied, dropped]
+    }
+
     /// One of each kind.
     fn device_events() -> Vec<DeviceEvent> {
         let device = DeviceId(3);
@@ -394,6 +538,7 @@ mod tests {
                 device,
                 member,
                 members: 4,
+                place: 3,
                 share: 65_536,
                 memory: 17,
             },

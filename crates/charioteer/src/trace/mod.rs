@@ -3,9 +3,10 @@
 //! Each thread appends to a ring of its own; a full ring goes to the file in one write, under the
 //! file's lock. A runtime that is not traced pays one branch an event. The file is raw and
 //! versioned; [`read`] gives it back, and tells a file that is none, of another version, or cut off.
-//! [`check`] proves from it that the runtime kept its promises, and [`check_order`] those about data.
+//! [`check`] proves from it that the runtime kept its promises, [`check_order`] those about the order of
+//! accesses, and [`check_moves`] those about where data is.
 //!
-//! # Format, version 3 (little endian)
+//! # Format, version 4 (little endian)
 //!
 //! ```text
 //! header   8 bytes "CHARIOTR", u32 version, u32 reserved (zero),
@@ -17,11 +18,17 @@
 //!   tag 4  count events of devices: u64 nanoseconds since the start, u64 task, u32 thread, u32 kind,
 //!          4 words of u64 that the kind gives a meaning to
 //!   tag 5  count accesses: u64 nanoseconds since the start, u64 task, u64 datum, u64 number,
-//!          u32 thread, u32 mode, u32 operation, u32 axes, and for each axis u64 start, step, count
+//!          u32 thread, u32 mode, u32 operation, u32 spread, u32 reserved (zero), u32 axes, and a region:
+//!          for each axis u64 start, step, count
 //!   tag 6  the label of a datum: u64 datum, count bytes of UTF-8
+//!   tag 7  count copies and drops: u64 nanoseconds since the start, u64 datum, u64 bytes, u64 stream,
+//!          u64 position, u32 thread, u32 from, u32 to, u32 axes, and three regions: the elements, the
+//!          instance that they are in, the instance that they go to
+//!   tag 8  how an array lies: u64 datum, u64 bytes of an element, count extents of u64
 //! ```
 //!
-//! Version 2 is the same without tags 5 and 6, version 1 also without tag 4; both are still read.
+//! Version 3 is the same without tags 7 and 8, and without the two words before the axes of accesses;
+//! version 2 also without tags 5 and 6, version 1 also without tag 4. All are still read.
 //!
 //! # Tasks
 //!
@@ -32,15 +39,21 @@
 //!
 //! ```text
 //! [spawn edge*] (ready start (suspend ready start)* end [retry])* (done | failed)
+//! [spawn edge*] ready carry (done | failed)
 //! ```
 //!
-//! where a task that is cancelled or skipped may fail at any point before a `start`, and one that was
+//! the second those of one that moves data and has no body, where a task that is cancelled or skipped may fail at any point before a `start`, and one that was
 //! never spawned has nothing but its failure.
 //!
 //! # Accesses
 //!
 //! The accesses of a task bear the number that each got under the lock of its datum, so they are ordered as
 //! they were registered; 0 if they take part in no order.
+//!
+//! # Moves
+//!
+//! The time of a copy is just after it was enqueued, that of a drop just after it was done, and both were
+//! read under the lock under which it was decided, so they are in the order of the decisions.
 //!
 //! # Devices
 //!
@@ -62,15 +75,23 @@
 //! comes after its `begun`.
 
 mod check;
+mod evidence;
 mod file;
+mod lives;
+mod moves;
 mod numbers;
+mod optimum;
 mod order;
 mod record;
 
 pub use check::{Checked, NoEvidence, Rule, Violation, check};
 pub use file::{TraceFile, read};
+pub use moves::{Moves, check_moves};
+pub use optimum::{Optimum, optimum};
 pub use order::{Ordered, check_order};
-pub use record::{AccessRecord, DeviceEvent, DeviceRecord, Event, Record};
+pub use record::{
+    AccessRecord, DeviceEvent, DeviceRecord, Event, Layout, MoveRecord, Record,
+};
 
 pub(crate) use numbers::{next_id, thread_number};
 
@@ -83,8 +104,35 @@ use std::time::{Instant, SystemTime};
 use crossbeam_utils::CachePadded;
 
 use crate::data::Access;
+use crate::data::store::Moved;
 use crate::sync::Mutex;
 use crate::task::Domain;
+
+/// What a trace shows of data: the order of accesses, and where the data were when they were needed.
+#[derive(Clone, Debug)]
+pub struct DataCheck {
+    /// The order of accesses.
+    pub order: Ordered,
+    /// What was copied, and what the best eviction would have. A trace before version 4 does not say.
+    pub moves: Option<(Moves, Optimum)>,
+}
+
+/// [`check_order`], [`check_moves`] and [`optimum`] at once, which costs less.
+///
+/// # Errors
+/// [`NoEvidence`] of a trace before version 3.
+pub fn check_data(trace: &TraceFile) -> Result<DataCheck, NoEvidence> {
+    if trace.version < 3 {
+        let version = trace.version;
+        return Err(NoEvidence { version, needs: 3 });
+    }
+    let lives = lives::Lives::new(trace);
+    let knows = trace.version >= 4;
+    Ok(DataCheck {
+        order: order::prove(trace, &lives),
+        moves: knows.then(|| (moves::replay(trace, &lives), optimum::best(trace, &lives))),
+    })
+}
 
 const RINGS: usize = 64;
 const CAPACITY: usize = 1024;
@@ -94,6 +142,7 @@ struct Ring {
     tasks: Vec<Record>,
     devices: Vec<DeviceRecord>,
     accesses: Vec<AccessRecord>,
+    moves: Vec<MoveRecord>,
 }
 
 pub(crate) struct Trace {
@@ -171,7 +220,12 @@ impl Trace {
     pub(crate) fn record_access<D: Domain>(&self, task: u64, access: &Access<'_, D>, number: u64) {
         let datum = access.part.datum();
         if self.data.lock().insert(datum.id()) {
-            self.write(|file| file::write_label(file, datum.id(), datum.label()));
+            self.write(|file| {
+                file::write_label(file, datum.id(), datum.label())?;
+                datum.storage().map_or(Ok(()), |storage| {
+                    file::write_layout(file, datum.id(), storage.item(), datum.shape())
+                })
+            });
         }
         let thread = thread_number();
         let record = AccessRecord {
@@ -182,12 +236,39 @@ impl Trace {
             thread: u32::try_from(thread).unwrap_or(u32::MAX),
             mode: access.mode,
             region: access.part.region().clone(),
+            spread: access.spread,
         };
         let mut ring = self.rings[thread % RINGS].lock();
         ring.accesses.push(record);
         if ring.accesses.len() == CAPACITY {
             self.write(|file| file::write_accesses(file, &ring.accesses));
             ring.accesses.clear();
+        }
+    }
+
+    /// A copy, or an instance that was dropped.
+    pub(crate) fn record_move(&self, moved: &Moved) {
+        let time = moved.at.saturating_duration_since(self.start).as_nanos();
+        self.push_move(MoveRecord {
+            time: u64::try_from(time).unwrap_or(u64::MAX),
+            thread: u32::try_from(thread_number()).unwrap_or(u32::MAX),
+            datum: moved.storage,
+            region: moved.region.clone(),
+            from: moved.from,
+            to: moved.to,
+            source: moved.source.clone(),
+            target: moved.target.clone(),
+            bytes: moved.bytes,
+            event: moved.event,
+        });
+    }
+
+    fn push_move(&self, record: MoveRecord) {
+        let mut ring = self.rings[thread_number() % RINGS].lock();
+        ring.moves.push(record);
+        if ring.moves.len() == CAPACITY {
+            self.write(|file| file::write_moves(file, &ring.moves));
+            ring.moves.clear();
         }
     }
 
@@ -207,6 +288,7 @@ impl Trace {
             self.write(|file| file::write_tasks(file, &ring.tasks));
             self.write(|file| file::write_devices(file, &ring.devices));
             self.write(|file| file::write_accesses(file, &ring.accesses));
+            self.write(|file| file::write_moves(file, &ring.moves));
         }
         let mut file = self.file.lock();
         file::write_end(&mut *file)?;

@@ -3,27 +3,33 @@
 //! # What is proved
 //!
 //! Of every two accesses to one datum that overlap, of which one writes at least, the one that was
-//! registered first had ended before the other began (invariant 3). Accesses that commute may come in any
+//! registered first was over before the other began (invariant 3). Accesses that commute may come in any
 //! order, and exclude each other all the same. Those that reduce with one operation have no order, nor have
 //! unordered ones with any.
 //!
 //! *Claims* are the accesses with their numbers. *Evidence* is when bodies began and ended, as their threads
-//! logged it: an access lasts from the first beginning of its task's body to the last end of it. The edges of
-//! the graph are no evidence. A task that never began did nothing, and is left out.
+//! logged it, and what the device layer logged at its calls; [`lives`](super::lives) says when an access
+//! begins and ends, and what is before what. The edges of the graph are no evidence. A task that never began,
+//! or of which nothing ran, did nothing, and is left out.
 //!
 //! # How
 //!
 //! The accesses of a datum are taken in their order, with an index of those that may still be compared. A
 //! write takes the place of what it contains: it was found to have begun after that had ended, so who comes
-//! after it comes after that. Reads of equal regions are one entry, with the last end of them; so are tasks
-//! that reduce, and those that commute, which also keep their times, to be compared with their neighbours in
-//! time alone. So each access is compared with few others.
+//! after it comes after that. Reads of equal regions are one entry, with their last ends, one a stream and
+//! one on the host; so are tasks that reduce, and those that commute, which also keep their beginnings: in
+//! the order of these each is compared with its two neighbours alone. So each access is compared with few
+//! others.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
+
+use smallvec::SmallVec;
 
 use super::check::{NoEvidence, Rule, Violation};
 use super::file::TraceFile;
-use super::record::{AccessRecord, Event};
+use super::evidence::Track;
+use super::lives::{Life, Lives};
+use super::record::AccessRecord;
 use crate::data::Mode;
 use crate::region::Region;
 use crate::region::tree::{Bounds, Tree, longest};
@@ -39,26 +45,43 @@ pub struct Ordered {
     pub violations: Vec<Violation>,
 }
 
-/// When a body began and when it ended.
-#[derive(Clone, Copy)]
-struct Life {
-    begin: u64,
-    end: u64,
+/// The last ends of those who share an entry.
+#[derive(Default)]
+struct Ends<'a> {
+    host: Option<(u64, &'a AccessRecord)>,
+    streams: SmallVec<[(Track, u64, &'a AccessRecord); 1]>,
+}
+
+impl<'a> Ends<'a> {
+    fn add(&mut self, access: &'a AccessRecord, life: &Life) {
+        if let Some(stay) = life.host
+            && self.host.is_none_or(|(end, _)| stay.end >= end)
+        {
+            self.host = Some((stay.end, access));
+        }
+        for part in &life.parts {
+            let (track, end) = part.end();
+            match self.streams.iter_mut().find(|other| other.0 == track) {
+                Some(other) if other.1 > end => {}
+                Some(other) => *other = (track, end, access),
+                None => self.streams.push((track, end, access)),
+            }
+        }
+    }
 }
 
 /// Accesses that may still be compared.
 struct Entry<'a> {
     region: &'a Region,
-    /// That with the last end of those that the entry is for.
-    last: &'a AccessRecord,
-    end: u64,
-    /// By their beginnings, of those that commute: their ends.
-    times: BTreeMap<u64, (u64, &'a AccessRecord)>,
+    mode: Mode,
+    ends: Ends<'a>,
+    /// By their beginnings, of those that commute.
+    line: BTreeMap<(u64, u64), &'a AccessRecord>,
 }
 
 struct Checker<'a> {
     trace: &'a TraceFile,
-    lives: HashMap<u64, Life>,
+    lives: &'a Lives,
     found: Ordered,
 }
 
@@ -73,39 +96,20 @@ pub fn check_order(trace: &TraceFile) -> Result<Ordered, NoEvidence> {
             needs: 3,
         });
     }
+    Ok(prove(trace, &Lives::new(trace)))
+}
+
+/// The same, of a trace of version 3 or later with its lives.
+pub(super) fn prove(trace: &TraceFile, lives: &Lives) -> Ordered {
     let mut checker = Checker {
         trace,
-        lives: lives(trace),
+        lives,
         found: Ordered::default(),
     };
     for accesses in trace.accesses.chunk_by(|a, b| a.datum == b.datum) {
         checker.datum(accesses);
     }
-    Ok(checker.found)
-}
-
-/// When the bodies of a trace began and ended; one that has no end runs for ever.
-fn lives(trace: &TraceFile) -> HashMap<u64, Life> {
-    let mut lives: HashMap<u64, Life> = HashMap::new();
-    for record in &trace.records {
-        match record.event {
-            Event::Start => {
-                let life = lives.entry(record.task).or_insert(Life {
-                    begin: record.time,
-                    end: u64::MAX,
-                });
-                // Another attempt, or it goes on.
-                life.end = u64::MAX;
-            }
-            Event::End => {
-                if let Some(life) = lives.get_mut(&record.task) {
-                    life.end = record.time;
-                }
-            }
-            _ => {}
-        }
-    }
-    lives
+    checker.found
 }
 
 /// Whether two accesses that overlap have to be ordered; those that commute exclude each other besides.
@@ -135,7 +139,7 @@ impl<'a> Checker<'a> {
         let ordered: Vec<&AccessRecord> = ordered.collect();
         // Those of one task stand together, since they were registered at once.
         for of_task in ordered.chunk_by(|a, b| a.task == b.task) {
-            let Some(&life) = self.lives.get(&of_task[0].task) else {
+            let Some(life) = self.lives.of(of_task[0].task) else {
                 continue;
             };
             self.found.accesses += of_task.len();
@@ -166,27 +170,61 @@ impl<'a> Checker<'a> {
     }
 
     /// Compares an access with those of an entry that it overlaps, which were registered before.
-    fn compare(&mut self, entry: &Entry<'a>, access: &'a AccessRecord, life: Life) {
-        let other = entry.last;
-        if conflict(other.mode, access.mode) {
+    fn compare(&mut self, entry: &Entry<'a>, access: &'a AccessRecord, life: &Life) {
+        if conflict(entry.mode, access.mode) {
             self.found.pairs += 1;
-            if life.begin < entry.end {
-                self.report(other, access, entry.end - life.begin);
-            }
-        } else if access.mode == Mode::Commute && other.mode == Mode::Commute {
-            let before = entry.times.range(..=life.begin).next_back();
-            let after = entry.times.range(life.begin + 1..).next();
-            for (&begin, &(end, other)) in before.into_iter().chain(after) {
+            self.is_after(&entry.ends, access, life);
+        } else if access.mode == Mode::Commute && entry.mode == Mode::Commute {
+            let own = (life.begin(), access.task);
+            let (before, after) = (
+                entry.line.range(..own).next_back(),
+                entry.line.range(own..).next(),
+            );
+            for (&(begin, task), &other) in before.into_iter().chain(after) {
+                if task == access.task {
+                    continue;
+                }
+                let others = self.lives.of(task).expect("it has an entry");
+                let mut ends = Ends::default();
                 self.found.pairs += 1;
-                let common = life.end.min(end).saturating_sub(life.begin.max(begin));
-                if common != 0 {
-                    self.report(other, access, common);
+                if (begin, task) < own {
+                    ends.add(other, others);
+                    self.is_after(&ends, access, life);
+                } else {
+                    ends.add(access, life);
+                    self.is_after(&ends, other, others);
                 }
             }
         }
     }
 
-    fn report(&mut self, first: &AccessRecord, second: &AccessRecord, time: u64) {
+    /// That an access comes after all these ends, or a violation.
+    fn is_after(&mut self, ends: &Ends<'a>, access: &'a AccessRecord, life: &Life) {
+        let evidence = &self.lives.evidence;
+        let mut late: SmallVec<[(&AccessRecord, String); 1]> = SmallVec::new();
+        if let Some((end, other)) = ends.host
+            && !life.is_after(end)
+        {
+            late.push((other, "it had ended on the host".into()));
+        }
+        for &(track, end, other) in &ends.streams {
+            let known = late.iter().any(|(known, _)| known.task == other.task);
+            if !known && !life.is_behind((track, end), evidence) {
+                let stream = evidence.stream(track);
+                let what = format!(
+                    "its work was over, which ends at position {end} of stream {} of {}: no order of \
+                     a stream, no wait, and the host had not seen it complete",
+                    stream.number, stream.device
+                );
+                late.push((other, what));
+            }
+        }
+        for (other, what) in late {
+            self.report(other, access, &what);
+        }
+    }
+
+    fn report(&mut self, first: &AccessRecord, second: &AccessRecord, late: &str) {
         let name = |task: u64| match self.trace.names.get(&task) {
             Some(name) => format!("{name} ({task})"),
             None => format!("task {task}"),
@@ -196,11 +234,11 @@ impl<'a> Checker<'a> {
         let both = first.region.intersection(&second.region);
         let (one, other) = (name(first.task), name(second.task));
         let how = if first.mode == Mode::Commute && second.mode == Mode::Commute {
-            format!("they ran side by side for {time} ns, and nothing kept them apart")
+            format!("nothing kept them apart: {other} began before {late}")
         } else {
             format!(
-                "{other} began {time} ns before {one}, which comes before it, had ended: an edge from \
-                 {one} to {other} is missing"
+                "{other} began before {late}; {one} comes before it: an edge from {one} to {other} \
+                 is missing"
             )
         };
         self.found.violations.push(Violation {
@@ -235,33 +273,35 @@ fn take_place<'a>(
 }
 
 /// Adds an access to the entry of its like, or as a new one.
-fn enter<'a>(tree: &mut Tree<Entry<'a>>, bounds: Bounds, access: &'a AccessRecord, life: Life) {
+fn enter<'a>(
+    tree: &mut Tree<Entry<'a>>,
+    bounds: Bounds,
+    access: &'a AccessRecord,
+    life: &Life,
+) {
+    let add = |entry: &mut Entry<'a>| {
+        if access.mode == Mode::Commute {
+            entry.line.insert((life.begin(), access.task), access);
+        }
+        entry.ends.add(access, life);
+    };
     let mut joined = false;
     if !matches!(access.mode, Mode::Out | Mode::InOut) {
         tree.visit_mut(&bounds, &mut |entry| {
-            if joined || entry.last.mode != access.mode || *entry.region != access.region {
-                return;
-            }
-            joined = true;
-            if access.mode == Mode::Commute {
-                entry.times.insert(life.begin, (life.end, access));
-            }
-            if life.end >= entry.end {
-                (entry.end, entry.last) = (life.end, access);
+            if !joined && entry.mode == access.mode && *entry.region == access.region {
+                joined = true;
+                add(entry);
             }
         });
     }
     if !joined {
-        let mut times = BTreeMap::new();
-        if access.mode == Mode::Commute {
-            times.insert(life.begin, (life.end, access));
-        }
-        let entry = Entry {
+        let mut entry = Entry {
             region: &access.region,
-            last: access,
-            end: life.end,
-            times,
+            mode: access.mode,
+            ends: Ends::default(),
+            line: BTreeMap::new(),
         };
+        add(&mut entry);
         tree.insert(bounds, entry);
     }
 }

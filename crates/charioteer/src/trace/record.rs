@@ -1,6 +1,6 @@
 //! What a trace has of tasks and of devices.
 
-use crate::data::Mode;
+use crate::data::{Mode, Spread};
 use crate::machine::{DeviceId, Enqueued, Event as Position, Observed, Stream};
 use crate::region::Region;
 
@@ -26,6 +26,8 @@ pub enum Event {
     Done = 8,
     /// It has its outcome: none, by a failure, by cancellation or because a predecessor failed.
     Failed = 9,
+    /// It has no body, and moved data, or began to.
+    Carry = 10,
 }
 
 impl Event {
@@ -40,6 +42,7 @@ impl Event {
             Self::Retry,
             Self::Done,
             Self::Failed,
+            Self::Carry,
         ]
         .into_iter()
         .find(|event| *event as u32 == number)
@@ -58,6 +61,7 @@ impl Event {
             Self::Retry => "retry",
             Self::Done => "done",
             Self::Failed => "failed",
+            Self::Carry => "carry",
         }
     }
 }
@@ -101,6 +105,8 @@ pub enum DeviceEvent {
         member: u16,
         /// How many the set has.
         members: u16,
+        /// Its place among all of them, in the order of the set; before version 4 it is 0.
+        place: u16,
         /// Part of the device's compute.
         share: u32,
         /// Bytes of its memory.
@@ -165,6 +171,60 @@ pub struct AccessRecord {
     pub mode: Mode,
     /// With which indices.
     pub region: Region,
+    /// What each member of a set has of them.
+    pub spread: Spread,
+}
+
+/// A copy of elements of an array from one memory to another, or an instance that was dropped.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MoveRecord {
+    /// Nanoseconds since the start of the trace: when it was enqueued or dropped, under the lock of
+    /// whoever did it.
+    pub time: u64,
+    /// The thread, by a number that is unique in the process.
+    pub thread: u32,
+    /// The datum.
+    pub datum: u64,
+    /// Which elements.
+    pub region: Region,
+    /// Whose memory they are in.
+    pub from: DeviceId,
+    /// Whose memory they go to.
+    pub to: DeviceId,
+    /// The box of the instance that they are in: on the host, all of the array.
+    pub source: Region,
+    /// The box of the instance that they go to.
+    pub target: Region,
+    /// How many bytes go over the link.
+    pub bytes: u64,
+    /// Complete when they are there. None: the instance that they are in is dropped.
+    pub event: Option<Position>,
+}
+
+/// How the elements of an array lie.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// Bytes of an element.
+    pub item: u64,
+    /// Elements along each axis.
+    pub shape: Vec<u64>,
+}
+
+/// A spread as a number.
+pub(super) fn spread_word(spread: Spread) -> u32 {
+    match spread {
+        Spread::Whole => 0,
+        Spread::Replicated => 1,
+        Spread::Shard(axis) => 2 + u32::from(axis),
+    }
+}
+
+pub(super) fn spread_of(word: u32) -> Option<Spread> {
+    Some(match word {
+        0 => Spread::Whole,
+        1 => Spread::Replicated,
+        axis => Spread::Shard(u8::try_from(axis - 2).ok()?),
+    })
 }
 
 /// A mode as two numbers.
@@ -189,13 +249,13 @@ pub(super) fn mode_of(words: [u32; 2]) -> Option<Mode> {
     }
 }
 
-const NO_POSITION: u64 = u64::MAX;
+pub(super) const NO_POSITION: u64 = u64::MAX;
 
-fn stream_word(stream: Stream) -> u64 {
+pub(super) fn stream_word(stream: Stream) -> u64 {
     u64::from(stream.device.0) << 32 | u64::from(stream.number)
 }
 
-fn stream_of(word: u64) -> Option<Stream> {
+pub(super) fn stream_of(word: u64) -> Option<Stream> {
     Some(Stream {
         device: DeviceId(u16::try_from(word >> 32).ok()?),
         number: word as u32, // the lower half
@@ -222,10 +282,11 @@ impl DeviceRecord {
                 device,
                 member,
                 members,
+                place,
                 share,
                 memory,
             } => {
-                let set = u64::from(members) << 32 | u64::from(member);
+                let set = u64::from(members) << 32 | u64::from(place) << 16 | u64::from(member);
                 (2, [device.0.into(), set, share.into(), memory])
             }
             DeviceEvent::Lent(stream) => (3, [stream_word(stream), 0, 0, 0]),
@@ -288,7 +349,8 @@ impl DeviceRecord {
             },
             2 => DeviceEvent::Granted {
                 device: device(a)?,
-                member: u16::try_from(b & 0xffff_ffff).ok()?,
+                member: b as u16,         // the lowest 16 bits
+                place: (b >> 16) as u16, // those above
                 members: u16::try_from(b >> 32).ok()?,
                 share: u32::try_from(c).ok()?,
                 memory: d,

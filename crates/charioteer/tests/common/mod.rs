@@ -148,6 +148,7 @@ pub fn check_trace(trace: &TraceFile) -> usize {
             }
             // A body that went elsewhere ends there.
             (State::Suspended, Event::End) => State::Ended,
+            (State::Ready, Event::Carry) => State::Ended,
             (State::Ended, Event::Retry) => State::Spawned,
             (State::Ended, Event::Done | Event::Failed) => State::Over,
             // Skipped, cancelled, or never spawned.

@@ -76,6 +76,7 @@ use super::device::{
     Operation, Stream, Traffic,
 };
 use super::observer::{Enqueued, Observed, Observers};
+use super::strided::Strided;
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 
 /// What a device has seen since the machine was made.
@@ -406,13 +407,40 @@ impl Device for VirtualGpu {
         bytes: u64,
         stream: Stream,
     ) -> Result<(), DeviceError> {
+        // SAFETY: as the caller says.
+        unsafe { self.copy_strided(from, &[], to, &[], &[], bytes, stream) }
+    }
+
+    // SAFETY: as for `copy`.
+    unsafe fn copy_strided(
+        &self,
+        from: DevicePointer,
+        from_strides: &[u64],
+        to: DevicePointer,
+        to_strides: &[u64],
+        extents: &[u64],
+        item: u64,
+        stream: Stream,
+    ) -> Result<(), DeviceError> {
         self.check(stream)?;
-        let copy = |state: &mut state::State, now| state.copy(from, to, bytes, stream, now);
+        let shape = Strided::new(from_strides, to_strides, extents, item)
+            .ok_or(DeviceError::BadAddress(from, u64::MAX))?;
+        let copy = |state: &mut state::State, now| state.copy(from, to, shape, stream, now);
         let event = self.core.change(copy)?;
         let copied = Observed::Enqueued(event, Enqueued::Copy);
         self.core.observers.tell(copied);
         Ok(())
     }
+
+    // SAFETY: nothing is done with the memory.
+    unsafe fn register_host(&self, _address: u64, _bytes: u64) -> Result<bool, DeviceError> {
+        if self.is(LOST) {
+            return Err(self.lost());
+        }
+        Ok(false)
+    }
+
+    fn unregister_host(&self, _address: u64) {}
 
     fn enable_peer(&self, peer: DeviceId) -> Result<(), DeviceError> {
         self.core

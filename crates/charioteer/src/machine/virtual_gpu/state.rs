@@ -17,6 +17,7 @@ use crate::machine::device::{
     Completion, DeviceError, DeviceId, DeviceInfo, DevicePointer, Event, HOST, Operation, Stream,
 };
 use crate::machine::observer::Observed;
+use crate::machine::strided::Strided;
 use crate::sync::{AtomicU32, AtomicU64, Condvar, Mutex, Ordering};
 
 /// The device is lost.
@@ -62,7 +63,7 @@ impl Side {
 pub(super) struct Transfer {
     pub(super) from: Side,
     pub(super) to: Side,
-    pub(super) bytes: u64,
+    pub(super) shape: Strided,
     /// It has the link.
     started: bool,
     /// A fault that was injected.
@@ -75,11 +76,24 @@ impl Transfer {
     /// # Safety
     /// Host memory at either end is valid.
     pub(super) unsafe fn run(&self) {
-        // SAFETY: the bytes of devices are kept by the two ends, which were checked to be within them;
-        // those of the host are valid by the caller's word. What runs on another stream without an
-        // order may write the same bytes meanwhile: that is the program's error, here as on any
-        // device, and shows as garbage.
-        unsafe { std::ptr::copy(self.from.pointer(), self.to.pointer(), self.bytes as usize) };
+        let (source, target) = (self.from.pointer(), self.to.pointer());
+        self.shape.each(&mut |from, to| {
+            let source = source.wrapping_add(from as usize);
+            let target = target.wrapping_add(to as usize);
+            // SAFETY: the bytes of devices are kept by the two ends, which were checked to be within
+            // them; those of the host are valid by the caller's word. What runs on another stream
+            // without an order may write the same bytes meanwhile: that is the program's error, here
+            // as on any device, and shows as garbage.
+            unsafe { std::ptr::copy(source, target, self.shape.run as usize) };
+        });
+    }
+
+    /// The two ends, and how many bytes of each are reached.
+    fn sides(&self) -> [(&Side, u64); 2] {
+        [
+            (&self.from, self.shape.from_reach()),
+            (&self.to, self.shape.to_reach()),
+        ]
     }
 }
 
@@ -227,8 +241,10 @@ pub(super) struct Outbox {
     pub(super) observed: Vec<Observed>,
     pub(super) signals: Vec<Arc<Signal>>,
     pub(super) calls: Vec<(Event, Completion, Result<(), DeviceError>)>,
-    /// Dropped: what will never run, and memory.
+    /// Dropped: what will never run, and may be the user's.
     pub(super) drops: Vec<Box<dyn Any + Send>>,
+    /// Dropped: memory, and copies that will never run.
+    pub(super) memory: Vec<Box<dyn Any + Send>>,
 }
 
 impl Outbox {
@@ -237,6 +253,7 @@ impl Outbox {
             && self.signals.is_empty()
             && self.calls.is_empty()
             && self.drops.is_empty()
+            && self.memory.is_empty()
     }
 }
 
@@ -440,7 +457,7 @@ impl State {
         buffer: Option<Buffer>,
     ) -> Result<(), DeviceError> {
         if let Some(lost) = self.lost(device) {
-            self.out.drops.extend(buffer.map(|it| Box::new(it) as _));
+            self.out.memory.extend(buffer.map(|it| Box::new(it) as _));
             return Err(lost);
         }
         self.device(device).memory.provide(address, buffer)
@@ -481,7 +498,7 @@ impl State {
         &mut self,
         from: DevicePointer,
         to: DevicePointer,
-        bytes: u64,
+        shape: Strided,
         stream: Stream,
         now: u64,
     ) -> Result<Event, DeviceError> {
@@ -490,8 +507,8 @@ impl State {
         if from.device != own && to.device != own {
             return Err(DeviceError::NoAccess(own, from.device));
         }
-        let from = self.side(own, from, bytes)?;
-        let to = self.side(own, to, bytes)?;
+        let from = self.side(own, from, shape.from_reach())?;
+        let to = self.side(own, to, shape.to_reach())?;
         let link = (from.device(), to.device());
         if self.description.link(link.0, link.1).is_none() {
             let other = if link.0 == own { link.1 } else { link.0 };
@@ -500,7 +517,7 @@ impl State {
         let device = self.device(own);
         let (copies, sum) = device.traffic.entry(link).or_default();
         *copies += 1;
-        *sum += bytes;
+        *sum += shape.bytes();
         let before = device.failing_copies.len();
         device.failing_copies.retain_mut(|nth| {
             *nth -= 1;
@@ -509,7 +526,7 @@ impl State {
         let copy = Transfer {
             from,
             to,
-            bytes,
+            shape,
             started: false,
             fails: device.failing_copies.len() < before,
         };
@@ -625,7 +642,7 @@ impl State {
         }
         device.lost = Some(Arc::clone(why));
         let buffers: Vec<_> = device.memory.clear().collect();
-        self.out.drops.push(Box::new(buffers));
+        self.out.memory.push(Box::new(buffers));
         self.shared[usize::from(id.index())]
             .status
             .fetch_or(LOST, Ordering::Relaxed);
@@ -673,7 +690,8 @@ impl State {
             && !copy.started
         {
             copy.started = true;
-            let (from, to, bytes) = (copy.from.device(), copy.to.device(), copy.bytes);
+            let (from, to) = (copy.from.device(), copy.to.device());
+            let bytes = copy.shape.bytes();
             let link = self.description.link(from, to).expect("it was checked");
             let time = u64::try_from(link.time(bytes).as_nanos()).unwrap_or(u64::MAX);
             let until = self.links.entry((from, to)).or_default();
@@ -701,7 +719,7 @@ impl State {
             Work::Operation(operation) => Some(Run::Operation(stream, operation)),
             Work::Copy(copy) => {
                 if let Err(error) = self.check_copy(stream.device, &copy) {
-                    self.out.drops.push(Box::new(copy));
+                    self.out.memory.push(Box::new(copy));
                     self.end(stream, Err(error), due.at);
                     return None;
                 }
@@ -715,9 +733,9 @@ impl State {
 
     /// That both ends of a copy are still there when its time is up.
     fn check_copy(&self, own: DeviceId, copy: &Transfer) -> Result<(), DeviceError> {
-        for side in [&copy.from, &copy.to] {
+        for (side, bytes) in copy.sides() {
             if let Side::Device(pointer, ..) = side {
-                self.find(own, *pointer, copy.bytes, true)?;
+                self.find(own, *pointer, bytes, true)?;
             }
         }
         if copy.fails {
@@ -801,14 +819,15 @@ impl State {
                 self.release(stream.device, address, Some(Event { stream, position }));
             }
             // It was not run.
-            work @ (Work::Operation(_) | Work::Copy(_)) => self.out.drops.push(Box::new(work)),
+            Work::Operation(operation) => self.out.drops.push(Box::new(operation)),
+            Work::Copy(copy) => self.out.memory.push(Box::new(copy)),
         }
         self.reach(stream, position, at);
     }
 
     fn release(&mut self, device: DeviceId, address: u64, event: Option<Event>) {
         if let Some(buffer) = self.device(device).memory.release(address, event) {
-            self.out.drops.push(Box::new(buffer));
+            self.out.memory.push(Box::new(buffer));
         }
     }
 

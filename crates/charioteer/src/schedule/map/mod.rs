@@ -111,6 +111,20 @@ impl Choice {
     }
 }
 
+/// Sets of devices, together and each alone.
+#[derive(Debug)]
+pub(crate) struct Sets {
+    pub(crate) all: Arc<[Alternative]>,
+    alone: Box<[Arc<[Alternative]>]>,
+}
+
+impl Sets {
+    pub(crate) fn new(all: Arc<[Alternative]>) -> Self {
+        let alone = all.iter().map(|set| Arc::from([set.clone()])).collect();
+        Self { all, alone }
+    }
+}
+
 /// The ways to run a function in one runtime.
 pub struct Choices {
     pub(crate) engine: u32,
@@ -122,9 +136,7 @@ pub struct Choices {
     cores: SmallVec<[usize; 2]>,
     /// Those on devices that can be served, in order, and their sets.
     devices: SmallVec<[usize; 4]>,
-    sets: Arc<[Alternative]>,
-    /// The set of each alone, if it is one of devices.
-    alone: Box<[Option<Arc<[Alternative]>>]>,
+    sets: Sets,
     /// How many calls a policy that goes round has seen.
     pub(crate) turns: AtomicUsize,
 }
@@ -149,20 +161,15 @@ impl Choices {
                 }
             }
         }
-        let alone = |choice: &Choice| match &choice.on {
-            On::Cores(_) => None,
-            On::Devices(set) => Some(Arc::from([set.clone()])),
-        };
         let series = |choice: &Choice| function.series(&choice.signature());
         Self {
             engine,
             series: list.iter().map(series).collect(),
-            alone: list.iter().map(alone).collect(),
             list: list.into(),
             function,
             cores,
             devices,
-            sets: sets.into(),
+            sets: Sets::new(sets.into()),
             turns: AtomicUsize::new(0),
         }
     }
@@ -199,11 +206,13 @@ impl Choices {
 
     /// The sets of devices, in the order of [`devices`](Self::devices).
     pub(crate) fn sets(&self) -> &Arc<[Alternative]> {
-        &self.sets
+        &self.sets.all
     }
 
-    pub(crate) fn alone(&self, choice: usize) -> &Arc<[Alternative]> {
-        self.alone[choice].as_ref().expect("it is on devices")
+    /// The place of a choice among those on devices.
+    fn place(&self, choice: usize) -> usize {
+        let place = self.devices.iter().position(|&it| it == choice);
+        place.expect("it is on devices, and can be served")
     }
 
     /// What a choice on cores needs.
@@ -280,6 +289,9 @@ pub struct Mapping {
     size: u64,
     /// What was declared of this call, choice by choice, before what was declared of the function.
     costs: Option<Box<[Option<Duration>]>>,
+    /// The sets of devices with room for the task's data, if that takes any; else they are those of the
+    /// choices.
+    room: Option<Arc<Sets>>,
     decision: AtomicU32,
     notes: AtomicU32,
     /// The devices of its predecessors until it is dispatched, then its own, as bits by index.
@@ -299,6 +311,7 @@ impl Mapping {
             choices,
             size,
             costs: None,
+            room: None,
             decision: AtomicU32::new(OPEN),
             notes: AtomicU32::new(0),
             places: AtomicU64::new(0),
@@ -379,28 +392,48 @@ impl Mapping {
         }
     }
 
-    /// The set of devices that it was mapped to; none while that is open, or if it is one on cores.
+    /// Its sets of devices have this room from now on.
+    pub(crate) fn make_room(&mut self, sets: Arc<Sets>) {
+        self.room = Some(sets);
+    }
+
+    fn all_sets(&self) -> &Sets {
+        self.room.as_deref().unwrap_or(&self.choices.sets)
+    }
+
+    /// The place among its sets of devices of the one that it was mapped to; none while that is open, or
+    /// if it is one on cores.
+    pub(crate) fn place(&self) -> Option<usize> {
+        let choice = self.choice()?;
+        (self.choices.need(choice) == Need::Devices).then(|| self.choices.place(choice))
+    }
+
+    /// The set of devices that it was mapped to.
     pub(crate) fn set(&self) -> Option<&Alternative> {
-        match &self.choices.list[self.choice()?].on {
-            On::Devices(set) => Some(set),
-            On::Cores(_) => None,
-        }
+        Some(&self.all_sets().all[self.place()?])
+    }
+
+    /// The set of devices of a choice.
+    pub(crate) fn set_of(&self, choice: usize) -> &Alternative {
+        &self.all_sets().all[self.choices.place(choice)]
     }
 
     /// The sets of devices that it may use, as far as that is decided.
     pub(crate) fn sets(&self) -> &Arc<[Alternative]> {
         match self.decision() {
             Decision::Choice(choice) if self.choices.need(choice) == Need::Devices => {
-                self.choices.alone(choice)
+                &self.all_sets().alone[self.choices.place(choice)]
             }
-            _ => self.choices.sets(),
+            _ => &self.all_sets().all,
         }
     }
 
     /// The estimated run times of these sets, in order.
     pub(crate) fn estimates(&self) -> SmallVec<[Option<Duration>; 2]> {
         if let Decision::Choice(_) = self.decision() {
-            return SmallVec::from_slice(&[Some(Duration::from_nanos(self.estimate()))]);
+            // Of one that is being tried nothing is known.
+            let estimate = Some(self.estimate()).filter(|&estimate| estimate != 0);
+            return SmallVec::from_slice(&[estimate.map(Duration::from_nanos)]);
         }
         let known = self.advise(false).estimates;
         let known = &known[self.choices.cores.len()..];

@@ -22,7 +22,7 @@ use std::collections::{HashMap, VecDeque};
 
 use smallvec::SmallVec;
 
-use super::evidence::{Clock, Evidence, Position, Track, has};
+use crate::trace::evidence::{Clock, Evidence, Position, Track, has};
 
 /// How many uses of a device may exceed it before it is no longer asked exactly by how much.
 const THOROUGH: usize = 64;
@@ -58,8 +58,8 @@ pub(super) struct Use {
     pub(super) task: u64,
     pub(super) needs: Needs,
     /// By the number of the record: when its body began, when the host saw its end complete.
-    pub(super) begun: Option<usize>,
-    pub(super) seen: Option<usize>,
+    pub(super) begun: Option<u64>,
+    pub(super) seen: Option<u64>,
     /// Its stream, and what that was behind when the body began.
     pub(super) track: Option<Track>,
     pub(super) clock: Option<Clock>,

@@ -5,10 +5,10 @@ use std::collections::HashMap;
 use smallvec::SmallVec;
 
 use super::capacity::{Book, Needs, Use};
-use super::evidence::{Evidence, Position, Track, has};
 use super::{Checked, Rule, Violation};
 use crate::machine::{DeviceId, Enqueued, Event as DevicePosition, HOST, Observed, Stream};
 use crate::schedule::gang::WHOLE;
+use crate::trace::evidence::{Evidence, Position, Track, has};
 use crate::trace::file::TraceFile;
 use crate::trace::record::{DeviceEvent, DeviceRecord, Event, Record};
 
@@ -76,7 +76,7 @@ pub(super) struct Claims<'a> {
     uses: Vec<Use>,
     books: HashMap<DeviceId, Book>,
     /// How many events of devices there were.
-    records: usize,
+    records: u64,
     checked: Checked,
 }
 
@@ -140,6 +140,8 @@ impl<'a> Claims<'a> {
             (State::Running, Event::Suspend) => State::Suspended,
             // A body that went elsewhere ends there.
             (State::Running | State::Suspended, Event::End) => State::Ended,
+            // Its copies are in the order of those to whom the data belong.
+            (State::Ready, Event::Carry) => State::Ended,
             (State::Ended, Event::Retry) => State::Spawned,
             (State::Ended, Event::Done | Event::Failed) => State::Over,
             // Skipped, cancelled, kept from beginning by a device, or never spawned.
@@ -284,6 +286,7 @@ impl<'a> Claims<'a> {
                 members,
                 share,
                 memory,
+                ..
             } => self.granted(record, device, (member, members), (share, memory)),
             DeviceEvent::Lent(core) if core.device == HOST => {
                 self.is_lent_core(task, core.number);
@@ -302,10 +305,7 @@ impl<'a> Claims<'a> {
                 {
                     self.enqueued(task, event);
                 }
-                self.evidence.learn(observed);
-                for told in std::mem::take(&mut self.evidence.told) {
-                    self.uses[told].seen = Some(self.records);
-                }
+                self.evidence.learn(observed, self.records);
             }
         }
     }
@@ -332,10 +332,6 @@ impl<'a> Claims<'a> {
         if let Some(event) = behind {
             let end = (self.evidence.track(event.stream), event.position);
             self.uses[index].end = Some(end);
-            self.evidence.watch(end, index);
-            for told in std::mem::take(&mut self.evidence.told) {
-                self.uses[told].seen = Some(self.records);
-            }
         }
         if let Some(book) = self.books.get_mut(&device) {
             book.give(index);
@@ -660,6 +656,9 @@ impl<'a> Claims<'a> {
             }
         }
         self.checked.tasks = self.order.len();
+        for using in &mut self.uses {
+            using.seen = using.end.and_then(|end| self.evidence.seen(end));
+        }
         let mut devices: Vec<DeviceId> = self.books.keys().copied().collect();
         devices.sort_unstable();
         for device in devices {

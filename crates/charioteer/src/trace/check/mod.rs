@@ -4,7 +4,7 @@
 //!
 //! *Evidence* is what the device layer logged at its calls: what was enqueued at which position of
 //! which stream, which streams were told to wait for what, and what the host saw complete. From
-//! that alone `evidence` works out what is before what. The *claims* come from what the runtime
+//! that alone [`evidence`](super::evidence) works out what is before what. The *claims* come from what the runtime
 //! believes: the edges of the graph say what must be ordered, the ledger's grants say who has what.
 //! They are never evidence that anything was ordered.
 //!
@@ -31,7 +31,6 @@
 
 mod capacity;
 mod claims;
-mod evidence;
 
 use std::fmt;
 
@@ -53,6 +52,10 @@ pub enum Rule {
     Capacity,
     /// Conflicting accesses to data are ordered; see [`check_order`](super::check_order).
     Access,
+    /// Who reads has the last version where it runs; see [`check_moves`](super::check_moves).
+    Coherence,
+    /// Nothing is copied to where it is.
+    Transfer,
 }
 
 impl Rule {
@@ -66,6 +69,8 @@ impl Rule {
             Self::Lending => "lending",
             Self::Capacity => "capacity",
             Self::Access => "access",
+            Self::Coherence => "coherence",
+            Self::Transfer => "transfer",
         }
     }
 }
@@ -75,7 +80,7 @@ impl Rule {
 pub struct Violation {
     /// Which one.
     pub rule: Rule,
-    /// The task that should not have done what it did.
+    /// The task that should not have done what it did; of a copy, the one that wrote what it copies, or 0.
     pub task: u64,
     /// The other task that it concerns, if there is one.
     pub other: Option<u64>,
@@ -118,10 +123,10 @@ impl fmt::Display for NoEvidence {
             "a trace of version {} has no {}, so nothing can be proved from it; \
              versions from {} on have",
             self.version,
-            if self.needs == 2 {
-                "events of devices"
-            } else {
-                "accesses"
+            match self.needs {
+                2 => "events of devices",
+                3 => "accesses",
+                _ => "copies of data",
             },
             self.needs,
         )

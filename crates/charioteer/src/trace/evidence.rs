@@ -12,12 +12,12 @@
 //! exception: behind the position where a stream was *abandoned* nothing waited, and nothing ran.
 //!
 //! Records are taken in the order of their times. What the host has seen is one position a stream, up to
-//! which all is complete. Besides that, each stream has a *clock* for each wait: of other streams
-//! the positions that work from there on is behind. What the host has seen already is left out of
-//! clocks, so that they are as long as there are streams with work in flight. A clock without it is as
-//! good, since whoever asks later has seen that too.
+//! which all is complete, and which it was at each moment is kept. Besides that, each stream has a *clock*
+//! for each wait: of other streams the positions that work from there on is behind. What the host has seen
+//! already is left out of clocks, so that they are as long as there are streams with work in flight. A clock
+//! without it is as good, since whoever asks later has seen that too.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::rc::Rc;
 
 use crate::machine::{Event, Observed, Stream};
@@ -35,16 +35,16 @@ pub(super) type Clock = Rc<[Position]>;
 #[derive(Debug)]
 struct Line {
     stream: Stream,
-    /// The host saw that all up to here is complete.
-    seen: u64,
+    /// Up to where the host saw that all is complete, from which moment on; both only grow.
+    seen: Vec<(u64, u64)>,
+    /// The last position that was told of.
+    last: u64,
     /// The first position that failed. What is behind it did not run.
     failed: u64,
     /// The last position that ran or waited before the device was lost.
     abandoned: u64,
     /// From which position on work is behind what, by position; each has all before it.
     waits: Vec<(u64, Clock)>,
-    /// Who asked to be told when the host sees a position.
-    watched: BTreeMap<u64, Vec<usize>>,
 }
 
 /// What is known up to some record.
@@ -52,8 +52,6 @@ struct Line {
 pub(super) struct Evidence {
     numbers: HashMap<Stream, Track>,
     lines: Vec<Line>,
-    /// Who is to be told that the host has seen what they watch.
-    pub(super) told: Vec<usize>,
 }
 
 impl Evidence {
@@ -88,14 +86,19 @@ impl Evidence {
         *self.numbers.entry(stream).or_insert_with(|| {
             self.lines.push(Line {
                 stream,
-                seen: 0,
+                seen: Vec::new(),
+                last: 0,
                 failed: u64::MAX,
                 abandoned: u64::MAX,
                 waits: Vec::new(),
-                watched: BTreeMap::new(),
             });
             Track::try_from(self.lines.len() - 1).expect("fewer than 2^32 streams")
         })
+    }
+
+    /// The number of a stream, if the trace names it.
+    pub(super) fn known(&self, stream: Stream) -> Option<Track> {
+        self.numbers.get(&stream).copied()
     }
 
     pub(super) fn stream(&self, track: Track) -> Stream {
@@ -113,18 +116,32 @@ impl Evidence {
         self.lines[track as usize].abandoned != u64::MAX
     }
 
-    /// Takes a record in.
-    pub(super) fn learn(&mut self, observed: Observed) {
+    /// The last position of a stream that can have run or waited.
+    pub(super) fn limit(&self, track: Track) -> u64 {
+        let line = &self.lines[track as usize];
+        line.failed.min(line.abandoned)
+    }
+
+    /// The last position of the stream that was told of so far.
+    pub(super) fn last(&self, track: Track) -> u64 {
+        self.lines[track as usize].last
+    }
+
+    /// Takes a record in. Moments are the caller's: they only grow.
+    pub(super) fn learn(&mut self, observed: Observed, moment: u64) {
         match observed {
             Observed::Waits {
                 stream,
                 from,
                 event,
             } => self.wait(stream, from, event),
-            Observed::Synchronised(event) | Observed::Seen(event) => self.see(event),
+            Observed::Synchronised(event) | Observed::Seen(event) => self.see(event, moment),
+            Observed::Enqueued(event, _) | Observed::Recorded(event) => {
+                let track = self.track(event.stream);
+                let last = &mut self.lines[track as usize].last;
+                *last = event.position.max(*last);
+            }
             Observed::Created(_)
-            | Observed::Enqueued(..)
-            | Observed::Recorded(_)
             | Observed::Completed(_)
             | Observed::Failed(_)
             | Observed::Abandoned(_) => {}
@@ -133,6 +150,9 @@ impl Evidence {
 
     fn wait(&mut self, stream: Stream, from: u64, event: Event) {
         let (track, other) = (self.track(stream), self.track(event.stream));
+        let last = &mut self.lines[track as usize].last;
+        // A wait for what is complete takes no position: `from` is that of what comes next.
+        *last = (*last).max(from.saturating_sub(1));
         if from > self.lines[track as usize].abandoned || track == other {
             return;
         }
@@ -185,41 +205,39 @@ impl Evidence {
         Some(Rc::clone(clock))
     }
 
-    fn see(&mut self, event: Event) {
+    fn see(&mut self, event: Event, moment: u64) {
         let track = self.track(event.stream);
         if self.is_seen((track, event.position)) {
             return;
         }
         let before = self.clock((track, event.position)).map(Rc::clone);
-        self.raise((track, event.position));
+        self.raise((track, event.position), moment);
         for &position in before.iter().flat_map(|clock| clock.iter()) {
-            self.raise(position);
+            self.raise(position, moment);
         }
     }
 
-    fn raise(&mut self, (track, position): Position) {
-        let line = &mut self.lines[track as usize];
-        if line.seen < position {
-            line.seen = position;
-            let later = line.watched.split_off(&(position + 1));
-            let reached = std::mem::replace(&mut line.watched, later);
-            self.told.extend(reached.into_values().flatten());
+    fn raise(&mut self, (track, position): Position, moment: u64) {
+        if !self.is_seen((track, position)) {
+            self.lines[track as usize].seen.push((position, moment));
         }
     }
 
-    /// Whether the host has seen that all up to the position is complete.
+    /// Whether the host has seen by now that all up to the position is complete.
     pub(super) fn is_seen(&self, (track, position): Position) -> bool {
-        self.lines[track as usize].seen >= position
+        let seen = self.lines[track as usize].seen.last();
+        position <= seen.map_or(0, |&(seen, _)| seen)
     }
 
-    /// Puts `who` among [`told`](Self::told) as soon as the host has seen the position.
-    pub(super) fn watch(&mut self, (track, position): Position, who: usize) {
-        if self.is_seen((track, position)) {
-            self.told.push(who);
-        } else {
-            let watched = &mut self.lines[track as usize].watched;
-            watched.entry(position).or_default().push(who);
+    /// The moment from which on the host had seen that all up to the position is complete; none if it has
+    /// not by now.
+    pub(super) fn seen(&self, (track, position): Position) -> Option<u64> {
+        if position == 0 {
+            return Some(0);
         }
+        let seen = &self.lines[track as usize].seen;
+        let at = seen.partition_point(|&(seen, _)| seen < position);
+        seen.get(at).map(|&(_, moment)| moment)
     }
 }
 
@@ -268,9 +286,9 @@ mod tests {
     #[test]
     fn waits_carry_what_is_behind_their_events_from_their_position_on() {
         let mut evidence = Evidence::default();
-        evidence.learn(waits(1, 4, event(0, 7)));
-        evidence.learn(waits(2, 2, event(1, 3)));
-        evidence.learn(waits(2, 5, event(1, 4)));
+        evidence.learn(waits(1, 4, event(0, 7)), 1);
+        evidence.learn(waits(2, 2, event(1, 3)), 1);
+        evidence.learn(waits(2, 5, event(1, 4)), 1);
         assert!(!behind(&mut evidence, event(1, 3), event(0, 1)));
         assert!(behind(&mut evidence, event(1, 4), event(0, 7)));
         assert!(!behind(&mut evidence, event(1, 4), event(0, 8)));
@@ -282,8 +300,8 @@ mod tests {
     #[test]
     fn waits_that_are_told_out_of_order_count_from_their_own_position_on() {
         let mut evidence = Evidence::default();
-        evidence.learn(waits(1, 6, event(2, 1)));
-        evidence.learn(waits(1, 4, event(0, 1)));
+        evidence.learn(waits(1, 6, event(2, 1)), 1);
+        evidence.learn(waits(1, 4, event(0, 1)), 1);
         assert!(behind(&mut evidence, event(1, 5), event(0, 1)));
         assert!(!behind(&mut evidence, event(1, 5), event(2, 1)));
         assert!(behind(&mut evidence, event(1, 6), event(0, 1)));
@@ -293,14 +311,15 @@ mod tests {
     #[test]
     fn what_the_host_sees_shows_all_before_it() {
         let mut evidence = Evidence::default();
-        evidence.learn(waits(1, 1, event(0, 5)));
+        evidence.learn(waits(1, 1, event(0, 5)), 1);
         let track = evidence.track(stream(0));
-        evidence.watch((track, 5), 3);
-        evidence.watch((track, 6), 4);
-        evidence.learn(Observed::Seen(event(1, 2)));
+        evidence.learn(Observed::Seen(event(0, 3)), 4);
+        evidence.learn(Observed::Seen(event(1, 2)), 7);
         assert!(behind(&mut evidence, event(9, 1), event(0, 5)));
         assert!(!behind(&mut evidence, event(9, 1), event(0, 6)));
-        assert_eq!(evidence.told, [3]);
+        let seen = |position| evidence.seen((track, position));
+        assert_eq!([0, 2, 3, 4, 5].map(seen), [0, 4, 4, 7, 7].map(Some));
+        assert_eq!(seen(6), None);
     }
 
     #[test]
@@ -312,8 +331,8 @@ mod tests {
             event: DeviceEvent::Observed(Observed::Abandoned(event(1, position))),
         });
         let mut evidence = Evidence::new(&records);
-        evidence.learn(waits(1, 6, event(0, 1)));
-        evidence.learn(waits(1, 7, event(2, 1)));
+        evidence.learn(waits(1, 6, event(0, 1)), 1);
+        evidence.learn(waits(1, 7, event(2, 1)), 1);
         assert!(behind(&mut evidence, event(1, 9), event(0, 1)));
         assert!(!behind(&mut evidence, event(1, 9), event(2, 1)));
         let track = evidence.track(stream(1));

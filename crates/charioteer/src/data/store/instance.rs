@@ -1,0 +1,65 @@
+//! An instance: memory of a device for a box of an array.
+
+use smallvec::SmallVec;
+
+use super::View;
+use super::events::Events;
+use crate::machine::{DeviceId, DevicePointer, Stream};
+
+/// The number of the instance that is always there: the host's buffer.
+pub(super) const HOME: u32 = u32::MAX;
+
+pub(super) struct Instance {
+    pub(super) device: DeviceId,
+    /// The number of its array's directory, and of its box there.
+    pub(super) directory: u32,
+    pub(super) frame: u32,
+    pub(super) view: View,
+    pub(super) bytes: u64,
+    /// How many tasks hold it, from plan to launch.
+    pub(super) pins: u32,
+    /// Streams of those that will write, once for each want: what is copied from it until they are
+    /// launched, for other members of their sets, they have to be behind.
+    pub(super) writers: SmallVec<[Stream; 1]>,
+    /// How many pieces are valid in it.
+    pub(super) valid: u32,
+    /// What used the memory before: nobody touches it but behind that.
+    pub(super) born: Events,
+    /// Who reads it, and who wrote what is not valid in it any more.
+    pub(super) uses: Events,
+    /// When it was used last, by a clock that counts uses.
+    pub(super) tick: u64,
+    /// Its place among those that may go, if it has one.
+    pub(super) rank: Option<Rank>,
+    /// Its device is lost: it goes when nobody holds it.
+    pub(super) dead: bool,
+}
+
+impl Instance {
+    pub(super) fn pointer(&self) -> DevicePointer {
+        self.view.pointer
+    }
+
+    /// Behind these nobody uses it, but for what is on its way into it.
+    pub(super) fn users(&self) -> Events {
+        let mut events = self.born.clone();
+        events.join(&self.uses);
+        events
+    }
+}
+
+/// In which order instances go: the largest first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Rank {
+    /// The number of the task that wants it next, or one of the two below.
+    pub(super) next: u64,
+    /// How long ago it was used.
+    pub(super) age: u64,
+}
+
+impl Rank {
+    /// Nobody is known to want it.
+    pub(super) const UNKNOWN: u64 = u64::MAX - 1;
+    /// Nothing is in it.
+    pub(super) const EMPTY: u64 = u64::MAX;
+}

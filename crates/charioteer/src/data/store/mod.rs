@@ -1,0 +1,1032 @@
+//! Copies of arrays on devices: where they are, how they come there, and when they go.
+//!
+//! A [`Storage`] is the bytes of an array: a buffer of the host, and what devices have of it. The
+//! [`Store`] of an engine knows where the last version of each element is, brings it to where a task
+//! wants it, and makes room. It knows regions and the machine, and nothing of tasks but the streams and
+//! events that it is told.
+//!
+//! # Instances
+//!
+//! An *instance* is memory of a device for a box of an array, in C order. Each want of a task has an
+//! instance that is the box around its region; wants of one task whose boxes overlap share one with the
+//! box around both. A larger instance that happens to have the elements does not serve: what a task
+//! pins is what its own wants say ([`Store::footprint`]), so that whoever admits tasks by their
+//! footprints knows that there is room for each. Overlapping instances on one device are kept in
+//! agreement by copies within its memory, like those on different ones. The host's buffer is an
+//! instance that is always there.
+//!
+//! # Protocol
+//!
+//! **A task's way.** [`announce`](Store::announce) at its spawn. [`ensure`](Store::ensure) when it is
+//! planned, on each of its devices: its streams are known, and all it comes after is launched. It finds or
+//! makes the instances, pins them, enqueues the copies that are needed, and has the task's stream wait for
+//! them. [`launched`](Store::launched) when its work is enqueued: what it wrote is valid in its
+//! instances alone from then on, behind its event; nothing is pinned any more.
+//!
+//! **Order.** Who calls sees to it that conflicting tasks are ordered, as they are without any data on
+//! devices: planned one after the launch of the other, their streams one behind the other. The store orders
+//! what it adds: copies among each other and with tasks, and whoever gets memory behind whoever had it.
+//! Events of tasks are followed: whether their failure is somebody's own is decided by who
+//! orders tasks. Events of copies are waited for: a task whose copy failed fails.
+//!
+//! **On the host** a task runs when its predecessors are complete.
+//! [`ensure_host`](Store::ensure_host) gives the events for which it has to wait beyond that. A storage that was
+//! never on a device costs a load.
+//!
+//! **Failures.** A copy that failed leaves no holder behind; the source is still there. What was on a
+//! lost device alone is lost, and whoever reads it hears so by name. What a task leaves that failed is
+//! whatever is there: that nobody reads it is the business of who knows about tasks.
+//!
+//! **Waiting, locks.** Nothing here waits for a device. All that is known is under one lock; devices are
+//! called under it, which only enqueue. Observers, and what keeps a buffer of the host, are called and
+//! dropped without it (invariant 8). A storage that goes leaves its number to the store, which frees its
+//! instances when it is next called.
+//!
+//! | file | what it has |
+//! |---|---|
+//! | `storage` | the array on the host |
+//! | `wants` | the instances that a task needs |
+//! | `directory` | who has which elements |
+//! | `instance` | memory of a device |
+//! | `copies` | from where and on which streams elements come |
+//! | `room` | memory, and who goes |
+//! | `future` | who will want what |
+//! | `graves` | storages that were dropped |
+//! | `events`, `slab` | what all use |
+
+mod copies;
+mod directory;
+mod events;
+mod future;
+mod graves;
+mod instance;
+mod room;
+mod slab;
+mod storage;
+#[cfg(all(test, not(loom)))]
+mod tests;
+mod wants;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::hash::BuildHasherDefault;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use smallvec::SmallVec;
+
+use self::copies::Lanes;
+use self::directory::{Directory, Holder, Quick};
+use self::events::Events;
+use self::graves::{Graves, Mourned};
+use self::instance::{HOME, Instance};
+use self::room::Room;
+use self::slab::Slab;
+use self::wants::group;
+use crate::machine::{DeviceError, DeviceId, DevicePointer, Event, HOST, Machine, Stream};
+use crate::region::Region;
+use crate::sync::{Guard, Mutex, OnceLock, Ordering};
+
+pub use storage::Storage;
+
+/// What a task does with the elements of a region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Touch {
+    /// It reads.
+    Read,
+    /// It writes every element, and reads none.
+    Write,
+    /// It reads and writes.
+    Update,
+}
+
+impl Touch {
+    /// Whether it needs what is there.
+    #[must_use]
+    pub const fn reads(self) -> bool {
+        !matches!(self, Self::Write)
+    }
+
+    /// Whether it changes elements.
+    #[must_use]
+    pub const fn writes(self) -> bool {
+        !matches!(self, Self::Read)
+    }
+}
+
+/// What a task wants of an array on one device.
+#[derive(Clone, Copy, Debug)]
+pub struct Want<'a> {
+    /// Of which array.
+    pub storage: &'a Arc<Storage>,
+    /// Which elements; it may be empty.
+    pub region: &'a Region,
+    /// What it does with them.
+    pub touch: Touch,
+}
+
+/// Where the elements of a want are: the one at the index `i` is `sum((i - origin) * strides)` bytes
+/// behind the pointer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct View {
+    /// Where the element at `origin` is. An empty want has the address 0.
+    pub pointer: DevicePointer,
+    /// Bytes from one index of the array to the next, along each of its axes.
+    pub strides: SmallVec<[u64; 4]>,
+    /// An index of the array, no larger than those of the want along any axis.
+    pub origin: SmallVec<[u64; 4]>,
+}
+
+/// Instances on one device that stay where they are for a task, from its plan to its launch. It is given
+/// back by [`Store::launched`] or [`Store::abandon`].
+#[must_use = "what is held stays pinned until it is given back"]
+pub struct Held {
+    device: DeviceId,
+    /// On which the task will run.
+    stream: Option<Stream>,
+    views: SmallVec<[View; 4]>,
+    wants: SmallVec<[Pinned; 4]>,
+    /// The instances, each once.
+    pins: SmallVec<[u32; 4]>,
+    memory: u64,
+}
+
+/// A want that is held, and has bytes.
+struct Pinned {
+    /// Keeps it alive.
+    storage: Arc<Storage>,
+    region: Region,
+    touch: Touch,
+    directory: u32,
+    frame: u32,
+    at: u32,
+}
+
+impl Held {
+    /// On which device.
+    #[must_use]
+    pub fn device(&self) -> DeviceId {
+        self.device
+    }
+
+    /// Where each want is, in the order in which they were given.
+    #[must_use]
+    pub fn views(&self) -> &[View] {
+        &self.views
+    }
+}
+
+impl fmt::Debug for Held {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let wants = self.wants.iter();
+        let wants = wants.map(|it| (it.touch, &it.storage.label, &it.region));
+        f.debug_struct("Held")
+            .field("device", &self.device)
+            .field("wants", &wants.collect::<Vec<_>>())
+            .field("memory", &self.memory)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A copy that was enqueued, or an instance that was dropped.
+#[derive(Clone, Debug)]
+pub struct Moved {
+    /// The number of the array.
+    pub storage: u64,
+    /// Which elements.
+    pub region: Region,
+    /// Where they were.
+    pub from: DeviceId,
+    /// Where they go; the host's number also where they are dropped.
+    pub to: DeviceId,
+    /// The box of the instance that they are copied from, or of the one that is dropped. The host's is
+    /// the whole array.
+    pub source: Region,
+    /// The box of the instance that they are copied to; of one that is dropped, its own.
+    pub target: Region,
+    /// How many bytes go over the link; 0 if they are dropped.
+    pub bytes: u64,
+    /// Complete when they are there. None: the instance is dropped, and its memory given back.
+    pub event: Option<Event>,
+    /// When it was enqueued.
+    pub at: Instant,
+}
+
+/// What a store has on a device, and did there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Counters {
+    /// The device.
+    pub device: DeviceId,
+    /// Bytes of the instances that are there.
+    pub resident: u64,
+    /// The most that there were at once.
+    pub peak: u64,
+    /// Instances that were dropped so that others have room.
+    pub evictions: u64,
+    /// Bytes that were copied home for that.
+    pub written_back: u64,
+}
+
+/// Where the arrays of an engine are. See the module.
+pub struct Store {
+    machine: Arc<Machine>,
+    state: Mutex<State>,
+    graves: Arc<Graves>,
+    observer: OnceLock<Observer>,
+}
+
+type Observer = Box<dyn Fn(&Moved) + Send + Sync>;
+
+struct State {
+    directories: Slab<Directory>,
+    /// The number of each array's directory.
+    names: HashMap<u64, u32, BuildHasherDefault<Quick>>,
+    instances: Slab<Instance>,
+    /// Of each accelerator.
+    rooms: Vec<Room>,
+    lanes: Lanes,
+    /// It was found just now that nothing can be copied over some link.
+    barred: bool,
+    /// Whether any device was ever full.
+    pressed: bool,
+    /// Counts uses of instances.
+    tick: u64,
+    mourned: Vec<Mourned>,
+    observed: bool,
+    /// For the observer.
+    told: Vec<Moved>,
+}
+
+impl Store {
+    /// Everything is on the host.
+    #[must_use]
+    pub fn new(machine: Arc<Machine>) -> Self {
+        let gpus = machine.gpus();
+        let rooms = (0..gpus).map(|index| {
+            let index = u16::try_from(index).expect("devices have short numbers");
+            Room::new(&machine, DeviceId::gpu(index))
+        });
+        Self {
+            state: Mutex::new(State {
+                directories: Slab::new(),
+                names: HashMap::default(),
+                instances: Slab::new(),
+                rooms: rooms.collect(),
+                lanes: Lanes::new(gpus),
+                barred: false,
+                pressed: false,
+                tick: 0,
+                mourned: Vec::new(),
+                observed: false,
+                told: Vec::new(),
+            }),
+            machine,
+            graves: Arc::new(Graves::new()),
+            observer: OnceLock::new(),
+        }
+    }
+
+    /// Tells `observer` of each copy and each instance that is dropped from now on, with no lock held, on
+    /// the thread that enqueued it, before the call returns.
+    ///
+    /// # Panics
+    /// If there is one already.
+    pub fn observe(&self, observer: Box<dyn Fn(&Moved) + Send + Sync>) {
+        assert!(
+            self.observer.set(observer).is_ok(),
+            "a store has one observer"
+        );
+        self.state.lock().observed = true;
+    }
+
+    /// Does something under the lock, and what is to be done without it afterwards.
+    #[inline]
+    fn change<R>(&self, call: impl FnOnce(&mut State, &Machine) -> R) -> R {
+        let mut state: Guard<'_, State> = self.state.lock();
+        let free = self.mourn(&mut state);
+        let result = call(&mut state, &self.machine);
+        if free.is_empty() && state.told.is_empty() {
+            return result;
+        }
+        let told = std::mem::take(&mut state.told);
+        drop(state);
+        drop(free);
+        if let Some(observer) = self.observer.get() {
+            told.iter().for_each(observer);
+        }
+        result
+    }
+
+    /// How many bytes the instances of a task take on one device, if none of them is there.
+    #[must_use]
+    pub fn footprint(&self, wants: &[Want<'_>]) -> u64 {
+        let groups = group(wants).groups;
+        let bytes = groups.iter().map(wants::Group::bytes);
+        bytes.fold(0, u64::saturating_add)
+    }
+
+    /// How long it takes to bring what is not there; what comes over different links comes side by side.
+    #[must_use]
+    pub fn missing(&self, wants: &[Want<'_>], device: DeviceId) -> Duration {
+        let mut sources: SmallVec<[(DeviceId, u64); 4]> = SmallVec::new();
+        let mut add = |from, bytes| match sources.iter_mut().find(|it| it.0 == from) {
+            Some((_, sum)) => *sum += bytes,
+            None => sources.push((from, bytes)),
+        };
+        let wants::Groups { groups, of } = group(wants);
+        let state = self.state.lock();
+        for (want, group) in wants.iter().zip(of) {
+            if let Some(group) = group
+                && want.touch.reads()
+            {
+                let hull = &groups[group as usize].hull;
+                state.missing(&self.machine, want, hull, device, &mut add);
+            }
+        }
+        drop(state);
+        let description = self.machine.description();
+        let time = |(from, bytes)| match description.transfer_time(from, device, bytes) {
+            Some(time) => time,
+            None => [(from, HOST), (HOST, device)]
+                .iter()
+                .filter_map(|(from, to)| description.transfer_time(*from, *to, bytes))
+                .sum(),
+        };
+        sources.into_iter().map(time).max().unwrap_or_default()
+    }
+
+    /// A task that will want this was spawned, as number so many.
+    pub fn announce(&self, number: u64, wants: &[Want<'_>]) {
+        let groups = group(wants).groups;
+        self.change(|state, _| {
+            for group in &groups {
+                let directory = state.directory(group.storage, &self.graves);
+                let frame = state.directories[directory].frame(&group.hull);
+                state.want(number, directory, frame);
+            }
+        });
+    }
+
+    /// The task is planned, or given up. What was announced is given again.
+    pub fn retract(&self, number: u64, wants: &[Want<'_>]) {
+        let groups = group(wants).groups;
+        self.change(|state, _| {
+            for group in &groups {
+                let Some(directory) = state.known(group.storage) else {
+                    continue;
+                };
+                let Some(frame) = state.directories[directory].find(&group.hull) else {
+                    continue;
+                };
+                state.unwant(number, directory, frame);
+                state.directories[directory].tidy(frame);
+            }
+        });
+    }
+
+    /// Finds or makes instances for a task that is about to run on the stream, and pins them; enqueues
+    /// the copies that they need, and has the stream wait for all that they wait for. It retracts what was
+    /// announced for `number` with the same regions. `memory`: what the body will allocate, for
+    /// which there is room from then on until it is launched.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfMemory`] if there is no room beside what is pinned; [`DeviceError::Lost`];
+    /// what else a device refuses. Then nothing is pinned.
+    pub fn ensure(
+        &self,
+        number: u64,
+        stream: Stream,
+        wants: &[Want<'_>],
+        memory: u64,
+    ) -> Result<Held, DeviceError> {
+        self.prepare(wants, stream.device);
+        self.change(|state, machine| {
+            let mut held = state.hold(machine, stream.device, wants, memory, &self.graves)?;
+            let ready = state.ready(machine, stream, &mut held);
+            for want in &held.wants {
+                state.unwant(number, want.directory, want.frame);
+            }
+            match ready {
+                Ok(()) => Ok(held),
+                Err(error) => {
+                    state.release(&mut held);
+                    Err(error)
+                }
+            }
+        })
+    }
+
+    /// Has the memory of arrays that come to a device for the first time prepared for copies.
+    #[inline]
+    fn prepare(&self, wants: &[Want<'_>], device: DeviceId) {
+        for want in wants {
+            if !want.storage.is_scattered() {
+                want.storage.prepare(self.machine.device(device));
+            }
+        }
+    }
+
+    /// A task has enqueued its work, on all devices of its set: with the event behind it on each, or
+    /// none if it enqueued nothing. What it wrote is valid there alone, behind the event; equal regions
+    /// that several of its members wrote are equal copies. Also for a task that failed once its body had
+    /// begun: what it was to write is then whatever is there.
+    pub fn launched(&self, members: impl IntoIterator<Item = (Held, Option<Event>)>) {
+        let mut members: SmallVec<[_; 2]> = members.into_iter().collect();
+        // Their storages go when no lock is held.
+        self.change(|state, machine| {
+            let mut written: SmallVec<[(u32, u32); 4]> = SmallVec::new();
+            for (held, event) in &mut members {
+                let before = written.len();
+                for want in &held.wants {
+                    state.used(machine, want, *event, before, &mut written);
+                }
+                state.release(held);
+            }
+        });
+    }
+
+    /// A task's body never began.
+    pub fn abandon(&self, mut held: Held) {
+        self.change(|state, _| state.release(&mut held));
+    }
+
+    /// Brings home what a task of the host wants, whose predecessors are complete. It may begin when the
+    /// events are; what it writes is the host's from now on.
+    ///
+    /// # Errors
+    /// [`DeviceError::Lost`] if it reads what nobody has any more.
+    pub fn ensure_host(&self, wants: &[Want<'_>]) -> Result<SmallVec<[Event; 2]>, DeviceError> {
+        if !wants.iter().any(|want| want.storage.is_scattered()) {
+            return Ok(SmallVec::new());
+        }
+        self.change(|state, machine| {
+            let mut behind = Events::new();
+            let wants = wants.iter().filter(|want| !want.region.is_empty());
+            for want in wants.clone().filter(|want| want.touch.reads()) {
+                state.fetch_home(machine, want, &mut behind)?;
+            }
+            for want in wants.filter(|want| want.touch.writes()) {
+                state.write_home(machine, want, &mut behind);
+            }
+            behind.prune(machine);
+            Ok(behind.into_inner())
+        })
+    }
+
+    /// Brings elements to a device, where they stay until their room is needed, or to the host. They are
+    /// there when the events are complete.
+    ///
+    /// # Errors
+    /// As [`ensure`](Self::ensure).
+    pub fn prefetch(
+        &self,
+        storage: &Arc<Storage>,
+        region: &Region,
+        device: DeviceId,
+    ) -> Result<SmallVec<[Event; 2]>, DeviceError> {
+        let touch = Touch::Read;
+        let wants = [Want {
+            storage,
+            region,
+            touch,
+        }];
+        if device == HOST {
+            return self.ensure_host(&wants);
+        }
+        self.prepare(&wants, device);
+        self.change(|state, machine| {
+            let mut held = state.hold(machine, device, &wants, 0, &self.graves)?;
+            let mut behind = Events::new();
+            let brought = held.wants.iter().try_for_each(|want| {
+                let frame = Some(want.frame);
+                let (directory, region) = (want.directory, &want.region);
+                state.bring(machine, directory, frame, region, want.at, &mut behind)
+            });
+            state.release(&mut held);
+            brought?;
+            behind.prune(machine);
+            Ok(behind.into_inner())
+        })
+    }
+
+    /// Drops the instances with elements of the region on the device that nobody has pinned. Gives the
+    /// events of what is copied home for that.
+    ///
+    /// # Errors
+    /// [`DeviceError::Lost`].
+    pub fn evict(
+        &self,
+        storage: &Arc<Storage>,
+        region: &Region,
+        device: DeviceId,
+    ) -> Result<SmallVec<[Event; 2]>, DeviceError> {
+        self.change(|state, machine| {
+            let Some(directory) = state.known(storage) else {
+                return Ok(SmallVec::new());
+            };
+            let mut homeward = Events::new();
+            for frame in state.directories[directory].frames_at(region) {
+                let frames = &state.directories[directory].frames;
+                let Some(at) = frames[frame].instance(device) else {
+                    continue;
+                };
+                if state.instances[at].pins == 0 {
+                    state.drop_instance(machine, at, &mut homeward)?;
+                }
+            }
+            homeward.prune(machine);
+            Ok(homeward.into_inner())
+        })
+    }
+
+    /// A device was lost: what was there alone is gone.
+    pub fn lose(&self, device: DeviceId) {
+        self.change(|state, _| state.lose(device));
+    }
+
+    /// Copies home what is elsewhere alone, and drops all instances. When the events are complete, or
+    /// failed, the host has all that could be had, and nothing of it is in use any more.
+    #[must_use]
+    pub fn come_home(&self) -> Vec<Event> {
+        self.change(|state, machine| {
+            let mut events = Events::new();
+            let all: Vec<u32> = state.instances.iter().map(|(at, _)| at).collect();
+            for at in all {
+                if state.instances[at].pins != 0 {
+                    continue;
+                }
+                // What cannot be had is lost with its device.
+                if let Err(DeviceError::Lost(device, _)) =
+                    state.drop_instance(machine, at, &mut events)
+                    && state
+                        .instances
+                        .get(at)
+                        .is_some_and(|it| it.device == device)
+                {
+                    state.lose(device);
+                }
+            }
+            for (_, directory) in state.directories.iter() {
+                for (_, piece) in directory.pieces.iter() {
+                    events.join(&piece.home);
+                    piece
+                        .holders
+                        .iter()
+                        .for_each(|holder| events.join(&holder.ready));
+                }
+            }
+            for mourned in &state.mourned {
+                events.join(&mourned.until);
+            }
+            for room in 0..state.rooms.len() {
+                if let Some(event) = state.last_return(machine, room) {
+                    events.add(event);
+                }
+            }
+            events.iter().collect()
+        })
+    }
+
+    /// Of each device, in the order of their numbers.
+    #[must_use]
+    pub fn counters(&self) -> Vec<Counters> {
+        let state = self.state.lock();
+        let counters = state.rooms.iter().map(|room| Counters {
+            device: room.device,
+            resident: room.resident,
+            peak: room.peak,
+            evictions: room.evictions,
+            written_back: room.written_back,
+        });
+        counters.collect()
+    }
+}
+
+impl State {
+    /// The number of an array's directory, if it has one.
+    #[inline]
+    fn known(&self, storage: &Storage) -> Option<u32> {
+        let hint = storage.hint.load(Ordering::Relaxed);
+        if let Some(directory) = self.directories.get(hint)
+            && directory.storage == storage.id
+        {
+            return Some(hint);
+        }
+        let number = self.names.get(&storage.id).copied()?;
+        storage.hint.store(number, Ordering::Relaxed);
+        Some(number)
+    }
+
+    /// The number of an array's directory.
+    #[inline]
+    fn directory(&mut self, storage: &Storage, graves: &Arc<Graves>) -> u32 {
+        self.known(storage).unwrap_or_else(|| {
+            storage.attach(graves);
+            let number = self.directories.insert(Directory::new(storage));
+            self.names.insert(storage.id, number);
+            storage.hint.store(number, Ordering::Relaxed);
+            number
+        })
+    }
+
+    fn missing(
+        &self,
+        machine: &Machine,
+        want: &Want<'_>,
+        hull: &Region,
+        device: DeviceId,
+        add: &mut impl FnMut(DeviceId, u64),
+    ) {
+        let Some(number) = self.known(want.storage) else {
+            if device != HOST {
+                add(HOST, want.region.elements() * want.storage.item);
+            }
+            return;
+        };
+        let directory = &self.directories[number];
+        let frame = directory.find(hull);
+        let there = match frame {
+            _ if device == HOST => Some(HOME),
+            Some(frame) => directory.frames[frame].instance(device),
+            None => None,
+        };
+        for piece in directory.overlapping(want.region) {
+            let piece = &directory.pieces[piece];
+            if there.is_some_and(|at| piece.holder(at).is_some()) {
+                continue;
+            }
+            let bytes = directory.bytes(&piece.region.intersection(want.region));
+            let holders = piece.holders.iter().map(|holder| self.device_of(holder.at));
+            let near = holders
+                .filter_map(|from| Some((self.lanes.time(machine, from, device, bytes)?, from)))
+                .min();
+            match (near, piece.holders.first()) {
+                (Some((_, from)), _) => add(from, bytes),
+                (None, Some(holder)) => add(self.device_of(holder.at), bytes),
+                (None, None) => {}
+            }
+        }
+    }
+
+    /// Finds or makes the instances, and pins them.
+    fn hold(
+        &mut self,
+        machine: &Machine,
+        device: DeviceId,
+        wants: &[Want<'_>],
+        memory: u64,
+        graves: &Arc<Graves>,
+    ) -> Result<Held, DeviceError> {
+        let wants::Groups { groups, of } = group(wants);
+        let mut held = Held {
+            device,
+            stream: None,
+            views: SmallVec::new(),
+            wants: SmallVec::new(),
+            pins: SmallVec::new(),
+            memory: 0,
+        };
+        let mut places: SmallVec<[(u32, u32, Option<u32>); 4]> = SmallVec::new();
+        let mut need = memory;
+        let mut sizes: SmallVec<[u64; 4]> = SmallVec::new();
+        for group in &groups {
+            group.storage.scatter();
+            let directory = self.directory(group.storage, graves);
+            let frame = self.directories[directory].frame(&group.hull);
+            let at = self.directories[directory].frames[frame].instance(device);
+            match at {
+                Some(at) => {
+                    self.pin(at);
+                    held.pins.push(at);
+                }
+                None => {
+                    sizes.push(group.bytes());
+                    need = need.saturating_add(group.bytes());
+                }
+            }
+            places.push((directory, frame, at));
+        }
+        if need > 0
+            && let Err(error) =
+                self.take(machine, device, need, memory, sizes, &mut places, &mut held)
+        {
+            self.release(&mut held);
+            for (directory, frame, _) in places {
+                self.directories[directory].tidy(frame);
+            }
+            return Err(error);
+        }
+        for (want, group) in wants.iter().zip(of) {
+            let Some(group) = group else {
+                let axes = want.region.spans().len();
+                held.views.push(View {
+                    pointer: DevicePointer { device, address: 0 },
+                    strides: want.storage.strides.clone(),
+                    origin: SmallVec::from_elem(0, axes),
+                });
+                continue;
+            };
+            let (directory, frame, at) = places[group as usize];
+            let at = at.expect("it was made");
+            held.views.push(self.instances[at].view.clone());
+            held.wants.push(Pinned {
+                storage: Arc::clone(want.storage),
+                region: want.region.clone(),
+                touch: want.touch,
+                directory,
+                frame,
+                at,
+            });
+        }
+        Ok(held)
+    }
+
+    /// Makes room for instances that are not there and for a body, and makes them.
+    #[cold]
+    #[allow(clippy::too_many_arguments, reason = "a part of `hold`")]
+    fn take(
+        &mut self,
+        machine: &Machine,
+        device: DeviceId,
+        need: u64,
+        memory: u64,
+        mut sizes: SmallVec<[u64; 4]>,
+        places: &mut [(u32, u32, Option<u32>)],
+        held: &mut Held,
+    ) -> Result<(), DeviceError> {
+        let mut spare = SmallVec::new();
+        let mut result = self.make_room(machine, device, need, &mut sizes, &mut spare);
+        if result.is_ok() {
+            self.room(device).promised += memory;
+            held.memory = memory;
+            for (directory, frame, place) in places {
+                if place.is_none() {
+                    match self.make(machine, *directory, *frame, device, &mut spare) {
+                        Ok(at) => {
+                            *place = Some(at);
+                            held.pins.push(at);
+                        }
+                        Err(error) => {
+                            result = Err(error);
+                            break;
+                        }
+                    }
+                }
+            }
+        }
+        for block in spare {
+            self.give_back(machine, block);
+        }
+        result
+    }
+
+    /// Brings what is read, and has the stream wait for what it has to.
+    fn ready(
+        &mut self,
+        machine: &Machine,
+        stream: Stream,
+        held: &mut Held,
+    ) -> Result<(), DeviceError> {
+        held.stream = Some(stream);
+        for want in held.wants.iter().filter(|want| want.touch.writes()) {
+            self.instances[want.at].writers.push(stream);
+        }
+        let (mut copies, mut users) = (Events::new(), Events::new());
+        for want in &held.wants {
+            let Pinned { directory, at, .. } = *want;
+            let frame = Some(want.frame);
+            if want.touch.reads() {
+                self.bring(machine, directory, frame, &want.region, at, &mut copies)?;
+            }
+            let instance = &mut self.instances[at];
+            if !instance.born.is_empty() {
+                instance.born.prune(machine);
+                users.join(&instance.born);
+            }
+            if want.touch.writes() {
+                // Copies from it, and copies to it of what was there.
+                let uses = instance.uses.iter();
+                let lanes = &self.lanes;
+                uses.filter(|event| lanes.owns(event.stream))
+                    .for_each(|event| users.add(event));
+                let directory = &mut self.directories[directory];
+                let numbers = directory.cover(&want.region, frame, &mut self.instances);
+                for number in numbers {
+                    if let Some(holder) = directory.pieces[number].holder(at) {
+                        let ready = holder.ready.iter();
+                        ready
+                            .filter(|event| lanes.owns(event.stream))
+                            .for_each(|event| users.add(event));
+                    }
+                }
+            }
+        }
+        if copies.is_empty() && users.is_empty() {
+            return Ok(());
+        }
+        self.put_behind(machine, stream, &copies, &users)
+    }
+
+    /// A task that held this has enqueued its work. `written`: what members of its set wrote, those of
+    /// other members first, `others` of them.
+    #[inline]
+    fn used(
+        &mut self,
+        machine: &Machine,
+        want: &Pinned,
+        event: Option<Event>,
+        others: usize,
+        written: &mut SmallVec<[(u32, u32); 4]>,
+    ) {
+        let Pinned { directory, at, .. } = *want;
+        let instance = &mut self.instances[at];
+        if instance.dead {
+            return;
+        }
+        if !want.touch.writes() {
+            if let Some(event) = event {
+                let uses = &mut instance.uses;
+                uses.add(event);
+                if uses.len() >= 8 && uses.len().is_power_of_two() {
+                    uses.prune(machine);
+                }
+            }
+            return;
+        }
+        let holder = Holder {
+            at,
+            ready: Events::of(event),
+        };
+        let known = &mut self.directories[directory];
+        let equal = written[..others].iter().find(|(of, piece)| {
+            let piece = known.pieces.get(*piece);
+            *of == directory && piece.is_some_and(|piece| piece.region == want.region)
+        });
+        if let Some(&(_, piece)) = equal {
+            known.pieces[piece].holders.push(holder);
+            self.instances[at].valid += 1;
+            return;
+        }
+        self.write(directory, Some(want.frame), &want.region, holder, written);
+    }
+
+    /// A region is valid with this holder alone.
+    fn write(
+        &mut self,
+        directory: u32,
+        frame: Option<u32>,
+        region: &Region,
+        holder: Holder,
+        written: &mut SmallVec<[(u32, u32); 4]>,
+    ) {
+        let mut emptied: SmallVec<[u32; 4]> = SmallVec::new();
+        let known = &mut self.directories[directory];
+        let piece = known.claim(region, frame, &mut self.instances, |instances, holder| {
+            let instance = &mut instances[holder.at];
+            instance.valid -= 1;
+            instance.uses.join(&holder.ready);
+            if instance.valid == 0 {
+                emptied.push(holder.at);
+            }
+        });
+        let at = holder.at;
+        known.pieces[piece].holders.push(holder);
+        written.push((directory, piece));
+        if at != HOME {
+            self.instances[at].valid += 1;
+        }
+        if self.pressed {
+            emptied.into_iter().for_each(|at| self.rerank(at));
+        }
+    }
+
+    /// Gives back what is held.
+    #[inline]
+    fn release(&mut self, held: &mut Held) {
+        if let Some(stream) = held.stream {
+            for want in held.wants.iter().filter(|want| want.touch.writes()) {
+                let writers = &mut self.instances[want.at].writers;
+                let place = writers.iter().position(|writer| *writer == stream);
+                writers.swap_remove(place.expect("it was entered"));
+            }
+        }
+        for at in held.pins.drain(..) {
+            self.unpin(at);
+        }
+        self.room(held.device).promised -= std::mem::take(&mut held.memory);
+    }
+
+    /// Brings home what a task of the host reads.
+    fn fetch_home(
+        &mut self,
+        machine: &Machine,
+        want: &Want<'_>,
+        behind: &mut Events,
+    ) -> Result<(), DeviceError> {
+        let Some(directory) = self.known(want.storage) else {
+            return Ok(());
+        };
+        let frame = self.directories[directory].find(want.region);
+        self.bring(machine, directory, frame, want.region, HOME, behind)
+    }
+
+    /// What a task of the host writes is there alone, when nothing uses the host's buffer any more.
+    fn write_home(&mut self, machine: &Machine, want: &Want<'_>, behind: &mut Events) {
+        let Some(directory) = self.known(want.storage) else {
+            return;
+        };
+        let frame = self.directories[directory].find(want.region);
+        let holder = Holder {
+            at: HOME,
+            ready: Events::new(),
+        };
+        let mut written = SmallVec::new();
+        self.write(directory, frame, want.region, holder, &mut written);
+        let (_, piece) = written[0];
+        let piece = &mut self.directories[directory].pieces[piece];
+        // They stay on the list: it may be that nobody waits for them after all.
+        piece.home.prune(machine);
+        behind.join(&piece.home);
+    }
+
+    /// Drops an instance that nobody has pinned, and gives its memory back.
+    fn drop_instance(
+        &mut self,
+        machine: &Machine,
+        at: u32,
+        homeward: &mut Events,
+    ) -> Result<(), DeviceError> {
+        let directory = self.instances[at].directory;
+        let region = self.frame_of(directory, at).clone();
+        let (block, written) = self.evict(machine, at)?;
+        self.give_back(machine, block);
+        if written > 0 {
+            for number in self.directories[directory].overlapping(&region) {
+                if let Some(holder) = self.directories[directory].pieces[number].holder(HOME) {
+                    homeward.join(&holder.ready);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A device was lost.
+    fn lose(&mut self, device: DeviceId) {
+        self.lanes.lose(device);
+        self.empty(device);
+        let mut gone: Vec<u32> = Vec::new();
+        for (at, instance) in self.instances.iter_mut() {
+            if instance.device == device && !instance.dead {
+                instance.dead = true;
+                instance.rank = None;
+                gone.push(at);
+            }
+        }
+        for (_, directory) in self.directories.iter_mut() {
+            for (_, piece) in directory.pieces.iter_mut() {
+                let before = piece.holders.len();
+                let here = |at: u32| at != HOME && self.instances[at].device == device;
+                piece.holders.retain(|holder| !here(holder.at));
+                if piece.holders.is_empty() && before > 0 {
+                    piece.lost = Some(device);
+                }
+            }
+        }
+        for at in gone {
+            let Instance {
+                directory, frame, ..
+            } = self.instances[at];
+            let known = &mut self.directories[directory];
+            known.frames[frame]
+                .instances
+                .retain(|(_, other)| *other != at);
+            known.tidy(frame);
+            if self.instances[at].pins == 0 {
+                self.instances.remove(at);
+            }
+        }
+    }
+}
+
+impl Drop for Store {
+    /// What may be in use by copies is left to them: whoever closed the machine did not wait for
+    /// [`come_home`](Store::come_home).
+    fn drop(&mut self) {
+        let mut state = self.state.lock();
+        let free = self.mourn(&mut state);
+        let left = std::mem::take(&mut state.mourned);
+        drop(state);
+        drop(free);
+        for mourned in left {
+            std::mem::forget(mourned);
+        }
+    }
+}
+
+impl fmt::Debug for Store {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Store")
+            .field("counters", &self.counters())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,192 @@
+//! What a store knows of an array: where its bytes are on the host, and how they lie there.
+
+use std::any::Any;
+use std::fmt;
+use std::sync::{Arc, Weak};
+
+use smallvec::SmallVec;
+
+use super::graves::Graves;
+use crate::machine::Device;
+use crate::region::Region;
+use crate::sync::{AtomicBool, AtomicU32, Mutex, Ordering};
+
+/// The bytes of an array: a buffer of the host in C order, of which devices may have copies.
+pub struct Storage {
+    pub(super) id: u64,
+    pub(super) label: Box<str>,
+    pub(super) item: u64,
+    pub(super) address: u64,
+    pub(super) whole: Region,
+    /// Bytes from one index to the next of each axis, on the host.
+    pub(super) strides: SmallVec<[u64; 4]>,
+    /// Whether it has ever been anywhere but on the host.
+    scattered: AtomicBool,
+    /// Where a store had its directory when it was last asked.
+    pub(super) hint: AtomicU32,
+    life: Mutex<Life>,
+}
+
+struct Life {
+    /// None once it was dropped.
+    buffer: Option<Buffer>,
+    /// Of the store that knows of it.
+    graves: Weak<Graves>,
+}
+
+/// What keeps the host's memory, and who prepared it for copies.
+pub(super) struct Buffer {
+    address: u64,
+    registered: Option<Arc<dyn Device>>,
+    _keep: Box<dyn Any + Send + Sync>,
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        if let Some(device) = &self.registered {
+            device.unregister_host(self.address);
+        }
+    }
+}
+
+/// Arrays of fewer bytes are not worth the call that prepares their memory for copies.
+const WORTHY: u64 = 1 << 20;
+
+impl Storage {
+    /// An array of this shape, with elements of `item` bytes, in C order from `address` on. The buffer
+    /// stays there while `keep` lives.
+    ///
+    /// # Panics
+    /// If it has more than 2^63 bytes.
+    #[must_use]
+    pub fn new(
+        id: u64,
+        label: impl Into<Box<str>>,
+        shape: &[u64],
+        item: u64,
+        address: u64,
+        keep: Box<dyn Any + Send + Sync>,
+    ) -> Arc<Self> {
+        let whole = Region::whole(shape);
+        let bytes = whole.elements().checked_mul(item);
+        assert!(
+            bytes.is_some_and(|bytes| bytes < 1 << 63),
+            "an array has fewer than 2^63 bytes"
+        );
+        Arc::new(Self {
+            id,
+            label: label.into(),
+            item,
+            address,
+            strides: strides(&whole, item),
+            whole,
+            scattered: AtomicBool::new(false),
+            hint: AtomicU32::new(u32::MAX),
+            life: Mutex::new(Life {
+                buffer: Some(Buffer {
+                    address,
+                    registered: None,
+                    _keep: keep,
+                }),
+                graves: Weak::new(),
+            }),
+        })
+    }
+
+    /// Its number, which is that of its datum.
+    #[must_use]
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// What people call it.
+    #[must_use]
+    pub fn label(&self) -> &str {
+        &self.label
+    }
+
+    /// The size of an element in bytes.
+    #[must_use]
+    pub fn item(&self) -> u64 {
+        self.item
+    }
+
+    /// Where the host's buffer begins.
+    #[must_use]
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// The size of the host's buffer in bytes.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.whole.elements() * self.item
+    }
+
+    /// Whether any of it may be anywhere but on the host. While it is not, nothing else is to be asked.
+    #[inline]
+    #[must_use]
+    pub fn is_scattered(&self) -> bool {
+        self.scattered.load(Ordering::Acquire)
+    }
+
+    /// Some of it is about to be on a device.
+    #[inline]
+    pub(super) fn scatter(&self) {
+        if !self.scattered.load(Ordering::Relaxed) {
+            self.scattered.store(true, Ordering::Release);
+        }
+    }
+
+    /// Has the host's memory prepared for copies, before the first of them. It may take a while.
+    #[cold]
+    pub(super) fn prepare(&self, device: &Arc<dyn Device>) {
+        if self.bytes() < WORTHY {
+            return;
+        }
+        let mut life = self.life.lock();
+        if let Some(buffer) = &mut life.buffer
+            && buffer.registered.is_none()
+        {
+            // SAFETY: the memory is kept for as long as the buffer is, which undoes this first.
+            let done = unsafe { device.register_host(self.address, self.bytes()) };
+            if done == Ok(true) {
+                buffer.registered = Some(Arc::clone(device));
+            }
+        }
+    }
+
+    /// A store knows of it, and is to hear of its end.
+    pub(super) fn attach(&self, graves: &Arc<Graves>) {
+        self.life.lock().graves = Arc::downgrade(graves);
+    }
+}
+
+impl Drop for Storage {
+    fn drop(&mut self) {
+        let (buffer, graves) = {
+            let mut life = self.life.lock();
+            (life.buffer.take(), life.graves.upgrade())
+        };
+        if let (Some(buffer), Some(graves)) = (buffer, graves) {
+            graves.bury(self.id, buffer);
+        }
+    }
+}
+
+/// Bytes from one index to the next, along each axis of a compact buffer that has a box.
+pub(super) fn strides(region: &Region, item: u64) -> SmallVec<[u64; 4]> {
+    let mut strides = SmallVec::from_elem(0, region.spans().len());
+    let mut stride = item;
+    for (place, span) in strides.iter_mut().zip(region.spans()).rev() {
+        *place = stride;
+        stride *= span.count();
+    }
+    strides
+}
+
+impl fmt::Debug for Storage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Storage({}{})", self.label, self.whole)
+    }
+}
