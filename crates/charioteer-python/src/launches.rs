@@ -827,9 +827,7 @@ fn has_one_gpu(options: Option<&Options>, body: Option<usize>) -> bool {
             .choices()
             .list()
             .iter()
-            .filter(|choice| {
-                body.is_none_or(|body| body == body_of(choice.variant))
-            })
+            .filter(|choice| body.is_none_or(|body| body == body_of(choice.variant)))
             .all(|choice| match &choice.on {
                 On::Devices(set) => alone(set),
                 On::Cores(_) => false,
@@ -968,7 +966,10 @@ impl PyKernel {
         }));
         let function = Bound::new(py, launch)?.into_any();
         let made = TaskFunction::plain(function, self.said.clone())?.into_any();
-        let old = self.last.lock(py).replace((dimensions, made.clone().into()));
+        let old = self
+            .last
+            .lock(py)
+            .replace((dimensions, made.clone().into()));
         drop(old);
         Ok(made)
     }

@@ -290,7 +290,11 @@ fn each_wait_and_each_copy_of_the_story_matters() {
     }
     let mut file = whole.clone();
     file.moves.swap_remove(1);
-    finds(&file, Rule::Coherence, &["reads A", "on gpu(1)", "task 1 wrote is on gpu(0)"]);
+    finds(
+        &file,
+        Rule::Coherence,
+        &["reads A", "on gpu(1)", "task 1 wrote is on gpu(0)"],
+    );
 }
 
 #[test]
@@ -298,7 +302,11 @@ fn what_is_there_is_not_copied_again() {
     let mut author = Author::new(1 << 20);
     let there = author.copy(0, HOST, gpu(0), &[]);
     author.copy(0, HOST, gpu(0), &[there]);
-    finds(&author.file, Rule::Transfer, &["from host to gpu(0), where it is"]);
+    finds(
+        &author.file,
+        Rule::Transfer,
+        &["from host to gpu(0), where it is"],
+    );
     // After it was dropped it may be.
     let mut author = Author::new(1 << 20);
     author.copy(0, HOST, gpu(0), &[]);
@@ -329,7 +337,11 @@ fn a_writer_is_behind_the_copies_of_what_it_writes_over() {
         let violations = replay(&author.file).violations;
         assert_eq!(violations.is_empty(), told, "{violations:#?}");
         if !told {
-            finds(&author.file, Rule::Coherence, &["task 2 writes to A", "to host"]);
+            finds(
+                &author.file,
+                Rule::Coherence,
+                &["task 2 writes to A", "to host"],
+            );
         }
     }
 }
@@ -339,8 +351,17 @@ fn an_old_version_does_not_do() {
     let mut author = Author::new(1 << 20);
     let there = author.copy(0, HOST, gpu(1), &[]);
     let written = author.on(1, stream(gpu(0), 0), &[(Mode::Out, tile(0))], &[]);
-    author.on(2, stream(gpu(1), 0), &[(Mode::In, tile(0))], &[there, written]);
-    finds(&author.file, Rule::Coherence, &["task 2 reads", "wrote is on gpu(0)"]);
+    author.on(
+        2,
+        stream(gpu(1), 0),
+        &[(Mode::In, tile(0))],
+        &[there, written],
+    );
+    finds(
+        &author.file,
+        Rule::Coherence,
+        &["task 2 reads", "wrote is on gpu(0)"],
+    );
 }
 
 #[test]
@@ -366,7 +387,10 @@ fn a_cycle_of_tiles_costs_the_best_what_belady_says() {
         misses += 1;
         if there.len() == 3 {
             let next = |index: &u64| uses[at..].iter().position(|use_| use_ == index);
-            let last = there.iter().copied().max_by_key(|index| next(index).unwrap_or(99));
+            let last = there
+                .iter()
+                .copied()
+                .max_by_key(|index| next(index).unwrap_or(99));
             there.retain(|index| Some(*index) != last);
         }
         there.push(*index);
@@ -479,18 +503,26 @@ mod real {
         let workers = prop_oneof![Just(0_usize), Just(1), Just(3)];
         let runahead = prop_oneof![1 => Just(0_u32), 3 => Just(64)];
         let room = prop_oneof![Just(ELEMENTS * 4), Just(2 * ELEMENTS), Just(ELEMENTS)];
-        (1..=3_u16, workers, runahead, room, prop::bool::ANY, prop::bool::weighted(0.2)).prop_flat_map(
-            move |(gpus, workers, runahead, room, peers, commutes)| {
-                prop::collection::vec(plan(gpus, commutes), 1..most).prop_map(move |plans| Program {
-                    gpus,
-                    workers,
-                    runahead,
-                    room,
-                    peers,
-                    plans,
-                })
-            },
+        (
+            1..=3_u16,
+            workers,
+            runahead,
+            room,
+            prop::bool::ANY,
+            prop::bool::weighted(0.2),
         )
+            .prop_flat_map(move |(gpus, workers, runahead, room, peers, commutes)| {
+                prop::collection::vec(plan(gpus, commutes), 1..most).prop_map(move |plans| {
+                    Program {
+                        gpus,
+                        workers,
+                        runahead,
+                        room,
+                        peers,
+                        plans,
+                    }
+                })
+            })
     }
 
     fn alternatives(on: &On) -> Vec<Alternative> {
@@ -510,9 +542,13 @@ mod real {
 
     /// Runs a program and gives its trace.
     pub fn run(program: &Program) -> TraceFile {
-        let mut description =
-            Description::uniform(2, usize::from(program.gpus), program.room * ITEM, Time::Real)
-                .unwrap();
+        let mut description = Description::uniform(
+            2,
+            usize::from(program.gpus),
+            program.room * ITEM,
+            Time::Real,
+        )
+        .unwrap();
         if !program.peers {
             let links = Links {
                 peer: None,
@@ -532,8 +568,7 @@ mod real {
             .unwrap();
         let buffer = vec![0_u64; usize::try_from(ELEMENTS).unwrap()];
         let address = buffer.as_ptr() as usize;
-        let datum: Arc<Datum> =
-            Datum::stored("A", &[ELEMENTS], 8, address, Box::new(buffer));
+        let datum: Arc<Datum> = Datum::stored("A", &[ELEMENTS], 8, address, Box::new(buffer));
         let mut tasks: Vec<Task<()>> = Vec::new();
         for (number, plan) in program.plans.iter().enumerate() {
             let parts: Vec<Part> = plan
