@@ -17,9 +17,9 @@
 //! all that is done by then, so that a chain of short tasks costs far fewer wake-ups than it has
 //! tasks. As workers do, it looks for some microseconds before it sleeps, if no other such thread of the
 //! process looks: to wake it costs whoever watches a system call, and the driver takes longer to wake a
-//! thread than a short kernel takes. Where many positions are watched it does neither: to ask the driver
-//! holds up whoever launches beside it, so it lets a few pass, and then finds by bisection how far the
-//! stream got. Who waits for one among many hears of it so much later. There is one a stream, and not one a device, because the driver lets a thread sleep for one
+//! thread than a short kernel takes. Where many positions are watched, or come fast, it does neither: to ask
+//! the driver holds up whoever launches beside it, so it lets a few pass, and then finds by bisection how far
+//! the stream got. Who waits for one among many hears of it so much later. There is one a stream, and not one a device, because the driver lets a thread sleep for one
 //! event only: with one thread, a short task beside a long one would be reported late, or the thread
 //! would have to look around again and again. Host functions on the streams would need no threads of
 //! ours; but they hold their stream up, run one after the other, and wake somebody as late as an
@@ -65,9 +65,37 @@ const LOOK: Duration = Duration::from_micros(40);
 /// How often it asks the driver meanwhile.
 const EVERY: Duration = Duration::from_micros(3);
 
-/// Where so many are watched, the thread that tells lets some pass for so long before it asks the driver.
+/// Where so many are watched, or were told of in a while so long as one looks, the thread that tells lets
+/// some pass for so long before it asks the driver.
 const MANY: u64 = 8;
+const FAST: usize = 4;
 const LET_PASS: Duration = Duration::from_micros(20);
+
+/// How fast a stream gets on, as the thread that tells sees it.
+struct Pace {
+    since: Instant,
+    told: usize,
+}
+
+impl Pace {
+    fn new() -> Self {
+        Self {
+            since: Instant::now(),
+            told: 0,
+        }
+    }
+
+    fn count(&mut self, told: usize) {
+        if self.since.elapsed() > 2 * LOOK {
+            *self = Self::new();
+        }
+        self.told += told;
+    }
+
+    fn is_fast(&self) -> bool {
+        self.told >= FAST && self.since.elapsed() < 4 * LOOK
+    }
+}
 
 /// Whether a thread looks.
 static LOOKING: AtomicBool = AtomicBool::new(false);
@@ -314,11 +342,20 @@ impl<L: Lane> Timeline<L> {
         let mut queue = self.lock();
         // Whether some were let pass since the stream got further.
         let mut passed = false;
+        let mut pace = Pace::new();
         loop {
             let watched = queue.entries.iter().find(|entry| !entry.calls.is_empty());
             let Some((position, event)) =
                 watched.map(|entry| (entry.position, Arc::clone(&entry.event)))
             else {
+                if pace.is_fast() && !passed && !queue.closed {
+                    passed = true;
+                    drop(queue);
+                    std::thread::sleep(LET_PASS);
+                    queue = self.lock();
+                    continue;
+                }
+                passed = false;
                 queue = match self.rest(queue) {
                     Some(queue) => queue,
                     None => return,
@@ -327,7 +364,8 @@ impl<L: Lane> Timeline<L> {
             };
             drop(queue);
             let done = || self.is_known_done(position);
-            if !passed && self.watched.load(Ordering::Relaxed) >= MANY {
+            let many = self.watched.load(Ordering::Relaxed) >= MANY;
+            if !passed && (many || pace.is_fast()) {
                 passed = true;
                 std::thread::sleep(LET_PASS);
                 let reached = self.look_furthest(position - 1);
@@ -336,7 +374,7 @@ impl<L: Lane> Timeline<L> {
                     continue;
                 }
                 passed = false;
-                queue = self.tell_until(reached);
+                queue = self.tell_until(reached, &mut pace);
                 continue;
             }
             passed = false;
@@ -352,12 +390,12 @@ impl<L: Lane> Timeline<L> {
             }
             drop(event);
             let reached = self.look_furthest(position);
-            queue = self.tell_until(reached);
+            queue = self.tell_until(reached, &mut pace);
         }
     }
 
     /// All up to the position is done: tells who watches it.
-    fn tell_until(&self, reached: u64) -> MutexGuard<'_, Queue<L>> {
+    fn tell_until(&self, reached: u64, pace: &mut Pace) -> MutexGuard<'_, Queue<L>> {
         let mut queue = self.lock();
         if queue.lost {
             return queue;
@@ -367,6 +405,7 @@ impl<L: Lane> Timeline<L> {
         self.watched
             .fetch_sub(calls.len() as u64, Ordering::Relaxed);
         drop(queue);
+        pace.count(calls.len());
         calls.into_iter().for_each(|call| call(true));
         self.lock()
     }
