@@ -368,6 +368,7 @@ impl Wanted<'_> {
         let library = self.library.map(Library::name);
         let index = self.device.index();
         let memory = (layout.address, layout.size, layout.offset);
+<<<<<<< HEAD
         let all = (
             "managed",
             library,
@@ -379,5 +380,15 @@ impl Wanted<'_> {
             self.writes,
         );
         support(py).cuda.bind(py).call1(all)
+=======
+        let all = ("managed", library, index, memory, shape, dtype, strides, self.writes);
+        let before = libraries::present(py)?;
+        let made = support(py).cuda.bind(py).call1(all)?;
+        if libraries::present(py)? != before {
+            // It came just now, with a current stream that is not the task's.
+            libraries::refresh(py, self.machine)?;
+        }
+        Ok(made)
+>>>>>>> data-devices-py
     }
 }
