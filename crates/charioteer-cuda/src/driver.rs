@@ -627,7 +627,6 @@ impl Drop for Pinned {
     }
 }
 
-<<<<<<< HEAD
 /// Code of devices that is loaded, and stays so until this is dropped.
 pub(crate) struct Library(Handle<sys::CUlibrary>);
 
@@ -743,13 +742,9 @@ fn parameters(ask: &CStr, of: *mut c_void) -> Option<Vec<usize>> {
     }
 }
 
-/// Whether host memory is pinned, by whomever.
-pub(crate) fn is_pinned(context: &Context, address: u64) -> bool {
-=======
 /// Whether all of some host memory is pinned, by whomever.
 pub(crate) fn is_pinned(context: &Context, address: u64, bytes: u64) -> bool {
     use sys::CUpointer_attribute_enum as Attribute;
->>>>>>> data-devices-py
     let Ok(_entered) = context.enter() else {
         return false;
     };

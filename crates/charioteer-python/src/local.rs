@@ -368,19 +368,6 @@ impl Wanted<'_> {
         let library = self.library.map(Library::name);
         let index = self.device.index();
         let memory = (layout.address, layout.size, layout.offset);
-<<<<<<< HEAD
-        let all = (
-            "managed",
-            library,
-            index,
-            memory,
-            shape,
-            dtype,
-            strides,
-            self.writes,
-        );
-        support(py).cuda.bind(py).call1(all)
-=======
         let all = ("managed", library, index, memory, shape, dtype, strides, self.writes);
         let before = libraries::present(py)?;
         let made = support(py).cuda.bind(py).call1(all)?;
@@ -389,6 +376,5 @@ impl Wanted<'_> {
             libraries::refresh(py, self.machine)?;
         }
         Ok(made)
->>>>>>> data-devices-py
     }
 }
