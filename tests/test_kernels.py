@@ -111,6 +111,9 @@ def test_without_a_gpu_a_launch_is_refused_where_it_is_spawned() -> None:
         with pytest.raises(ch.PlacementError, match=r"add: \.fn is for the body of a task"):
             add[1, 1].fn(0, 1.0)
 
+        with pytest.raises(ch.PlacementError, match="virtual GPUs run no kernels"):
+            add[1, 1](ch.zeros(4), 1.0)
+
         @ch.task(placement=gpu)
         def body() -> None:
             add[1, 1].fn(0, 1.0)
