@@ -89,9 +89,7 @@ pub use file::{TraceFile, read};
 pub use moves::{Moves, check_moves};
 pub use optimum::{Optimum, optimum};
 pub use order::{Ordered, check_order};
-pub use record::{
-    AccessRecord, DeviceEvent, DeviceRecord, Event, Layout, MoveRecord, Record,
-};
+pub use record::{AccessRecord, DeviceEvent, DeviceRecord, Event, Layout, MoveRecord, Record};
 
 pub(crate) use numbers::{next_id, thread_number};
 

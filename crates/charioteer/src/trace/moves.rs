@@ -347,7 +347,10 @@ impl<'a> Replay<'a> {
     }
 
     fn label(&self, datum: u64) -> &str {
-        self.trace.labels.get(&datum).map_or("a datum", String::as_str)
+        self.trace
+            .labels
+            .get(&datum)
+            .map_or("a datum", String::as_str)
     }
 
     fn position(&self, (track, position): Position) -> String {
@@ -550,7 +553,9 @@ impl<'a> Replay<'a> {
             }
             let record = &self.trace.moves[one.copy];
             let writer = match who {
-                Who::Copy(at) => format!("the copy of {region} from {}", self.trace.moves[*at].from),
+                Who::Copy(at) => {
+                    format!("the copy of {region} from {}", self.trace.moves[*at].from)
+                }
                 _ => self.task(task),
             };
             let text = format!(
@@ -610,7 +615,11 @@ impl<'a> Replay<'a> {
         if let Some(stay) = life.host {
             // Alone, or with devices.
             let of = life.parts.first().map_or(1, |part| part.members);
-            let cores = if life.parts.is_empty() { &[0][..] } else { &life.cores };
+            let cores = if life.parts.is_empty() {
+                &[0][..]
+            } else {
+                &life.cores
+            };
             for &member in cores {
                 let wants = wants(accesses, member, of, Some(&array.whole));
                 members.push((HOST, Who::Host(stay.begin), wants));

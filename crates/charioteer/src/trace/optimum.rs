@@ -138,7 +138,11 @@ pub(super) fn best(trace: &TraceFile, lives: &Lives) -> Optimum {
         }
         if life.host.is_some() {
             let members = life.parts.first().map_or(1, |part| part.members);
-            let cores = if life.parts.is_empty() { &[0][..] } else { &life.cores };
+            let cores = if life.parts.is_empty() {
+                &[0][..]
+            } else {
+                &life.cores
+            };
             for &member in cores {
                 schedule.add(trace, HOST, (member, members), 0, accesses);
             }
@@ -218,7 +222,10 @@ impl Schedule {
                 }
             }
         }
-        let footprint: u64 = touches.iter().map(|touch| self.things[touch.thing].bytes).sum();
+        let footprint: u64 = touches
+            .iter()
+            .map(|touch| self.things[touch.thing].bytes)
+            .sum();
         let step = self.steps.len();
         for touch in &touches {
             let uses = &mut self.things[touch.thing].uses;

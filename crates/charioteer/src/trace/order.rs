@@ -26,8 +26,8 @@ use std::collections::BTreeMap;
 use smallvec::SmallVec;
 
 use super::check::{NoEvidence, Rule, Violation};
-use super::file::TraceFile;
 use super::evidence::Track;
+use super::file::TraceFile;
 use super::lives::{Life, Lives};
 use super::record::AccessRecord;
 use crate::data::Mode;
@@ -273,12 +273,7 @@ fn take_place<'a>(
 }
 
 /// Adds an access to the entry of its like, or as a new one.
-fn enter<'a>(
-    tree: &mut Tree<Entry<'a>>,
-    bounds: Bounds,
-    access: &'a AccessRecord,
-    life: &Life,
-) {
+fn enter<'a>(tree: &mut Tree<Entry<'a>>, bounds: Bounds, access: &'a AccessRecord, life: &Life) {
     let add = |entry: &mut Entry<'a>| {
         if access.mode == Mode::Commute {
             entry.line.insert((life.begin(), access.task), access);

@@ -349,7 +349,7 @@ impl DeviceRecord {
             },
             2 => DeviceEvent::Granted {
                 device: device(a)?,
-                member: b as u16,         // the lowest 16 bits
+                member: b as u16,        // the lowest 16 bits
                 place: (b >> 16) as u16, // those above
                 members: u16::try_from(b >> 32).ok()?,
                 share: u32::try_from(c).ok()?,
