@@ -47,6 +47,7 @@ fn submit(gang: &mut Gang<u64>, shape: &Arc<[Alternative]>) {
         estimates: SmallVec::new(),
         priority: 0,
         prefer: SmallVec::new(),
+        transfers: Box::default(),
     };
     gang.submit(0, request).expect("the devices are enough");
 }

@@ -63,7 +63,7 @@ use crate::data::Holding;
 use crate::data::store::Store;
 use crate::machine::{Device, DeviceError, DeviceId, Event, HOST, Kind, Machine, Stream};
 use crate::schedule::gang::{
-    self, Alternative, Capacity, Gang, Grant, GrantId, Limits, Reason, Request, Step,
+    self, Alternative, Capacity, Gang, Grant, GrantId, Limits, Reason, Request, Step, Transfer,
 };
 use crate::schedule::map::DISTURBED;
 use crate::schedule::places;
@@ -149,8 +149,8 @@ impl<D: Domain> Answer<D> {
 type Bits = u64;
 
 enum Letter<D: Domain> {
-    /// And its sets, if they are not those of its options.
-    Ask(TaskRef<D>, Events, Option<Arc<[Alternative]>>),
+    /// And what it asks for.
+    Ask(TaskRef<D>, Box<Request>),
     /// Behind these events, of which those are complete.
     Launched(GrantId, SmallVec<[Option<Event>; 2]>, Bits),
     Paused(GrantId, SmallVec<[Option<Event>; 2]>, Bits),
@@ -313,9 +313,8 @@ impl<D: Domain> Devices<D> {
                 Steal::Empty => break,
             };
             match letter {
-                Letter::Ask(task, prefer, sets) => {
-                    let request = request(&task, prefer, sets);
-                    if let Err(task) = ledger.submit(task, request) {
+                Letter::Ask(task, request) => {
+                    if let Err(task) = ledger.submit(task, *request) {
                         outbox.stranded.push(task);
                     }
                 }
@@ -409,18 +408,6 @@ fn enable_peers(machine: &Machine, devices: &[Capacity]) {
             // Without a link, or on a device that is lost, whoever tries to reach it hears of it.
             let _ = machine.device(own.id).enable_peer(peer.id);
         }
-    }
-}
-
-/// What a task asks the ledger for.
-fn request<D: Domain>(task: &Task<D>, prefer: Events, sets: Option<Arc<[Alternative]>>) -> Request {
-    let options = task.options().expect("a task on devices has options");
-    let estimates = options.mapping.as_ref().map(|mapping| mapping.estimates());
-    Request {
-        alternatives: sets.unwrap_or_else(|| Arc::clone(sets_of(options))),
-        estimates: estimates.unwrap_or_default(),
-        priority: options.priority,
-        prefer,
     }
 }
 
@@ -692,7 +679,10 @@ impl<D: Domain> Engine<D> {
         self.post(match loan {
             // It waited, and has its devices.
             Some(id) => Letter::Resumed(id, Resumer::Task(task)),
-            None => Letter::Ask(task, behind, sets),
+            None => {
+                let request = self.request(&task, behind, sets);
+                Letter::Ask(task, Box::new(request))
+            }
         });
         if !self.is_worker() {
             self.relieve();
@@ -702,8 +692,31 @@ impl<D: Domain> Engine<D> {
     /// Asks for all sets of devices of a task that the ledger has just given back.
     pub(super) fn ask_again(&self, task: TaskRef<D>) {
         let behind = task.links.lock().flight().behind.clone();
+        let request = Box::new(self.request(&task, behind, None));
         // Who has the turn looks at the mail once more.
-        self.devices().mail.push(Letter::Ask(task, behind, None));
+        self.devices().mail.push(Letter::Ask(task, request));
+    }
+
+    /// What a task asks the ledger for: for these sets, or for all that it says.
+    fn request(&self, task: &Task<D>, prefer: Events, sets: Option<Arc<[Alternative]>>) -> Request {
+        let options = task.options().expect("a task on devices has options");
+        let estimates = options.mapping.as_ref().map(|mapping| mapping.estimates());
+        let alternatives = sets.unwrap_or_else(|| Arc::clone(sets_of(options)));
+        let is_open = alternatives.len() > 1
+            || (alternatives.iter().flat_map(|set| &set.members))
+                .any(|member| *member == gang::Member::Any(Kind::Gpu));
+        let transfers = if is_open && self.devices().capacities.len() > 1 {
+            self.transfers_of(task)
+        } else {
+            Box::default()
+        };
+        Request {
+            alternatives,
+            estimates: estimates.unwrap_or_default(),
+            priority: options.priority,
+            prefer,
+            transfers,
+        }
     }
 
     /// Whether nothing that a task comes after is on its way on devices, but for what it ran ahead of.
@@ -766,12 +779,16 @@ impl<D: Domain> Engine<D> {
         })
     }
 
-    /// When a set of devices is free, in nanoseconds from now.
-    pub(super) fn wait_for_devices(&self, set: &Alternative) -> u64 {
+    /// When a set of devices is free and has a task's data, in nanoseconds from now. `transfers`: what that
+    /// takes on each device.
+    pub(super) fn wait_for_devices(&self, set: &Alternative, transfers: &[Transfer]) -> u64 {
         let devices = self.devices();
+        let width = set.members.len() as u64;
         let ahead = |id: DeviceId| {
-            let gauge = &devices.gauges[usize::from(id.index())];
-            gauge.ahead.load(Ordering::Relaxed)
+            let index = usize::from(id.index());
+            let transfer = transfers.get(index).map_or(0, |it| it.time(width));
+            let ahead = devices.gauges[index].ahead.load(Ordering::Relaxed);
+            ahead.saturating_add(transfer)
         };
         let named = |id: DeviceId| set.members.contains(&gang::Member::Device(id));
         let all = devices.capacities.iter().map(|capacity| capacity.id);

@@ -26,7 +26,7 @@ use smallvec::SmallVec;
 
 use super::{Engine, Settled, SpawnError};
 use crate::machine::{DeviceError, DeviceId, Kind, Mark, Stream, Time};
-use crate::schedule::gang::{Alternative, Grant, Member};
+use crate::schedule::gang::{Alternative, Grant, Member, Transfer};
 use crate::schedule::map::model::Models;
 use crate::schedule::map::policy::{Call, Candidate, Mapper};
 use crate::schedule::map::{
@@ -84,6 +84,22 @@ impl<D: Domain> Maps<D> {
         }
         self.parked.lock().closed = true;
         self.bell.notify_all();
+    }
+}
+
+/// What it takes to bring a task's data to the host, and to each device: nanoseconds.
+#[derive(Default)]
+struct Transfers {
+    home: u64,
+    devices: Box<[Transfer]>,
+}
+
+impl Transfers {
+    /// For all of these devices, the members of one set.
+    fn to(&self, devices: &[DeviceId], members: usize) -> u64 {
+        let to = |id: &DeviceId| self.devices.get(usize::from(id.index()));
+        let times = devices.iter().filter_map(to);
+        times.map(|it| it.time(members as u64)).max().unwrap_or(0)
     }
 }
 
@@ -186,7 +202,7 @@ impl<D: Domain> Engine<D> {
         }
         match &self.maps.mapper {
             Mapper::EarliestFinish => {
-                let decision = self.by_finish_time(mapping);
+                let decision = self.by_finish_time(&task, mapping);
                 self.send_to(task, decision);
             }
             Mapper::Policy(policy) => {
@@ -201,7 +217,7 @@ impl<D: Domain> Engine<D> {
 
     /// The choice on cores, or that it is one on devices, by the earliest finish time; or the one that is
     /// to be tried.
-    fn by_finish_time(&self, mapping: &Mapping) -> Decision {
+    fn by_finish_time(&self, task: &Task<D>, mapping: &Mapping) -> Decision {
         let choices = mapping.choices();
         let (cores, devices) = (choices.cores(), choices.devices());
         let advice = mapping.advise(true);
@@ -223,13 +239,14 @@ impl<D: Domain> Engine<D> {
         }
         // What has no estimate is being tried by others.
         let known = advice.estimates.iter().any(Option::is_some);
+        let data = self.transfers(task);
         let best = (0..advice.estimates.len())
             .filter(|&place| !known || advice.estimates[place].is_some())
             .min_by_key(|&place| {
                 let choice = at(place);
                 let estimate = advice.estimates[place].unwrap_or(0);
                 (
-                    estimate.saturating_add(self.wait_for(choices, choice)),
+                    estimate.saturating_add(self.wait_for(choices, choice, &data)),
                     choice,
                 )
             });
@@ -242,17 +259,29 @@ impl<D: Domain> Engine<D> {
         }
     }
 
-    /// When the cores or devices of a choice are free, as far as is known, in nanoseconds from now.
-    fn wait_for(&self, choices: &Choices, choice: usize) -> u64 {
+    /// What it takes to bring the data of a task to where it may run.
+    fn transfers(&self, task: &Task<D>) -> Transfers {
+        if !task.state.load().has(USES) {
+            return Transfers::default();
+        }
+        Transfers {
+            home: self.transfer_home(task),
+            devices: self.transfers_of(task),
+        }
+    }
+
+    /// When the cores or devices of a choice are free and have a task's data, as far as is known, in
+    /// nanoseconds from now.
+    fn wait_for(&self, choices: &Choices, choice: usize, data: &Transfers) -> u64 {
         match &choices.list()[choice].on {
-            On::Cores(_) => self.wait_for_cores(),
+            On::Cores(_) => self.wait_for_cores().saturating_add(data.home),
             On::Devices(set) => {
                 let cores = if set.cores() == 0 {
                     0
                 } else {
-                    self.wait_for_cores()
+                    self.wait_for_cores().saturating_add(data.home)
                 };
-                self.wait_for_devices(set).max(cores)
+                self.wait_for_devices(set, &data.devices).max(cores)
             }
         }
     }
@@ -398,6 +427,7 @@ impl<D: Domain> Engine<D> {
             .filter(|index| near >> index & 1 != 0)
             .map(DeviceId::gpu)
             .collect();
+        let data = self.transfers(task);
         let known = mapping.advise(false).estimates;
         let estimate = |choice: usize| {
             let place = choices.cores().iter().chain(choices.devices());
@@ -418,15 +448,16 @@ impl<D: Domain> Engine<D> {
                             _ => 1,
                         },
                         estimate: estimate(index),
-                        wait: duration(self.wait_for(choices, index)),
+                        wait: duration(self.wait_for_cores()),
                         load: load_of_cores,
                         local: 0,
+                        transfer: duration(data.home),
                     });
                 }
                 On::Devices(set) if choices.devices().contains(&index) => {
-                    let (wait_for_cores, load_of_cores) = match set.cores() {
-                        0 => (0, 0),
-                        _ => (self.wait_for_cores(), load_of_cores),
+                    let (wait_for_cores, load_of_cores, home) = match set.cores() {
+                        0 => (0, 0, 0),
+                        _ => (self.wait_for_cores(), load_of_cores, data.home),
                     };
                     for devices in self.sets_for(mapping.set_of(index), &near) {
                         let (wait, load) = self.load_of(&devices);
@@ -438,6 +469,7 @@ impl<D: Domain> Engine<D> {
                             wait: duration(wait.max(wait_for_cores)),
                             load: load.max(load_of_cores),
                             local: u32::try_from(local).unwrap_or(u32::MAX),
+                            transfer: duration(data.to(&devices, set.members.len()).max(home)),
                             devices,
                         });
                     }

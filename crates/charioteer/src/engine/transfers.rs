@@ -37,6 +37,7 @@
 
 use std::cell::RefCell;
 use std::sync::Arc;
+use std::time::Duration;
 
 use smallvec::SmallVec;
 
@@ -44,7 +45,7 @@ use super::{Engine, Handle, Moving, Settled, SpawnError};
 use crate::data::store::{Held, Store, Touch, View, Want};
 use crate::data::{Access, Holding, Mode, Move, Part, Uses, Views, check_spread};
 use crate::machine::{DeviceError, DeviceId, Event, HOST};
-use crate::schedule::gang::{self, Alternative, Grant, Member, Reason};
+use crate::schedule::gang::{self, Alternative, Capacity, Grant, Member, Reason, Transfer};
 use crate::schedule::map::Sets;
 use crate::sync::{AtomicU64, AtomicUsize, Ordering, fence};
 use crate::task::state::{AHEAD, HOST as BODYLESS, ORDERED, USES};
@@ -532,15 +533,33 @@ impl<D: Domain> Engine<D> {
         Some(Arc::clone(&flight.holding.as_ref()?.views))
     }
 
-    /// How long it takes to bring what a task uses to a device, in nanoseconds: what each member of a set
-    /// has as a whole, and what is divided among them.
-    pub(super) fn transfer(&self, uses: &Uses, device: DeviceId) -> (u64, u64) {
-        let store = self.store();
-        let time = |wants: &[Want<'_>]| match wants {
-            [] => 0,
-            _ => u64::try_from(store.missing(wants, device).as_nanos()).unwrap_or(u64::MAX >> 16),
+    /// How long it takes to bring what a task uses to each device; nothing of a task without data.
+    pub(super) fn transfers_of(&self, task: &Task<D>) -> Box<[Transfer]> {
+        let Some(uses) = task.uses() else {
+            return Box::default();
         };
-        uses.with_parts(|whole, split| (time(whole), time(split)))
+        let store = self.store();
+        let time = |wants: &[Want<'_>], device| match wants {
+            [] => 0,
+            _ => nanoseconds(store.missing(wants, device)),
+        };
+        let capacities = self.devices().capacities.iter();
+        uses.with_parts(|whole, split| {
+            let transfer = |capacity: &Capacity| Transfer {
+                whole: time(whole, capacity.id),
+                split: time(split, capacity.id),
+            };
+            capacities.map(transfer).collect()
+        })
+    }
+
+    /// How long it takes to bring what a task uses home, in nanoseconds.
+    pub(super) fn transfer_home(&self, task: &Task<D>) -> u64 {
+        let uses = task.uses().filter(|uses| uses.is_scattered());
+        uses.map_or(0, |uses| {
+            let missing = uses.with_all(|wants| self.store().missing(wants, HOST));
+            nanoseconds(missing)
+        })
     }
 
     // ---- for their own sake -----------------------------------------------------------------
@@ -717,7 +736,20 @@ impl<D: Domain> Engine<D> {
     }
 }
 
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX >> 16)
+}
+
 impl<D: Domain> Task<D> {
+    /// What the task keeps of its accesses.
+    fn uses(&self) -> Option<Arc<Uses>> {
+        if !self.state.load().has(USES) {
+            return None;
+        }
+        let links = self.links.lock();
+        links.rare.as_ref()?.data.as_ref()?.uses.clone()
+    }
+
     /// Takes what the task keeps of its accesses, or why it cannot have it.
     fn take_uses(&self) -> (Option<Arc<Uses>>, Option<DeviceError>) {
         let mut links = self.links.lock();

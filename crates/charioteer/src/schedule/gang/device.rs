@@ -159,6 +159,12 @@ impl Book {
         self.resting.clear();
     }
 
+    /// Whether the work up to the event is not known to be complete.
+    pub(super) fn is_in_flight(&self, event: Event) -> bool {
+        let track = self.track(event.stream);
+        track.is_some_and(|track| self.tracks[track].done < event.position)
+    }
+
     pub(super) fn unfinished(&self) -> u32 {
         self.unfinished + self.aside
     }
@@ -192,6 +198,11 @@ impl Book {
         self.lost
             || self.fits_at_rest(wanted, held)
             || (runahead > 0 && self.both().without(held).covers(wanted))
+    }
+
+    /// Whether a task could start here when those who have a part of it now give it back.
+    pub(super) fn could_fit(&self, wanted: Amount) -> bool {
+        !self.lost && self.has_room(wanted.memory)
     }
 
     /// Whether a task could ever start here while paused bodies keep their memory.

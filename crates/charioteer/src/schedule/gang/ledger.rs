@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use smallvec::{SmallVec, smallvec};
 
 use super::device::{Amount, Book, Load};
-use super::queue::{Queue, Shape};
+use super::queue::{Queue, Shape, Waiting};
 use super::request::{Capacity, MOST_DEVICES, Plan, Request, bit, ones};
 use crate::machine::{DeviceId, Event, Stream};
 
@@ -115,6 +115,15 @@ pub struct Gang<T> {
     /// anew whenever somebody asks what is next.
     held: Box<[Amount]>,
     held_by_sweep: Box<[Amount]>,
+    /// Of those who wait and have their data on one device: how many they are on each, and how long they
+    /// take.
+    homed: Box<[Homed]>,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Homed {
+    tasks: u32,
+    nanoseconds: u64,
 }
 
 impl<T> Gang<T> {
@@ -142,6 +151,7 @@ impl<T> Gang<T> {
             keeping: 0,
             held: nothing(),
             held_by_sweep: nothing(),
+            homed: vec![Homed::default(); devices.len()].into(),
         }
     }
 
@@ -150,7 +160,24 @@ impl<T> Gang<T> {
     /// # Errors
     /// The task itself, if no alternative can be served by the devices that are left.
     pub fn submit(&mut self, token: T, request: Request) -> Result<(), T> {
-        self.queue.push(&self.capacities, self.lost, token, request)
+        let task = self
+            .queue
+            .push(&self.capacities, self.lost, token, request)?;
+        if let Some(home) = task.home {
+            self.homed[home].tasks += 1;
+            self.homed[home].nanoseconds += task.least();
+        }
+        Ok(())
+    }
+
+    /// Takes the first task of a shape out.
+    fn pop(&mut self, shape: usize) -> Waiting<T> {
+        let task = self.queue.pop(shape);
+        if let Some(home) = task.home {
+            self.homed[home].tasks -= 1;
+            self.homed[home].nanoseconds -= task.least();
+        }
+        task
     }
 
     /// What to do next, until there is nothing. `wanted` says whether a waiting task is to run
@@ -167,7 +194,7 @@ impl<T> Gang<T> {
             let shape = self.queue.live()[place];
             let head = self.queue.shape(shape).head().expect("it is live");
             if !wanted(&head.token) {
-                return Some(Step::Unwanted(self.queue.pop(shape).token));
+                return Some(Step::Unwanted(self.pop(shape).token));
             }
         }
         for place in 0..self.queue.live().len() {
@@ -192,7 +219,8 @@ impl<T> Gang<T> {
         }
         self.held_by_sweep.copy_from_slice(&self.held);
         let order = {
-            let (books, held, runahead) = (&self.books, &self.held, self.limits.runahead);
+            let (books, homed) = (&self.books, &self.homed);
+            let (held, runahead) = (&self.held, self.limits.runahead);
             self.queue.order(limit, |shape| {
                 let rules = Rules {
                     held,
@@ -201,7 +229,7 @@ impl<T> Gang<T> {
                     waits: true,
                 };
                 // One that had rather wait is served too: devices are held for it.
-                !matches!(choose(books, shape, &rules), Chosen::Nothing)
+                !matches!(choose(books, homed, shape, &rules), Chosen::Nothing)
             })
         };
         for &shape in &order.sweep {
@@ -240,7 +268,7 @@ impl<T> Gang<T> {
             runahead,
             waits: declined.is_none_or(|since| self.grants - since < self.limits.overtaking),
         };
-        let choice = match choose(&self.books, shape, &rules) {
+        let choice = match choose(&self.books, &self.homed, shape, &rules) {
             Chosen::Now(choice) => choice,
             Chosen::Later => {
                 self.queue.decline(index, self.grants);
@@ -257,7 +285,7 @@ impl<T> Gang<T> {
             let devices = choice.books.iter().fold(0, |all, &book| all | bit(book));
             self.queue.overtake(index, devices, self.limits.overtaking);
         }
-        let task = self.queue.pop(index);
+        let task = self.pop(index);
         let load = Load {
             shares: amount.share > 0,
             nanoseconds: choice.estimate,
@@ -311,25 +339,30 @@ impl<T> Gang<T> {
         let shape = self.queue.shape(shape);
         let head = shape.head().expect("it waits");
         // Where nothing is known, the narrowest.
+        let costs = Costs::new(&self.books, &self.homed, head);
         let plan = shape.plans.iter().min_by_key(|(alternative, plan)| {
             let finish = head.known(*alternative).map(|estimate| {
-                let free = free_at(&self.books, plan);
+                let free = free_at(&self.books, plan, &costs);
                 free.map_or(u64::MAX, |free| free.saturating_add(estimate))
             });
             (finish, plan.width())
         });
-        let (_, plan) = plan.expect("it has a plan");
+        let (alternative, plan) = plan.expect("it has a plan");
         let amount = Amount {
             share: plan.share,
             memory: plan.memory,
         };
+        let known = head.known(*alternative).is_some();
+        let least = costs.least(plan, |index| !self.books[index].lost);
         let mut used = 0;
         for &bits in &plan.members {
             let book = ones(bits & !used)
                 .min_by_key(|&index| {
                     let book = &self.books[index];
                     let fits = book.fits(amount, self.held_by_sweep[index], self.limits.runahead);
-                    (!fits, book.ahead, book.unfinished())
+                    // It may wait for the one that has its data.
+                    let fits = fits || (costs.has_data() && book.could_fit(amount));
+                    (!fits, costs.rank(index, plan, known, least))
                 })
                 .expect("a plan has devices enough");
             used |= bit(book);
@@ -493,7 +526,16 @@ impl<T> Gang<T> {
         };
         self.books[index].lose();
         self.lost |= bit(index);
-        self.queue.replan(&self.capacities, self.lost)
+        let gone = self.queue.replan(&self.capacities, self.lost);
+        self.homed.fill(Homed::default());
+        let homed = &mut self.homed;
+        self.queue.for_each(|task| {
+            if let Some(home) = task.home {
+                homed[home].tasks += 1;
+                homed[home].nanoseconds += task.least();
+            }
+        });
+        gone
     }
 
     /// How many paused bodies keep memory.
@@ -522,7 +564,7 @@ impl<T> Gang<T> {
             (self.queue.shape(**shape).head()).is_some_and(|head| chosen(&head.token))
         };
         let shape = *live.iter().find(is_chosen).or(live.first())?;
-        Some(self.queue.pop(shape).token)
+        Some(self.pop(shape).token)
     }
 
     /// What a device has before it, by its index: the estimated run times, in nanoseconds, of what was
@@ -576,24 +618,17 @@ enum Chosen {
 }
 
 /// The policy: which alternative the first task of a shape gets, and on which devices. It is the one
-/// that is estimated to finish first: when its devices are free, and its run time. If that one does not
-/// fit yet, the task waits for it, unless it has waited for too many grants. Where run times are not
-/// known the first one that fits is taken. Of the devices of a kind it gets those that have a stream to
-/// take over, then those that are free soonest, then the first. Members of a kind are in the order of
+/// that is estimated to finish first: when its devices are free, and have its data, and its run time. If that
+/// one does not fit yet, the task waits for it, unless it has waited for too many grants. Where run times are
+/// not known the first one that fits is taken. Of the devices of a kind a task without data gets those that
+/// have a stream to take over, then those that are free soonest, then the first; for one with data see
+/// [`Costs::rank`]. Members of a kind are in the order of
 /// their devices, so that a set is the same however it came about.
-fn choose<T>(books: &[Book], shape: &Shape<T>, rules: &Rules<'_>) -> Chosen {
+fn choose<T>(books: &[Book], homed: &[Homed], shape: &Shape<T>, rules: &Rules<'_>) -> Chosen {
     let Some(head) = shape.head() else {
         return Chosen::Nothing;
     };
-    let mut preferred = 0;
-    for &event in &head.prefer {
-        let device = event.stream.device;
-        if let Some(index) = books.iter().position(|book| book.id == device)
-            && books[index].takeover(event).is_some()
-        {
-            preferred |= bit(index);
-        }
-    }
+    let costs = Costs::new(books, homed, head);
     let mut best: Option<(u64, Choice)> = None;
     // When the best of those that do not fit yet would finish.
     let mut later = u64::MAX;
@@ -601,17 +636,28 @@ fn choose<T>(books: &[Book], shape: &Shape<T>, rules: &Rules<'_>) -> Chosen {
         if !plan.takes_nothing() && plan.width() > rules.budget {
             continue;
         }
-        let Some(books_of_it) = fit(books, plan, rules.held, preferred, rules.runahead) else {
-            if let (Some(estimate), true) = (head.known(*alternative), rules.waits)
-                && let Some(free) = free_at(books, plan)
-            {
-                later = later.min(free.saturating_add(estimate));
-            }
+        let known = head.known(*alternative);
+        let fitting = fit(books, plan, rules, &costs, known.is_some());
+        // Of a task with data another device may be better than the one that fits.
+        if let (Some(estimate), true) = (known, rules.waits)
+            && (fitting.is_none() || costs.has_data())
+            && let Some(free) = free_at(books, plan, &costs)
+        {
+            later = later.min(free.saturating_add(estimate));
+        }
+        let Some(books_of_it) = fitting else {
             continue;
         };
-        let estimate = head.known(*alternative).unwrap_or(0);
-        let ahead = books_of_it.iter().map(|&index| books[index].ahead).max();
-        let finish = ahead.unwrap_or(0).saturating_add(estimate);
+        if known.is_none() && rules.waits && costs.had_rather(books_of_it[0], plan, rules) {
+            return Chosen::Later;
+        }
+        let estimate = known.unwrap_or(0);
+        let free = |&index: &usize| match known {
+            Some(_) => costs.free(index, plan),
+            None => books[index].ahead,
+        };
+        let free = books_of_it.iter().map(free).max();
+        let finish = free.unwrap_or(0).saturating_add(estimate);
         if best.as_ref().is_none_or(|(least, _)| finish < *least) {
             let choice = Choice {
                 plan: place,
@@ -628,16 +674,148 @@ fn choose<T>(books: &[Book], shape: &Shape<T>, rules: &Rules<'_>) -> Chosen {
     }
 }
 
+/// How many tasks more than another device one may have before it, and still be taken since a task's data
+/// are there, where run times are not known.
+pub(super) const PATIENCE: u32 = 2;
+
+/// What counts of a task where devices are compared.
+struct Costs<'a, T> {
+    books: &'a [Book],
+    homed: &'a [Homed],
+    head: &'a Waiting<T>,
+    /// The devices that have a stream to take over.
+    preferred: u64,
+    /// When the predecessors that are in flight are complete, at the latest: by the estimated run times,
+    /// and by how many tasks are unfinished there.
+    ready: (u64, u32),
+}
+
+/// Which device is better: the least.
+type Rank = (u64, u64, bool, u64, u64);
+
+impl<'a, T> Costs<'a, T> {
+    fn new(books: &'a [Book], homed: &'a [Homed], head: &'a Waiting<T>) -> Self {
+        let (mut preferred, mut ready) = (0, (0, 0));
+        for &event in &head.prefer {
+            let device = event.stream.device;
+            let Some(index) = books.iter().position(|book| book.id == device) else {
+                continue;
+            };
+            let book = &books[index];
+            if book.takeover(event).is_some() {
+                preferred |= bit(index);
+            }
+            if !head.transfers.is_empty() && book.is_in_flight(event) {
+                ready = (book.ahead.max(ready.0), book.unfinished().max(ready.1));
+            }
+        }
+        Self {
+            books,
+            homed,
+            head,
+            preferred,
+            ready,
+        }
+    }
+
+    fn has_data(&self) -> bool {
+        !self.head.transfers.is_empty()
+    }
+
+    fn transfer(&self, index: usize, plan: &Plan) -> u64 {
+        let transfer = self.head.transfers.get(index);
+        transfer.map_or(0, |transfer| transfer.time(plan.width()))
+    }
+
+    /// What others have to do on a device who wait for it, since their data are there.
+    fn others(&self, index: usize) -> Homed {
+        if !self.has_data() {
+            return Homed::default();
+        }
+        let mut others = self.homed[index];
+        if self.head.home == Some(index) {
+            others.tasks -= 1;
+            others.nanoseconds -= self.head.least();
+        }
+        others
+    }
+
+    /// When a device is free for the task, and has its data, in nanoseconds from now.
+    fn free(&self, index: usize, plan: &Plan) -> u64 {
+        let free = self.books[index].ahead.max(self.ready.0);
+        free.saturating_add(self.others(index).nanoseconds)
+            .saturating_add(self.transfer(index, plan))
+    }
+
+    /// How many tasks a device has before it that the task would not wait for anyway.
+    fn tasks(&self, index: usize) -> u32 {
+        self.books[index].unfinished().max(self.ready.1) + self.others(index).tasks
+    }
+
+    /// The fewest tasks that one of these devices of a plan has before it.
+    fn least(&self, plan: &Plan, counts: impl Fn(usize) -> bool) -> u32 {
+        let devices = ones(plan.devices()).filter(|&index| counts(index));
+        devices.map(|index| self.tasks(index)).min().unwrap_or(0)
+    }
+
+    /// Whether a task whose run time is not known waits for another device, on which a body runs at the
+    /// moment, rather than to have its data brought to the one that is free.
+    fn had_rather(&self, fitting: usize, plan: &Plan, rules: &Rules<'_>) -> bool {
+        let &[bits] = &plan.members[..] else {
+            return false;
+        };
+        if !self.has_data() {
+            return false;
+        }
+        let amount = Amount {
+            share: plan.share,
+            memory: plan.memory,
+        };
+        let could = |index: &usize| self.books[*index].could_fit(amount);
+        let least = self.least(plan, |index| could(&index));
+        let best = ones(bits)
+            .filter(could)
+            .min_by_key(|&index| self.rank(index, plan, false, least));
+        best.is_some_and(|best| {
+            best != fitting
+                && self.transfer(best, plan) < self.transfer(fitting, plan)
+                && self.books[best].unfinished() != 0
+                && !self.books[best].fits(amount, rules.held[best], rules.runahead)
+        })
+    }
+
+    /// A task without data prefers a stream to take over, then what is free soonest. One with data and a
+    /// known run time, what is free soonest and has the data; one with an unknown run time, what has
+    /// the data soonest, among the devices that do not have more than [`PATIENCE`] tasks more than `least`.
+    fn rank(&self, index: usize, plan: &Plan, known: bool, least: u32) -> Rank {
+        let book = &self.books[index];
+        let (other, ahead) = (self.preferred & bit(index) == 0, book.ahead);
+        let unfinished = u64::from(book.unfinished());
+        if !self.has_data() {
+            return (0, 0, other, ahead, unfinished);
+        }
+        if known {
+            return (self.free(index, plan), 0, other, ahead, unfinished);
+        }
+        let (tasks, transfer) = (self.tasks(index), self.transfer(index, plan));
+        if tasks <= least + PATIENCE {
+            (0, transfer, other, u64::from(tasks), unfinished)
+        } else {
+            (1, u64::from(tasks), other, transfer, unfinished)
+        }
+    }
+}
+
 /// When a plan's devices are free, in nanoseconds from now, as estimated. None while paused bodies keep
 /// the memory that it needs, and where nobody has any of them: then they are held for another task, which
 /// may wait for what is held for this one.
-fn free_at(books: &[Book], plan: &Plan) -> Option<u64> {
+fn free_at<T>(books: &[Book], plan: &Plan, costs: &Costs<'_, T>) -> Option<u64> {
     let (mut used, mut free, mut is_busy) = (0, 0, false);
     for &bits in &plan.members {
         let books_of_it = ones(bits & !used).filter(|&index| books[index].has_room(plan.memory));
-        let book = books_of_it.min_by_key(|&index| books[index].ahead)?;
+        let book = books_of_it.min_by_key(|&index| costs.free(index, plan))?;
         used |= bit(book);
-        free = free.max(books[book].ahead);
+        free = free.max(costs.free(book, plan));
         is_busy |= books[book].unfinished() != 0;
     }
     is_busy.then_some(free)
@@ -648,20 +826,27 @@ fn free_at(books: &[Book], plan: &Plan) -> Option<u64> {
 /// A set runs ahead only behind its own predecessors, or where the last task of all its devices is
 /// the same. Elsewhere its devices would become free one after the other and wait for the last one,
 /// while a task that is chosen when they are free keeps them busy.
-fn fit(
+fn fit<T>(
     books: &[Book],
     plan: &Plan,
-    held: &[Amount],
-    preferred: u64,
-    runahead: u32,
+    rules: &Rules<'_>,
+    costs: &Costs<'_, T>,
+    known: bool,
 ) -> Option<SmallVec<[usize; 8]>> {
     let amount = Amount {
         share: plan.share,
         memory: plan.memory,
     };
-    let fits = |index: usize| books[index].fits(amount, held[index], runahead);
+    let (held, preferred) = (rules.held, costs.preferred);
+    let fits = |index: usize| books[index].fits(amount, held[index], rules.runahead);
+    let least = if costs.has_data() && !known {
+        costs.least(plan, fits)
+    } else {
+        0
+    };
+    let rank = |index: usize| costs.rank(index, plan, known, least);
     if let [bits] = plan.members[..] {
-        return soonest(books, bits, preferred, fits).map(|book| smallvec![book]);
+        return soonest(bits, preferred == 0, rank, fits).map(|book| smallvec![book]);
     }
     let mut left = ones(plan.devices())
         .filter(|&index| fits(index))
@@ -671,7 +856,7 @@ fn fit(
     }
     let mut chosen: SmallVec<[usize; 8]> = SmallVec::new();
     for &bits in &plan.members {
-        let book = soonest(books, bits & left, preferred, |_| true)?;
+        let book = soonest(bits & left, preferred == 0, rank, |_| true)?;
         left &= !bit(book);
         chosen.push(book);
     }
@@ -693,23 +878,23 @@ fn fit(
     Some(chosen)
 }
 
-/// Of those of the devices that fit the one that has a stream to take over, or is free soonest.
+/// Of those of the devices that fit the best one, the first of equals. `other`: none has a stream to take
+/// over.
 fn soonest(
-    books: &[Book],
     devices: u64,
-    preferred: u64,
+    other: bool,
+    rank: impl Fn(usize) -> Rank,
     fits: impl Fn(usize) -> bool,
 ) -> Option<usize> {
-    let least = (preferred == 0, 0, 0);
+    let least = (0, 0, other, 0, 0);
     let mut best = None;
     for index in ones(devices).filter(|&index| fits(index)) {
-        let book = &books[index];
-        let key = (preferred & bit(index) == 0, book.ahead, book.unfinished());
-        if key == least {
+        let rank = rank(index);
+        if rank == least {
             return Some(index);
         }
-        if best.is_none_or(|(least, _)| key < least) {
-            best = Some((key, index));
+        if best.is_none_or(|(least, _)| rank < least) {
+            best = Some((rank, index));
         }
     }
     best.map(|(_, index)| index)

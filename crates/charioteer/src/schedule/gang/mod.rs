@@ -42,7 +42,7 @@
 //!
 //! # Order
 //!
-//! Waiting tasks with equal alternatives are a *shape* and wait in one queue for each priority, so
+//! Waiting tasks with equal alternatives (and their data on one device) are a *shape* and wait in one queue for each priority, so
 //! that only the first of each shape is looked at: 100,000 tasks of five shapes cost what five do.
 //! They rank by priority, then by age.
 //!
@@ -78,6 +78,17 @@
 //! busy, though a slower one fits. Then devices are held for it like for any task that does not fit. It
 //! declines so for as many grants as it may be overtaken by device-times, and then takes what fits.
 //!
+//! *Data.* The time that it takes to bring a task's data to a device counts like a run time: a device
+//! finishes it when it is free, plus the transfer, plus the run time. No device is free for a task before the
+//! last of its predecessors in flight is complete, whose device's timeline is taken for that: so a
+//! successor stays where its data are, however much its predecessors are before it there. Where a task's run
+//! time is not known devices are compared by tasks instead: it goes where the transfer is shortest, among
+//! the devices that have at most `PATIENCE` (2) more tasks before them than the one with
+//! the fewest; so tasks that have nothing to do with each other spread, though their data are in one place.
+//! Those who wait and have their data on one device count among what that device has before it. Both
+//! rules let a task wait for a device that does not fit at the moment, as long as a body has it. So tasks
+//! whose data are on different devices are different shapes, and do not keep each other waiting.
+//!
 //! Rooms: `request` (what is asked for, and whether a machine can give it), `device` (the book of
 //! one device), `queue` (who waits, ranks, the bound, sweeps), `ledger` (what joins them). All this
 //! knows the vocabulary of [`machine`](crate::machine), and nobody else.
@@ -88,7 +99,9 @@ mod queue;
 mod request;
 
 pub use ledger::{Gang, Grant, GrantId, Lent, Limits, Step};
-pub use request::{Alternative, Capacity, MOST_DEVICES, Member, Reason, Request, WHOLE, check};
+pub use request::{
+    Alternative, Capacity, MOST_DEVICES, Member, Reason, Request, Transfer, WHOLE, check,
+};
 
 #[cfg(all(test, not(loom)))]
 mod tests;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use smallvec::SmallVec;
 
-use super::request::{Alternative, Capacity, Plan, Request};
+use super::request::{Alternative, Capacity, Plan, Request, Transfer};
 use crate::machine::Event;
 use crate::task::state::validate;
 
@@ -22,7 +22,18 @@ pub(super) struct Waiting<T> {
     pub(super) token: T,
     pub(super) prefer: SmallVec<[Event; 2]>,
     estimates: SmallVec<[Option<Duration>; 2]>,
+    pub(super) transfers: Box<[Transfer]>,
+    /// The one device that has its data soonest, if there is one, by its index.
+    pub(super) home: Option<usize>,
     ticket: u64,
+}
+
+/// The one device to which a task's data come soonest.
+fn home(transfers: &[Transfer]) -> Option<usize> {
+    let time = |index: &usize| transfers[*index].time(1);
+    let best = (0..transfers.len()).min_by_key(time)?;
+    let others = (0..transfers.len()).filter(|index| *index != best);
+    (time(&best) < others.map(|index| time(&index)).min()?).then_some(best)
 }
 
 fn nanoseconds(time: Duration) -> u64 {
@@ -30,6 +41,12 @@ fn nanoseconds(time: Duration) -> u64 {
 }
 
 impl<T> Waiting<T> {
+    /// How long it takes at least in nanoseconds, as far as that is known.
+    pub(super) fn least(&self) -> u64 {
+        let known = self.estimates.iter().flatten().copied();
+        known.map(nanoseconds).min().unwrap_or(0)
+    }
+
     /// How long an alternative takes in nanoseconds, if that is known.
     pub(super) fn known(&self, alternative: usize) -> Option<u64> {
         let estimate = self.estimates.get(alternative).copied().flatten();
@@ -79,10 +96,17 @@ impl<T> Lane<T> {
     }
 }
 
-/// The waiting tasks with equal alternatives.
+/// What tasks of one shape have in common.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Key {
+    alternatives: Arc<[Alternative]>,
+    home: Option<usize>,
+}
+
+/// The waiting tasks with equal alternatives, and with their data on one device if they have any.
 #[derive(Debug)]
 pub(super) struct Shape<T> {
-    alternatives: Arc<[Alternative]>,
+    key: Key,
     /// Those alternatives that can be served, with their indices, in order.
     pub(super) plans: SmallVec<[(usize, Plan); 2]>,
     /// The devices that it may use.
@@ -99,9 +123,9 @@ pub(super) struct Shape<T> {
 }
 
 impl<T> Shape<T> {
-    fn new(devices: &[Capacity], lost: u64, alternatives: Arc<[Alternative]>) -> Self {
+    fn new(devices: &[Capacity], lost: u64, key: Key) -> Self {
         let mut shape = Self {
-            alternatives,
+            key,
             plans: SmallVec::new(),
             footprint: 0,
             width: 0,
@@ -116,6 +140,7 @@ impl<T> Shape<T> {
 
     fn plan(&mut self, devices: &[Capacity], lost: u64) {
         self.plans = self
+            .key
             .alternatives
             .iter()
             .enumerate()
@@ -202,9 +227,9 @@ pub(super) struct Queue<T> {
     vacant: Vec<usize>,
     /// Shapes that somebody waits with.
     live: Vec<usize>,
-    by_value: HashMap<Arc<[Alternative]>, usize>,
+    by_value: HashMap<Key, usize>,
     /// Shapes by the address of their alternatives.
-    recent: [Option<(Arc<[Alternative]>, usize)>; 8],
+    recent: [Option<(Key, usize)>; 8],
     /// When to forget shapes that nobody waits with.
     enough: usize,
     tickets: u64,
@@ -267,8 +292,13 @@ impl<T> Queue<T> {
         lost: u64,
         token: T,
         request: Request,
-    ) -> Result<(), T> {
-        let index = self.find(devices, lost, &request.alternatives);
+    ) -> Result<&Waiting<T>, T> {
+        let key = Key {
+            home: home(&request.transfers),
+            alternatives: request.alternatives,
+        };
+        let home = key.home;
+        let index = self.find(devices, lost, key);
         let shape = &mut self.shapes[index];
         if shape.plans.is_empty() {
             return Err(token);
@@ -292,39 +322,33 @@ impl<T> Queue<T> {
             token,
             prefer: request.prefer,
             estimates: request.estimates,
+            transfers: request.transfers,
+            home,
             ticket: self.tickets,
         });
         self.tickets += 1;
         self.waiting += 1;
-        Ok(())
+        Ok(lane.tasks.back().expect("pushed above"))
     }
 
-    fn find(
-        &mut self,
-        devices: &[Capacity],
-        lost: u64,
-        alternatives: &Arc<[Alternative]>,
-    ) -> usize {
-        let slot = (Arc::as_ptr(alternatives).cast::<()>() as usize >> 4) % self.recent.len();
+    fn find(&mut self, devices: &[Capacity], lost: u64, key: Key) -> usize {
+        let address = Arc::as_ptr(&key.alternatives).cast::<()>() as usize >> 4;
+        let slot = (address + key.home.map_or(0, |home| home + 1)) % self.recent.len();
         if let Some((known, index)) = &self.recent[slot]
-            && Arc::ptr_eq(known, alternatives)
+            && Arc::ptr_eq(&known.alternatives, &key.alternatives)
+            && known.home == key.home
         {
             return *index;
         }
-        let index = match self.by_value.get(&**alternatives) {
+        let index = match self.by_value.get(&key) {
             Some(&index) => index,
-            None => self.remember(devices, lost, alternatives),
+            None => self.remember(devices, lost, key.clone()),
         };
-        self.recent[slot] = Some((Arc::clone(alternatives), index));
+        self.recent[slot] = Some((key, index));
         index
     }
 
-    fn remember(
-        &mut self,
-        devices: &[Capacity],
-        lost: u64,
-        alternatives: &Arc<[Alternative]>,
-    ) -> usize {
+    fn remember(&mut self, devices: &[Capacity], lost: u64, key: Key) -> usize {
         if self.by_value.len() >= self.enough {
             let (shapes, vacant) = (&self.shapes, &mut self.vacant);
             self.by_value.retain(|_, index| {
@@ -337,7 +361,7 @@ impl<T> Queue<T> {
             self.recent = Default::default();
             self.enough = REMEMBERED.max(2 * self.by_value.len());
         }
-        let shape = Shape::new(devices, lost, Arc::clone(alternatives));
+        let shape = Shape::new(devices, lost, key.clone());
         let index = match self.vacant.pop() {
             Some(index) => {
                 self.shapes[index] = shape;
@@ -348,8 +372,14 @@ impl<T> Queue<T> {
                 self.shapes.len() - 1
             }
         };
-        self.by_value.insert(Arc::clone(alternatives), index);
+        self.by_value.insert(key, index);
         index
+    }
+
+    /// Calls `f` with all who wait.
+    pub(super) fn for_each(&self, f: impl FnMut(&Waiting<T>)) {
+        let lanes = self.shapes.iter().flat_map(|shape| shape.lanes.values());
+        lanes.flat_map(|lane| &lane.tasks).for_each(f);
     }
 
     /// Takes the first task of a shape out.

@@ -77,6 +77,26 @@ pub struct Request {
     /// [`Lent::waits`](super::Lent::waits): whoever ran the predecessors knows them all, and which
     /// streams must wait for which.
     pub prefer: SmallVec<[Event; 2]>,
+    /// How long it takes to bring the task's data to each device, in the order of the ledger's; empty of a
+    /// task without data.
+    pub transfers: Box<[Transfer]>,
+}
+
+/// How long it takes to bring a task's data to a device, in nanoseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Transfer {
+    /// What each member of a set has as a whole.
+    pub whole: u64,
+    /// What is divided among the members.
+    pub split: u64,
+}
+
+impl Transfer {
+    /// For one of so many members.
+    #[must_use]
+    pub fn time(self, members: u64) -> u64 {
+        self.whole.saturating_add(self.split / members.max(1))
+    }
 }
 
 /// Why no machine of these devices can ever serve an alternative.

@@ -431,7 +431,9 @@ impl Mapping {
     /// The estimated run times of these sets, in order.
     pub(crate) fn estimates(&self) -> SmallVec<[Option<Duration>; 2]> {
         if let Decision::Choice(_) = self.decision() {
-            return SmallVec::from_slice(&[Some(Duration::from_nanos(self.estimate()))]);
+            // Of one that is being tried nothing is known.
+            let estimate = Some(self.estimate()).filter(|&estimate| estimate != 0);
+            return SmallVec::from_slice(&[estimate.map(Duration::from_nanos)]);
         }
         let known = self.advise(false).estimates;
         let known = &known[self.choices.cores.len()..];

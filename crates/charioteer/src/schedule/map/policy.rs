@@ -54,6 +54,9 @@ pub struct Candidate {
     pub load: u32,
     /// How many of the devices are among [`Call::near`].
     pub local: u32,
+    /// How long it takes to bring the data that the call accesses to the devices, or home; nothing if they
+    /// are there, or it accesses none.
+    pub transfer: Duration,
 }
 
 /// Chooses among candidates.
@@ -112,7 +115,7 @@ fn least<K: Ord>(call: &Call, key: impl Fn(&Candidate) -> K) -> usize {
     least.map_or(0, |(index, _)| index)
 }
 
-/// Where its predecessors ran, and there where the least is before it.
+/// Where its data are, then where its predecessors ran, and there where the least is before it.
 #[derive(Debug)]
 pub struct Locality;
 
@@ -130,7 +133,7 @@ impl Policy for Locality {
                 0 => 0,
                 _ => (near - candidate.local) + (count - candidate.local),
             };
-            (differ, candidate.load)
+            (candidate.transfer, differ, candidate.load)
         })
     }
 }

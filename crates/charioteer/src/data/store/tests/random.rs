@@ -806,11 +806,14 @@ fn play(seed: u64) {
 
 #[test]
 fn programs_leave_what_they_would_have_left_on_plain_arrays() {
-    let first = std::env::var("CHARIOTEER_SEED")
-        .ok()
-        .and_then(|it| it.parse().ok());
-    let count = if first.is_some() { 1 } else { 150 };
-    for seed in (first.unwrap_or(0)..).take(count) {
+    let asked = |name| {
+        std::env::var(name)
+            .ok()
+            .and_then(|it| it.parse::<u64>().ok())
+    };
+    let first = asked("CHARIOTEER_SEED");
+    let count = asked("CHARIOTEER_CASES").unwrap_or(if first.is_some() { 1 } else { 100 });
+    for seed in (first.unwrap_or(0)..).take(count as usize) {
         let result = std::panic::catch_unwind(|| play(seed));
         if let Err(panic) = result {
             eprintln!("CHARIOTEER_SEED={seed}");

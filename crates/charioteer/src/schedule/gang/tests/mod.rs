@@ -31,6 +31,7 @@ fn any(width: usize) -> Alternative {
 
 fn request(alternatives: &Arc<[Alternative]>) -> Request {
     Request {
+        transfers: Box::default(),
         alternatives: Arc::clone(alternatives),
         estimates: SmallVec::new(),
         priority: 0,

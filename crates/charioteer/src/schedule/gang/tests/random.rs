@@ -13,7 +13,8 @@ use proptest::prelude::*;
 
 use crate::machine::{DeviceId, Event, Kind, Stream};
 use crate::schedule::gang::{
-    Alternative, Capacity, Gang, Grant, GrantId, Limits, Member, Request, Step, WHOLE, check,
+    Alternative, Capacity, Gang, Grant, GrantId, Limits, Member, Request, Step, Transfer, WHOLE,
+    check,
 };
 
 const MEMORY: u64 = 8;
@@ -285,6 +286,13 @@ impl Checker {
                         .collect(),
                     priority,
                     prefer: prefer.copied().collect(),
+                    // Of some the data are here or there.
+                    transfers: (0..self.left().len() as u64 * u64::from(follows))
+                        .map(|index| Transfer {
+                            whole: (index * 7 + request as u64) % 3 * 1_000_000,
+                            split: index % 2 * 1_000_000,
+                        })
+                        .collect(),
                 };
                 let can = check(&self.left(), &self.requests[request]).is_ok();
                 let task = self.submitted;

@@ -8,7 +8,8 @@ use smallvec::{SmallVec, smallvec};
 use super::{any, gpus, request};
 use crate::machine::{DeviceId, Event, HOST, Kind, Stream};
 use crate::schedule::gang::{
-    Alternative, Capacity, Gang, Grant, Limits, Member, Reason, Request, Step, WHOLE, check,
+    Alternative, Capacity, Gang, Grant, Limits, Member, Reason, Request, Step, Transfer, WHOLE,
+    check,
 };
 
 const LIMITS: Limits = Limits {
@@ -633,4 +634,107 @@ fn who_keeps_memory_is_found_out_beside_a_lost_device() {
     nothing(&mut gang);
     assert!(gang.is_stuck());
     assert_eq!(gang.give_up(|_| true), Some("starves"));
+}
+
+/// A task whose data come to each device in so many milliseconds.
+fn with_data(transfers: &[u64]) -> Request {
+    let transfer = |&time: &u64| Transfer {
+        whole: time * 1_000_000,
+        split: 0,
+    };
+    Request {
+        transfers: transfers.iter().map(transfer).collect(),
+        ..one(any(1))
+    }
+}
+
+fn that_takes(milliseconds: u64, request: Request) -> Request {
+    Request {
+        estimates: smallvec![Some(Duration::from_millis(milliseconds))],
+        ..request
+    }
+}
+
+#[test]
+fn a_chain_stays_where_its_data_are_however_much_it_has_before_it() {
+    for known in [false, true] {
+        let mut gang = Gang::new(&gpus(2, 0), LIMITS);
+        gang.submit("first", with_data(&[5, 5])).unwrap();
+        let (_, grant) = launch(&mut gang, &[event(0, 0, 1)]);
+        assert_eq!(devices(&grant), [0]);
+        for position in 1..40 {
+            let next = Request {
+                prefer: smallvec![event(0, 0, position)],
+                ..with_data(&[0, 1])
+            };
+            let next = if known { that_takes(10, next) } else { next };
+            gang.submit("next", next).unwrap();
+            let (_, grant) = launch(&mut gang, &[event(0, 0, position + 1)]);
+            assert_eq!(devices(&grant), [0], "link {position}");
+        }
+    }
+}
+
+#[test]
+fn tasks_that_have_nothing_to_do_with_each_other_spread_from_one_place() {
+    // What is the transfer worth? That is known only if the run time is.
+    for (run, transfer, most) in [(None, 5, 6), (Some(10), 5, 5), (Some(1), 100, 10)] {
+        let mut gang = Gang::new(&gpus(2, 0), LIMITS);
+        let mut on_first = 0;
+        for number in 1..=10 {
+            let task = with_data(&[0, transfer]);
+            let task = match run {
+                Some(run) => that_takes(run, task),
+                None => task,
+            };
+            gang.submit("task", task).unwrap();
+            let (_, grant) = start(&mut gang);
+            let device = devices(&grant)[0];
+            on_first += u64::from(device == 0);
+            gang.launched(grant.id, &[Some(event(device, number, 1))]);
+        }
+        assert_eq!(on_first, most, "run {run:?}, transfer {transfer}");
+    }
+}
+
+#[test]
+fn a_task_waits_for_the_body_that_has_the_device_of_its_data() {
+    for known in [false, true] {
+        let task = |transfers: &[u64]| {
+            let task = with_data(transfers);
+            if known { that_takes(2, task) } else { task }
+        };
+        let mut gang = Gang::new(&gpus(2, 0), LIMITS);
+        gang.submit("busy", task(&[0, 9])).unwrap();
+        let (_, busy) = start(&mut gang);
+        assert_eq!(devices(&busy), [0]);
+        gang.submit("near", task(&[0, 9])).unwrap();
+        nothing(&mut gang);
+        // Whose data are elsewhere is not kept waiting.
+        gang.submit("far", task(&[9, 0])).unwrap();
+        let (token, grant) = start(&mut gang);
+        assert_eq!((token, devices(&grant)), ("far", vec![1]));
+        gang.launched(grant.id, &[Some(event(1, 0, 1))]);
+        nothing(&mut gang);
+        gang.launched(busy.id, &[Some(event(0, 0, 1))]);
+        let (token, grant) = start(&mut gang);
+        assert_eq!((token, devices(&grant)), ("near", vec![0]));
+    }
+}
+
+#[test]
+fn who_wait_for_one_device_go_elsewhere_when_they_are_many() {
+    let mut gang = Gang::new(&gpus(2, 0), LIMITS);
+    gang.submit("busy", with_data(&[0, 9])).unwrap();
+    let (_, busy) = start(&mut gang);
+    for _ in 0..2 {
+        gang.submit("waits", with_data(&[0, 9])).unwrap();
+        nothing(&mut gang);
+    }
+    gang.submit("too many", with_data(&[0, 9])).unwrap();
+    let (_, first) = start(&mut gang);
+    assert_eq!(devices(&first), [1], "the first of them has its data moved");
+    nothing(&mut gang);
+    gang.launched(busy.id, &[Some(event(0, 0, 1))]);
+    assert_eq!(devices(&start(&mut gang).1), [0]);
 }

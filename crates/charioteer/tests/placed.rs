@@ -1,0 +1,757 @@
+//! Random programs of accesses on virtual devices, with real bytes, against a sequential oracle.
+//!
+//! A program is a list of tasks with accesses to parts of two arrays in all modes: on cores, on any device
+//! or a certain one, on pairs of devices with pieces or equal copies, on sets with a core, or where they are
+//! mapped to; and accesses of the host, prefetches and evictions between them. Bodies on devices enqueue
+//! what they do there: what they write is a digest of what they read. The oracle does the same in the
+//! order of the list. Tasks fail in their body or on the device, are cancelled, repeated, and wait. Devices
+//! have much memory or hardly any, are virtual in real and in virtual time, fail copies and get lost.
+#![cfg(not(loom))]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use charioteer::gang::{Alternative, Member, WHOLE};
+use charioteer::machine::{Description, DeviceError, DeviceId, HOST, Kind, Machine, Time};
+use charioteer::mapping::{Choice, On};
+use charioteer::native::{
+    Access, AccessTrouble, Datum, HostError, Mode, Part, Runtime, SpawnError, Task, TaskError, View,
+    current,
+};
+use charioteer::region::{Region, Span};
+use charioteer::task::Need;
+use proptest::prelude::*;
+
+use common::{prove, take_trace, trace_path, within_on};
+
+const SHAPE: [u64; 2] = [12, 10];
+const ELEMENTS: usize = 120;
+const TILES: [[u64; 2]; 2] = [[4, 5], [3, 3]];
+const CORE: Member = Member::Any(Kind::Cpu);
+const GPU: Member = Member::Any(Kind::Gpu);
+
+#[derive(Clone, Debug)]
+enum Where {
+    Whole,
+    /// Of which grid, and which tile.
+    Tile(usize, [u64; 2]),
+    Spans([Span; 2]),
+}
+
+#[derive(Clone, Debug)]
+struct Use {
+    array: usize,
+    at: Where,
+    mode: Mode,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum On_ {
+    Cores,
+    Any,
+    This(u16),
+    /// Two devices, each with its piece along the first axis of what is written.
+    Shards,
+    /// Two devices that write the same.
+    Copies,
+    /// A core and a device, each with its piece.
+    Mixed,
+    /// A core or a device.
+    Mapped,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Twist {
+    None,
+    Fails,
+    /// Its work on the device does.
+    Faults,
+    Cancelled,
+    /// Its first attempt fails.
+    Repeated,
+    /// It waits for a child of its own.
+    Waits,
+    /// The host reads or writes, instead of a task.
+    Host,
+    Prefetched(u16),
+    Evicted(u16),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Mishap {
+    None,
+    /// So many copies later one of the device fails.
+    Copy(u16, u64),
+    /// So many operations later the device is lost.
+    Loss(u16, u64),
+}
+
+#[derive(Clone, Debug)]
+struct Plan {
+    workers: usize,
+    gpus: u16,
+    time: Time,
+    memory: u64,
+    runahead: u32,
+    mishap: Mishap,
+    tasks: Vec<(Vec<Use>, On_, Twist, u64)>,
+}
+
+fn span(extent: u64) -> impl Strategy<Value = Span> {
+    (0..extent, 1..4_u64, 0..7_u64).prop_map(move |(start, step, count)| {
+        Span::new(start, step, count.min((extent - 1 - start) / step + 1))
+    })
+}
+
+fn place(kinds: u32) -> impl Strategy<Value = Where> {
+    (0..4_u32, 0..4_u64, 0..4_u64, span(SHAPE[0]), span(SHAPE[1])).prop_map(
+        move |(kind, i, j, rows, columns)| {
+            let tile = |grid: usize| {
+                let [height, width] = TILES[grid];
+                let count = [SHAPE[0].div_ceil(height), SHAPE[1].div_ceil(width)];
+                Where::Tile(grid, [i % count[0], j % count[1]])
+            };
+            match kind % kinds {
+                0 => tile(0),
+                1 if i == 0 && j < 2 => Where::Whole,
+                1 => tile(0),
+                2 => tile(1),
+                _ => Where::Spans([rows, columns]),
+            }
+        },
+    )
+}
+
+fn on() -> impl Strategy<Value = On_> {
+    prop_oneof![
+        2 => Just(On_::Cores),
+        4 => Just(On_::Any),
+        2 => (0..3_u16).prop_map(On_::This),
+        1 => Just(On_::Shards),
+        1 => Just(On_::Copies),
+        1 => Just(On_::Mixed),
+        1 => Just(On_::Mapped),
+    ]
+}
+
+fn plan(mishaps: bool) -> impl Strategy<Value = Plan> {
+    let machine = (0..4_usize, 1..4_u16, prop::bool::ANY, 0..3_usize, 0..3_usize);
+    // Where tasks commute none fails: whom a failure in a group concerns is told elsewhere.
+    (machine, prop::bool::ANY, 1..5_u32).prop_flat_map(move |(machine, commutes, kinds)| {
+        let commutes = commutes && !mishaps;
+        let mode = if commutes {
+            prop_oneof![
+                1 => Just(Mode::In),
+                1 => Just(Mode::Out),
+                1 => Just(Mode::InOut),
+                2 => Just(Mode::Commute)
+            ]
+            .boxed()
+        } else {
+            prop_oneof![2 => Just(Mode::In), 2 => Just(Mode::Out), 2 => Just(Mode::InOut)].boxed()
+        };
+        let access = (0..2_usize, place(kinds), mode)
+            .prop_map(|(array, at, mode)| Use { array, at, mode });
+        let weight = u32::from(!commutes);
+        let twist = prop_oneof![
+            16 => Just(Twist::None),
+            weight => Just(Twist::Fails),
+            weight => Just(Twist::Faults),
+            weight => Just(Twist::Cancelled),
+            1 => Just(Twist::Repeated),
+            1 => Just(Twist::Waits),
+            2 => Just(Twist::Host),
+            1 => (0..3_u16).prop_map(Twist::Prefetched),
+            1 => (0..3_u16).prop_map(Twist::Evicted),
+        ];
+        let task = (prop::collection::vec(access, 1..4), on(), twist, 0..60_u64);
+        let (workers, gpus, is_real, memory, runahead) = machine;
+        let mishap = if mishaps {
+            prop_oneof![
+                (0..gpus, 1..6_u64).prop_map(|(gpu, count)| Mishap::Copy(gpu, count)),
+                (0..gpus, 1..20_u64).prop_map(|(gpu, count)| Mishap::Loss(gpu, count)),
+            ]
+            .boxed()
+        } else {
+            Just(Mishap::None).boxed()
+        };
+        (mishap, prop::collection::vec(task, 1..40)).prop_map(move |(mishap, tasks)| Plan {
+            workers: if is_real { workers } else { 0 },
+            gpus,
+            time: if is_real { Time::Real } else { Time::Virtual },
+            // Two whole arrays have 1,920 bytes.
+            memory: [2_048, 4_096, 1 << 20][memory],
+            runahead: [0, 1, 64][runahead],
+            mishap,
+            tasks,
+        })
+    })
+}
+
+/// The indices of a region, in order.
+fn indices(region: &Region) -> Vec<[u64; 2]> {
+    let numbers = |span: &Span| {
+        let span = *span;
+        (0..span.count()).map(move |number| span.start() + number * span.step())
+    };
+    let [rows, columns] = region.spans() else {
+        panic!("two axes")
+    };
+    numbers(rows)
+        .flat_map(|row| numbers(columns).map(move |column| [row, column]))
+        .collect()
+}
+
+fn number([row, column]: [u64; 2]) -> usize {
+    usize::try_from(row * SHAPE[1] + column).unwrap()
+}
+
+fn digest(of: impl Hash) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    of.hash(&mut hasher);
+    hasher.finish()
+}
+
+/// What an element is, as the oracle sees it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Element {
+    Value(u64),
+    /// The number of the task whose failure it was.
+    Undefined(usize),
+}
+
+/// One access of one member: its number among the task's, and which elements it has.
+#[derive(Clone, Debug)]
+struct Touched {
+    access: usize,
+    mode: Mode,
+    array: usize,
+    elements: Vec<[u64; 2]>,
+}
+
+/// What a member does.
+fn act(
+    task: usize,
+    accesses: &[Touched],
+    load: impl Fn(&Touched, [u64; 2]) -> u64,
+    mut store: impl FnMut(&Touched, [u64; 2], u64),
+) {
+    let mut read = Vec::new();
+    for it in accesses {
+        if matches!(it.mode, Mode::In | Mode::InOut) {
+            read.extend(it.elements.iter().map(|&at| load(it, at)));
+        }
+    }
+    let read = digest(read);
+    for it in accesses {
+        for &at in &it.elements {
+            match it.mode {
+                Mode::Out | Mode::InOut => store(it, at, digest((task, number(at), read))),
+                Mode::Commute => {
+                    let sum = load(it, at).wrapping_add(digest((task, number(at))));
+                    store(it, at, sum);
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+struct Array {
+    datum: Arc<Datum>,
+    grids: [charioteer::native::Grid; 2],
+    elements: Arc<[AtomicU64]>,
+}
+
+impl Array {
+    fn new(label: &str) -> Self {
+        let elements: Arc<[AtomicU64]> = (0..ELEMENTS).map(|_| AtomicU64::new(0)).collect();
+        let address = elements.as_ptr() as usize;
+        let keep = Box::new(Arc::clone(&elements));
+        let datum = Datum::stored(label, &SHAPE, 8, address, keep);
+        let grids = TILES.map(|tile| datum.grid(&tile));
+        Self {
+            datum,
+            grids,
+            elements,
+        }
+    }
+
+    fn part(&self, at: &Where) -> Part {
+        match at {
+            Where::Whole => self.datum.whole(),
+            Where::Tile(grid, index) => self.grids[*grid].tile(index),
+            Where::Spans(spans) => self.datum.part(Region::new(*spans)),
+        }
+    }
+}
+
+fn exclude_each_other(accesses: &[Touched]) -> bool {
+    let sets: Vec<BTreeSet<_>> = accesses
+        .iter()
+        .map(|it| it.elements.iter().map(|&at| (it.array, at)).collect())
+        .collect();
+    (0..accesses.len()).any(|first| {
+        (first + 1..accesses.len()).any(|second| {
+            let modes = (accesses[first].mode, accesses[second].mode);
+            let fine = matches!(
+                modes,
+                (Mode::In, Mode::In | Mode::Out | Mode::InOut)
+                    | (Mode::Out | Mode::InOut, Mode::In)
+            );
+            !fine && !sets[first].is_disjoint(&sets[second])
+        })
+    })
+}
+
+/// The rows that a member has, as NumPy's `array_split` has them.
+fn rows_of(count: usize, member: usize, members: usize) -> std::ops::Range<usize> {
+    let (each, more) = (count / members, count % members);
+    let start = member * each + member.min(more);
+    start..start + each + usize::from(member < more)
+}
+
+/// What each member of a task's set has.
+fn members(on: On_, all: &[Touched], rows: &[usize]) -> Vec<Vec<Touched>> {
+    let count = match on {
+        On_::Shards | On_::Copies | On_::Mixed => 2,
+        _ => 1,
+    };
+    let one = |member: usize| {
+        let each = all.iter().zip(rows).map(|(it, &rows)| {
+            let mut it = it.clone();
+            if matches!(on, On_::Shards | On_::Mixed) && it.mode != Mode::In && rows != 0 {
+                let width = it.elements.len() / rows;
+                let own = rows_of(rows, member, count);
+                it.elements = it.elements[own.start * width..own.end * width].to_vec();
+            }
+            it
+        });
+        each.collect()
+    };
+    (0..count).map(one).collect()
+}
+
+fn set(members: &[Member]) -> Alternative {
+    Alternative {
+        members: members.into(),
+        share: WHOLE,
+        memory: 0,
+    }
+}
+
+/// Where an element is on a device, in bytes from the pointer of the view.
+fn offset(view: &View, at: [u64; 2]) -> usize {
+    let steps = at.iter().zip(&view.origin).zip(&view.strides);
+    let offset = steps.map(|((at, origin), stride)| (at - origin) * stride);
+    usize::try_from(offset.sum::<u64>()).unwrap()
+}
+
+/// Enqueues what a member does on its device.
+fn enqueue(
+    machine: &Arc<Machine>,
+    task: usize,
+    (device, stream): (DeviceId, charioteer::machine::Stream),
+    accesses: Vec<Touched>,
+    views: Vec<Option<View>>,
+    faults: bool,
+) {
+    let gpu = Arc::clone(machine.as_virtual().unwrap().gpu(device));
+    let inner = Arc::clone(&gpu);
+    let operation = Box::new(move || {
+        let memory: Vec<_> = accesses
+            .iter()
+            .map(|it| {
+                let view = views[it.access].as_ref().expect("it has elements there");
+                let last = it.elements.iter().map(|&at| offset(view, at)).max();
+                last.map(|last| inner.bytes(view.pointer, last as u64 + 8).unwrap())
+            })
+            .collect();
+        let pointer = |it: &Touched, at| {
+            let place = accesses.iter().position(|other| other.access == it.access);
+            let memory = memory[place.unwrap()].as_ref().unwrap();
+            let view = views[it.access].as_ref().unwrap();
+            assert!(offset(view, at) + 8 <= memory.len());
+            // SAFETY: within the bytes, as asserted.
+            unsafe { memory.as_ptr().add(offset(view, at)).cast::<u64>() }
+        };
+        // SAFETY: the memory is there, and the runtime's order keeps others from it.
+        let load = |it: &Touched, at| unsafe { pointer(it, at).read_unaligned() };
+        // SAFETY: as above.
+        let store = |it: &Touched, at, value| unsafe { pointer(it, at).write_unaligned(value) };
+        act(task, &accesses, load, store);
+        if faults {
+            return Err(DeviceError::Operation(device, "planned".into()));
+        }
+        Ok(())
+    });
+    // A device that is lost says so, and the task fails without that.
+    let _ = gpu.enqueue(stream, operation);
+}
+
+/// Does what a task does, wherever it runs.
+fn run_body(
+    machine: &Arc<Machine>,
+    arrays: &[Arc<[AtomicU64]>; 2],
+    task: usize,
+    members: &[Vec<Touched>],
+    faults: bool,
+    pause: u64,
+) {
+    let here = current().unwrap();
+    let mut streams = here.streams().into_iter();
+    let views = here.views();
+    let gpus = machine.as_virtual().unwrap();
+    let single = here.places().len() == 1 && streams.len() == 0;
+    for (member, accesses) in members.iter().enumerate() {
+        let on_core = single
+            || matches!(
+                here.places().get(member),
+                None | Some(charioteer::native::Place::Core(_))
+            );
+        if on_core {
+            let load = |it: &Touched, at| arrays[it.array][number(at)].load(Ordering::Relaxed);
+            let store = |it: &Touched, at, value| {
+                arrays[it.array][number(at)].store(value, Ordering::Relaxed);
+            };
+            act(task, accesses, load, store);
+            continue;
+        }
+        let (device, stream) = streams.next().unwrap();
+        let _ = gpus.gpu(device).busy(stream, Duration::from_micros(pause));
+        let views = views[member].to_vec();
+        enqueue(machine, task, (device, stream), accesses.clone(), views, faults);
+    }
+}
+
+/// What became of a task, and what it was.
+struct Spawned {
+    task: Task<()>,
+    cancelled: bool,
+    members: Vec<Vec<Touched>>,
+}
+
+#[allow(clippy::too_many_lines, reason = "one program from begin to end")]
+fn run(plan: &Plan) {
+    let path = trace_path();
+    let description =
+        Description::uniform(4, usize::from(plan.gpus), plan.memory, plan.time).unwrap();
+    let machine = Machine::virtual_machine(description);
+    let lenient = plan.mishap != Mishap::None;
+    let runtime = Runtime::builder()
+        .workers(plan.workers)
+        .machine(Arc::clone(&machine))
+        .runahead(plan.runahead)
+        .trace(&path)
+        .open()
+        .unwrap();
+    let gpus = machine.as_virtual().unwrap();
+    match plan.mishap {
+        Mishap::None => {}
+        Mishap::Copy(gpu, nth) => gpus.gpu(DeviceId::gpu(gpu)).fail_copy(nth),
+        Mishap::Loss(gpu, after) => gpus.gpu(DeviceId::gpu(gpu)).lose_after(after, "planned"),
+    }
+    let data = [Array::new("A"), Array::new("B")];
+    let arrays = [Arc::clone(&data[0].elements), Arc::clone(&data[1].elements)];
+    let list = [On::Cores(Need::Core), On::Devices(set(&[GPU]))].map(|on| Choice {
+        variant: 0,
+        label: String::new(),
+        on,
+        cost: None,
+    });
+    let choices = runtime.choices("either", list.to_vec()).unwrap();
+    let mut spawned: Vec<Option<Spawned>> = Vec::new();
+    // What the host saw, or wrote, before which task.
+    let mut seen = Vec::new();
+    let mut moved = Vec::new();
+    for (index, (uses, on, twist, pause)) in plan.tasks.iter().enumerate() {
+        let parts: Vec<Part> = uses
+            .iter()
+            .map(|one| data[one.array].part(&one.at))
+            .collect();
+        let device = |gpu: u16| match gpu {
+            gpu if gpu < plan.gpus => DeviceId::gpu(gpu),
+            _ => HOST,
+        };
+        match *twist {
+            Twist::Host => {
+                let (part, one) = (&parts[0], &uses[0]);
+                let all = indices(part.region());
+                let writes = *pause < 20;
+                let mode = if writes { Mode::InOut } else { Mode::In };
+                let looked = match runtime.host(&[Access::new(part, mode)]) {
+                    Ok(access) => {
+                        let element = |&at: &[u64; 2]| &arrays[one.array][number(at)];
+                        let load = |at| element(at).load(Ordering::Relaxed);
+                        let values: Vec<u64> = all.iter().map(load).collect();
+                        if writes {
+                            for at in &all {
+                                element(at).store(digest((index, number(*at))), Ordering::Relaxed);
+                            }
+                        }
+                        access.leave();
+                        Some(values)
+                    }
+                    Err(HostError::Failed(_)) => None,
+                    Err(error) => panic!("{error}"),
+                };
+                seen.push((index, one.array, all, looked, writes));
+                spawned.push(None);
+                continue;
+            }
+            Twist::Prefetched(gpu) => {
+                moved.push(runtime.prefetch(&parts[0], device(gpu)).unwrap());
+                spawned.push(None);
+                continue;
+            }
+            Twist::Evicted(gpu) => {
+                moved.push(runtime.evict(&parts[0], device(gpu)).unwrap());
+                spawned.push(None);
+                continue;
+            }
+            _ => {}
+        }
+        let on = match *on {
+            On_::Shards | On_::Copies if plan.gpus < 2 => On_::Any,
+            On_::This(gpu) => On_::This(gpu % plan.gpus),
+            on => on,
+        };
+        let mut task = runtime.task().name(format!("{index}"));
+        task = match on {
+            On_::Cores => task,
+            On_::Any => task.on([set(&[GPU])]),
+            On_::This(gpu) => task.on([set(&[Member::Device(DeviceId::gpu(gpu))])]),
+            On_::Shards | On_::Copies => task.on([set(&[GPU, GPU])]),
+            On_::Mixed => task.on([set(&[CORE, GPU])]),
+            On_::Mapped => task.choices(&choices, uses.len() as u64),
+        };
+        let (mut all, mut rows) = (Vec::new(), Vec::new());
+        let mut is_short = false;
+        for (access, (one, part)) in uses.iter().zip(&parts).enumerate() {
+            let said = Access::new(part, one.mode);
+            let region = part.region();
+            let count = usize::try_from(region.spans()[0].count()).unwrap();
+            let said = match on {
+                On_::Shards | On_::Mixed if one.mode != Mode::In => said.sharded(0),
+                On_::Copies if one.mode != Mode::In => said.replicated(),
+                _ => said,
+            };
+            is_short |= matches!(on, On_::Shards | On_::Mixed)
+                && one.mode != Mode::In
+                && !region.is_empty()
+                && count < 2;
+            task = task.accesses(said);
+            rows.push(count);
+            all.push(Touched {
+                access,
+                mode: one.mode,
+                array: one.array,
+                elements: indices(region),
+            });
+        }
+        let excluded = exclude_each_other(&all);
+        let members = members(on, &all, &rows);
+        // What a second attempt would read has to be there still.
+        let updates = uses.iter().any(|one| matches!(one.mode, Mode::InOut | Mode::Commute));
+        let overwrites = all.iter().any(|read| {
+            let writes = all.iter().filter(|it| it.mode == Mode::Out && it.array == read.array);
+            read.mode == Mode::In
+                && writes.flat_map(|it| &it.elements).any(|at| read.elements.contains(at))
+        });
+        let repeats = *twist == Twist::Repeated && !updates && !overwrites;
+        let (twist, pause, own) = (*twist, *pause, members.clone());
+        let (inner, elements, spawn) = (Arc::clone(&machine), arrays.clone(), runtime.handle());
+        let mut attempts = 0;
+        let body = move || {
+            if twist == Twist::Waits {
+                let child = spawn.task().spawn(|| ()).unwrap();
+                child.result().unwrap();
+            }
+            let faults = twist == Twist::Faults;
+            run_body(&inner, &elements, index, &own, faults, pause);
+            attempts += 1;
+            let on_core = faults && current().unwrap().streams().is_empty();
+            if twist == Twist::Fails || on_core || (repeats && attempts == 1) {
+                return Err(std::io::Error::other("planned"));
+            }
+            Ok(())
+        };
+        match task.try_spawn(u32::from(repeats), body) {
+            Ok(task) => {
+                assert!(!excluded && !is_short, "task {index} was to be refused");
+                let cancelled = twist == Twist::Cancelled && task.cancel();
+                spawned.push(Some(Spawned {
+                    task,
+                    cancelled,
+                    members,
+                }));
+            }
+            Err(SpawnError::Access(AccessTrouble::SelfConflict { .. })) => {
+                assert!(excluded, "task {index} was refused");
+                spawned.push(None);
+            }
+            Err(SpawnError::Access(AccessTrouble::ShortAxis { .. })) => {
+                assert!(is_short, "task {index} was refused");
+                spawned.push(None);
+            }
+            Err(SpawnError::Memory { wanted, there, .. }) => {
+                assert!(wanted > there && there == plan.memory);
+                spawned.push(None);
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+    check(plan, &spawned, seen, lenient, &arrays, runtime, moved);
+    let file = take_trace(&path);
+    if !lenient {
+        prove(&file);
+    }
+}
+
+type Seen = (usize, usize, Vec<[u64; 2]>, Option<Vec<u64>>, bool);
+
+fn check(
+    plan: &Plan,
+    spawned: &[Option<Spawned>],
+    seen: Vec<Seen>,
+    lenient: bool,
+    arrays: &[Arc<[AtomicU64]>; 2],
+    runtime: Runtime,
+    moved: Vec<Task<()>>,
+) {
+    let mut oracle = [[Element::Value(0); ELEMENTS]; 2];
+    let mut seen = seen.into_iter().peekable();
+    for (index, (_, _, twist, _)) in plan.tasks.iter().enumerate() {
+        if let Some((_, array, all, looked, writes)) = seen.next_if(|(at, ..)| *at == index) {
+            let values: Vec<Element> = all.iter().map(|&at| oracle[array][number(at)]).collect();
+            let defined = values.iter().all(|it| matches!(it, Element::Value(_)));
+            assert!(looked.is_none() || defined, "the host, before task {index}");
+            assert!(looked.is_some() || !defined || lenient, "the host, before task {index}");
+            let done = looked.is_some();
+            if let Some(looked) = looked {
+                let looked: Vec<Element> = looked.into_iter().map(Element::Value).collect();
+                assert_eq!(looked, values, "the host, before task {index}");
+            }
+            for at in all.iter().filter(|_| writes) {
+                oracle[array][number(*at)] = if done {
+                    Element::Value(digest((index, number(*at))))
+                } else {
+                    // What the root is is not its number.
+                    let before = oracle[array][number(*at)];
+                    match before {
+                        Element::Undefined(_) => before,
+                        Element::Value(_) => Element::Undefined(usize::MAX),
+                    }
+                };
+            }
+            if writes && !done {
+                // Whose failure it is that it passes on is one of several.
+                let any = values.iter().find_map(|it| match it {
+                    Element::Undefined(root) => Some(*root),
+                    Element::Value(_) => None,
+                });
+                for at in &all {
+                    oracle[array][number(*at)] = Element::Undefined(any.unwrap_or(usize::MAX));
+                }
+            }
+            continue;
+        }
+        let Some(Spawned {
+            task,
+            cancelled,
+            members,
+        }) = &spawned[index]
+        else {
+            continue;
+        };
+        let all = || members.iter().flatten();
+        let reads = all().filter(|it| it.mode != Mode::Out);
+        let roots: BTreeSet<usize> = reads
+            .flat_map(|it| it.elements.iter().map(|&at| oracle[it.array][number(at)]))
+            .filter_map(|element| match element {
+                Element::Undefined(root) => Some(root),
+                Element::Value(_) => None,
+            })
+            .collect();
+        let fails = matches!(twist, Twist::Fails | Twist::Faults);
+        let root = match task.result() {
+            Ok(()) => None,
+            Err(TaskError::Cancelled) => {
+                assert!(*cancelled, "task {index} was cancelled by nobody");
+                Some(index)
+            }
+            Err(TaskError::Failed(_)) => {
+                assert!(fails && roots.is_empty());
+                Some(index)
+            }
+            Err(TaskError::Device(error)) => {
+                assert!(*twist == Twist::Faults || lenient, "task {index}: {error}");
+                assert!(roots.is_empty() || lenient, "task {index}: {error}");
+                Some(index)
+            }
+            Err(TaskError::Dependency(name, _)) => {
+                let root = name.parse().unwrap_or(usize::MAX);
+                assert!(
+                    roots.contains(&root),
+                    "task {index} failed for {name}, not one of {roots:?}"
+                );
+                Some(root)
+            }
+            Err(error) => panic!("task {index}: {error}"),
+        };
+        if !cancelled && !(lenient && root.is_some()) {
+            assert_eq!(root.is_some(), fails || !roots.is_empty(), "task {index}");
+        }
+        let before = oracle;
+        if let Some(root) = root {
+            for it in all().filter(|it| it.mode.writes()) {
+                for at in &it.elements {
+                    oracle[it.array][number(*at)] = Element::Undefined(root);
+                }
+            }
+            continue;
+        }
+        let load = |it: &Touched, at| match before[it.array][number(at)] {
+            Element::Value(value) => value,
+            Element::Undefined(_) => panic!("task {index} read what is undefined"),
+        };
+        for member in members {
+            act(index, member, load, |it, at, value| {
+                oracle[it.array][number(at)] = Element::Value(value);
+            });
+        }
+    }
+    let _failures = runtime.close();
+    drop(moved);
+    for (array, elements) in oracle.iter().enumerate().filter(|_| !lenient) {
+        for (element, value) in elements.iter().enumerate() {
+            if let Element::Value(value) = value {
+                let stored = arrays[array][element].load(Ordering::Relaxed);
+                assert_eq!(stored, *value, "element {element} of array {array}");
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: 48,
+        max_shrink_iters: 2000,
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn random_programs_on_devices_are_as_if_run_in_order(plan in plan(false)) {
+        within_on(format!("{plan:?}"), 10, move || run(&plan));
+    }
+
+    #[test]
+    fn mishaps_touch_only_what_they_may(plan in plan(true)) {
+        within_on(format!("{plan:?}"), 10, move || run(&plan));
+    }
+}
