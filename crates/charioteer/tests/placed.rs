@@ -20,8 +20,8 @@ use charioteer::gang::{Alternative, Member, WHOLE};
 use charioteer::machine::{Description, DeviceError, DeviceId, HOST, Kind, Machine, Time};
 use charioteer::mapping::{Choice, On};
 use charioteer::native::{
-    Access, AccessTrouble, Datum, HostError, Mode, Part, Runtime, SpawnError, Task, TaskError, View,
-    current,
+    Access, AccessTrouble, Datum, HostError, Mode, Part, Runtime, SpawnError, Task, TaskError,
+    View, current,
 };
 use charioteer::region::{Region, Span};
 use charioteer::task::Need;
@@ -140,7 +140,13 @@ fn on() -> impl Strategy<Value = On_> {
 }
 
 fn plan(mishaps: bool) -> impl Strategy<Value = Plan> {
-    let machine = (0..4_usize, 1..4_u16, prop::bool::ANY, 0..3_usize, 0..3_usize);
+    let machine = (
+        0..4_usize,
+        1..4_u16,
+        prop::bool::ANY,
+        0..3_usize,
+        0..3_usize,
+    );
     // Where tasks commute none fails: whom a failure in a group concerns is told elsewhere.
     (machine, prop::bool::ANY, 1..5_u32).prop_flat_map(move |(machine, commutes, kinds)| {
         let commutes = commutes && !mishaps;
@@ -155,8 +161,8 @@ fn plan(mishaps: bool) -> impl Strategy<Value = Plan> {
         } else {
             prop_oneof![2 => Just(Mode::In), 2 => Just(Mode::Out), 2 => Just(Mode::InOut)].boxed()
         };
-        let access = (0..2_usize, place(kinds), mode)
-            .prop_map(|(array, at, mode)| Use { array, at, mode });
+        let access =
+            (0..2_usize, place(kinds), mode).prop_map(|(array, at, mode)| Use { array, at, mode });
         let weight = u32::from(!commutes);
         let twist = prop_oneof![
             16 => Just(Twist::None),
@@ -425,7 +431,14 @@ fn run_body(
         let (device, stream) = streams.next().unwrap();
         let _ = gpus.gpu(device).busy(stream, Duration::from_micros(pause));
         let views = views[member].to_vec();
-        enqueue(machine, task, (device, stream), accesses.clone(), views, faults);
+        enqueue(
+            machine,
+            task,
+            (device, stream),
+            accesses.clone(),
+            views,
+            faults,
+        );
     }
 }
 
@@ -557,11 +570,17 @@ fn run(plan: &Plan) {
         let excluded = exclude_each_other(&all);
         let members = members(on, &all, &rows);
         // What a second attempt would read has to be there still.
-        let updates = uses.iter().any(|one| matches!(one.mode, Mode::InOut | Mode::Commute));
+        let updates = uses
+            .iter()
+            .any(|one| matches!(one.mode, Mode::InOut | Mode::Commute));
         let overwrites = all.iter().any(|read| {
-            let writes = all.iter().filter(|it| it.mode == Mode::Out && it.array == read.array);
+            let writes = all
+                .iter()
+                .filter(|it| it.mode == Mode::Out && it.array == read.array);
             read.mode == Mode::In
-                && writes.flat_map(|it| &it.elements).any(|at| read.elements.contains(at))
+                && writes
+                    .flat_map(|it| &it.elements)
+                    .any(|at| read.elements.contains(at))
         });
         let repeats = *twist == Twist::Repeated && !updates && !overwrites;
         let (twist, pause, own) = (*twist, *pause, members.clone());
@@ -631,7 +650,10 @@ fn check(
             let values: Vec<Element> = all.iter().map(|&at| oracle[array][number(at)]).collect();
             let defined = values.iter().all(|it| matches!(it, Element::Value(_)));
             assert!(looked.is_none() || defined, "the host, before task {index}");
-            assert!(looked.is_some() || !defined || lenient, "the host, before task {index}");
+            assert!(
+                looked.is_some() || !defined || lenient,
+                "the host, before task {index}"
+            );
             let done = looked.is_some();
             if let Some(looked) = looked {
                 let looked: Vec<Element> = looked.into_iter().map(Element::Value).collect();
