@@ -27,11 +27,13 @@ use std::time::Duration;
 
 use charioteer::machine::{
     Completion, Device, DeviceError, DeviceId, DeviceInfo, DevicePointer, Enqueued, Event, HOST,
-    Mark, Observed, Observers, Stream, Traffic,
+    Mark, Observed, Observers, Stream, Strided, Traffic,
 };
 use cudarc::driver::sys::CUresult;
 
-use crate::driver::{self, Answer, CUstream, Context, Fault, Found, Handle, Recorded, is_pinned};
+use crate::driver::{
+    self, Answer, CUstream, Context, Fault, Found, Handle, Recorded, Side, is_pinned,
+};
 use crate::staging::{PIECE, Staging};
 use crate::timeline::{Lane, Reached, Timeline};
 
@@ -184,6 +186,28 @@ impl Gpu {
         let timelines = self.timelines.read();
         timelines.unwrap_or_else(PoisonError::into_inner).clone()
     }
+}
+
+/// What a pointer is to the driver; host memory is pinned.
+fn side(pointer: DevicePointer) -> Side {
+    Side {
+        address: pointer.address,
+        is_host: pointer.device == HOST,
+    }
+}
+
+/// Copies the runs of a box within the host's memory.
+///
+/// # Safety
+/// They are valid at both addresses, and do not overlap.
+unsafe fn move_runs(shape: &Strided, from: usize, to: usize) {
+    let run = shape.run as usize;
+    shape.each(&mut |source, target| {
+        let source = ptr::with_exposed_provenance::<u8>(from + source as usize);
+        let target = ptr::with_exposed_provenance_mut::<u8>(to + target as usize);
+        // SAFETY: as the caller says.
+        unsafe { ptr::copy_nonoverlapping(source, target, run) };
+    });
 }
 
 /// Whether an error concerns what was asked for alone, and leaves the device as it is.
@@ -381,57 +405,72 @@ impl CudaGpu {
         }
     }
 
-    /// Copies bytes between pageable memory of the host and the device, piece by piece.
+    /// Copies a box between pageable memory of the host and the device, piece by piece.
     ///
     /// # Safety
-    /// As [`Device::copy`].
+    /// As [`Device::copy_strided`].
     unsafe fn copy_staged(
         &self,
         timeline: &Arc<Timeline<CudaLane>>,
         from: DevicePointer,
         to: DevicePointer,
-        bytes: u64,
+        shape: &Strided,
+    ) -> Result<(), DeviceError> {
+        shape.parts(PIECE as u64, &mut |part, from_offset, to_offset| {
+            let (from, to) = (from.offset(from_offset), to.offset(to_offset));
+            // SAFETY: as the caller says, of a part.
+            unsafe { self.copy_part(timeline, from, to, part) }
+        })
+    }
+
+    /// Copies what goes through one buffer.
+    ///
+    /// # Safety
+    /// As [`Device::copy_strided`].
+    unsafe fn copy_part(
+        &self,
+        timeline: &Arc<Timeline<CudaLane>>,
+        from: DevicePointer,
+        to: DevicePointer,
+        part: &Strided,
     ) -> Result<(), DeviceError> {
         let CudaLane {
             context, stream, ..
         } = timeline.lane;
         let staging = &self.gpu().staging;
-        let bytes = usize::try_from(bytes).expect("host memory has fewer bytes");
-        for start in (0..bytes).step_by(PIECE) {
-            let size = PIECE.min(bytes - start);
-            let (from, to) = (from.offset(start as u64), to.offset(start as u64));
-            let buffer = self.answer(staging.take(context, size))?;
-            let staged = buffer.address();
-            let copied = if from.device == HOST {
-                // SAFETY: the caller's memory is valid; the buffer is as large and nobody else's.
-                unsafe { ptr::copy_nonoverlapping(from.address as *const u8, staged, size) };
-                // SAFETY: the buffer is in use until the copy is done, by `put`.
-                let answer = unsafe { context.copy(staged as u64, to.address, size, stream) };
-                self.copied(answer, to, size as u64)
-            } else {
-                // SAFETY: as above.
-                let answer = unsafe { context.copy(from.address, staged as u64, size, stream) };
-                let (staged, target) = (staged as usize, to.address as usize);
-                self.copied(answer, from, size as u64).and_then(|()| {
-                    let unload = move || {
-                        // SAFETY: the caller's memory is valid until this was called, in stream order
-                        // behind the copy into the buffer, which is in use until then.
-                        unsafe {
-                            ptr::copy_nonoverlapping(staged as *const u8, target as *mut u8, size);
-                        }
-                    };
-                    self.answer(context.call(stream, Box::new(unload)))
-                })
-            };
-            let recorded = self.answer(timeline.record());
-            match recorded {
-                Ok((position, _)) => staging.put(buffer, timeline, position),
-                // A copy may be under way.
-                Err(_) => std::mem::forget(buffer),
-            }
-            copied?;
-            recorded?;
+        let bytes = part.bytes();
+        let buffer = self.answer(staging.take(context, bytes as usize))?;
+        let staged = buffer.address() as usize;
+        let middle = Side {
+            address: staged as u64,
+            is_host: true,
+        };
+        let (load, unload) = (part.packed_to(), part.packed_from());
+        let copied = if from.device == HOST {
+            // SAFETY: the caller's memory is valid; the buffer is as large and nobody else's.
+            unsafe { move_runs(&load, from.address as usize, staged) };
+            // SAFETY: the buffer is in use until the copy is done, by `put`.
+            let answer = unsafe { context.copy(middle, side(to), &unload, stream) };
+            self.copied(answer, to, bytes)
+        } else {
+            // SAFETY: as above.
+            let answer = unsafe { context.copy(side(from), middle, &load, stream) };
+            let target = to.address as usize;
+            self.copied(answer, from, bytes).and_then(|()| {
+                // SAFETY: the caller's memory is valid until this was called, in stream order
+                // behind the copy into the buffer, which is in use until then.
+                let take_out = move || unsafe { move_runs(&unload, staged, target) };
+                self.answer(context.call(stream, Box::new(take_out)))
+            })
+        };
+        let recorded = self.answer(timeline.record());
+        match recorded {
+            Ok((position, _)) => staging.put(buffer, timeline, position),
+            // A copy may be under way.
+            Err(_) => std::mem::forget(buffer),
         }
+        copied?;
+        recorded?;
         Ok(())
     }
 
@@ -692,8 +731,7 @@ impl Device for CudaGpu {
         })
     }
 
-    // SAFETY: the caller's duties are the trait's, and are passed on to the driver, or to the host
-    // function behind the copy.
+    // SAFETY: the caller's duties are the trait's.
     unsafe fn copy(
         &self,
         from: DevicePointer,
@@ -701,32 +739,45 @@ impl Device for CudaGpu {
         bytes: u64,
         stream: Stream,
     ) -> Result<(), DeviceError> {
+        // SAFETY: as the caller says.
+        unsafe { self.copy_strided(from, &[], to, &[], &[], bytes, stream) }
+    }
+
+    // SAFETY: the caller's duties are the trait's, and are passed on to the driver, or to the host
+    // function behind the copy.
+    unsafe fn copy_strided(
+        &self,
+        from: DevicePointer,
+        from_strides: &[u64],
+        to: DevicePointer,
+        to_strides: &[u64],
+        extents: &[u64],
+        item: u64,
+        stream: Stream,
+    ) -> Result<(), DeviceError> {
         let timeline = self.own(stream)?;
         self.check_reach(from)?;
         self.check_reach(to)?;
-        let sides = [from, to];
-        let host = sides.iter().find(|side| side.device == HOST);
         if from.device == HOST && to.device == HOST {
             return Err(DeviceError::NoAccess(self.id(), HOST));
         }
+        let device = if from.device == HOST { to } else { from };
+        let shape = Strided::new(from_strides, to_strides, extents, item)
+            .ok_or(DeviceError::BadAddress(device, u64::MAX))?;
+        let bytes = shape.bytes();
         if bytes == 0 {
             return Ok(());
         }
         let lane = &timeline.lane;
-        let staged = host.is_some_and(|host| !is_pinned(lane.context, host.address));
-        if staged {
-            // SAFETY: as the caller says.
-            unsafe { self.copy_staged(&timeline, from, to, bytes) }?;
-        } else {
-            let device = if from.device == HOST { to } else { from };
-            let size =
-                usize::try_from(bytes).map_err(|_| DeviceError::BadAddress(device, bytes))?;
+        let sides = [(from, shape.from_reach()), (to, shape.to_reach())];
+        let mut sides = sides.iter().filter(|(side, _)| side.device == HOST);
+        if sides.all(|(side, reach)| is_pinned(lane.context, side.address, *reach)) {
             // SAFETY: as the caller says; host memory is pinned.
-            let answer = unsafe {
-                lane.context
-                    .copy(from.address, to.address, size, lane.stream)
-            };
+            let answer = unsafe { lane.context.copy(side(from), side(to), &shape, lane.stream) };
             self.copied(answer, device, bytes)?;
+        } else {
+            // SAFETY: as the caller says.
+            unsafe { self.copy_staged(&timeline, from, to, &shape) }?;
         }
         self.count_copy(from.device, to.device, bytes);
         let event = Event {
@@ -738,25 +789,25 @@ impl Device for CudaGpu {
         Ok(())
     }
 
-    unsafe fn copy_strided(
-        &self,
-        _from: DevicePointer,
-        _from_strides: &[u64],
-        _to: DevicePointer,
-        _to_strides: &[u64],
-        _extents: &[u64],
-        _item: u64,
-        _stream: Stream,
-    ) -> Result<(), DeviceError> {
-        todo!()
+    // SAFETY: the caller's duty is the trait's, and the driver's.
+    unsafe fn register_host(&self, address: u64, bytes: u64) -> Result<bool, DeviceError> {
+        self.check()?;
+        let context = self.context()?;
+        let Ok(size) = usize::try_from(bytes) else {
+            return Ok(false);
+        };
+        // SAFETY: as the caller says.
+        let registered = unsafe { driver::register(context, address, size) };
+        // It may be registered already, read only, or more than there may be. If it is the device that
+        // failed, the next call says so.
+        Ok(registered.is_ok())
     }
 
-    unsafe fn register_host(&self, _address: u64, _bytes: u64) -> Result<bool, DeviceError> {
-        todo!()
-    }
-
-    fn unregister_host(&self, _address: u64) {
-        todo!()
+    fn unregister_host(&self, address: u64) {
+        if let Some(context) = self.gpu().context.get() {
+            // Whoever registered it knows that it was.
+            let _ = driver::unregister(context, address);
+        }
     }
 
     fn enable_peer(&self, peer: DeviceId) -> Result<(), DeviceError> {

@@ -12,6 +12,7 @@ use std::ptr;
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
+use charioteer::machine::{Axis, Strided};
 use cudarc::driver::sys::{self, CUresult};
 
 pub(crate) use sys::{CUdeviceptr, CUevent, CUmemoryPool, CUstream};
@@ -376,21 +377,21 @@ impl Context {
         Ok(free as u64 + reserved.saturating_sub(used))
     }
 
-    /// Copies bytes in stream order between addresses of the one address space that all devices and
-    /// the host share.
+    /// Copies the elements of a box in stream order between addresses of the one address space that all
+    /// devices and the host share. The driver copies one or two axes of runs at a time.
     ///
     /// # Safety
     /// Host memory is pinned, and it and the devices' stay valid until the copy is done.
     pub(crate) unsafe fn copy(
         &self,
-        from: CUdeviceptr,
-        to: CUdeviceptr,
-        bytes: usize,
+        from: Side,
+        to: Side,
+        shape: &Strided,
         stream: Handle<CUstream>,
     ) -> Answer<()> {
         let _entered = self.enter()?;
         // SAFETY: as the caller says.
-        check(unsafe { sys::cuMemcpyAsync(to, from, bytes, stream.0) })
+        unsafe { copy_axes(from, to, shape.run, &shape.axes, stream) }
     }
 
     /// Calls `call` on a thread of the driver's in stream order; what is enqueued behind it waits. It
@@ -415,6 +416,131 @@ impl Context {
             drop(unsafe { Box::from_raw(data) });
         }
         result
+    }
+}
+
+/// One side of a copy: memory of a device, or pinned memory of the host.
+#[derive(Clone, Copy)]
+pub(crate) struct Side {
+    pub(crate) address: u64,
+    pub(crate) is_host: bool,
+}
+
+impl Side {
+    pub(crate) fn offset(self, bytes: u64) -> Self {
+        Self {
+            address: self.address + bytes,
+            ..self
+        }
+    }
+
+    /// What it is, as an address of the host and as one of a device: the one that does not apply is
+    /// ignored.
+    fn kind(self) -> (sys::CUmemorytype, *mut c_void, CUdeviceptr) {
+        if self.is_host {
+            let address = ptr::with_exposed_provenance_mut(self.address as usize);
+            (sys::CUmemorytype::CU_MEMORYTYPE_HOST, address, 0)
+        } else {
+            // Also a peer's.
+            let kind = sys::CUmemorytype::CU_MEMORYTYPE_UNIFIED;
+            (kind, ptr::null_mut(), self.address)
+        }
+    }
+}
+
+/// The most that the driver takes as the distance of two rows, on any device.
+const MAX_PITCH: u64 = (1 << 31) - 1;
+
+/// Copies runs along the axes, with as few calls as there may be.
+///
+/// # Safety
+/// As [`Context::copy`]; its context is current.
+unsafe fn copy_axes(
+    from: Side,
+    to: Side,
+    run: u64,
+    axes: &[Axis],
+    stream: Handle<CUstream>,
+) -> Answer<()> {
+    let bytes = |bytes: u64| usize::try_from(bytes).expect("addresses are as wide");
+    // Rows that do not overlap, and are no farther apart than may be.
+    let are_rows = |axis: &Axis| {
+        let pitches = [axis.from, axis.to];
+        pitches
+            .iter()
+            .all(|pitch| (run..=MAX_PITCH).contains(pitch))
+    };
+    match axes {
+        [] => {
+            // SAFETY: as the caller says.
+            check(unsafe { sys::cuMemcpyAsync(to.address, from.address, bytes(run), stream.0) })
+        }
+        [rows] if are_rows(rows) => {
+            let ((source, from_host, from), (target, to_host, to)) = (from.kind(), to.kind());
+            let copy = sys::CUDA_MEMCPY2D {
+                srcXInBytes: 0,
+                srcY: 0,
+                srcMemoryType: source,
+                srcHost: from_host,
+                srcDevice: from,
+                srcArray: ptr::null_mut(),
+                srcPitch: bytes(rows.from),
+                dstXInBytes: 0,
+                dstY: 0,
+                dstMemoryType: target,
+                dstHost: to_host,
+                dstDevice: to,
+                dstArray: ptr::null_mut(),
+                dstPitch: bytes(rows.to),
+                WidthInBytes: bytes(run),
+                Height: bytes(rows.extent),
+            };
+            // SAFETY: as the caller says, of all rows.
+            check(unsafe { sys::cuMemcpy2DAsync_v2(&raw const copy, stream.0) })
+        }
+        [planes, rows]
+            if are_rows(rows)
+                && planes.from.is_multiple_of(rows.from)
+                && planes.to.is_multiple_of(rows.to)
+                && planes.from / rows.from >= rows.extent
+                && planes.to / rows.to >= rows.extent =>
+        {
+            let ((source, from_host, from), (target, to_host, to)) = (from.kind(), to.kind());
+            let copy = sys::CUDA_MEMCPY3D {
+                srcXInBytes: 0,
+                srcY: 0,
+                srcZ: 0,
+                srcLOD: 0,
+                srcMemoryType: source,
+                srcHost: from_host,
+                srcDevice: from,
+                srcArray: ptr::null_mut(),
+                reserved0: ptr::null_mut(),
+                srcPitch: bytes(rows.from),
+                srcHeight: bytes(planes.from / rows.from),
+                dstXInBytes: 0,
+                dstY: 0,
+                dstZ: 0,
+                dstLOD: 0,
+                dstMemoryType: target,
+                dstHost: to_host,
+                dstDevice: to,
+                dstArray: ptr::null_mut(),
+                reserved1: ptr::null_mut(),
+                dstPitch: bytes(rows.to),
+                dstHeight: bytes(planes.to / rows.to),
+                WidthInBytes: bytes(run),
+                Height: bytes(rows.extent),
+                Depth: bytes(planes.extent),
+            };
+            // SAFETY: as the caller says, of all rows of all planes.
+            check(unsafe { sys::cuMemcpy3DAsync_v2(&raw const copy, stream.0) })
+        }
+        [outer, inner @ ..] => (0..outer.extent).try_for_each(|at| {
+            let (from, to) = (from.offset(at * outer.from), to.offset(at * outer.to));
+            // SAFETY: as the caller says.
+            unsafe { copy_axes(from, to, run, inner, stream) }
+        }),
     }
 }
 
@@ -501,15 +627,54 @@ impl Drop for Pinned {
     }
 }
 
-/// Whether host memory is pinned, by whomever.
-pub(crate) fn is_pinned(context: &Context, address: u64) -> bool {
+/// Whether all of some host memory is pinned, by whomever.
+pub(crate) fn is_pinned(context: &Context, address: u64, bytes: u64) -> bool {
+    use sys::CUpointer_attribute_enum as Attribute;
     let Ok(_entered) = context.enter() else {
         return false;
     };
-    let mut kind: c_uint = 0;
-    let what = sys::CUpointer_attribute_enum::CU_POINTER_ATTRIBUTE_MEMORY_TYPE;
-    // SAFETY: a place for what is asked; the driver answers for any address.
-    let result = unsafe { sys::cuPointerGetAttribute((&raw mut kind).cast(), what, address) };
-    // Memory that the driver does not know is pageable, and answered with an error.
-    result == CUresult::CUDA_SUCCESS && kind == sys::CUmemorytype_enum::CU_MEMORYTYPE_HOST as c_uint
+    let is_host = |address: u64| {
+        let mut kind: c_uint = 0;
+        let what = Attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE;
+        // SAFETY: a place for what is asked; the driver answers for any address.
+        let result = unsafe { sys::cuPointerGetAttribute((&raw mut kind).cast(), what, address) };
+        // Memory that the driver does not know is pageable, and answered with an error.
+        result == CUresult::CUDA_SUCCESS
+            && kind == sys::CUmemorytype_enum::CU_MEMORYTYPE_HOST as c_uint
+    };
+    if !is_host(address) {
+        return false;
+    }
+    // A page at either end may be pinned for the sake of a neighbour.
+    let ask = |what| {
+        let mut value: u64 = 0;
+        // SAFETY: as above.
+        let result = unsafe { sys::cuPointerGetAttribute((&raw mut value).cast(), what, address) };
+        (result == CUresult::CUDA_SUCCESS).then_some(value)
+    };
+    let start = ask(Attribute::CU_POINTER_ATTRIBUTE_RANGE_START_ADDR);
+    let size = ask(Attribute::CU_POINTER_ATTRIBUTE_RANGE_SIZE);
+    match (start, size) {
+        (Some(start), Some(size @ 1..)) => start <= address && address - start + bytes <= size,
+        _ => is_host(address + bytes.saturating_sub(1)),
+    }
+}
+
+/// Pins memory of the host that is somebody's, for all contexts.
+///
+/// # Safety
+/// It stays valid until it is [unregistered](unregister).
+pub(crate) unsafe fn register(context: &Context, address: u64, bytes: usize) -> Answer<()> {
+    let _entered = context.enter()?;
+    let first = ptr::with_exposed_provenance_mut(address as usize);
+    // SAFETY: as the caller says.
+    check(unsafe { sys::cuMemHostRegister_v2(first, bytes, sys::CU_MEMHOSTREGISTER_PORTABLE) })
+}
+
+/// Undoes [`register`].
+pub(crate) fn unregister(context: &Context, address: u64) -> Answer<()> {
+    let _entered = context.enter()?;
+    let first = ptr::with_exposed_provenance_mut(address as usize);
+    // SAFETY: the driver answers for any address.
+    check(unsafe { sys::cuMemHostUnregister(first) })
 }

@@ -148,12 +148,19 @@ impl<D: Domain> Answer<D> {
 /// Of the members of a set, by their places in it; there are no more than [`gang::MOST_DEVICES`].
 type Bits = u64;
 
+/// Which members' events were over when they were recorded, and which of those had failed.
+#[derive(Clone, Copy, Default)]
+struct Over {
+    complete: Bits,
+    failed: Bits,
+}
+
 enum Letter<D: Domain> {
     /// And what it asks for.
     Ask(TaskRef<D>, Box<Request>),
-    /// Behind these events, of which those are complete.
-    Launched(GrantId, SmallVec<[Option<Event>; 2]>, Bits),
-    Paused(GrantId, SmallVec<[Option<Event>; 2]>, Bits),
+    /// Behind these events, of which those are over, well or not.
+    Launched(GrantId, SmallVec<[Option<Event>; 2]>, Over),
+    Paused(GrantId, SmallVec<[Option<Event>; 2]>, Over),
     Resumed(GrantId, Resumer<D>),
     /// The event is complete, or failed.
     Landed(Event),
@@ -318,19 +325,19 @@ impl<D: Domain> Devices<D> {
                         outbox.stranded.push(task);
                     }
                 }
-                Letter::Launched(id, events, complete) => {
+                Letter::Launched(id, events, over) => {
                     if let Some(witness) = witness {
                         owners.returned(witness, id, &events);
                     }
                     ledger.launched(id, &events);
-                    sweep(ledger, &events, complete);
+                    sweep(ledger, &events, over);
                 }
-                Letter::Paused(id, events, complete) => {
+                Letter::Paused(id, events, over) => {
                     if let Some(witness) = witness {
                         owners.paused(witness, id, &events);
                     }
                     ledger.paused(id, &events);
-                    sweep(ledger, &events, complete);
+                    sweep(ledger, &events, over);
                 }
                 Letter::Resumed(id, resumer) => {
                     book.resuming.insert(id, resumer);
@@ -390,11 +397,15 @@ impl<D: Domain> Devices<D> {
     }
 }
 
-/// Tells the ledger of those events that were complete when they were recorded. Somebody else tells it of
-/// the others.
-fn sweep<T>(ledger: &mut Gang<T>, events: &[Option<Event>], complete: Bits) {
+/// Tells the ledger of those events that were over when they were recorded. Somebody else tells it of the
+/// others. A stream that failed is out before it rests: nobody may get it in between.
+fn sweep<T>(ledger: &mut Gang<T>, events: &[Option<Event>], over: Over) {
     for (place, event) in events.iter().enumerate() {
-        if let (Some(event), true) = (event, complete >> place & 1 != 0) {
+        let Some(event) = event else { continue };
+        if over.failed >> place & 1 != 0 {
+            ledger.failed(event.stream);
+        }
+        if (over.complete | over.failed) >> place & 1 != 0 {
             ledger.completed(*event);
         }
     }
@@ -878,7 +889,7 @@ impl<D: Domain> Engine<D> {
             events.push(ordered.and_then(|()| device.record(stream)).ok());
         }
         let pending = events.clone();
-        self.post(Letter::Launched(grant.id, events, 0));
+        self.post(Letter::Launched(grant.id, events, Over::default()));
         for event in pending.into_iter().flatten() {
             self.tell_when_complete(event);
         }
@@ -1051,8 +1062,7 @@ impl<D: Domain> Engine<D> {
         // Before the ledger gives the memory to somebody else.
         self.let_go_of_data(holding, &events);
         let mut pending = Events::new();
-        let mut failed = Events::new();
-        let mut complete = 0;
+        let mut over = Over::default();
         for (place, event) in events.iter().enumerate() {
             let Some(event) = *event else { continue };
             match self
@@ -1060,12 +1070,10 @@ impl<D: Domain> Engine<D> {
                 .device(event.stream.device)
                 .is_complete(event)
             {
-                Ok(true) => complete |= 1 << place,
+                Ok(true) => over.complete |= 1 << place,
                 Ok(false) => pending.push(event),
                 Err(error) => {
-                    // One that failed is over, too.
-                    complete |= 1 << place;
-                    failed.push(event);
+                    over.failed |= 1 << place;
                     failure = Some(error);
                 }
             }
@@ -1074,16 +1082,12 @@ impl<D: Domain> Engine<D> {
             self.end_together(grant, &pending);
         }
         self.post(if pause {
-            Letter::Paused(grant.id, events, complete)
+            Letter::Paused(grant.id, events, over)
         } else {
-            Letter::Launched(grant.id, events, complete)
+            Letter::Launched(grant.id, events, over)
         });
         if let Some(error) = &failure {
             self.note_loss(error);
-            for event in failed {
-                // After the ledger has heard of the stream.
-                self.post(Letter::Failed(event.stream));
-            }
         }
         (pending, failure)
     }

@@ -103,6 +103,98 @@ impl Strided {
         self.reach(|axis| axis.to).expect("it was counted")
     }
 
+    /// The same elements, which lie together where they go.
+    #[must_use]
+    pub fn packed_to(&self) -> Self {
+        self.with(|axis, together| Axis {
+            to: together,
+            ..*axis
+        })
+    }
+
+    /// The same elements, which lie together where they come from.
+    #[must_use]
+    pub fn packed_from(&self) -> Self {
+        self.with(|axis, together| Axis {
+            from: together,
+            ..*axis
+        })
+    }
+
+    /// With other strides, by those of a side where all lies together.
+    fn with(&self, change: impl Fn(&Axis, u64) -> Axis) -> Self {
+        let mut together = self.run;
+        let mut axes: SmallVec<[Axis; 3]> = self.axes.clone();
+        for axis in axes.iter_mut().rev() {
+            *axis = change(axis, together);
+            together *= axis.extent;
+        }
+        let list = |of: fn(&Axis) -> u64, run: u64| -> SmallVec<[u64; 4]> {
+            axes.iter().map(of).chain([run]).collect()
+        };
+        let extents = list(|axis| axis.extent, self.run);
+        let strided = Self::new(
+            &list(|axis| axis.from, 1),
+            &list(|axis| axis.to, 1),
+            &extents,
+            1,
+        );
+        strided.expect("it was counted")
+    }
+
+    /// Divides it into parts of at most so many bytes, and calls `part` with each and with where it begins
+    /// on either side, in bytes from where the box does.
+    ///
+    /// # Panics
+    /// If `most` is zero.
+    pub fn parts<E>(
+        &self,
+        most: u64,
+        part: &mut impl FnMut(&Self, u64, u64) -> Result<(), E>,
+    ) -> Result<(), E> {
+        assert!(most != 0, "a part has a byte");
+        self.parts_at(most, 0, 0, part)
+    }
+
+    fn parts_at<E>(
+        &self,
+        most: u64,
+        from: u64,
+        to: u64,
+        part: &mut impl FnMut(&Self, u64, u64) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let bytes = self.bytes();
+        if bytes <= most {
+            return if bytes == 0 {
+                Ok(())
+            } else {
+                part(self, from, to)
+            };
+        }
+        let Some((outer, inner)) = self.axes.split_first() else {
+            for start in (0..self.run).step_by(usize::try_from(most).unwrap_or(usize::MAX)) {
+                let run = most.min(self.run - start);
+                let axes = SmallVec::new();
+                part(&Self { run, axes }, from + start, to + start)?;
+            }
+            return Ok(());
+        };
+        let many = most / (bytes / outer.extent);
+        let mut at = 0;
+        while at < outer.extent {
+            let extent = many.max(1).min(outer.extent - at);
+            let mut axes: SmallVec<[Axis; 3]> = inner.into();
+            if extent > 1 {
+                axes.insert(0, Axis { extent, ..*outer });
+            }
+            let run = self.run;
+            let (from, to) = (from + at * outer.from, to + at * outer.to);
+            Self { run, axes }.parts_at(most, from, to, part)?;
+            at += extent;
+        }
+        Ok(())
+    }
+
     /// Calls `run` with where each run begins on either side, in bytes from where the box does.
     pub fn each(&self, run: &mut impl FnMut(u64, u64)) {
         fn walk(axes: &[Axis], from: u64, to: u64, run: &mut impl FnMut(u64, u64)) {
@@ -146,6 +238,7 @@ mod tests {
         fn runs_are_the_elements(
             axes in prop::collection::vec((1..5_u64, 0..3_u64, 0..3_u64), 0..4),
             item in 1..5_u64,
+            most in 1..40_u64,
         ) {
             // Strides of boxes in larger ones, by what each axis has beyond.
             let extents: Vec<u64> = axes.iter().map(|axis| axis.0).collect();
@@ -179,7 +272,29 @@ mod tests {
             sorted.sort_unstable();
             prop_assert_eq!(pairs.len() as u64, strided.bytes());
             prop_assert_eq!(pairs.last().map(|it| it.0 + 1), Some(strided.from_reach()));
-            prop_assert_eq!(pairs, sorted);
+            prop_assert_eq!(&pairs, &sorted);
+            // In parts, by way of a buffer.
+            let mut parted = Vec::new();
+            let mut add = |part: &Strided, from: u64, to: u64| -> Result<(), TestCaseError> {
+                prop_assert!(part.bytes() <= most);
+                let (load, unload) = (part.packed_to(), part.packed_from());
+                let mut buffer = vec![None; part.bytes() as usize];
+                load.each(&mut |source, target| {
+                    for at in 0..load.run {
+                        buffer[(target + at) as usize] = Some(from + source + at);
+                    }
+                });
+                unload.each(&mut |source, target| {
+                    for at in 0..unload.run {
+                        let origin = buffer[(source + at) as usize].unwrap();
+                        parted.push((origin, to + target + at));
+                    }
+                });
+                Ok(())
+            };
+            strided.parts(most, &mut add)?;
+            parted.sort_unstable();
+            prop_assert_eq!(parted, sorted);
         }
     }
 }

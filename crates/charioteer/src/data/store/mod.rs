@@ -552,17 +552,13 @@ impl Store {
             let mut events = Events::new();
             let all: Vec<u32> = state.instances.iter().map(|(at, _)| at).collect();
             for at in all {
-                if state.instances[at].pins != 0 {
+                // Its device may have been found lost meanwhile.
+                let Some(instance) = state.instances.get(at).filter(|it| it.pins == 0) else {
                     continue;
-                }
+                };
+                let device = instance.device;
                 // What cannot be had is lost with its device.
-                if let Err(DeviceError::Lost(device, _)) =
-                    state.drop_instance(machine, at, &mut events)
-                    && state
-                        .instances
-                        .get(at)
-                        .is_some_and(|it| it.device == device)
-                {
+                if let Err(DeviceError::Lost(..)) = state.drop_instance(machine, at, &mut events) {
                     state.lose(device);
                 }
             }

@@ -1,2 +1,436 @@
 //! One rule at a time.
+
+use std::sync::atomic::AtomicBool;
+
 use super::*;
+
+const ONE: DeviceId = DeviceId::gpu(0);
+const TWO: DeviceId = DeviceId::gpu(1);
+
+/// A store over a machine, with an array of 64 bytes whose bytes are their indices.
+struct Bench {
+    machine: Arc<Machine>,
+    store: Store,
+    array: Arc<Storage>,
+    told: Arc<Mutex<Vec<Moved>>>,
+    streams: Vec<Stream>,
+}
+
+impl Bench {
+    fn new(gpus: usize, memory: u64, peers: bool) -> Self {
+        let machine = machine(gpus, memory, peers);
+        let store = Store::new(Arc::clone(&machine));
+        let devices = (0..gpus as u16).map(DeviceId::gpu);
+        Self {
+            told: watch(&store),
+            streams: devices
+                .map(|it| machine.device(it).create_stream().unwrap())
+                .collect(),
+            array: array(&[64], 1, (0..64).collect()),
+            machine,
+            store,
+        }
+    }
+
+    fn stream(&self, device: DeviceId) -> Stream {
+        self.streams[usize::from(device.index())]
+    }
+
+    fn plan(&self, device: DeviceId, region: &Region, touch: Touch) -> Result<Held, DeviceError> {
+        let wants = [want(&self.array, region, touch)];
+        self.store.ensure(0, self.stream(device), &wants, 0)
+    }
+
+    fn launch(&self, held: Held) -> Event {
+        let stream = self.stream(held.device());
+        let event = self.machine.device(stream.device).record(stream).unwrap();
+        self.store.launched([(held, Some(event))]);
+        event
+    }
+
+    /// A task that sets all bytes of a region, which is a box.
+    fn set(&self, device: DeviceId, region: &Region, value: u8) -> Event {
+        let held = self.plan(device, region, Touch::Write).unwrap();
+        let (stream, view) = (self.stream(device), held.views()[0].clone());
+        operate(
+            &self.machine,
+            stream,
+            &view,
+            region.elements(),
+            move |bytes| bytes.fill(value),
+        );
+        self.launch(held)
+    }
+
+    /// A task that reads.
+    fn read(&self, device: DeviceId, region: &Region) -> Event {
+        let held = self.plan(device, region, Touch::Read).unwrap();
+        self.launch(held)
+    }
+
+    fn home(&self, region: &Region, touch: Touch) -> Result<SmallVec<[Event; 2]>, DeviceError> {
+        self.store.ensure_host(&[want(&self.array, region, touch)])
+    }
+
+    /// What was told since it was last asked: from, to, bytes.
+    fn told(&self) -> Vec<(DeviceId, DeviceId, u64)> {
+        let told = std::mem::take(&mut *self.told.lock().unwrap());
+        told.iter().map(|it| (it.from, it.to, it.bytes)).collect()
+    }
+}
+
+#[test]
+fn what_was_never_on_a_device_is_at_home() {
+    let bench = Bench::new(1, 64, true);
+    assert!(!bench.array.is_scattered());
+    assert!(bench.home(&range(0, 64), Touch::Update).unwrap().is_empty());
+    let first = range(0, 10);
+    let wants = [want(&bench.array, &first, Touch::Read)];
+    assert_eq!(bench.store.missing(&wants, HOST), Duration::ZERO);
+    assert_eq!(
+        bench.store.missing(&wants, ONE),
+        Duration::from_nanos(10_010)
+    );
+    let written = [want(&bench.array, &first, Touch::Write)];
+    assert_eq!(bench.store.missing(&written, ONE), Duration::ZERO);
+    bench.read(ONE, &first);
+    assert!(bench.array.is_scattered());
+    assert_eq!(bench.store.missing(&wants, ONE), Duration::ZERO);
+}
+
+#[test]
+fn pieces_of_one_source_come_in_one_copy() {
+    let bench = Bench::new(2, 64, true);
+    // Eight pieces, all at home.
+    for at in 0..8 {
+        bench.read(ONE, &range(8 * at, 8 * at + 8));
+    }
+    assert_eq!(bench.told().len(), 8);
+    // A peer has all of it nearer by, but in eight instances; written ones are there alone.
+    bench.set(ONE, &range(16, 24), 1);
+    bench.read(TWO, &range(0, 64));
+    let peers = bench.told().iter().filter(|it| it.0 == ONE).count();
+    assert_eq!(peers, 8);
+    finish(&bench.machine);
+    let apart = Bench::new(2, 64, true);
+    for at in (0..64).step_by(8) {
+        apart.read(ONE, &range(at, at + 8));
+    }
+    apart.store.lose(ONE);
+    apart.told();
+    apart.read(TWO, &range(0, 64));
+    assert_eq!(apart.told(), [(HOST, TWO, 64)]);
+}
+
+#[test]
+fn a_copy_comes_from_the_nearest_and_from_home_where_there_is_no_link() {
+    for peers in [true, false] {
+        let bench = Bench::new(2, 64, peers);
+        let all = range(0, 64);
+        bench.set(ONE, &all, 7);
+        assert_eq!(bench.told(), []);
+        bench.read(TWO, &all);
+        let way: &[_] = if peers {
+            &[(ONE, TWO, 64)]
+        } else {
+            &[(ONE, HOST, 64), (HOST, TWO, 64)]
+        };
+        assert_eq!(bench.told(), way);
+        // It is on its way, and not copied again.
+        bench.read(TWO, &all);
+        assert_eq!(bench.told(), []);
+        let events = bench.home(&all, Touch::Read).unwrap();
+        assert_eq!(events.len(), 1);
+        assert_eq!(bench.told().len(), usize::from(peers));
+        finish(&bench.machine);
+        assert_eq!(bytes(&bench.array), [7; 64]);
+    }
+}
+
+#[test]
+fn room_is_made_of_what_nobody_has_pinned() {
+    let bench = Bench::new(1, 64, true);
+    let held = bench.plan(ONE, &range(0, 32), Touch::Read).unwrap();
+    let refused = bench.plan(ONE, &range(30, 63), Touch::Read);
+    let full = DeviceError::OutOfMemory {
+        device: ONE,
+        wanted: 33,
+        free: 32,
+    };
+    assert_eq!(refused.err(), Some(full));
+    // What a body was promised is pinned like the rest.
+    let other = range(32, 48);
+    let wants = [want(&bench.array, &other, Touch::Read)];
+    let second = bench
+        .store
+        .ensure(0, bench.stream(ONE), &wants, 16)
+        .unwrap();
+    assert!(bench.plan(ONE, &range(60, 61), Touch::Read).is_err());
+    bench.store.abandon(second);
+    bench.launch(held);
+    bench.read(ONE, &range(0, 64));
+    assert_eq!(bench.store.counters()[0].evictions, 2);
+    assert_eq!(bench.store.counters()[0].resident, 64);
+    assert_eq!(bench.store.counters()[0].written_back, 0);
+}
+
+#[test]
+fn what_is_wanted_later_goes_first() {
+    let bench = Bench::new(1, 30, true);
+    let part = |at: u64| range(10 * at, 10 * at + 10);
+    let announce = |number, at| {
+        let region = part(at);
+        let wants = [want(&bench.array, &region, Touch::Read)];
+        bench.store.announce(number, &wants);
+    };
+    announce(11, 0);
+    announce(13, 1);
+    announce(12, 2);
+    for at in [0, 1, 2] {
+        bench.set(ONE, &part(at), 1);
+    }
+    bench.told();
+    bench.set(ONE, &part(3), 2);
+    assert_eq!(bench.told(), [(ONE, HOST, 10), (ONE, HOST, 0)]);
+    let gone = |at| {
+        let region = part(at);
+        let wants = [want(&bench.array, &region, Touch::Read)];
+        !bench.store.missing(&wants, ONE).is_zero()
+    };
+    assert_eq!([0, 1, 2, 3].map(gone), [false, true, false, false]);
+    // Of what nobody is known to want the last one used is not the first to go, but goes before.
+    bench.set(ONE, &part(4), 3);
+    assert_eq!([0, 1, 2, 3].map(gone), [false, true, false, true]);
+    // Somebody gave up.
+    let region = part(0);
+    bench
+        .store
+        .retract(11, &[want(&bench.array, &region, Touch::Read)]);
+    bench.read(ONE, &part(4));
+    bench.set(ONE, &part(5), 4);
+    assert_eq!([0, 2, 4, 5].map(gone), [true, false, false, false]);
+    assert_eq!(bench.store.counters()[0].written_back, 30);
+}
+
+#[test]
+fn a_copy_that_failed_is_not_there() {
+    let bench = Bench::new(1, 64, true);
+    let all = range(0, 64);
+    gpu(&bench.machine, ONE).fail_copy(1);
+    let event = bench.read(ONE, &all);
+    finish(&bench.machine);
+    // Who waited for it failed; who comes next has it copied again, on another stream.
+    let failed = bench.machine.device(ONE).is_complete(event);
+    assert!(
+        matches!(failed, Err(DeviceError::Operation(ONE, _))),
+        "{failed:?}"
+    );
+    let stream = bench.machine.device(ONE).create_stream().unwrap();
+    let wants = [want(&bench.array, &all, Touch::Read)];
+    let held = bench.store.ensure(1, stream, &wants, 0).unwrap();
+    let event = bench.machine.device(ONE).record(stream).unwrap();
+    bench.store.launched([(held, Some(event))]);
+    finish(&bench.machine);
+    assert_eq!(bench.machine.device(ONE).is_complete(event), Ok(true));
+    assert_eq!(bench.told(), [(HOST, ONE, 64), (HOST, ONE, 64)]);
+}
+
+#[test]
+fn what_failed_on_its_way_home_is_lost_if_its_source_is_gone() {
+    let bench = Bench::new(1, 64, true);
+    bench.set(ONE, &range(0, 32), 9);
+    finish(&bench.machine);
+    gpu(&bench.machine, ONE).fail_copy(1);
+    // Still there: the next one takes it from there.
+    let events = bench.home(&range(0, 32), Touch::Read).unwrap();
+    finish(&bench.machine);
+    assert!(bench.machine.device(ONE).is_complete(events[0]).is_err());
+    let events = bench.home(&range(0, 32), Touch::Read).unwrap();
+    finish(&bench.machine);
+    assert_eq!(bench.machine.device(ONE).is_complete(events[0]), Ok(true));
+    assert_eq!(bytes(&bench.array)[..32], [9; 32]);
+    bench.set(ONE, &range(0, 32), 8);
+    gpu(&bench.machine, ONE).fail_copy(1);
+    drop(bench.store.evict(&bench.array, &range(0, 1), ONE).unwrap());
+    finish(&bench.machine);
+    let lost = bench.home(&range(10, 40), Touch::Read).unwrap_err();
+    assert!(lost.to_string().contains("A[10:32]"), "{lost}");
+    // It is there again once it is written; the rest never was gone.
+    assert!(bench.home(&range(40, 64), Touch::Update).is_ok());
+    assert!(bench.home(&range(0, 32), Touch::Write).is_ok());
+    assert!(bench.home(&range(10, 40), Touch::Read).is_ok());
+}
+
+#[test]
+fn a_lost_device_takes_what_it_had_alone() {
+    let bench = Bench::new(2, 128, true);
+    bench.set(ONE, &range(0, 16), 1);
+    bench.set(ONE, &range(16, 32), 2);
+    bench.read(TWO, &range(0, 16));
+    finish(&bench.machine);
+    let pinned = bench.plan(ONE, &range(0, 16), Touch::Update).unwrap();
+    gpu(&bench.machine, ONE).lose("a test");
+    // Nobody told the store, which finds out.
+    let lost = bench.plan(TWO, &range(0, 64), Touch::Read).unwrap_err();
+    assert!(matches!(lost, DeviceError::Lost(ONE, _)), "{lost}");
+    assert!(lost.to_string().contains("A[16:32]"), "{lost}");
+    bench.store.lose(ONE);
+    assert!(bench.plan(ONE, &range(40, 41), Touch::Read).is_err());
+    bench.store.launched([(pinned, None)]);
+    bench.read(TWO, &range(0, 16));
+    bench.set(TWO, &range(16, 32), 3);
+    bench.read(TWO, &range(0, 64));
+    let events = bench.store.come_home();
+    finish(&bench.machine);
+    for event in events {
+        assert_eq!(bench.machine.device(TWO).is_complete(event), Ok(true));
+    }
+    let mut expected: Vec<u8> = (0..64).collect();
+    expected[..16].fill(1);
+    expected[16..32].fill(3);
+    assert_eq!(bytes(&bench.array), expected);
+    assert_eq!(bench.store.counters()[0].resident, 0);
+}
+
+#[test]
+fn what_a_lost_device_had_is_not_waited_for_at_the_end() {
+    let bench = Bench::new(2, 64, true);
+    for at in [0, 16, 32] {
+        bench.set(ONE, &range(at, at + 16), 1);
+    }
+    bench.set(TWO, &range(48, 64), 2);
+    gpu(&bench.machine, ONE).lose("a test");
+    let events = bench.store.come_home();
+    finish(&bench.machine);
+    for event in events {
+        assert_eq!(bench.machine.device(TWO).is_complete(event), Ok(true));
+    }
+    assert_eq!(bytes(&bench.array)[48..], [2; 16]);
+    let lost = bench.home(&range(0, 64), Touch::Read).unwrap_err();
+    assert!(matches!(lost, DeviceError::Lost(ONE, _)), "{lost}");
+}
+
+/// What keeps a buffer, and tells when it goes.
+struct Keep(
+    Arc<AtomicBool>,
+    #[allow(dead_code, reason = "it is kept")] Vec<u8>,
+);
+
+impl Drop for Keep {
+    fn drop(&mut self) {
+        crate::sync::assert_unlocked();
+        self.0.store(true, Ordering::Release);
+    }
+}
+
+#[test]
+fn a_storage_that_goes_frees_its_instances_and_then_its_buffer() {
+    let bench = Bench::new(1, 64, true);
+    let gone = Arc::new(AtomicBool::new(false));
+    let buffer = vec![5_u8; 64];
+    let address = buffer.as_ptr().expose_provenance() as u64;
+    let keep = Box::new(Keep(Arc::clone(&gone), buffer));
+    let storage = Storage::new(crate::trace::next_id(), "B", &[64], 1, address, keep);
+    let all = range(0, 64);
+    let wants = [want(&storage, &all, Touch::Read)];
+    let held = bench.store.ensure(0, bench.stream(ONE), &wants, 0).unwrap();
+    bench.launch(held);
+    drop(storage);
+    // A copy from the buffer is under way.
+    bench.store.announce(1, &[]);
+    assert!(!gone.load(Ordering::Acquire));
+    assert_eq!(bench.store.counters()[0].resident, 0);
+    bench.read(ONE, &all);
+    assert!(!gone.load(Ordering::Acquire));
+    finish(&bench.machine);
+    bench.read(ONE, &all);
+    assert!(gone.load(Ordering::Acquire));
+    // One that no store ever saw.
+    let gone = Arc::new(AtomicBool::new(false));
+    let keep = Box::new(Keep(Arc::clone(&gone), Vec::new()));
+    drop(Storage::new(crate::trace::next_id(), "C", &[0], 1, 0, keep));
+    assert!(gone.load(Ordering::Acquire));
+}
+
+#[test]
+fn members_of_a_set_leave_equal_copies() {
+    let bench = Bench::new(2, 64, true);
+    let all = range(0, 64);
+    let held = [ONE, TWO].map(|device| {
+        let held = bench.plan(device, &all, Touch::Write).unwrap();
+        let view = held.views()[0].clone();
+        operate(&bench.machine, bench.stream(device), &view, 64, |bytes| {
+            bytes.fill(4)
+        });
+        let stream = bench.stream(device);
+        (
+            held,
+            Some(bench.machine.device(device).record(stream).unwrap()),
+        )
+    });
+    bench.store.launched(held);
+    bench.read(ONE, &all);
+    bench.read(TWO, &all);
+    assert_eq!(bench.told(), []);
+    // One of two is dropped without a copy, the other one is not.
+    assert_eq!(bench.store.evict(&bench.array, &all, ONE).unwrap().len(), 0);
+    assert_eq!(bench.store.evict(&bench.array, &all, TWO).unwrap().len(), 1);
+    finish(&bench.machine);
+    assert_eq!(bytes(&bench.array), [4; 64]);
+}
+
+#[test]
+fn elements_between_are_left_alone() {
+    let bench = Bench::new(1, 256, true);
+    let (even, odd) = (
+        Region::new([Span::new(0, 2, 32)]),
+        Region::new([Span::new(1, 2, 32)]),
+    );
+    let paint = |region: &Region, value: u8| {
+        let held = bench.plan(ONE, region, Touch::Write).unwrap();
+        let view = held.views()[0].clone();
+        let (origin, count) = (view.origin[0], region.elements());
+        let start = region.spans()[0].start() - origin;
+        let stream = bench.stream(ONE);
+        operate(
+            &bench.machine,
+            stream,
+            &view,
+            start + 2 * count - 1,
+            move |bytes| {
+                for at in 0..count {
+                    bytes[(start + 2 * at) as usize] = value;
+                }
+            },
+        );
+        bench.launch(held);
+    };
+    paint(&even, 200);
+    paint(&odd, 100);
+    // Each has its own instance, and each copy moves its own elements.
+    bench.home(&range(0, 10), Touch::Read).unwrap();
+    assert_eq!(bench.told(), [(ONE, HOST, 5), (ONE, HOST, 5)]);
+    let events = bench.store.come_home();
+    assert!(!events.is_empty());
+    finish(&bench.machine);
+    let expected: Vec<u8> = (0..64)
+        .map(|at| if at % 2 == 0 { 200 } else { 100 })
+        .collect();
+    assert_eq!(bytes(&bench.array), expected);
+}
+
+#[test]
+fn a_writer_of_the_host_waits_for_copies_that_read_there() {
+    let bench = Bench::new(1, 64, true);
+    let part = range(0, 32);
+    // A task that was planned and came to nothing: its copy is under way.
+    let held = bench.plan(ONE, &part, Touch::Read).unwrap();
+    bench.store.abandon(held);
+    assert!(bench.home(&range(0, 64), Touch::Read).unwrap().is_empty());
+    assert!(bench.home(&range(32, 64), Touch::Write).unwrap().is_empty());
+    let events = bench.home(&part, Touch::Update).unwrap();
+    assert_eq!(events.len(), 1);
+    finish(&bench.machine);
+    assert_eq!(bench.machine.device(ONE).is_complete(events[0]), Ok(true));
+    assert!(bench.home(&part, Touch::Update).unwrap().is_empty());
+}
