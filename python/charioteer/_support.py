@@ -19,7 +19,14 @@ from charioteer._futures import future, join_group
 from charioteer._modes import read_modes
 from charioteer._placement import resolve as resolve_placement
 from charioteer._pools import limit_enter, limit_exit, limit_thread, refresh_limits
-from charioteer._variants import Variants, read_cost, read_size, variant_decorator
+from charioteer._variants import (
+    Variants,
+    check_shards,
+    read_cost,
+    read_shards,
+    read_size,
+    variant_decorator,
+)
 from charioteer.devices import held as devices
 from charioteer.devices import normal as normal_placement
 from charioteer.devices import read_memory
@@ -30,6 +37,7 @@ __all__ = [
     "Variants",
     "analyse",
     "cancelled_class",
+    "check_shards",
     "claim_coroutine",
     "cuda",
     "data",
@@ -51,12 +59,14 @@ __all__ = [
     "read_cost",
     "read_memory",
     "read_modes",
+    "read_shards",
     "read_size",
     "refresh_limits",
     "resolve_placement",
     "score",
     "start_thread",
     "variant_decorator",
+    "virtual_array",
     "warn",
     "warn_capture",
 ]
@@ -114,6 +124,13 @@ def data(call: str, *arguments: Any) -> Any:
     from charioteer import _data
 
     return getattr(_data, call)(*arguments)
+
+
+def virtual_array(*arguments: Any) -> Any:
+    """The array of a virtual GPU for memory that the runtime owns."""
+    from charioteer import virtual
+
+    return virtual.ndarray.managed(*arguments)
 
 
 def loaded_loop() -> Any:

@@ -38,6 +38,7 @@ mod gil;
 mod interp;
 mod kernels;
 mod libraries;
+mod local;
 mod native;
 mod options;
 mod placement;
@@ -66,7 +67,7 @@ mod _core {
     #[pymodule_export]
     use super::devices::{
         Allocation, Clock, CudaStream, Memory, OpenMachine, PyEvent, PyStream, cuda_devices,
-        finish_operations,
+        dlpack, finish_operations,
     };
     #[pymodule_export]
     use super::interp::{leave_native_step, limits_changed};

@@ -54,7 +54,7 @@ pub fn is_ours() {
 }
 
 /// Which libraries are imported, as bits.
-fn present(py: Python<'_>) -> PyResult<usize> {
+pub fn present(py: Python<'_>) -> PyResult<usize> {
     // SAFETY: attached; the result is borrowed and alive as long as the interpreter.
     let modules = unsafe { ffi::PyDict_Size(ffi::PyImport_GetModuleDict()) };
     let modules = usize::try_from(modules).unwrap_or(0);

@@ -692,6 +692,11 @@ impl ArrayHead {
         self.extents(self.shape)
     }
 
+    /// Where its first element is.
+    pub fn address(&self) -> usize {
+        self.data as usize
+    }
+
     /// In bytes.
     pub fn strides(&self) -> &[isize] {
         self.extents(self.strides)

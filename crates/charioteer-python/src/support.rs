@@ -39,6 +39,9 @@ pub struct Support {
     pub error: Py<PyAny>,
     pub read_modes: Py<PyAny>,
     pub data: Py<PyAny>,
+    pub read_shards: Py<PyAny>,
+    pub check_shards: Py<PyAny>,
+    pub virtual_array: Py<PyAny>,
 }
 
 static SUPPORT: PyOnceLock<Support> = PyOnceLock::new();
@@ -115,6 +118,9 @@ pub fn connect(py: Python<'_>) -> PyResult<()> {
         error: name("error")?,
         read_modes: name("read_modes")?,
         data: name("data")?,
+        read_shards: name("read_shards")?,
+        check_shards: name("check_shards")?,
+        virtual_array: name("virtual_array")?,
     };
     // Imported a second time by a reload: the first is as good.
     let _ = SUPPORT.set(py, support);

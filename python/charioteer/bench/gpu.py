@@ -17,6 +17,7 @@ from typing import Any
 
 import charioteer as ch
 from charioteer import gpu
+from charioteer.bench import gpu_data
 from charioteer.bench.command import OptionError, add_outcome_arguments, carry_out, choice, positive
 from charioteer.bench.harness import (
     OURS,
@@ -39,7 +40,9 @@ SUMMARY = "what a task on real GPUs costs, beside plain CuPy"
 DESCRIPTION = """\
 Measure tasks on real GPUs: empty ones on one GPU and on two, with 1, 4 and 16 workers and with
 PyTorch imported; a chain of small additions beside the same loop in plain CuPy; how soon a result
-is told beside a wait for the stream, and a short task beside a long one.
+is told beside a wait for the stream, and a short task beside a long one. And managed arrays: a
+chain by regions, copies, tiled Cholesky and a matrix product beside one library call, k-means and
+Jacobi's iteration on one GPU and on two, and a working set that is larger than the memory.
 """
 
 WORKERS = (1, 4, 16)
@@ -54,7 +57,7 @@ LATE = 20.0
 """Microseconds that a result may be later than a stream that is waited for."""
 BESIDE = 200.0
 PLAIN = "plain CuPy"
-NAMES = ("empty", "torch", "two", "chain", "result", "beside")
+NAMES = ("empty", "torch", "two", "chain", "result", "beside", *gpu_data.NAMES)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +67,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tasks", type=positive, metavar="N", help="tasks in one run (default: 20000)"
     )
     parser.add_argument("--only", metavar="A,B", help=f"some of {', '.join(NAMES)}")
+    for name, default in vars(gpu_data.Sizes()).items():
+        words = _SIZES[name]
+        parser.add_argument(
+            f"--{name}", type=positive, metavar="N", help=f"{words} (default: {default})"
+        )
     add_outcome_arguments(parser)
+
+
+_SIZES = {
+    "length": "tasks of the chain by regions",
+    "region": "bytes of a region that is copied",
+    "cholesky": "rows of the matrix that is factored",
+    "tile": "rows of its tiles",
+    "product": "rows of the matrices that are multiplied",
+    "points": "points that are clustered",
+    "grid": "inner rows of Jacobi's grid",
+    "budget": "bytes of the memory that the larger working set may use",
+}
 
 
 def run(options: argparse.Namespace) -> int:
@@ -77,12 +97,14 @@ def run(options: argparse.Namespace) -> int:
         OptionError: the options name an unknown measure, or a file that cannot be written.
     """
     only = choice("measure", options.only, NAMES) or NAMES
-    chosen = [one for one in measures(options.tasks or 20_000) if one.name in only]
+    said = {name: getattr(options, name) for name in _SIZES}
+    sizes = gpu_data.Sizes(**{name: size for name, size in said.items() if size is not None})
+    chosen = [one for one in measures(options.tasks or 20_000, sizes) if one.name in only]
     return carry_out(BENCHMARK, chosen, options.runs or 5, options)
 
 
-def measures(tasks: int) -> list[Measure]:
-    """All measures, with so many tasks a run."""
+def measures(tasks: int, sizes: gpu_data.Sizes) -> list[Measure]:
+    """All measures, with so many tasks a run and problems of these sizes."""
     params = _devices()
     return [
         _empty(1, tasks, params),
@@ -91,6 +113,7 @@ def measures(tasks: int) -> list[Measure]:
         _chain(min(tasks, 10_000), params),
         _result(params),
         _beside(params),
+        *gpu_data.measures(sizes, params, _need),
     ]
 
 
