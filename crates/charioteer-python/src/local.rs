@@ -368,7 +368,16 @@ impl Wanted<'_> {
         let library = self.library.map(Library::name);
         let index = self.device.index();
         let memory = (layout.address, layout.size, layout.offset);
-        let all = ("managed", library, index, memory, shape, dtype, strides, self.writes);
+        let all = (
+            "managed",
+            library,
+            index,
+            memory,
+            shape,
+            dtype,
+            strides,
+            self.writes,
+        );
         let before = libraries::present(py)?;
         let made = support(py).cuda.bind(py).call1(all)?;
         if libraries::present(py)? != before {
