@@ -19,11 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 import charioteer as ch
+from charioteer import cpu, gpu
 
 Grid = npt.NDArray[np.float64]
 
 
-@ch.task
+@ch.task(placement=[gpu, cpu])
 def relax(old: ch.In[Grid], new: ch.Out[Grid]) -> None:
     """The mean of the four neighbours; ``old`` has a halo of one around ``new``."""
     np.add(old[:-2, 1:-1], old[2:, 1:-1], out=new)
@@ -61,11 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=1024, help="inner rows and columns")
     parser.add_argument("--block", type=int, default=256, help="rows and columns of a block")
     parser.add_argument("--sweeps", type=int, default=20, help="how many sweeps")
+    parser.add_argument("--machine", help="virtual:4, or a machine file; else what is found")
     options = parser.parse_args(arguments)
 
     grid = np.zeros((options.size + 2, options.size + 2))
     grid[0] = 1.0
-    with ch.Runtime():
+    with ch.Runtime(options.machine):
         start = time.perf_counter()
         relaxed = jacobi(grid, options.sweeps, options.block)
         seconds = time.perf_counter() - start

@@ -19,24 +19,27 @@ import numpy as np
 import numpy.typing as npt
 
 import charioteer as ch
+from charioteer import cpu, gpu
 
 Matrix = npt.NDArray[np.float64]
 
 
-@ch.task
+@ch.task(placement=[gpu, cpu])
 def assign(points: ch.In[Matrix], centers: ch.In[Matrix], totals: ch.Sum[Matrix]) -> None:
     """Add each point, and a one, to the totals of its nearest center."""
     distances = (centers**2).sum(axis=1) - 2.0 * points @ centers.T
-    nearest = distances.argmin(axis=1)
-    np.add.at(totals[:, :-1], nearest, points)
-    totals[:, -1] += np.bincount(nearest, minlength=len(centers))
+    numbers = np.cumsum(np.ones_like(centers[:, 0])) - 1
+    # A row for each center, with a one for each of its points.
+    members = 1.0 * (distances.argmin(axis=1) == numbers[:, None])
+    totals[:, :-1] += members @ points
+    totals[:, -1] += members.sum(axis=1)
 
 
-@ch.task
+@ch.task(placement=[gpu, cpu])
 def move(totals: ch.InOut[Matrix], centers: ch.InOut[Matrix]) -> None:
     """Move the centers to the means of their points, and clear the totals for the next round."""
-    mine = totals[:, -1] > 0
-    centers[mine] = totals[mine, :-1] / totals[mine, -1:]
+    count = totals[:, -1:]
+    centers[...] = np.where(count > 0, totals[:, :-1] / np.maximum(count, 1.0), centers)
     totals[...] = 0.0
 
 
@@ -67,10 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="k-means with a reduction")
     parser.add_argument("--rounds", type=int, default=20, help="how many rounds")
     parser.add_argument("--shards", type=int, default=4, help="tasks of a round")
+    parser.add_argument("--machine", help="virtual:4, or a machine file; else what is found")
     options = parser.parse_args(arguments)
 
     points, digits = load_digits(return_X_y=True)
-    with ch.Runtime():
+    with ch.Runtime(options.machine):
         start = time.perf_counter()
         centers = kmeans(points, 10, options.rounds, options.shards)
         seconds = time.perf_counter() - start

@@ -20,37 +20,38 @@ import numpy as np
 import numpy.typing as npt
 
 import charioteer as ch
+from charioteer import cpu, gpu
 
 Numbers = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.intp]
 
 
-@ch.task
+@ch.task(placement=[gpu, cpu])
 def sort(part: ch.InOut[Numbers], samples: ch.Out[Numbers]) -> None:
     """Sort a shard, and take samples of it at equal distances."""
     part.sort()
     samples[...] = part[np.linspace(0, len(part) - 1, len(samples)).astype(int)]
 
 
-@ch.task
+@ch.task(placement=[gpu, cpu])
 def split(samples: ch.In[Numbers], splitters: ch.Out[Numbers]) -> None:
     """Splitters that leave about as many samples in each bucket."""
-    every = np.sort(samples, axis=None)
+    every = np.sort(samples.reshape(-1))
     splitters[...] = every[np.linspace(0, len(every), len(splitters) + 2).astype(int)[1:-1]]
 
 
-@ch.task
+@ch.task(placement=[gpu, cpu])
 def cut(part: ch.In[Numbers], splitters: ch.In[Numbers], cuts: ch.Out[Counts]) -> None:
     """Where in a sorted shard each bucket begins, and where the last one ends."""
     cuts[0], cuts[-1] = 0, len(part)
     cuts[1:-1] = np.searchsorted(part, splitters)
 
 
-@ch.task
+@ch.task(placement=[gpu, cpu])
 def collect(pieces: ch.In[list[Numbers]], bucket: ch.Out[Numbers]) -> None:
-    """Sort what the shards have of a bucket; sorted pieces are merged."""
+    """Sort what the shards have of a bucket."""
     np.concatenate(pieces, out=bucket)
-    bucket.sort(kind="stable")
+    bucket.sort()
 
 
 def sample_sort(numbers: Numbers, buckets: int) -> Numbers:
@@ -82,10 +83,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="sample sort")
     parser.add_argument("--count", type=int, default=1_000_000, help="how many numbers")
     parser.add_argument("--buckets", type=int, default=8, help="shards, and buckets")
+    parser.add_argument("--machine", help="virtual:4, or a machine file; else what is found")
     options = parser.parse_args(arguments)
 
     numbers = np.random.default_rng(0).standard_normal(options.count)
-    with ch.Runtime():
+    with ch.Runtime(options.machine):
         start = time.perf_counter()
         ordered = sample_sort(numbers, options.buckets)
         seconds = time.perf_counter() - start

@@ -14,28 +14,30 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 import charioteer as ch
+from charioteer import cpu, gpu
 
 Matrix = npt.NDArray[np.float64]
 
 
-def triangle(matrix: Matrix) -> Matrix:
+def triangle(matrix: Any) -> Any:
     """The triangular factor with a diagonal that is not negative, which makes it the only one."""
     r = np.linalg.qr(matrix, mode="r")
-    return np.asarray(r * np.where(np.diag(r) < 0, -1.0, 1.0)[:, None])
+    return r * np.where(np.diag(r) < 0, -1.0, 1.0)[:, None]
 
 
-@ch.task
+@ch.task(placement=[gpu, cpu])
 def factor(rows: ch.In[Matrix], r: ch.Out[Matrix]) -> None:
     """Factor some rows."""
     r[...] = triangle(rows)
 
 
-@ch.task
+@ch.task(placement=[gpu, cpu])
 def merge(r: ch.InOut[Matrix], other: ch.In[Matrix]) -> None:
     """Factor two triangles, one on top of the other."""
     r[...] = triangle(np.vstack([r, other]))
@@ -61,10 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=100_000, help="rows of the matrix")
     parser.add_argument("--columns", type=int, default=32, help="columns of the matrix")
     parser.add_argument("--shards", type=int, default=8, help="factorizations side by side")
+    parser.add_argument("--machine", help="virtual:4, or a machine file; else what is found")
     options = parser.parse_args(arguments)
 
     matrix = np.random.default_rng(0).standard_normal((options.rows, options.columns))
-    with ch.Runtime():
+    with ch.Runtime(options.machine):
         start = time.perf_counter()
         r = tsqr(matrix, options.shards)
         seconds = time.perf_counter() - start

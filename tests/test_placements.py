@@ -24,6 +24,10 @@ def one(*members: Member, memory: int | None = None, share: float | None = None)
     return (Alternative(members, memory, share),)
 
 
+def set_of(*members: Member, memory: int | None = None, share: float | None = None) -> Any:
+    return (Alternative(members, memory, share, gathers=True),)
+
+
 ANY, ALL = Member("gpu", None, 1), Member("gpu", None, None)
 CORE = Member("cpu", None, 1)
 
@@ -34,24 +38,24 @@ CORE = Member("cpu", None, 1)
         (cpu, one(CORE)),
         (gpu, one(ANY)),
         (gpu(3), one(Member("gpu", 3, 1))),
-        (gpu * 2, one(Member("gpu", None, 2))),
-        (2 * gpu, one(Member("gpu", None, 2))),
-        (gpu.all, one(ALL)),
-        ((gpu, gpu), one(Member("gpu", None, 2))),
-        ((gpu,), one(ANY)),
-        ((cpu, gpu), one(CORE, ANY)),
-        ((gpu, cpu, gpu), one(ANY, CORE, ANY)),
-        ((gpu(0), gpu(3)), one(Member("gpu", 0, 1), Member("gpu", 3, 1))),
-        ((gpu(1), gpu), one(Member("gpu", 1, 1), ANY)),
-        ((cpu * 2, gpu.all), one(Member("cpu", None, 2), ALL)),
+        (gpu * 2, set_of(Member("gpu", None, 2))),
+        (2 * gpu, set_of(Member("gpu", None, 2))),
+        (gpu.all, set_of(ALL)),
+        ((gpu, gpu), set_of(Member("gpu", None, 2))),
+        ((gpu,), set_of(ANY)),
+        ((cpu, gpu), set_of(CORE, ANY)),
+        ((gpu, cpu, gpu), set_of(ANY, CORE, ANY)),
+        ((gpu(0), gpu(3)), set_of(Member("gpu", 0, 1), Member("gpu", 3, 1))),
+        ((gpu(1), gpu), set_of(Member("gpu", 1, 1), ANY)),
+        ((cpu * 2, gpu.all), set_of(Member("cpu", None, 2), ALL)),
         ([gpu, cpu], one(ANY) + one(CORE)),
         ([gpu, [cpu, [gpu]]], one(ANY) + one(CORE)),
-        (gpu * range(1, 3), one(ANY) + one(Member("gpu", None, 2))),
+        (gpu * range(1, 3), set_of(ANY) + set_of(Member("gpu", None, 2))),
         (gpu.require(memory="1GiB"), one(ANY, memory=2**30)),
         (gpu(0).require(share=0.5), one(Member("gpu", 0, 1), share=0.5)),
-        ((gpu * 2).require(memory=5, share=0), one(Member("gpu", None, 2), memory=5, share=0.0)),
+        ((gpu * 2).require(memory=5, share=0), set_of(Member("gpu", None, 2), memory=5, share=0.0)),
         (gpu.require(share=1).require(memory=7), one(ANY, memory=7, share=1.0)),
-        (ch.Requirement((cpu, gpu), share=0.5), one(CORE, ANY, share=0.5)),
+        (ch.Requirement((cpu, gpu), share=0.5), set_of(CORE, ANY, share=0.5)),
     ],
     ids=repr,
 )
@@ -177,7 +181,7 @@ def test_a_set_keeps_its_order_or_is_refused(devices: Any) -> None:
         with pytest.raises(ch.PlacementError):
             normal(devices)
         return
-    ((members, memory, share),) = normal(devices)
+    ((members, memory, share, _),) = normal(devices)
     assert places(members) == flat
     assert (memory, share) == (None, None)
 

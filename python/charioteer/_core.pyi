@@ -24,8 +24,15 @@ import numpy.typing as npt
 from typing_extensions import disjoint_base
 
 from charioteer._futures import Tasks
-from charioteer._variants import Cost, HeldDevices, Size, VariantDecorator
-from charioteer.devices import Device, Placement
+from charioteer._variants import (
+    ArrayLibrary,
+    Cost,
+    HeldDevices,
+    Shards,
+    Size,
+    VariantDecorator,
+)
+from charioteer.devices import Device, Kind, Placement
 from charioteer.policies import Policy
 
 __all__ = [
@@ -39,6 +46,8 @@ __all__ = [
     "Engine",
     "Event",
     "HostAccess",
+    "Kernel",
+    "KernelLaunch",
     "Memory",
     "NativeFunction",
     "OpenMachine",
@@ -64,6 +73,7 @@ __all__ = [
     "count_groups",
     "cuda_devices",
     "current_context",
+    "dlpack",
     "finish_elsewhere",
     "finish_operations",
     "held_devices",
@@ -209,12 +219,28 @@ class TaskFunction(Generic[_P, _R_co]):
         output: _Regions | None = None,
         inout: _Regions | None = None,
         commute: _Regions | None = None,
+        shards: Shards | None = None,
+        array_library: ArrayLibrary | None = None,
+        idempotent: bool | None = None,
     ) -> Self: ...
     def map(self, *iterables: Iterable[Any]) -> TaskList[_R_co]: ...
     def variant(
-        self, placement: Placement, /, *, cost: Cost | None = None
+        self,
+        placement: Placement,
+        /,
+        *,
+        cost: Cost | None = None,
+        shards: Shards | None = None,
+        array_library: ArrayLibrary | None = None,
     ) -> VariantDecorator[_R_co]: ...
-    def _register(self, body: object, placement: object, cost: object) -> None: ...
+    def _register(
+        self,
+        body: object,
+        placement: object,
+        cost: object,
+        shards: object,
+        library: str | None,
+    ) -> None: ...
     @overload
     def __get__(self, instance: None, owner: type | None = None, /) -> Self: ...
     @overload
@@ -275,6 +301,9 @@ def task(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
     base: bool = True,
 ) -> TaskFunction[_P, _R]: ...
 @overload
@@ -296,6 +325,9 @@ def task(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
     base: bool = True,
 ) -> TaskFunction[_P, _R]: ...
 @overload
@@ -317,6 +349,9 @@ def task(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
     base: bool = True,
 ) -> TaskFunction[_P, _R]: ...
 @overload
@@ -338,6 +373,9 @@ def task(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
     base: bool = True,
 ) -> TaskFunction[_P, _R]: ...
 @overload
@@ -359,6 +397,9 @@ def task(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
     base: bool = True,
 ) -> TaskFunction[_P, _R]: ...
 @overload
@@ -380,6 +421,9 @@ def task(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
     base: bool = True,
 ) -> TaskDecorator: ...
 @overload
@@ -401,6 +445,9 @@ def spawn(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
 ) -> Task[_R]: ...
 @overload
 def spawn(
@@ -421,6 +468,9 @@ def spawn(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
 ) -> Task[_R]: ...
 @overload
 def spawn(
@@ -441,6 +491,9 @@ def spawn(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
 ) -> Task[_R]: ...
 @overload
 def spawn(
@@ -461,6 +514,9 @@ def spawn(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
 ) -> Task[_R]: ...
 @overload
 def spawn(
@@ -481,6 +537,9 @@ def spawn(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
 ) -> Spawner: ...
 @overload
 def spawn_many(
@@ -502,6 +561,9 @@ def spawn_many(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
 ) -> TaskList[_R]: ...
 @overload
 def spawn_many(
@@ -523,6 +585,9 @@ def spawn_many(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
 ) -> TaskList[_R]: ...
 @overload
 def spawn_many(
@@ -544,6 +609,9 @@ def spawn_many(
     output: _Regions | None = None,
     inout: _Regions | None = None,
     commute: _Regions | None = None,
+    shards: Shards | None = None,
+    array_library: ArrayLibrary | None = None,
+    idempotent: bool | None = None,
 ) -> TaskList[_R]: ...
 @overload
 def submit(
@@ -618,6 +686,8 @@ class Region:
     def numpy(self) -> np.ndarray[Any, Any]: ...
     def host(self, mode: Literal["r", "rw"] = "r") -> HostAccess: ...
     def fill(self, value: Any) -> Task[None]: ...
+    def prefetch(self, device: Device | Kind) -> Task[None]: ...
+    def evict(self, device: Device | Kind) -> Task[None]: ...
     def __len__(self) -> int: ...
     def __getitem__(self, index: _Index | tuple[_Index, ...], /) -> Any: ...
     def __setitem__(self, index: _Index | tuple[_Index, ...], value: Any, /) -> None: ...
@@ -683,6 +753,39 @@ class NativeFunction:
         signature: str,
     ) -> Self: ...
     def __call__(self, *arguments: Any, **keywords: Any) -> Any: ...
+    @property
+    def __name__(self) -> str: ...
+    @property
+    def __qualname__(self) -> str: ...
+
+@final
+class Kernel:
+    def __new__(
+        cls,
+        name: str,
+        provide: Callable[[int, int, int], tuple[str, Any, str]],
+        parameters: list[tuple[str, str, int | None]],
+        layout: str,
+        signature: str,
+        *,
+        dependencies: Tasks | None = None,
+        priority: int | None = None,
+        placement: Placement | None = None,
+        share: float | None = None,
+        memory: int | str | None = None,
+        cost: Cost | None = None,
+        size: Size | None = None,
+        timeout: float | None = None,
+        retries: int | None = None,
+    ) -> Self: ...
+    def __getitem__(self, shape: Any, /) -> TaskFunction[..., None]: ...
+    def __call__(self, *_arguments: Any, **_keywords: Any) -> NoReturn: ...
+    @property
+    def __name__(self) -> str: ...
+
+@final
+class KernelLaunch:
+    def __call__(self, *arguments: Any) -> None: ...
     @property
     def __name__(self) -> str: ...
     @property
@@ -755,6 +858,8 @@ class Context:
     def each(self) -> Iterator[Device]: ...
     @property
     def xp(self) -> Any: ...
+    @property
+    def array_library(self) -> str: ...
     def local(self, region: Region) -> Any: ...
     def barrier(self) -> None: ...
     def record(self, name: str) -> Event: ...
@@ -806,6 +911,9 @@ def work(seconds: float, held: float = 0.0, slices: int = 1) -> None: ...
 # Machines and their devices.
 
 def cuda_devices() -> list[tuple[str, int, tuple[int, int], float, list[int]]]: ...
+def dlpack(
+    address: int, device: int, kind: tuple[int, int], shape: list[int], strides: list[int]
+) -> object: ...
 
 @final
 class OpenMachine:

@@ -1,8 +1,10 @@
-"""What CuPy, PyTorch and Numba need to work on the runtime's streams, if they are imported.
+"""What CuPy, PyTorch and Numba need to work on the runtime's streams, if they are imported; and the
+arrays that bodies get for regions.
 
-Nothing is imported here for anybody: what is not in ``sys.modules`` is not there, and what is being
-imported by another thread right now is not there yet. Streams are handles of the driver, which the
-runtime owns; the libraries' objects for them are views.
+For a region CuPy is imported where it is installed, unless the task asks for other arrays: the body
+would import it. Else nothing is imported here for anybody: what is not in ``sys.modules`` is not
+there, and what is being imported by another thread right now is not there yet. Streams are handles
+of the driver, which the runtime owns; the libraries' objects for them are views.
 
 Libraries are bits, so that the core can keep what it made for a set of them: :data:`CUPY`,
 :data:`TORCH`.
@@ -15,7 +17,12 @@ import functools
 import sys
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from charioteer import _core
+
+if TYPE_CHECKING:
+    import numpy as np
 
 CUPY = 1
 TORCH = 2
@@ -156,3 +163,207 @@ def restorer(devices: list[int]) -> Callable[[], None]:
             call()
 
     return restore
+
+
+# ---- the arrays of regions --------------------------------------------------------------------
+
+
+@functools.cache
+def default_library() -> str:
+    """Whose arrays a body gets that does not say."""
+    from importlib.util import find_spec
+
+    return "none" if find_spec("cupy") is None else "cupy"
+
+
+class DeviceArray:
+    """Memory of a GPU as an array: for other libraries, which take it without a copy by
+    ``__cuda_array_interface__`` or ``__dlpack__``. It computes nothing.
+
+    Args:
+        address: of its first element.
+        shape: its extents.
+        dtype: the type of its elements.
+        strides: bytes from one element to the next along each axis.
+        device: the number of the GPU.
+        writable: whether it may be written.
+    """
+
+    def __init__(
+        self,
+        address: int,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        strides: tuple[int, ...],
+        device: int,
+        writable: bool,
+    ) -> None:
+        self.shape = shape
+        self.dtype = dtype
+        self.strides = strides
+        self.device = device
+        self._address = address
+        self._writable = writable
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        size = 1
+        for extent in self.shape:
+            size *= extent
+        return size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return self.size * self.dtype.itemsize
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """Version 3. A library that works on another stream waits for the task's."""
+        return {
+            "shape": self.shape,
+            "typestr": self.dtype.str,
+            "descr": self.dtype.descr,
+            "data": (self._address, not self._writable),
+            "strides": self.strides,
+            "version": 3,
+            "stream": _task_handle(),
+        }
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """A GPU of CUDA, and its number."""
+        return _DLPACK_CUDA, self.device
+
+    def __dlpack__(
+        self,
+        *,
+        stream: int | None = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> object:
+        """The memory itself. A stream that is not the task's finds its work done: the host waits
+        for it.
+
+        Raises:
+            BufferError: for another device, a copy, or a type of elements that DLPack has not.
+        """
+        if copy or (dl_device is not None and dl_device != self.__dlpack_device__()):
+            raise BufferError("the memory is on its device, and is given without a copy")
+        item = self.dtype.itemsize
+        code = _DLPACK_CODES.get(self.dtype.kind)
+        if code is None or any(stride % item for stride in self.strides):
+            raise BufferError(f"DLPack has no arrays of {self.dtype} with strides {self.strides}")
+        if stream != -1 and stream != _task_handle():
+            _core.current_context().stream.synchronize()
+        strides = [stride // item for stride in self.strides]
+        kind = (code, 8 * item)
+        return _core.dlpack(self._address, self.device, kind, list(self.shape), strides)
+
+    def __repr__(self) -> str:
+        return f"<array of {self.dtype} with shape {self.shape} on gpu({self.device})>"
+
+
+_DLPACK_CUDA = 2
+_DLPACK_CODES = {"i": 0, "u": 1, "f": 2, "c": 5, "b": 6}
+
+
+def _task_handle() -> int | None:
+    """The stream of the task that runs here, if one does."""
+    from charioteer.errors import NoRuntimeError
+
+    with contextlib.suppress(NoRuntimeError, RuntimeError):
+        stream: Any = _core.current_context().stream
+        handle: int = stream.handle
+        return handle
+    return None
+
+
+def managed(
+    library: Literal["cupy", "torch", "none"] | None,
+    device: int,
+    memory: tuple[int, int, int],
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    strides: tuple[int, ...],
+    writable: bool,
+) -> Any:
+    """What a body gets for a region, on a thread on which its device is current.
+
+    Args:
+        library: whose array; ``None`` for that of :func:`default_library`.
+        device: the number of the GPU.
+        memory: where the memory begins, how long it is, and where in it the first element is.
+        shape: the extents.
+        dtype: the type of the elements.
+        strides: bytes from one element to the next along each axis.
+        writable: whether the body may write; CuPy and PyTorch do not know the difference.
+
+    Raises:
+        ImportError: the library is not installed.
+        TypeError: it has no elements of that type.
+    """
+    address, size, offset = memory
+    name = library or default_library()
+    if name == "cupy":
+        import cupy
+
+        if not size:
+            return cupy.empty(shape, dtype)
+        unowned = cupy.cuda.UnownedMemory(address, size, None, device)
+        return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(unowned, offset), strides)
+    if name == "torch":
+        import torch
+
+        plain = DeviceArray(address + offset, shape, dtype, strides, device, True)
+        if not size:
+            kind = torch.from_numpy(_empty(dtype)).dtype
+            return torch.empty(shape, dtype=kind, device=f"cuda:{device}")
+        return torch.as_tensor(plain, device=f"cuda:{device}")
+    return DeviceArray(address + offset, shape, dtype, strides, device, writable)
+
+
+def _empty(dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    import numpy as np
+
+    return np.empty(0, dtype)
+
+
+def downloaded(x: Any) -> np.ndarray[Any, Any]:
+    """A copy on the host of an array that another library has on a device, behind all that is on
+    that library's current stream.
+
+    Raises:
+        TypeError: neither CuPy nor PyTorch is installed, which could copy it.
+    """
+    if _module("torch") is not None:
+        torch: Any = sys.modules["torch"]
+        if isinstance(x, torch.Tensor):
+            found: np.ndarray[Any, Any] = x.detach().cpu().numpy()
+            return found
+    try:
+        import cupy
+    except ImportError:
+        raise TypeError(
+            f"{type(x).__name__} is on a device, and there is no CuPy to copy it from there"
+        ) from None
+    with cupy.cuda.Device(_device_of(x)):
+        copied: np.ndarray[Any, Any] = cupy.asnumpy(cupy.asarray(x))
+    return copied
+
+
+def _device_of(x: Any) -> int:
+    import cupy
+
+    address = x.__cuda_array_interface__["data"][0]
+    if not address:
+        current: int = cupy.cuda.runtime.getDevice()
+        return current
+    found: int = cupy.cuda.runtime.pointerGetAttributes(address).device
+    return found

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 from charioteer import _core
 from charioteer._core import Array, Region, Token
 from charioteer._modes import In, Out
+from charioteer._storage import Directory, new_buffer
+from charioteer.devices import Device, Kind
 from charioteer.errors import AccessError
 
 if TYPE_CHECKING:
@@ -58,6 +60,10 @@ def _seen(x: Any) -> np.ndarray[Any, Any]:
 
     if isinstance(x, Region):
         return x.numpy()
+    if hasattr(x, "__cuda_array_interface__"):
+        from charioteer._cuda import downloaded
+
+        return downloaded(x)
     if not hasattr(x, "__array__") and hasattr(x, "__dlpack__"):
         return np.from_dlpack(x)
     found = np.asarray(x)
@@ -66,24 +72,35 @@ def _seen(x: Any) -> np.ndarray[Any, Any]:
 
 
 def array(
-    x: npt.ArrayLike, dtype: npt.DTypeLike | None = None, *, name: str | None = None
+    x: npt.ArrayLike,
+    dtype: npt.DTypeLike | None = None,
+    *,
+    name: str | None = None,
+    directory: Directory = None,
 ) -> Array:
     """A managed array with a copy of ``x``.
 
     Args:
         x: anything that NumPy makes an array of, of any shape and strides, or that has
-            ``__dlpack__``.
+            ``__dlpack__`` or ``__cuda_array_interface__``. What is on a device is copied to the
+            host, behind all that is on its library's current stream.
         dtype: of the elements; unless said, that of ``x``.
         name: what messages and traces call it; unless said, one is made up.
+        directory: as for :func:`empty`.
 
     Raises:
         AccessError: the elements are Python objects, or have no fixed size.
+        OSError: as for :func:`empty`.
     """
     import numpy as np
 
     seen = _seen(x)
     wanted = _dtype(seen.dtype if dtype is None else dtype)
-    return _managed(np.array(seen, wanted, order="C", copy=True, ndmin=0), name)
+    if directory is None:
+        return _managed(np.array(seen, wanted, order="C", copy=True, ndmin=0), name)
+    buffer = new_buffer(seen.shape, wanted, directory)
+    buffer[...] = seen
+    return _managed(buffer, name)
 
 
 def asarray(
@@ -113,32 +130,53 @@ def asarray(
     return _managed(taken.view(np.ndarray), name)
 
 
-def empty(shape: Shape, dtype: npt.DTypeLike = float, *, name: str | None = None) -> Array:
+def empty(
+    shape: Shape,
+    dtype: npt.DTypeLike = float,
+    *,
+    name: str | None = None,
+    directory: Directory = None,
+) -> Array:
     """A managed array that nobody has written yet.
 
     Args:
         shape: its extents.
         dtype: of the elements.
         name: what messages and traces call it.
+        directory: where its elements lie in a file, which the system writes out when memory is
+            short, and which is gone with the array. Unless said, they lie in memory.
 
     Raises:
         AccessError: a dtype of Python objects.
         ValueError: a negative extent.
+        OSError: there is no such directory, or its disk has no room for the array.
     """
-    import numpy as np
-
-    return _managed(np.empty(_shape(shape), _dtype(dtype)), name)
+    return _managed(new_buffer(_shape(shape), _dtype(dtype), directory), name)
 
 
-def zeros(shape: Shape, dtype: npt.DTypeLike = float, *, name: str | None = None) -> Array:
+def zeros(
+    shape: Shape,
+    dtype: npt.DTypeLike = float,
+    *,
+    name: str | None = None,
+    directory: Directory = None,
+) -> Array:
     """A managed array of zeros; takes and raises what :func:`empty` does."""
     import numpy as np
 
-    return _managed(np.zeros(_shape(shape), _dtype(dtype)), name)
+    extents, wanted = _shape(shape), _dtype(dtype)
+    if directory is None:
+        return _managed(np.zeros(extents, wanted), name)
+    return _managed(new_buffer(extents, wanted, directory), name)
 
 
 def full(
-    shape: Shape, value: Any, dtype: npt.DTypeLike | None = None, *, name: str | None = None
+    shape: Shape,
+    value: Any,
+    dtype: npt.DTypeLike | None = None,
+    *,
+    name: str | None = None,
+    directory: Directory = None,
 ) -> Array:
     """A managed array of one value; takes and raises what :func:`empty` does.
 
@@ -147,11 +185,14 @@ def full(
         value: what every element is, or what NumPy spreads over the shape.
         dtype: of the elements; unless said, that of ``value``.
         name: what messages and traces call it.
+        directory: as for :func:`empty`.
     """
     import numpy as np
 
     wanted = _dtype(np.asarray(value).dtype if dtype is None else dtype)
-    return _managed(np.full(_shape(shape), value, wanted), name)
+    buffer = new_buffer(_shape(shape), wanted, directory)
+    buffer[...] = value
+    return _managed(buffer, name)
 
 
 def token(name: str | None = None) -> Token:
@@ -231,22 +272,49 @@ def reducible(operation: str, region: Region) -> None:
         raise AccessError(f"{region!r} has no elements that ch.{operation} could reduce")
 
 
+def gpu_number(device: object) -> int | None:
+    """The number of a GPU; ``None`` for the host.
+
+    Raises:
+        TypeError: no device.
+    """
+    match device:
+        case Device(Kind("gpu"), index):
+            number: int = index
+            return number
+        case Device(Kind("cpu")) | Kind("cpu"):
+            return None
+    raise TypeError(f"{device!r} is no device: say which one, as gpu(0), or cpu for the host")
+
+
+def identity(operation: str, dtype: np.dtype[Any]) -> int | float | bool:
+    """What an operation leaves everything as it is with."""
+    import numpy as np
+
+    if operation in ("Sum", "Prod"):
+        return int(operation == "Prod")
+    if dtype.kind == "b":
+        return operation == "Min"
+    if dtype.kind == "f":
+        return np.inf if operation == "Min" else -np.inf
+    limits = np.iinfo(dtype)
+    return int(limits.max if operation == "Min" else limits.min)
+
+
 def partial(operation: str, target: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """An array like the target, of the identity of an operation."""
     import numpy as np
 
-    dtype = target.dtype
-    identity: Any
-    if operation in ("Sum", "Prod"):
-        identity = int(operation == "Prod")
-    elif dtype.kind == "b":
-        identity = operation == "Min"
-    elif dtype.kind == "f":
-        identity = np.inf if operation == "Min" else -np.inf
-    else:
-        limits = np.iinfo(dtype)
-        identity = limits.max if operation == "Min" else limits.min
-    return np.full(target.shape, identity, dtype)
+    return np.full(target.shape, identity(operation, target.dtype), target.dtype)
+
+
+def device_partial(region: Region, members: int) -> Array:
+    """The managed array that a task which may run on devices reduces into: like the region, or a
+    row of that for each member of a set. Nobody else knows it."""
+    import numpy as np
+
+    shape = region.shape if members == 1 else (members, *region.shape)
+    return Array(np.empty(shape, region.dtype), f"partial of {region.base!r}")
 
 
 def combine(
@@ -258,6 +326,53 @@ def combine(
     combined = {"Sum": np.add, "Prod": np.multiply, "Min": np.minimum, "Max": np.maximum}[operation]
     for each in partials:
         combined(target, each, out=target)
+
+
+def combine_rows(operation: str, target: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> None:
+    """Combines what :func:`device_partial` made into the target."""
+    combine(operation, target, [rows] if rows.ndim == target.ndim else list(rows))
+
+
+class Loan:
+    """Marks the arrays that a body is lent on a device, in a runtime that checks.
+
+    Args:
+        task: what people call the task.
+    """
+
+    def __init__(self, task: str) -> None:
+        self.task = task
+        self.ended = False
+
+    def check(self) -> None:
+        """Refuses what was kept beyond the task.
+
+        Raises:
+            AccessError: the body has ended.
+        """
+        if self.ended:
+            raise AccessError(
+                f"{self.task} has ended, and an array that it was lent is used: what is in its"
+                " memory now is somebody else's; a copy, a[...].copy(), may be kept"
+            )
+
+
+loan = Loan
+
+_library: contextvars.ContextVar[tuple[int, str]] = contextvars.ContextVar("charioteer.library")
+
+
+def declare_library(task: int, name: str) -> None:
+    """Notes in the context of a task's body whose arrays it gets."""
+    _library.set((task, name))
+
+
+def array_library(task: int) -> str:
+    """Whose arrays the task gets on devices of a driver."""
+    from charioteer._cuda import default_library
+
+    noted, name = _library.get((0, ""))
+    return name if noted == task else default_library()
 
 
 def _fits(target: Region, shape: tuple[int, ...]) -> None:

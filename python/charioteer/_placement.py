@@ -51,6 +51,9 @@ class Choice(NamedTuple):
     """Whether another body serves it if it gets certain devices."""
     label: str
     """What tells its run times from those of another body on as many devices."""
+    gathers: bool = False
+    """Whether the body is for a set with devices, and gets a tuple of arrays for a region. That is
+    a matter of what the body was declared for: the variant's set, or the placement of the base."""
 
 
 def resolve(
@@ -141,7 +144,9 @@ def _choice(
         chosen = [CORE]
     named = match.sets is not None and any(one.device is not None for one in match.sets.members)
     label = show_members(match.sets.members) if match.sets is not None and named else ""
-    return Choice(chosen, units, memory or 0, match.body, match.open, label)
+    declared = alternative if match.sets is None else match.sets
+    gathers = declared.gathers and any(place != CORE for place in chosen)
+    return Choice(chosen, units, memory or 0, match.body, match.open, label, gathers)
 
 
 def _places(alternative: Alternative, totals: Totals) -> list[int]:
@@ -156,7 +161,7 @@ def _places(alternative: Alternative, totals: Totals) -> list[int]:
         raise PlacementError("the machine has no gpu")
     if any(member.kind == "cpu" and member.device is not None for member in alternative.members):
         raise PlacementError("cores are all alike: say how many, cpu * n")
-    if kinds == {"cpu"} and alternative[1:] != (None, None):
+    if kinds == {"cpu"} and (alternative.memory, alternative.share) != (None, None):
         raise PlacementError("needs of an alternative's own are for devices with memory")
     if wanted.cores > totals.cores:
         raise PlacementError(f"the runtime has {totals.cores} cores")

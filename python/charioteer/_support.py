@@ -19,7 +19,14 @@ from charioteer._futures import future, join_group
 from charioteer._modes import read_modes
 from charioteer._placement import resolve as resolve_placement
 from charioteer._pools import limit_enter, limit_exit, limit_thread, refresh_limits
-from charioteer._variants import Variants, read_cost, read_size, variant_decorator
+from charioteer._variants import (
+    Variants,
+    check_shards,
+    read_cost,
+    read_shards,
+    read_size,
+    variant_decorator,
+)
 from charioteer.devices import held as devices
 from charioteer.devices import normal as normal_placement
 from charioteer.devices import read_memory
@@ -30,6 +37,7 @@ __all__ = [
     "Variants",
     "analyse",
     "cancelled_class",
+    "check_shards",
     "claim_coroutine",
     "cuda",
     "data",
@@ -39,6 +47,7 @@ __all__ = [
     "error",
     "future",
     "join_group",
+    "kernels",
     "limit_enter",
     "limit_exit",
     "limit_thread",
@@ -51,12 +60,14 @@ __all__ = [
     "read_cost",
     "read_memory",
     "read_modes",
+    "read_shards",
     "read_size",
     "refresh_limits",
     "resolve_placement",
     "score",
     "start_thread",
     "variant_decorator",
+    "virtual_array",
     "warn",
     "warn_capture",
 ]
@@ -109,11 +120,25 @@ def cuda(call: str, *arguments: Any) -> Any:
     return getattr(_cuda, call)(*arguments)
 
 
+def kernels(call: str, *arguments: Any) -> Any:
+    """Calls a function of the module ``_kernels``."""
+    from charioteer import _kernels
+
+    return getattr(_kernels, call)(*arguments)
+
+
 def data(call: str, *arguments: Any) -> Any:
     """Calls a function of the module ``_data``."""
     from charioteer import _data
 
     return getattr(_data, call)(*arguments)
+
+
+def virtual_array(*arguments: Any) -> Any:
+    """The array of a virtual GPU for memory that the runtime owns."""
+    from charioteer import virtual
+
+    return virtual.ndarray.managed(*arguments)
 
 
 def loaded_loop() -> Any:

@@ -26,13 +26,14 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from types import CodeType, FunctionType, MethodType
 from typing import (
     TYPE_CHECKING,
     Any,
     Concatenate,
     Generic,
+    Literal,
     NamedTuple,
     ParamSpec,
     TypeAlias,
@@ -41,9 +42,10 @@ from typing import (
 )
 
 from charioteer import _core
+from charioteer._modes import read_modes
 from charioteer._quantities import read_bytes, read_seconds
-from charioteer.devices import Alternative, Member, Placement, normal, show_members
-from charioteer.errors import PlacementError, VariantError
+from charioteer.devices import Alternative, Member, Placement, memories, normal, show_members
+from charioteer.errors import AccessError, PlacementError, VariantError
 
 if TYPE_CHECKING:
     from datetime import timedelta
@@ -60,8 +62,18 @@ Size: TypeAlias = float | str | Callable[..., float | str]
 """What run times are told apart by: a number, or a callable of the call's arguments that gives
 one."""
 
+Shards: TypeAlias = 'Mapping[str, int | Literal["replicated"]]'
+"""What each device of a set has of a region, by the parameter: an axis along which the region is
+split, or ``"replicated"``."""
+
+ArrayLibrary: TypeAlias = Literal["cupy", "torch", "none"]
+"""Whose arrays a body gets on devices of the CUDA driver: CuPy's, PyTorch's, or plain ones, which
+have the protocols of other libraries and compute nothing."""
+
 BASE = -1
 """Stands for the base body, where a number stands for a variant."""
+REPLICATED = -1
+"""Stands for ``"replicated"``, where a number stands for an axis."""
 
 
 class Totals(NamedTuple):
@@ -92,6 +104,11 @@ class Variant(NamedTuple):
     sets: tuple[Alternative, ...]
     cost: Any
     """What was said of its run time, or ``None``."""
+    shards: tuple[tuple[str, int], ...] = ()
+    """The parameters whose regions are split, or replicated, over a set; as
+    :func:`read_shards` gives them."""
+    library: str | None = None
+    """Whose arrays it gets, if that was said."""
 
 
 class Match(NamedTuple):
@@ -165,10 +182,19 @@ class Variants:
         """What people call the function."""
         return str(getattr(self.function, "__name__", None) or type(self.function).__name__)
 
-    def add(self, body: Any, placement: object, cost: Any = None) -> tuple[Variant, ...]:
+    def add(
+        self,
+        body: Any,
+        placement: object,
+        cost: Any = None,
+        shards: object = None,
+        library: str | None = None,
+    ) -> tuple[Variant, ...]:
         """Registers a body for the sets that a placement names, and gives all that there are.
 
         Raises:
+            AccessError: it is for a set and writes a region of which ``shards`` does not say what
+                each device has, or ``shards`` names no parameter that takes one.
             PlacementError: no set, or one that no machine has.
             TypeError: no placement, or no body.
             VariantError: a variant for one of the sets is there already, or one that would serve
@@ -180,12 +206,17 @@ class Variants:
                 if member.kind == "cpu" and member.device is not None:
                     shown = show_members(one.members)
                     raise PlacementError(f"{shown}: cores are all alike: say how many, cpu * n")
-            if {member.kind for member in one.members} == {"cpu"} and one[1:] != (None, None):
+            if {member.kind for member in one.members} == {"cpu"} and (one.memory, one.share) != (
+                None,
+                None,
+            ):
                 shown = show_members(one.members)
                 raise PlacementError(f"{shown}: needs of its own are for devices with memory")
         body = plain_body(body)
         self._check_parameters(body)
-        new = Variant(body, sets, cost)
+        split = read_shards(shards)
+        check_shards(self.function, sets, split)
+        new = Variant(body, sets, cost, split, library)
         with self._lock:
             for variant in self.registered:
                 for old in variant.sets:
@@ -246,7 +277,12 @@ class Variants:
             yield Match(BASE, None, (), bool(before))
 
     def serving(self, wanted: Held, totals: Totals, count: int | None = None) -> int:
-        """The number of the variant that serves devices that are all known, or :data:`BASE`.
+        """The number of the variant that serves devices that are all known, or :data:`BASE`; takes
+        and raises what :meth:`match` does."""
+        return self.match(wanted, totals, count).body
+
+    def match(self, wanted: Held, totals: Totals, count: int | None = None) -> Match:
+        """The body that serves devices that are all known.
 
         Args:
             wanted: the devices.
@@ -258,15 +294,17 @@ class Variants:
         """
         for match in self.matches(wanted, totals, count):
             if not match.more:
-                return match.body
+                return match
         cores = [Member("cpu", None, wanted.cores)] if wanted.cores else []
         shown = show_members([*cores, *(Member("gpu", index, 1) for index in wanted.named)])
         raise PlacementError(f"{shown if shown != '()' else 'no device'}: {self.lacking}")
 
-    def serving_held(self, held: HeldDevices, count: int) -> int:
-        """The same for the devices that a task holds."""
+    def serving_held(self, held: HeldDevices, count: int) -> tuple[int, bool | None]:
+        """The same for the devices that a task holds: the number of the variant, or :data:`BASE`,
+        and whether it is for a set; ``None`` if the placement says."""
         cores, gpus, *totals = held
-        return self.serving(Held(cores, len(gpus), gpus), Totals(*totals), count)
+        match = self.match(Held(cores, len(gpus), gpus), Totals(*totals), count)
+        return match.body, None if match.sets is None else match.sets.gathers
 
     @property
     def lacking(self) -> str:
@@ -277,7 +315,7 @@ class Variants:
         """The sets that the first variants name, in the order of their registration."""
         return tuple(
             dict.fromkeys(
-                Alternative(one.members, None, None)
+                Alternative(one.members, None, None, one.gathers)
                 for variant in self.registered[:count]
                 for one in variant.sets
             )
@@ -332,10 +370,9 @@ _VARIADIC = 0x04 | 0x08
 class VariantDecorator(Generic[R]):
     """What ``.variant(...)`` gives: called with a body, it registers that and gives it back."""
 
-    def __init__(self, register: Callable[..., object], placement: Any, cost: Any) -> None:
+    def __init__(self, register: Callable[..., object], *said: Any) -> None:
         self._register = register
-        self._placement = placement
-        self._cost = cost
+        self._said = said
 
     @overload
     def __call__(self, body: _core.TaskFunction[Q, R], /) -> _core.TaskFunction[Q, R]: ...
@@ -353,25 +390,97 @@ class VariantDecorator(Generic[R]):
                 function. Several decorators may register it for several sets.
 
         Raises:
+            AccessError: it is for a set, and writes a region of which ``shards`` does not say what
+                each device has.
             TypeError: no body: not callable, or a task function that is not native.
             VariantError: there is a variant for one of the sets already, or one that would serve
                 some set equally well; or the body takes other parameters.
         """
-        self._register(body, self._placement, self._cost)
+        self._register(body, *self._said)
         return body
 
 
 def variant_decorator(
-    register: Callable[..., object], placement: object, cost: object = None
+    register: Callable[..., object],
+    placement: object,
+    cost: object = None,
+    shards: object = None,
+    library: str | None = None,
 ) -> VariantDecorator[Any]:
     """The decorator that registers a body for these sets.
 
     Raises:
+        AccessError: shards that no region has.
         PlacementError: no set, or one that no machine has.
-        TypeError: no placement.
+        TypeError: no placement, or no shards.
     """
     normal(placement)
-    return VariantDecorator(register, placement, cost)
+    read_shards(shards)
+    return VariantDecorator(register, placement, cost, shards, library)
+
+
+def read_shards(shards: object) -> tuple[tuple[str, int], ...]:
+    """What ``shards=`` says: parameters, each with an axis or :data:`REPLICATED`.
+
+    Raises:
+        AccessError: an axis that no array has.
+        TypeError: no mapping from names to axes.
+    """
+    if shards is None:
+        return ()
+    if not isinstance(shards, Mapping):
+        raise TypeError(f"shards is a dictionary of axes by parameter, not {type(shards).__name__}")
+    found = []
+    for name, axis in shards.items():
+        if not isinstance(name, str):
+            raise TypeError(f"shards has names of parameters, not {type(name).__name__}")
+        if axis == "replicated":
+            found.append((name, REPLICATED))
+        elif isinstance(axis, bool) or not isinstance(axis, int):
+            raise TypeError(f'shards of {name} are along an axis, or "replicated", not {axis!r}')
+        elif not 0 <= axis < _MOST_AXES:
+            raise AccessError(f"shards of {name} are along an axis from 0 on, not {axis}")
+        else:
+            found.append((name, axis))
+    return tuple(found)
+
+
+_MOST_AXES = 64
+"""As NumPy has them."""
+
+
+def check_shards(
+    function: Any, sets: tuple[Alternative, ...], shards: tuple[tuple[str, int], ...]
+) -> None:
+    """Refuses a body for several devices that writes what each of them has whole.
+
+    Raises:
+        AccessError: it does, or ``shards`` names no parameter that takes regions.
+    """
+    wide = [one for one in sets if memories(one.members) not in (0, 1)]
+    if not wide and not shards:
+        return
+    if isinstance(function, (staticmethod, classmethod)):
+        function = function.__func__
+    modes = read_modes(function) if isinstance(function, FunctionType) else None
+    if modes is None:
+        # What takes no regions, or is looked at when it is called.
+        if shards and isinstance(function, FunctionType):
+            raise AccessError(f"{function.__qualname__}: shards are of parameters with modes")
+        return
+    positional, _, by_keyword, _ = modes
+    by_name = dict((*positional, *by_keyword))
+    said = dict(shards)
+    for name in said:
+        if not by_name.get(name):
+            raise AccessError(f"{function.__qualname__}: no parameter {name} takes a region")
+    for name, mode in by_name.items():
+        if wide and mode in ("Out", "InOut", "Commute") and name not in said:
+            raise AccessError(
+                f"{function.__qualname__}: {name} is written on {show_members(wide[0].members)},"
+                f" and each device has all of it: split it, shards={{{name!r}: 0}}, or promise"
+                f' equal copies, shards={{{name!r}: "replicated"}}'
+            )
 
 
 class SpecializedFunction(Generic[P, R]):
@@ -431,7 +540,7 @@ class SpecializedFunction(Generic[P, R]):
                 raise PlacementError(f"outside of tasks: {variants.lacking}")
             base: Callable[..., Any] = variants.function
             return base
-        number = variants.serving_held(key, len(variants.registered))
+        number, _ = variants.serving_held(key, len(variants.registered))
         serving: Callable[..., Any]
         serving = variants.function if number == BASE else variants.registered[number].body
         return serving
@@ -503,6 +612,9 @@ def read_base(base: object) -> bool:
     return base
 
 
+_NATIVE = _core.NativeFunction, _core.BlasRoutine, _core.KernelLaunch
+
+
 def plain_body(body: Any) -> Any:
     """What is called for a body that is registered.
 
@@ -511,7 +623,7 @@ def plain_body(body: Any) -> Any:
     """
     if isinstance(body, _core.TaskFunction):
         function: Any = body.fn
-        if not isinstance(function, (_core.NativeFunction, _core.BlasRoutine)):
+        if not isinstance(function, _NATIVE):
             raise TypeError(f"{body!r} spawns a task: a variant's body is a plain function")
         return function
     if isinstance(body, (staticmethod, classmethod)):

@@ -19,7 +19,7 @@ is decided at the spawn.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn, TypeAlias, overload
 
 from charioteer._quantities import read_bytes, read_count
@@ -266,6 +266,9 @@ class Alternative(NamedTuple):
     """Bytes that the body itself allocates on each device, if the alternative says so."""
     share: float | None
     """The part of each device's compute, if the alternative says so."""
+    gathers: bool = False
+    """Whether it is a set as it is written, also one of one device: a body then gets a tuple for a
+    region, with an array for each device."""
 
 
 def normal(placement: object) -> tuple[Alternative, ...]:
@@ -294,9 +297,23 @@ def _alternatives(placement: object) -> Iterator[Alternative]:
             for one in placement:
                 yield from _alternatives(one)
         case Requirement(devices, memory, share):
-            yield Alternative(_members(devices), memory, share)
+            yield Alternative(_members(devices), memory, share, _is_set(devices))
         case _:
-            yield Alternative(_members(placement), None, None)
+            yield Alternative(_members(placement), None, None, _is_set(placement))
+
+
+def _is_set(devices: object) -> bool:
+    return isinstance(devices, (DeviceSet, tuple))
+
+
+def memories(members: Sequence[Member]) -> int | None:
+    """How many memories the devices of a set have, cores counting as one; ``None`` for as many as
+    there are."""
+    counts = [member.places for member in members if member.kind == "gpu"]
+    cores = any(member.kind == "cpu" for member in members)
+    if None in counts:
+        return None
+    return sum(count or 0 for count in counts) + cores
 
 
 def _members(devices: object) -> tuple[Member, ...]:

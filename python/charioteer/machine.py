@@ -252,7 +252,7 @@ class Machine(Value):
                 raise ValueError("the host needs no link to itself")
 
     @classmethod
-    def detect(cls) -> Self:
+    def detect(cls, *, memory: int | str | None = None) -> Self:
         """The machine that the process runs on: the cores that it may use, their memory and NUMA
         nodes (one node, if Linux does not tell of any), and the GPUs of the CUDA driver, if there
         is one.
@@ -260,15 +260,22 @@ class Machine(Value):
         The links of GPUs are those of an ordinary server, as far as they reach each other;
         :meth:`measured` has what they are.
 
+        Args:
+            memory: the most that a runtime takes of each GPU, in bytes or as ``"8GiB"``, for
+                those that share it with others; unless said, all that it has.
+
         Raises:
             MachineError: there is a CUDA driver, and it cannot be used.
+            TypeError: ``memory`` is no size.
+            ValueError: it is not positive.
         """
         from charioteer._core import cuda_devices, host_nodes
 
+        limit = None if memory is None else Gpu(memory).memory
         usable = sorted(os.sched_getaffinity(0))
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        nodes = host_nodes(_SYSTEM, usable) or [(usable, memory)]
-        host = Host(len(usable), memory, [Node(cores, size) for cores, size in nodes])
+        present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        nodes = host_nodes(_SYSTEM, usable) or [(usable, present)]
+        host = Host(len(usable), present, [Node(cores, size) for cores, size in nodes])
         found = cuda_devices()
         if not found:
             return cls(host, name=os.uname().nodename)
@@ -283,7 +290,10 @@ class Machine(Value):
         }
         return cls(
             host,
-            [Gpu(size, name, f"{major}.{minor}") for name, size, (major, minor), *_ in found],
+            [
+                Gpu(size if limit is None else min(size, limit), name, f"{major}.{minor}")
+                for name, size, (major, minor), *_ in found
+            ],
             links=Links(host=links.host, peer=None, local=links.local, pairs=pairs),
             name=os.uname().nodename,
             driver="cuda",

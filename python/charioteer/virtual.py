@@ -27,6 +27,11 @@ An exception in an operation fails the events behind it: it comes up as the ``__
 
 An array gives its memory back when it is collected, in stream order: operations that are pending
 keep none.
+
+The array that a body gets for a region is one of memory that the runtime owns, and has while the
+body runs. What the body only reads is read-only: what would write to it raises ``ValueError``. In a
+runtime that checks (``Runtime(check=True)``) who uses one, or a view of one, after the body has
+ended gets an ``AccessError``; in others it reads or writes whatever is there by then.
 """
 
 from __future__ import annotations
@@ -44,6 +49,7 @@ import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from charioteer._core import Allocation, Memory, Stream, task_stream
+from charioteer._data import Loan
 from charioteer.devices import Device, gpu
 from charioteer.errors import DeviceError
 
@@ -187,7 +193,9 @@ class ndarray(NDArrayOperatorsMixin):  # noqa: N801 (as NumPy's)
         ValueError: it does not fit into the memory.
     """
 
-    __slots__ = ("_dtype", "_memory", "_offset", "_owner", "_shape", "_strides")
+    __slots__ = (
+        *("_dtype", "_loan", "_memory", "_offset", "_owner", "_shape", "_strides", "_writable"),
+    )
 
     def __init__(
         self,
@@ -205,7 +213,25 @@ class ndarray(NDArrayOperatorsMixin):  # noqa: N801 (as NumPy's)
         if strides is None:
             strides = _contiguous(self._shape, self._dtype.itemsize)
         self._strides = tuple(strides)
+        self._loan: Loan | None = None
+        self._writable = True
         self._shadow()  # says if it does not fit
+
+    @classmethod
+    def managed(
+        cls,
+        memory: Memory,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        strides: tuple[int, ...],
+        offset: int,
+        writable: bool,
+        loan: Loan | None,
+    ) -> ndarray:
+        """What a body gets for a region: an array of memory that the runtime owns."""
+        made = cls(memory, shape, dtype, strides, offset)
+        made._writable, made._loan = writable, loan
+        return made
 
     def _shadow(self) -> np.ndarray[Any, Any]:
         size = max(self._memory.size, 1)
@@ -232,6 +258,8 @@ class ndarray(NDArrayOperatorsMixin):  # noqa: N801 (as NumPy's)
 
     def _on_device(self) -> np.ndarray[Any, Any]:
         """The elements themselves, within an operation."""
+        if not self.size:
+            return np.empty(self._shape, self._dtype)
         return np.ndarray(
             self._shape,
             self._dtype,
@@ -247,6 +275,7 @@ class ndarray(NDArrayOperatorsMixin):  # noqa: N801 (as NumPy's)
     def _same(self, owner: Allocation | None) -> ndarray:
         same = ndarray.__new__(ndarray)
         same._owner, same._memory, same._offset = owner, self._memory, self._offset
+        same._loan, same._writable = self._loan, self._writable
         same._shape, same._strides, same._dtype = self._shape, self._strides, self._dtype
         return same
 
@@ -352,8 +381,11 @@ class ndarray(NDArrayOperatorsMixin):  # noqa: N801 (as NumPy's)
         on too.
 
         Raises:
+            AccessError: a runtime checks, and the body that was lent the array has ended.
             DeviceError: something before it on the stream failed.
         """
+        if self._loan is not None:
+            self._loan.check()
         try:
             current = current_stream()
         except RuntimeError:
@@ -439,6 +471,7 @@ class ndarray(NDArrayOperatorsMixin):  # noqa: N801 (as NumPy's)
             raise TypeError(f"{ufunc.__name__}: out is no virtual array")
         function: Callable[..., Any] = ufunc if method == "__call__" else getattr(ufunc, method)
         if method == "at":
+            _check_writable(inputs[0])
             _submit(function, *inputs, **kwargs)
             return None
         if method == "reduceat":
@@ -492,6 +525,7 @@ class ndarray(NDArrayOperatorsMixin):  # noqa: N801 (as NumPy's)
         if not isinstance(value, ndarray) and np.ndim(value):
             value = asarray(value, self._dtype if not hasattr(value, "dtype") else None)
         key = key if isinstance(key, tuple) else (key,)
+        _check_writable(self)
         if not _is_basic(key):
             if not any(_is_mask(one) for one in key):
                 whole = np.broadcast_to(np.empty((), np.int8), self._shape)
@@ -631,8 +665,11 @@ def _check(array: ndarray) -> Stream:
     """The current stream, which is to reach the array.
 
     Raises:
+        AccessError: a runtime checks, and the body that was lent the array has ended.
         DeviceError: it has no access to the array's memory.
     """
+    if array._loan is not None:
+        array._loan.check()
     current = current_stream()
     if not current.reaches(array._memory):
         raise DeviceError(
@@ -640,6 +677,11 @@ def _check(array: ndarray) -> Stream:
             " peer access"
         )
     return current
+
+
+def _check_writable(array: Any) -> None:
+    if isinstance(array, ndarray) and not array._writable:
+        raise ValueError("the array is read-only: the task declares that it only reads it, ch.In")
 
 
 def _submit(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
@@ -698,6 +740,7 @@ def _results(
     found = []
     for number, (shape, dtype) in enumerate(specs):
         out = outs[number] if number < len(outs) else None
+        _check_writable(out)
         if out is None:
             out = empty(shape, dtype)
         elif np.broadcast_shapes(shape, out._shape) != out._shape:
@@ -956,6 +999,7 @@ def copyto(dst: Any, src: Any, casting: Any = "same_kind", where: Any = True) ->
         TypeError: a change of type that ``casting`` does not allow.
         ValueError: shapes that do not fit.
     """
+    _check_writable(dst)
     source_type = src._dtype if isinstance(src, ndarray) else np.asarray(src).dtype
     if not np.can_cast(source_type, dst.dtype, casting):
         raise TypeError(f"cannot cast from {source_type} to {dst.dtype} with casting={casting!r}")
@@ -995,7 +1039,8 @@ _INFERRED: set[Any] = {
         *("all", "amax", "amin", "any", "argmax", "argmin", "argsort", "average", "clip"),
         *("count_nonzero", "cross", "cumprod", "cumsum", "dot", "einsum", "inner", "max", "mean"),
         *("median", "min", "nanmax", "nanmean", "nanmin", "nanprod", "nanstd"),
-        *("nansum", "nanvar", "prod", "ptp", "roll", "round", "sort", "std", "sum"),
+        *("nansum", "nanvar", "prod", "ptp", "roll", "round", "searchsorted", "sort"),
+        *("std", "sum"),
         *("tensordot", "trace", "tril", "triu", "var", "vdot", "isclose"),
     )
 } | {

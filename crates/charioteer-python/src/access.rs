@@ -2,13 +2,18 @@
 //!
 //! The modes of a function are read once a code object ([`crate::callable`]) into a [`Signature`]; a call
 //! whose function has none pays one check. [`bind`] walks the arguments of a call: a region at a parameter
-//! with a mode becomes an access, which is registered with the core, and its NumPy view takes its place
-//! among the arguments, read-only for accesses that only read. So the body finds arrays, and nothing is
-//! left to do when it runs.
+//! with a mode becomes an access, which is registered with the core.
 //!
-//! Cores share one memory: a set of cores gets the array itself, as one core does.
+//! What takes its place among the arguments depends on where the task may run. On cores alone that is its
+//! NumPy view, read-only for accesses that only read: the body finds arrays, and nothing is left to do
+//! when it runs. Where a device may be chosen it is a [`Slot`], for which the body gets an array of the
+//! device that it runs on when it begins ([`crate::local`]). A reduction is a slot everywhere.
+//!
+//! Cores share one memory: a set of cores gets the array itself, as one core does. Of a set with devices
+//! each member has the whole region, or what [`Shards`] say.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use charioteer::data;
 pub use charioteer::data::Mode;
@@ -20,7 +25,8 @@ use smallvec::SmallVec;
 use crate::callable;
 use crate::data::{Region, Token};
 use crate::gateway::PyRef;
-use crate::interp::{Held, Interp};
+use crate::interp::{Arguments, Held, Interp};
+use crate::local::{Deferral, Spread};
 use crate::reduce::{BodyData, OPERATIONS};
 use crate::support::{error, support};
 
@@ -29,12 +35,71 @@ pub struct Claim<'py> {
     thing: Bound<'py, PyAny>,
     mode: Mode,
     ordered: bool,
+    spread: Spread,
 }
 
 impl Claim<'_> {
     /// Whether the body gets a partial of it when it runs.
     pub fn reduces(&self) -> bool {
         matches!(self.mode, Mode::Reduce(_))
+    }
+
+    /// Whether a second attempt would find what the first one wrote.
+    pub fn updates(&self) -> bool {
+        matches!(self.mode, Mode::InOut | Mode::Commute)
+    }
+
+    /// What people call it.
+    pub fn text(&self) -> String {
+        match self.thing.cast::<Region>() {
+            Ok(region) => region.get().text(),
+            Err(_) => part(&self.thing).map_or_else(String::new, |part| part.to_string()),
+        }
+    }
+}
+
+/// What each member of a set has of the regions: parameters by name, each with an axis, or none where it
+/// promises equal copies.
+pub struct Shards(Box<[(Box<str>, Option<u8>)]>);
+
+impl Shards {
+    /// Reads `shards=`. `AccessError` or `TypeError` if nothing can be split so.
+    pub fn read(said: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let py = said.py();
+        let read = support(py).read_shards.bind(py).call1((said,))?;
+        Self::of(&read)
+    }
+
+    /// Of what `charioteer/_variants.py` reads them into.
+    pub fn of(read: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let read: Vec<(String, i32)> = read.extract()?;
+        Ok(Self(
+            read.into_iter()
+                .map(|(name, axis)| (name.into(), u8::try_from(axis).ok()))
+                .collect(),
+        ))
+    }
+
+    /// As `charioteer/_variants.py` has them.
+    pub fn as_tuple<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        let each = self.0.iter();
+        let each = each.map(|(name, axis)| (&**name, axis.map_or(-1, i32::from)));
+        PyTuple::new(py, each.collect::<Vec<_>>())
+    }
+
+    /// Nothing of none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Whether they say the same.
+    pub fn same(&self, other: &Self) -> bool {
+        self.0.len() == other.0.len() && self.0.iter().all(|one| other.0.contains(one))
+    }
+
+    fn of_parameter(&self, name: &str) -> Option<Option<u8>> {
+        let known = self.0.iter().find(|(known, _)| **known == *name);
+        known.map(|(_, axis)| *axis)
     }
 }
 
@@ -48,7 +113,7 @@ pub fn accesses<'a>(claims: &'a [Claim<'_>]) -> SmallVec<[data::Access<'a, Inter
             part: part(&claim.thing).expect("only regions and tokens are claimed"),
             mode: claim.mode,
             ordered: claim.ordered,
-            spread: data::Spread::Whole,
+            spread: claim.spread,
         })
         .collect()
 }
@@ -337,6 +402,22 @@ impl Signature {
         name.as_ref().map(|name| name.bind(py))
     }
 
+    /// `AccessError` if shards name a parameter that takes no regions.
+    fn check_names(&self, py: Python<'_>, shards: &Shards) -> PyResult<()> {
+        for (wanted, _) in &shards.0 {
+            let mut all = self.positional.iter().chain(&self.keywords);
+            let known = all.any(|(name, mode)| {
+                let name = name.as_ref().map(|name| name.bind(py).to_string());
+                mode.is_some() && name.is_some_and(|name| name == **wanted)
+            });
+            if !known {
+                let why = format!("{}: no parameter {wanted} takes a region", self.function);
+                return Err(error(py, "AccessError", (why,)));
+            }
+        }
+        Ok(())
+    }
+
     /// What messages call a positional parameter.
     fn name_at(&self, py: Python<'_>, place: usize) -> String {
         match self.named(py, place) {
@@ -366,20 +447,54 @@ impl Clone for Declared {
     }
 }
 
-/// Stands among the arguments for the array that a body reduces into, which it gets when it runs.
+/// Stands among the arguments for an array that a body gets when it runs.
 #[pyclass(frozen)]
-pub struct Partial {
+pub struct Slot {
     region: Py<Region>,
-    operation: u32,
+    mode: Mode,
+    /// Where it is among the accesses of the task; of a reduction with a partial, where that is.
+    access: usize,
+    spread: Spread,
+    /// The partial that the task has for itself, with its place in spawn order.
+    partial: Option<(u64, Py<Region>)>,
 }
 
-impl Partial {
+impl Slot {
     pub fn region(&self) -> &Py<Region> {
         &self.region
     }
 
-    pub fn operation(&self) -> u32 {
-        self.operation
+    pub fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    pub fn access(&self) -> usize {
+        self.access
+    }
+
+    pub fn spread(&self) -> Spread {
+        self.spread
+    }
+
+    pub fn partial(&self) -> Option<&(u64, Py<Region>)> {
+        self.partial.as_ref()
+    }
+
+    /// The number of the operation that it reduces by.
+    pub fn operation(&self) -> Option<u32> {
+        match self.mode {
+            Mode::Reduce(operation) => Some(operation),
+            _ => None,
+        }
+    }
+
+    /// What a body on cores gets, unless it reduces.
+    pub fn on_host<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let region = self.region.bind(py).get();
+        match self.mode {
+            Mode::In => region.readonly_view(py),
+            _ => region.view(py),
+        }
     }
 }
 
@@ -466,16 +581,16 @@ pub fn body_data<'py>(
     py: Python<'py>,
     said: Option<&[Declared]>,
     claims: &[Claim<'py>],
+    deferral: Option<&Deferral>,
     checks: bool,
     retried: bool,
 ) -> PyResult<Option<Box<BodyData>>> {
     let mut data = BodyData {
         alone: retried,
+        deferral: deferral.cloned().map(Box::new),
         ..BodyData::default()
     };
-    let mut any = claims
-        .iter()
-        .any(|claim| matches!(claim.mode, Mode::Reduce(_)));
+    let mut any = deferral.is_some() || claims.iter().any(Claim::reduces);
     if let Some(said) = said {
         let regions = said
             .iter()
@@ -512,6 +627,7 @@ pub fn declared<'py>(py: Python<'py>, all: &[Declared], into: &mut Claims<'py>) 
         thing: declared.thing.bind(py).clone(),
         mode: declared.mode,
         ordered: declared.ordered,
+        spread: Spread::Whole,
     }));
 }
 
@@ -519,15 +635,20 @@ pub fn declared<'py>(py: Python<'py>, all: &[Declared], into: &mut Claims<'py>) 
 pub type Bindings<'py> = (Option<Bound<'py, PyTuple>>, Option<Bound<'py, PyDict>>);
 
 /// Makes accesses of the regions at parameters with modes; `offset` is how many positional arguments are
-/// bound already. `AccessError` for what is no region there.
+/// bound already; `deferral` is there where a device may be chosen. `AccessError` for what is no region
+/// there, and for what cannot be split as it is to be.
 pub fn bind<'py>(
     py: Python<'py>,
     (signature, offset): (&Signature, usize),
     function: &Bound<'py, PyAny>,
     positional: Option<&Bound<'py, PyTuple>>,
     keyword: Option<&Bound<'py, PyDict>>,
+    deferral: Option<&Deferral>,
     into: &mut Claims<'py>,
 ) -> PyResult<Bindings<'py>> {
+    if let Some(shards) = deferral.and_then(|deferral| deferral.shards.as_ref()) {
+        signature.check_names(py, shards)?;
+    }
     let filled = signature.filled(py, function, offset, positional, keyword)?;
     let keyword = filled.as_ref().or(keyword);
     let overwritten = signature.overwritten(keyword)?;
@@ -546,7 +667,7 @@ pub fn bind<'py>(
                     Some(mode) => {
                         let mode = in_call(mode, signature.named(py, place))?;
                         let name = || signature.name_at(py, place);
-                        take(signature, mode, &argument, into, name)?
+                        take(signature, mode, &argument, deferral, into, name)?
                     }
                 });
             }
@@ -562,7 +683,8 @@ pub fn bind<'py>(
                     None => argument,
                     Some(mode) => {
                         let mode = in_call(mode, Some(&name))?;
-                        take(signature, mode, &argument, into, || name.to_string())?
+                        let said = || name.to_string();
+                        take(signature, mode, &argument, deferral, into, said)?
                     }
                 };
                 seen.set_item(name, argument)?;
@@ -578,10 +700,25 @@ fn take<'py>(
     signature: &Signature,
     mode: Mode,
     argument: &Bound<'py, PyAny>,
+    deferral: Option<&Deferral>,
     into: &mut Claims<'py>,
     name: impl Fn() -> String,
 ) -> PyResult<Bound<'py, PyAny>> {
-    if let Some(view) = take_one(mode, argument, into)? {
+    let split = match deferral {
+        // One device has all of it.
+        Some(deferral) if deferral.width > 1 => {
+            let shards = deferral.shards.as_ref();
+            Some((
+                shards.and_then(|shards| shards.of_parameter(&name())),
+                &name as Name<'_>,
+            ))
+        }
+        _ => None,
+    };
+    let take_one = |argument: &Bound<'py, PyAny>, into: &mut Claims<'py>| {
+        take_one(mode, argument, deferral, split, into)
+    };
+    if let Some(view) = take_one(argument, into)? {
         return Ok(view);
     }
     if signature.takes_arrays {
@@ -590,7 +727,7 @@ fn take<'py>(
     let several = |things: Vec<Bound<'py, PyAny>>, into: &mut Claims<'py>| {
         things
             .into_iter()
-            .map(|thing| match take_one(mode, &thing, into)? {
+            .map(|thing| match take_one(&thing, into)? {
                 Some(view) => Ok(view),
                 None => Err(wrong(signature, mode, &thing, &name())),
             })
@@ -607,7 +744,7 @@ fn take<'py>(
         None
     };
     if let Some(views) = views {
-        return if matches!(mode, Mode::Reduce(_)) {
+        return if deferral.is_some() || matches!(mode, Mode::Reduce(_)) {
             // What is in there is known when the body runs.
             Ok(Bound::new(py, Held(views.into()))?.into_any())
         } else {
@@ -640,10 +777,47 @@ fn wrong(signature: &Signature, mode: Mode, given: &Bound<'_, PyAny>, name: &str
     )
 }
 
+/// What a parameter is called.
+type Name<'a> = &'a dyn Fn() -> String;
+
+/// What each member of a set gets of a region. `AccessError` if it cannot be split so, or all of it would
+/// be written on each.
+fn spread_of(
+    py: Python<'_>,
+    region: &Region,
+    mode: Mode,
+    split: Option<(Option<Option<u8>>, Name<'_>)>,
+) -> PyResult<Spread> {
+    let Some((said, name)) = split else {
+        return Ok(Spread::Whole);
+    };
+    let refuse = |why: String| Err(error(py, "AccessError", (why,)));
+    match said {
+        None if matches!(mode, Mode::In | Mode::Reduce(_)) => Ok(Spread::Whole),
+        None => refuse(format!(
+            "{} is written on a set of devices, and each has all of it: split it, shards={{{:?}: 0}}, or \
+             promise equal copies, shards={{{1:?}: \"replicated\"}}",
+            region.text(),
+            name()
+        )),
+        Some(_) if matches!(mode, Mode::Reduce(_)) => refuse(format!(
+            "{}: what is reduced into is not split: each device of a set has a partial of its own",
+            name()
+        )),
+        Some(None) => Ok(Spread::Replicated),
+        Some(Some(axis)) => match region.split_axis(usize::from(axis)) {
+            Ok(axis) => Ok(Spread::Shard(axis)),
+            Err(why) => refuse(format!("{} cannot be split: {why}", region.text())),
+        },
+    }
+}
+
 /// What a body gets for one region; `None` for what is no region.
 fn take_one<'py>(
     mode: Mode,
     argument: &Bound<'py, PyAny>,
+    deferral: Option<&Deferral>,
+    split: Option<(Option<Option<u8>>, Name<'_>)>,
     into: &mut Claims<'py>,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
     let py = argument.py();
@@ -658,19 +832,44 @@ fn take_one<'py>(
             ("a reduction has its place in the order: unordered() is for other modes",),
         ));
     }
+    let mut spread = Spread::Whole;
     let view = if let Ok(region) = thing.cast::<Region>() {
+        spread = spread_of(py, region.get(), mode, split)?;
+        let mut slot = Slot {
+            region: region.clone().unbind(),
+            mode,
+            access: into.len(),
+            spread,
+            partial: None,
+        };
         match mode {
-            Mode::In => region.get().readonly_view(py)?,
-            Mode::Out | Mode::InOut | Mode::Commute => region.get().view(py)?,
             Mode::Reduce(operation) => {
                 let name = OPERATIONS[operation as usize];
-                support(py)
-                    .data
-                    .bind(py)
-                    .call1(("reducible", name, region))?;
-                let region = region.clone().unbind();
-                Bound::new(py, Partial { region, operation })?.into_any()
+                let data = support(py).data.bind(py);
+                data.call1(("reducible", name, region))?;
+                if let Some(deferral) = deferral {
+                    let own = data.call1(("device_partial", region, deferral.width))?;
+                    let spread = if deferral.width > 1 {
+                        Spread::Shard(0)
+                    } else {
+                        Spread::Whole
+                    };
+                    let number = SPAWNED_PARTIALS.fetch_add(1, Ordering::Relaxed);
+                    slot.partial = Some((number, own.cast::<Region>()?.clone().unbind()));
+                    slot.access = into.len();
+                    slot.spread = spread;
+                    into.push(Claim {
+                        thing: own,
+                        mode: Mode::Out,
+                        ordered: true,
+                        spread,
+                    });
+                }
+                Bound::new(py, slot)?.into_any()
             }
+            _ if deferral.is_some() => Bound::new(py, slot)?.into_any(),
+            Mode::In => region.get().readonly_view(py)?,
+            Mode::Out | Mode::InOut | Mode::Commute => region.get().view(py)?,
         }
     } else if thing.is_exact_instance_of::<Token>() && !matches!(mode, Mode::Reduce(_)) {
         py.None().into_bound(py)
@@ -681,6 +880,43 @@ fn take_one<'py>(
         thing: thing.clone(),
         mode,
         ordered,
+        spread: if matches!(mode, Mode::Reduce(_)) {
+            Spread::Whole
+        } else {
+            spread
+        },
     });
     Ok(Some(view))
+}
+
+/// Orders the partials of tasks that may run on devices.
+static SPAWNED_PARTIALS: AtomicU64 = AtomicU64::new(0);
+
+/// The arguments with NumPy views in the place of slots, for bodies that run on cores alone.
+pub fn on_host(py: Python<'_>, arguments: &Arguments) -> PyResult<Arguments> {
+    fn one<'py>(argument: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        match argument.cast_exact::<Slot>() {
+            Ok(slot) => slot.get().on_host(argument.py()),
+            Err(_) => Ok(argument.clone()),
+        }
+    }
+    let each = |given: &PyRef| -> PyResult<PyRef> {
+        let given = given.bind(py).cast::<PyTuple>()?.iter();
+        let given = given
+            .map(|argument| one(&argument))
+            .collect::<PyResult<Vec<_>>>()?;
+        Ok(PyTuple::new(py, given)?.into())
+    };
+    Ok(match arguments {
+        Arguments::None => Arguments::None,
+        Arguments::One(argument) => Arguments::One(one(argument.bind(py))?.into()),
+        Arguments::Many(given) => Arguments::Many(each(given)?),
+        Arguments::Named(both) => {
+            let named = PyDict::new(py);
+            for (name, argument) in both.1.bind(py).cast::<PyDict>()? {
+                named.set_item(name, one(&argument)?)?;
+            }
+            Arguments::Named(Box::new((each(&both.0)?, named.into())))
+        }
+    })
 }

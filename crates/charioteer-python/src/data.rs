@@ -16,6 +16,9 @@
 //! kept afterwards; of two threads the one that comes second throws its own away. All views share the
 //! buffer, which lives as long as any of them.
 //!
+//! On a device the elements are elsewhere, and at another address as often as the core moves them. What was
+//! made of a region there is kept too, by where it was (see [`crate::local`]).
+//!
 //! A [`Tiles`] grid makes the region of a tile on first touch and keeps it, so that `A[i, j]` in a loop
 //! is a look-up, and so is the view that a body gets.
 //!
@@ -24,8 +27,10 @@
 
 use std::sync::Arc;
 
+use charioteer::data::store::View;
 use charioteer::data::{self, Datum, Grid, Part};
 use charioteer::engine::HostError;
+use charioteer::machine::{DeviceId, HOST};
 use charioteer::region as index;
 use pyo3::exceptions::{PyIndexError, PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::ffi;
@@ -37,14 +42,38 @@ use smallvec::SmallVec;
 use crate::attached::Attached;
 use crate::gateway::{self, PyRef};
 use crate::interp::{Core, Interp, Label, Task, exception_of};
+use crate::local::{Layout, Library, Wanted};
 use crate::native::{ArrayHead, C_CONTIGUOUS, WRITEABLE};
 use crate::runtime;
+use crate::spawn::{handle_of, spawn_error};
 use crate::support::{error, support};
 use crate::task::wait_error;
 
+/// Where the first element is of what is seen along these axes of a view, and the strides, in bytes, of the
+/// axes that are seen.
+pub fn place(axes: &[Axis], view: &View) -> (u64, SmallVec<[i64; 4]>) {
+    let mut strides = SmallVec::new();
+    let (mut first, mut real) = (0_i64, 0);
+    for axis in axes {
+        let (start, step) = match *axis {
+            Axis::New => {
+                strides.push(0);
+                continue;
+            }
+            Axis::At(at) => (at, None),
+            Axis::Along { start, step, .. } => (start, Some(step)),
+        };
+        let stride = view.strides[real].cast_signed();
+        first += (start as i64 - view.origin[real].cast_signed()) * stride;
+        real += 1;
+        strides.extend(step.map(|step| stride * step as i64));
+    }
+    (view.pointer.address.wrapping_add_signed(first), strides)
+}
+
 /// How an axis of the array is seen.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
-enum Axis {
+pub enum Axis {
     /// At one index: the axis is dropped.
     At(isize),
     /// From `start` on, `count` times by `step`, which may be negative.
@@ -57,7 +86,32 @@ enum Axis {
     New,
 }
 
-type Axes = SmallVec<[Axis; 4]>;
+pub type Axes = SmallVec<[Axis; 4]>;
+
+/// A part of a region: some indices of one axis, by the place of that among the axes of the region, the
+/// dropped ones and the new ones too.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Piece {
+    axis: usize,
+    start: usize,
+    count: usize,
+}
+
+/// An array of a device that a region made, and what it was made of.
+struct Seen {
+    engine: u32,
+    device: DeviceId,
+    address: u64,
+    strides: SmallVec<[u64; 4]>,
+    origin: SmallVec<[u64; 4]>,
+    piece: Option<Piece>,
+    writes: bool,
+    library: Option<Library>,
+    array: PyRef,
+}
+
+/// How many of them a region keeps: it is on few devices at a time.
+const SEEN: usize = 8;
 
 /// A part of a managed array: a handle, which says where data is and computes nothing.
 ///
@@ -74,6 +128,8 @@ pub struct Region {
     array: Option<PyRef>,
     writable: PyOnceLock<PyRef>,
     readonly: PyOnceLock<PyRef>,
+    /// Arrays of devices, those that were used last at the end.
+    seen: Attached<Vec<Seen>>,
 }
 
 /// A managed array. Its bodies are NumPy arrays on the device that they run on; this is their handle.
@@ -93,7 +149,7 @@ enum Selector {
 
 impl Axis {
     /// What a body sees of it: nothing of an axis that is dropped.
-    fn extent(&self) -> Option<usize> {
+    pub fn extent(&self) -> Option<usize> {
         match self {
             Self::At(_) => None,
             Self::Along { count, .. } => Some(*count),
@@ -214,6 +270,32 @@ impl Region {
             && self.part.region().contains(other.part.region())
     }
 
+    /// Spawns the task that brings it to a device, or takes it from there.
+    fn moved<'py>(
+        slf: &Bound<'py, Self>,
+        device: &Bound<'py, PyAny>,
+        there: bool,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let py = slf.py();
+        let number: Option<u16> = support(py)
+            .data
+            .bind(py)
+            .call1(("gpu_number", device))?
+            .extract()?;
+        let device = number.map_or(HOST, DeviceId::gpu);
+        let this = slf.get();
+        let engine = Arc::clone(&runtime::active(py)?.engine);
+        let spawned = if there {
+            let label = format!("prefetch {} to {device}", this.text());
+            engine.prefetch(Label::Name(label.into()), &this.part, device)
+        } else {
+            let label = format!("evict {} from {device}", this.text());
+            engine.evict(Label::Name(label.into()), &this.part, device)
+        };
+        let handle = spawned.map_err(|why| spawn_error(py, why, None))?;
+        handle_of(py, Some(handle), None)
+    }
+
     /// The region of the same array that is seen through these axes.
     fn with_axes(slf: &Bound<'_, Self>, axes: Axes) -> Self {
         let py = slf.py();
@@ -229,6 +311,7 @@ impl Region {
             }),
             writable: PyOnceLock::new(),
             readonly: PyOnceLock::new(),
+            seen: Attached::new(Vec::new()),
         }
     }
 
@@ -237,15 +320,197 @@ impl Region {
         if let Some(view) = self.writable.get(py) {
             return Ok(view.bind(py).clone());
         }
-        let mut index = self
-            .axes
+        let view = self.view_of(py, &self.axes)?;
+        Ok(keep(py, &self.writable, view))
+    }
+
+    /// A view of the buffer.
+    fn view_of<'py>(&self, py: Python<'py>, axes: &[Axis]) -> PyResult<Bound<'py, PyAny>> {
+        let mut index = axes
             .iter()
             .map(|part| part.index(py))
             .collect::<PyResult<Vec<_>>>()?;
         // With every axis dropped NumPy would give a number, and not a view of it.
         index.push(PyEllipsis::get(py).to_owned().into_any());
-        let view = self.buffer.bind(py).get_item(PyTuple::new(py, index)?)?;
-        Ok(keep(py, &self.writable, view))
+        self.buffer.bind(py).get_item(PyTuple::new(py, index)?)
+    }
+
+    /// The view of the host's buffer that a member of a set gets which is a core.
+    pub fn host_view<'py>(
+        &self,
+        py: Python<'py>,
+        piece: Option<Piece>,
+        writes: bool,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let view = match piece {
+            None if writes => return self.view(py),
+            None => return self.readonly_view(py),
+            Some(piece) => self.view_of(py, &self.axes_of(Some(piece)))?,
+        };
+        if !writes {
+            view.call_method("setflags", (false,), None)?;
+        }
+        Ok(view)
+    }
+
+    /// How it sees the axes of its array.
+    pub fn axes(&self) -> Axes {
+        self.axes.clone()
+    }
+
+    fn axes_of(&self, piece: Option<Piece>) -> Axes {
+        let mut axes = self.axes.clone();
+        if let Some(Piece { axis, start, count }) = piece {
+            axes[axis] = axes[axis].select(&Selector::Range {
+                start: signed(start),
+                step: 1,
+                count,
+            });
+        }
+        axes
+    }
+
+    /// The axis of the array that a body sees as its axis of that number, for the region to be split along;
+    /// why that cannot be.
+    pub fn split_axis(&self, seen: usize) -> Result<u8, String> {
+        let mut visible = self.axes.iter().enumerate();
+        let mut visible = visible.by_ref().filter(|(_, axis)| axis.extent().is_some());
+        let Some((at, axis)) = visible.nth(seen) else {
+            let count = self.extents().len();
+            return Err(format!("it has no axis {seen}, but {count}"));
+        };
+        match axis {
+            Axis::New => Err(format!("axis {seen} was added by an index")),
+            Axis::Along { step, .. } if *step < 0 => Err(format!("axis {seen} runs backwards")),
+            _ => {
+                let before = self.axes[..at].iter();
+                let before = before.filter(|axis| !matches!(axis, Axis::New)).count();
+                u8::try_from(before).map_err(|_| format!("axis {seen} is one of too many"))
+            }
+        }
+    }
+
+    /// What a member of a set has of it, split along an axis of the array as `numpy.array_split` does.
+    pub fn piece(&self, axis: u8, at: usize, members: usize) -> Piece {
+        let mut real = self.axes.iter().enumerate();
+        let mut real = real.by_ref().filter(|(_, axis)| !matches!(axis, Axis::New));
+        let (axis, along) = real.nth(usize::from(axis)).expect("an axis that it has");
+        let extent = along.extent().unwrap_or(1);
+        let (least, larger) = (extent / members, extent % members);
+        Piece {
+            axis,
+            start: at * least + at.min(larger),
+            count: least + usize::from(at < larger),
+        }
+    }
+
+    /// The array of a device, or of a part of the region there. One that a body is lent is made anew.
+    pub fn array_on<'py>(
+        &self,
+        py: Python<'py>,
+        wanted: &Wanted<'_>,
+        loan: Option<&PyRef>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let is = |seen: &Seen| match wanted.view {
+            None => false,
+            Some(view) => {
+                seen.engine == wanted.engine
+                    && seen.device == wanted.device
+                    && seen.address == view.pointer.address
+                    && seen.piece == wanted.piece
+                    && seen.writes == wanted.writes
+                    && seen.library == wanted.library
+                    && seen.strides == view.strides
+                    && seen.origin == view.origin
+            }
+        };
+        if loan.is_none() {
+            let mut seen = self.seen.lock(py);
+            let count = seen.len();
+            if let Some(at) = seen.iter().rposition(is) {
+                seen[at..count].rotate_left(1);
+                // One more reference calls nobody, so the section may hold on.
+                return Ok(seen[count - 1].array.clone_ref(py).into_bound(py));
+            }
+        }
+        let item = self.dtype(py)?.getattr(pyo3::intern!(py, "itemsize"))?;
+        let layout = self.layout(wanted, item.extract()?);
+        let array = wanted.make(py, &layout, &self.dtype(py)?, loan)?;
+        if let (Some(view), None) = (wanted.view, loan) {
+            let new = Seen {
+                engine: wanted.engine,
+                device: wanted.device,
+                address: view.pointer.address,
+                strides: view.strides.clone(),
+                origin: view.origin.clone(),
+                piece: wanted.piece,
+                writes: wanted.writes,
+                library: wanted.library,
+                array: array.clone().into(),
+            };
+            let old = {
+                let mut seen = self.seen.lock(py);
+                // Those of runtimes that are closed are of no use any more.
+                let mut old: Vec<Seen> = seen
+                    .extract_if(.., |seen| seen.engine != wanted.engine)
+                    .collect();
+                if seen.len() >= SEEN {
+                    old.push(seen.remove(0));
+                }
+                seen.push(new);
+                old
+            };
+            drop(old);
+        }
+        Ok(array)
+    }
+
+    /// Where a device has the elements.
+    fn layout(&self, wanted: &Wanted<'_>, item: usize) -> Layout {
+        let axes = self.axes_of(wanted.piece);
+        let shape: SmallVec<[usize; 4]> = axes.iter().filter_map(Axis::extent).collect();
+        let Some(view) = wanted
+            .view
+            .filter(|_| shape.iter().all(|extent| *extent > 0))
+        else {
+            return Layout {
+                strides: SmallVec::from_elem(signed(item), shape.len()),
+                shape,
+                address: 0,
+                size: 0,
+                offset: 0,
+            };
+        };
+        let mut strides: SmallVec<[isize; 4]> = SmallVec::new();
+        let (mut first, mut lowest, mut reach) = (0_i64, 0_i64, 0_i64);
+        let mut real = 0;
+        for axis in &axes {
+            let (start, step, count) = match *axis {
+                Axis::New => {
+                    strides.push(0);
+                    continue;
+                }
+                Axis::At(at) => (at, 0, 1),
+                Axis::Along { start, step, count } => (start, step, count),
+            };
+            let stride = view.strides[real].cast_signed();
+            first += (start as i64 - view.origin[real].cast_signed()) * stride;
+            real += 1;
+            if let Axis::Along { .. } = axis {
+                let stride = stride * step as i64;
+                strides.push(stride as isize);
+                let length = stride * (signed(count) as i64 - 1);
+                lowest += length.min(0);
+                reach += length.abs();
+            }
+        }
+        Layout {
+            shape,
+            strides,
+            address: view.pointer.address.wrapping_add_signed(first + lowest),
+            size: reach.unsigned_abs() + item as u64,
+            offset: lowest.unsigned_abs(),
+        }
     }
 
     /// The read-only view.
@@ -442,7 +707,7 @@ impl Region {
 
     /// The type of the elements, NumPy's.
     #[getter]
-    fn dtype<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+    pub fn dtype<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         self.buffer.bind(py).getattr(pyo3::intern!(py, "dtype"))
     }
 
@@ -591,6 +856,25 @@ impl Region {
             .data
             .bind(slf.py())
             .call1(("assign", slf, value))
+    }
+
+    /// Spawns a task that brings the region to a device, in its place in the order, so that it is there
+    /// before a task needs it; to the host for `cpu`. It stays until its room is needed. `PlacementError` if
+    /// there is no such device, `TypeError` for what is no device.
+    fn prefetch<'py>(
+        slf: &Bound<'py, Self>,
+        device: &Bound<'py, PyAny>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        Self::moved(slf, device, true)
+    }
+
+    /// Spawns a task that gives up what a device has of the region, in its place in the order; what is there
+    /// alone comes to the host first. Nothing happens to what is not there. Raises what `prefetch` does.
+    fn evict<'py>(
+        slf: &Bound<'py, Self>,
+        device: &Bound<'py, PyAny>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        Self::moved(slf, device, false)
     }
 
     /// A grid of regions of this shape, from the first element on; the last ones are smaller where the
@@ -874,14 +1158,17 @@ impl Array {
                 count: *count,
             })
             .collect();
+        let item = buffer.getattr("itemsize")?.extract()?;
+        let keep = Box::new(PyRef::from(buffer.clone()));
         let extents: SmallVec<[u64; 4]> = shape.iter().map(|extent| *extent as u64).collect();
         let region = Region {
-            part: Datum::new(name, &extents).whole(),
+            part: Datum::stored(name, &extents, item, head.address(), keep).whole(),
             buffer: buffer.clone().into(),
             axes,
             array: None,
             writable: PyOnceLock::new(),
             readonly: PyOnceLock::new(),
+            seen: Attached::new(Vec::new()),
         };
         Ok(PyClassInitializer::from(region).add_subclass(Self))
     }
@@ -891,8 +1178,14 @@ impl Array {
     fn release(slf: &Bound<'_, Self>) -> PyResult<()> {
         let py = slf.py();
         let region = slf.as_super().get();
-        // What it has may be undefined, and is let go all the same.
-        let access = HostEntry::enter(py, region, data::Mode::Out)?;
+        let access = match HostEntry::enter(py, region, data::Mode::InOut) {
+            Ok(access) => access,
+            // What it has is undefined, and is let go all the same.
+            Err(error) if is_dependency_error(py, &error) => {
+                HostEntry::enter(py, region, data::Mode::Out)?
+            }
+            Err(error) => return Err(error),
+        };
         region.part.datum().close();
         drop(access);
         Ok(())
@@ -901,13 +1194,13 @@ impl Array {
 
 /// An access of the host that is under way; none is needed while no runtime is open, since every task of
 /// one that was left is done.
-struct HostEntry {
+pub struct HostEntry {
     /// Ends with this.
     _access: Option<charioteer::engine::HostAccess<Interp>>,
 }
 
 impl HostEntry {
-    fn enter(py: Python<'_>, region: &Region, mode: data::Mode) -> PyResult<Self> {
+    pub fn enter(py: Python<'_>, region: &Region, mode: data::Mode) -> PyResult<Self> {
         let accesses = [data::Access::new(&region.part, mode)];
         if region.part.datum().is_closed() {
             let closed = data::AccessTrouble::Closed(region.part.datum().label().to_owned());
@@ -934,6 +1227,13 @@ impl HostEntry {
             Err(HostError::Closed) => Err(runtime::none(py)),
         }
     }
+}
+
+fn is_dependency_error(py: Python<'_>, error: &PyErr) -> bool {
+    let class = py
+        .import("charioteer.errors")
+        .and_then(|errors| errors.getattr("DependencyError"));
+    class.is_ok_and(|class| error.is_instance(py, &class))
 }
 
 /// What reading a region raises that a failed task was to write.

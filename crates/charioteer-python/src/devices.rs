@@ -234,6 +234,11 @@ impl OpenMachine {
         machine.ok_or_else(|| error(py, "DeviceError", ("the machine is closed",)))
     }
 
+    /// Its devices, if they are the CUDA driver's.
+    pub fn driven(&self) -> Box<[Arc<CudaGpu>]> {
+        self.cuda.iter().map(Arc::clone).collect()
+    }
+
     /// The virtual device with that number. `DeviceError` if it is none.
     fn gpu(&self, py: Python<'_>, index: usize) -> PyResult<Arc<VirtualGpu>> {
         let (machine, id) = self.device(py, index)?;
@@ -520,6 +525,105 @@ impl Clock {
                 .as_virtual()
                 .is_some_and(|found| found.clock().advance())
         }))
+    }
+}
+
+// ---- DLPack -------------------------------------------------------------------------------------
+
+/// What a consumer of DLPack reads: the tensor, and how it is given back.
+#[repr(C)]
+struct ManagedTensor {
+    data: *mut c_void,
+    device_type: i32,
+    device: i32,
+    dimensions: i32,
+    code: u8,
+    bits: u8,
+    lanes: u16,
+    shape: *mut i64,
+    strides: *mut i64,
+    offset: u64,
+    context: *mut c_void,
+    deleter: Option<unsafe extern "C" fn(*mut ManagedTensor)>,
+}
+
+/// A tensor and the numbers that it points to.
+struct Exported {
+    tensor: ManagedTensor,
+    _shape: Box<[i64]>,
+    _strides: Box<[i64]>,
+}
+
+/// # Safety
+/// Called once, with the tensor of an [`Exported`] that was made by `Box::into_raw`.
+unsafe extern "C" fn delete_tensor(tensor: *mut ManagedTensor) {
+    // SAFETY: the context is the box, and nobody uses it any more.
+    drop(unsafe { Box::from_raw((*tensor).context.cast::<Exported>()) });
+}
+
+/// # Safety
+/// The interpreter calls this, with a capsule of [`dlpack`].
+unsafe extern "C" fn delete_capsule(capsule: *mut ffi::PyObject) {
+    // SAFETY: attached, since an object is being collected. A consumer that took the tensor over renamed
+    // the capsule; if nobody did, it is ours to delete.
+    unsafe {
+        if ffi::PyCapsule_IsValid(capsule, TENSOR.as_ptr()) != 0 {
+            let tensor = ffi::PyCapsule_GetPointer(capsule, TENSOR.as_ptr());
+            delete_tensor(tensor.cast());
+        }
+    }
+}
+
+const TENSOR: &std::ffi::CStr = c"dltensor";
+const DLPACK_CUDA: i32 = 2;
+
+/// Memory of a GPU of the CUDA driver as a capsule by DLPack: where, on which GPU, the code of the type and
+/// its bits, extents, and strides in elements. It owns nothing.
+#[pyfunction]
+pub fn dlpack(
+    py: Python<'_>,
+    address: usize,
+    device: i32,
+    kind: (u8, u8),
+    shape: Vec<i64>,
+    strides: Vec<i64>,
+) -> PyResult<Bound<'_, PyAny>> {
+    let (code, bits) = kind;
+    let dimensions = i32::try_from(shape.len())
+        .map_err(|_| PyValueError::new_err("an array of too many dimensions"))?;
+    if strides.len() != shape.len() {
+        return Err(PyValueError::new_err("a stride for each extent"));
+    }
+    let (mut shape, mut strides) = (shape.into_boxed_slice(), strides.into_boxed_slice());
+    let tensor = ManagedTensor {
+        data: address as *mut c_void,
+        device_type: DLPACK_CUDA,
+        device,
+        dimensions,
+        code,
+        bits,
+        lanes: 1,
+        shape: shape.as_mut_ptr(),
+        strides: strides.as_mut_ptr(),
+        offset: 0,
+        context: std::ptr::null_mut(),
+        deleter: Some(delete_tensor),
+    };
+    let exported = Box::into_raw(Box::new(Exported {
+        tensor,
+        _shape: shape,
+        _strides: strides,
+    }));
+    // SAFETY: attached; the box was just made, and the capsule deletes it unless a consumer does. A new
+    // reference, or null with an exception.
+    unsafe {
+        (*exported).tensor.context = exported.cast();
+        let tensor = &raw mut (*exported).tensor;
+        let capsule = ffi::PyCapsule_New(tensor.cast(), TENSOR.as_ptr(), Some(delete_capsule));
+        if capsule.is_null() {
+            delete_tensor(tensor);
+        }
+        Bound::from_owned_ptr_or_err(py, capsule)
     }
 }
 
@@ -926,6 +1030,18 @@ pub struct Memory {
     gpu: Arc<VirtualGpu>,
     pointer: DevicePointer,
     size: u64,
+}
+
+impl Memory {
+    /// Of a virtual GPU, at an address there.
+    pub fn at(gpu: &Arc<VirtualGpu>, address: u64, size: u64) -> Self {
+        let device = gpu.info().id;
+        Self {
+            gpu: Arc::clone(gpu),
+            pointer: DevicePointer { device, address },
+            size,
+        }
+    }
 }
 
 /// What a buffer keeps.

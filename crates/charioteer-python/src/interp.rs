@@ -21,17 +21,19 @@ use charioteer::engine::{Engine, Registry, Running};
 use charioteer::machine::{DeviceId, Event};
 use charioteer::mapping::policy::Call;
 use charioteer::task::{Domain, Failure, Outcome, Step, TaskRef, Trouble, Until};
+use charioteer_cuda::CudaGpu;
 use pyo3::exceptions::PyTypeError;
 use pyo3::ffi;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple};
 
-use crate::access::Partial;
+use crate::access::Slot;
 use crate::attached::Attached;
 use crate::devices;
 use crate::gateway::{self, Hidden, PyRef, Site};
 use crate::gil::Gil;
+use crate::launches;
 use crate::libraries;
 use crate::native;
 use crate::reduce::{BodyData, Partials, Reduction};
@@ -54,8 +56,8 @@ pub struct Interp {
     pub events: std::sync::Mutex<HashMap<String, Event>>,
     /// Whether the policy is to know of every task on devices, and of every choice of cores.
     pub maps_all: bool,
-    /// Whether a driver has the machine's devices, which other libraries of the process use too.
-    pub has_driver: bool,
+    /// The machine's devices, if a driver has them, which other libraries of the process use too.
+    pub gpus: Box<[Arc<CudaGpu>]>,
     /// The user's policy.
     policy: Option<PyRef>,
     /// Partial results of reductions that are under way.
@@ -71,14 +73,14 @@ impl Interp {
         policy: Option<PyRef>,
         maps_all: bool,
         checks: bool,
-        has_driver: bool,
+        gpus: Box<[Arc<CudaGpu>]>,
     ) -> Self {
         Self {
             partials: Partials::default(),
             checks,
             policy,
             maps_all,
-            has_driver,
+            gpus,
             on_failure,
             gil,
             stores: Attached::new(HashMap::new()),
@@ -120,6 +122,8 @@ pub struct Watched {
 pub enum Body {
     Python(PythonBody),
     Native(native::Call),
+    /// Boxed, since a body is part of each task.
+    Kernel(Box<launches::Call>),
     /// The variants that may serve it.
     Several(Box<Several>),
     /// The end of a reduction.
@@ -133,6 +137,7 @@ impl Body {
         match self {
             Self::Python(_) => true,
             Self::Native(call) => call.needs_session(),
+            Self::Kernel(call) => call.needs_session(),
             Self::Several(several) => several.needs_session(),
             Self::Combine(_) => true,
         }
@@ -142,7 +147,7 @@ impl Body {
     pub fn has_begun(&self) -> bool {
         match self {
             Self::Python(body) => body.coroutine.is_some(),
-            Self::Native(_) | Self::Combine(_) => false,
+            Self::Native(_) | Self::Kernel(_) | Self::Combine(_) => false,
             Self::Several(several) => several.has_begun(),
         }
     }
@@ -196,6 +201,8 @@ pub enum Raised {
     Exception(PyRef, Option<PyRef>),
     /// A native body's failure; each who receives it gets an exception of its own.
     Native(native::Failure),
+    /// A kernel that was not launched; likewise.
+    Launch(launches::Failure),
 }
 
 impl From<Bound<'_, PyAny>> for Value {
@@ -224,6 +231,7 @@ impl Raised {
         let (exception, traceback) = match self {
             Self::Exception(exception, traceback) => (exception.bind(py), traceback),
             Self::Native(failure) => return failure.error(py),
+            Self::Launch(failure) => return failure.error(py),
         };
         // SAFETY: attached; an exception, and a traceback or nothing.
         unsafe {
@@ -336,11 +344,11 @@ impl Interp {
         }
         if body.substitute {
             let data = &mut body.data;
-            let (arguments, keywords) = substitute(py, &body.arguments, &mut |partial| {
+            let (arguments, keywords) = substitute(py, &body.arguments, &mut |slot| {
                 let data = data
                     .as_mut()
-                    .expect("who reduces has something to do with data");
-                data.partial(py, running, partial)
+                    .expect("who has slots has something to do with data");
+                data.array(py, running, slot)
             })?;
             return body
                 .callable
@@ -507,6 +515,11 @@ impl Interp {
             && let Err(error) = data.end(py, running)
         {
             step = Ok(Self::done(py, running, Err(error)));
+        }
+        if let Some(data) = &mut body.data
+            && !matches!(step, Ok(Step::Await(..)))
+        {
+            report(py, data.over(py));
         }
         // SAFETY: attached; entered above.
         if unsafe { ffi::PyContext_Exit(context) } != 0 {
@@ -675,29 +688,29 @@ fn warn_rebound(py: Python<'_>, task: &Task, body: &PythonBody) -> PyResult<()> 
     Ok(())
 }
 
-/// What gives the array of a parameter that is reduced into.
-pub type Lend<'a, 'py> = &'a mut dyn FnMut(&Partial) -> PyResult<Bound<'py, PyAny>>;
+/// What gives the array of a slot.
+pub type Lend<'a, 'py> = &'a mut dyn FnMut(&Slot) -> PyResult<Bound<'py, PyAny>>;
 
-/// The arguments with handles replaced by results, also one level deep.
+/// The arguments with handles replaced by results, and slots by arrays, also one level deep.
 ///
-/// `partial` gives the array of a parameter that is reduced into.
+/// `slot` gives the array of one.
 pub fn substitute<'py>(
     py: Python<'py>,
     arguments: &Arguments,
-    partial: Lend<'_, 'py>,
+    slot: Lend<'_, 'py>,
 ) -> PyResult<(Bound<'py, PyTuple>, Option<Bound<'py, PyDict>>)> {
     match arguments {
         Arguments::None => Ok((PyTuple::empty(py), None)),
         Arguments::One(argument) => {
-            let argument = substitute_one(py, argument.bind(py), partial)?;
+            let argument = substitute_one(py, argument.bind(py), slot)?;
             Ok((PyTuple::new(py, [argument])?, None))
         }
-        Arguments::Many(arguments) => Ok((substitute_each(py, arguments, partial)?, None)),
+        Arguments::Many(arguments) => Ok((substitute_each(py, arguments, slot)?, None)),
         Arguments::Named(both) => {
-            let positional = substitute_each(py, &both.0, partial)?;
+            let positional = substitute_each(py, &both.0, slot)?;
             let new = PyDict::new(py);
             for (name, value) in both.1.bind(py).cast::<PyDict>()?.iter() {
-                new.set_item(name, substitute_one(py, &value, partial)?)?;
+                new.set_item(name, substitute_one(py, &value, slot)?)?;
             }
             Ok((positional, Some(new)))
         }
@@ -707,13 +720,13 @@ pub fn substitute<'py>(
 fn substitute_each<'py>(
     py: Python<'py>,
     arguments: &PyRef,
-    partial: Lend<'_, 'py>,
+    slot: Lend<'_, 'py>,
 ) -> PyResult<Bound<'py, PyTuple>> {
     let arguments = arguments
         .bind(py)
         .cast::<PyTuple>()?
         .iter()
-        .map(|argument| substitute_one(py, &argument, partial))
+        .map(|argument| substitute_one(py, &argument, slot))
         .collect::<PyResult<Vec<_>>>()?;
     PyTuple::new(py, arguments)
 }
@@ -735,7 +748,7 @@ impl Held {
 fn result_of<'py>(
     py: Python<'py>,
     thing: Bound<'py, PyAny>,
-    partial: Lend<'_, 'py>,
+    slot: Lend<'_, 'py>,
 ) -> PyResult<Bound<'py, PyAny>> {
     if let Ok(task) = thing.cast::<PyTask>() {
         return value_now(py, task.get().task());
@@ -749,8 +762,8 @@ fn result_of<'py>(
             .collect::<PyResult<Vec<_>>>()?;
         return Ok(PyList::new(py, values)?.into_any());
     }
-    if let Ok(thing) = thing.cast_exact::<Partial>() {
-        return partial(thing.get());
+    if let Ok(thing) = thing.cast_exact::<Slot>() {
+        return slot(thing.get());
     }
     Ok(thing)
 }
@@ -782,22 +795,22 @@ fn value_now<'py>(py: Python<'py>, task: &Task) -> PyResult<Bound<'py, PyAny>> {
 fn substitute_one<'py>(
     py: Python<'py>,
     argument: &Bound<'py, PyAny>,
-    partial: Lend<'_, 'py>,
+    slot: Lend<'_, 'py>,
 ) -> PyResult<Bound<'py, PyAny>> {
     let Ok(held) = argument.cast::<Held>() else {
-        return result_of(py, argument.clone(), partial);
+        return result_of(py, argument.clone(), slot);
     };
     let held = held.get().0.bind(py);
     if let Ok(dict) = held.cast::<PyDict>() {
         let new = PyDict::new(py);
         for (key, thing) in dict {
-            new.set_item(key, result_of(py, thing, partial)?)?;
+            new.set_item(key, result_of(py, thing, slot)?)?;
         }
         return Ok(new.into_any());
     }
     let things = held
         .try_iter()?
-        .map(|thing| result_of(py, thing?, partial))
+        .map(|thing| result_of(py, thing?, slot))
         .collect::<PyResult<Vec<_>>>()?;
     if held.is_instance_of::<PyTuple>() {
         Ok(PyTuple::new(py, things)?.into_any())
@@ -862,6 +875,7 @@ impl Domain for Interp {
         match body {
             Body::Python(body) => Self::run_python(running, body),
             Body::Native(call) => call.run(running),
+            Body::Kernel(call) => call.run(running),
             Body::Combine(reduction) => {
                 // SAFETY: a body that needs a session is run in one.
                 let py = unsafe { Python::assume_attached() };

@@ -11,9 +11,10 @@ use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyString};
 
-use crate::access::{self, Declared, Mode};
+use crate::access::{self, Declared, Mode, Shards};
 use crate::gateway::PyRef;
 use crate::interp::Task;
+use crate::local::Library;
 use crate::placement::{Needs, Placement};
 use crate::support::support;
 use crate::task::{PyTask, tasks_in};
@@ -68,6 +69,14 @@ pub struct Keywords {
     pub retries: Option<u32>,
     /// Accesses to data that is no parameter.
     pub data: Option<Arc<[Declared]>>,
+    /// What each device of a set has of the regions.
+    pub shards: Option<Arc<Shards>>,
+    /// The shards are those of every body: they were said for calls, not for a function.
+    pub restricted_shards: bool,
+    /// Whose arrays the body gets on devices of a driver.
+    pub library: Option<Library>,
+    /// A second attempt may find what the first one wrote.
+    pub idempotent: Option<bool>,
 }
 
 impl Keywords {
@@ -104,6 +113,14 @@ impl Keywords {
                 }
                 (earlier, later) => later.or_else(|| earlier.clone()),
             },
+            restricted_shards: if self.shards.is_some() {
+                self.restricted_shards
+            } else {
+                earlier.restricted_shards
+            },
+            shards: self.shards.or_else(|| earlier.shards.clone()),
+            library: self.library.or(earlier.library),
+            idempotent: self.idempotent.or(earlier.idempotent),
         }
     }
 
@@ -121,6 +138,7 @@ impl Keywords {
         Self {
             restricted: false,
             restricted_cost: false,
+            restricted_shards: false,
             ..self
         }
     }
@@ -162,6 +180,7 @@ pub fn keywords(
     timeout: Option<&Bound<'_, PyAny>>,
     retries: Option<&Bound<'_, PyAny>>,
     data: [Option<&Bound<'_, PyAny>>; 4],
+    [shards, library, idempotent]: [Option<&Bound<'_, PyAny>>; 3],
 ) -> PyResult<Keywords> {
     let mut keywords = Keywords::default();
     if data.iter().any(Option::is_some) {
@@ -223,6 +242,18 @@ pub fn keywords(
             )));
         }
         keywords.timeout = Duration::try_from_secs_f64(seconds).ok();
+    }
+    if let Some(shards) = shards {
+        keywords.shards = Some(Arc::new(Shards::read(shards)?));
+        keywords.restricted_shards = true;
+    }
+    if let Some(library) = library {
+        keywords.library = Some(Library::read(library)?);
+    }
+    if let Some(idempotent) = idempotent {
+        let said = idempotent.cast::<PyBool>();
+        let said = said.map_err(|_| not_a("idempotent", "True or False", idempotent))?;
+        keywords.idempotent = Some(said.is_true());
     }
     if let Some(retries) = retries {
         keywords.retries = Some(

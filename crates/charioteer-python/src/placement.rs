@@ -17,11 +17,13 @@ use charioteer::mapping::{Choice, Choices, On};
 use charioteer::task::{Need, WHOLE_CORE};
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyTuple};
+use smallvec::SmallVec;
 
 use crate::attached::Attached;
 use crate::gateway::PyRef;
 use crate::interp::{Core, Interp};
-use crate::support::{error, support};
+use crate::local::Gathers;
+use crate::support::support;
 
 /// What a task said for those alternatives that say nothing themselves.
 #[derive(Clone, Copy, PartialEq, Default)]
@@ -80,13 +82,11 @@ impl Placement {
         py: Python<'_>,
         engine: &Core,
         needs: Needs,
-        data: bool,
         name: impl Fn() -> PyResult<&'static str>,
     ) -> PyResult<Arc<Plan>> {
         let mut key = Key {
             engine: Engine::<Interp>::id(engine),
             needs,
-            data,
             placement: None,
             rest: 0,
         };
@@ -102,7 +102,7 @@ impl Placement {
         if let Some(plan) = self.plans.lock(py).get(&several) {
             return Ok(plan);
         }
-        let plan = Plan::resolve(py, engine, Some(self), needs, data, None, true, name)?;
+        let plan = Plan::resolve(py, engine, Some(self), needs, None, true, name)?;
         if matches!(plan.way, Way::Mapped(_)) {
             key = several;
         }
@@ -120,6 +120,33 @@ pub struct Plan {
     pub bodies: Box<[i32]>,
     /// How many variants the function had when the plan was made.
     pub variants: usize,
+    /// How many members the largest set with a device has; 0 if there are cores alone.
+    pub width: usize,
+    /// Of a way to devices without a choice: whether the body is for a set.
+    gathers: bool,
+    /// Which bodies are for sets of several members, by their places in `bodies`.
+    pub wide: SmallVec<[usize; 2]>,
+}
+
+impl Plan {
+    /// Whether bodies get tuples of arrays.
+    pub fn gathers(&self) -> Gathers {
+        match &self.way {
+            Way::Mapped(choices) => Gathers::Chosen(Arc::clone(choices)),
+            _ => Gathers::Always(self.gathers),
+        }
+    }
+
+    /// Which bodies may run on devices, by their places in `bodies`.
+    pub fn on_devices(&self, body: usize) -> bool {
+        match &self.way {
+            Way::Cores(..) => false,
+            Way::Devices(_) => true,
+            Way::Mapped(choices) => choices.list().iter().any(|choice| {
+                body_of(choice.variant) == body && matches!(choice.on, On::Devices(_))
+            }),
+        }
+    }
 }
 
 /// Where it runs.
@@ -136,27 +163,31 @@ pub enum Way {
 pub const BASE: i32 = -1;
 /// The flag of a choice that another body serves if it gets certain devices.
 pub const OPEN: u32 = 1 << 31;
+/// The flag of a choice whose body is for a set, and gets tuples of arrays.
+pub const SET: u32 = 1 << 30;
+
+/// Which of a plan's bodies serves a choice, by the number of that.
+pub fn body_of(variant: u32) -> usize {
+    (variant & !(OPEN | SET)) as usize
+}
 
 /// What `charioteer/_placement.py` calls by this name.
-type Resolved = (Vec<i32>, u32, u64, i32, bool, String);
+type Resolved = (Vec<i32>, u32, u64, i32, bool, String, bool);
 
 impl Plan {
-    /// `data`: whether the task accesses managed arrays, which are on the host: it has no choice but
-    /// cores; `variants`: the matcher of the function and how many of its variants count, if it has any;
+    /// `variants`: the matcher of the function and how many of its variants count, if it has any;
     /// `restricted`: whether the placement is all of the choice. `PlacementError` if nothing can be served.
-    #[expect(clippy::too_many_arguments, reason = "all that a plan depends on")]
     pub fn resolve(
         py: Python<'_>,
         engine: &Core,
         placement: Option<&Arc<Placement>>,
         needs: Needs,
-        data: bool,
         variants: Option<(&PyRef, usize)>,
         restricted: bool,
         name: &str,
     ) -> PyResult<Arc<Self>> {
         let gpus = engine.machine().map_or(0, |machine| machine.gpus());
-        let mut resolved: Vec<Resolved> = support(py)
+        let resolved: Vec<Resolved> = support(py)
             .resolve_placement
             .bind(py)
             .call1((
@@ -168,32 +199,37 @@ impl Plan {
                 restricted,
             ))?
             .extract()?;
-        if data {
-            resolved.retain(|(places, ..)| places.iter().all(|place| *place == CORE));
-            if resolved.is_empty() {
-                let why = "managed arrays are on the host: a task that accesses them runs on cores, and \
-                           the placement has devices alone";
-                return Err(error(py, "PlacementError", (why,)));
-            }
-        }
         let mut bodies: Vec<i32> = Vec::new();
         let choices: Vec<Choice> = resolved
             .into_iter()
-            .map(|(places, share, memory, body, open, label)| {
+            .map(|(places, share, memory, body, open, label, gathers)| {
                 let at = bodies.iter().position(|known| *known == body);
                 let at = at.unwrap_or_else(|| {
                     bodies.push(body);
                     bodies.len() - 1
                 });
                 let at = u32::try_from(at).expect("fewer variants than 2^31");
+                let flags = if open { OPEN } else { 0 } | if gathers { SET } else { 0 };
                 Choice {
-                    variant: if open { at | OPEN } else { at },
+                    variant: at | flags,
                     label,
                     on: on(&places, share, memory),
                     cost: None,
                 }
             })
             .collect();
+        let members = |choice: &Choice| match &choice.on {
+            On::Cores(_) => 0,
+            On::Devices(set) => set.members.len(),
+        };
+        let width = choices.iter().map(members).max().unwrap_or(0);
+        let gathers = choices[0].variant & SET != 0;
+        let mut wide: SmallVec<[usize; 2]> = choices
+            .iter()
+            .filter(|choice| members(choice) > 1)
+            .map(|choice| body_of(choice.variant))
+            .collect();
+        wide.dedup();
         let only = choices.len() == 1;
         let way = match &choices[0].on {
             On::Cores(need) if only => Way::Cores(*need, None),
@@ -217,6 +253,9 @@ impl Plan {
             way,
             bodies: bodies.into(),
             variants: variants.map_or(0, |(_, count)| count),
+            width,
+            gathers,
+            wide,
         }))
     }
 }
@@ -262,7 +301,6 @@ fn counts(choices: &[Choice]) -> Option<Arc<[u16]>> {
 pub struct Key {
     pub engine: u32,
     pub needs: Needs,
-    pub data: bool,
     pub placement: Option<Arc<Placement>>,
     /// Whatever else it is, in one word.
     pub rest: usize,
@@ -275,10 +313,7 @@ impl PartialEq for Key {
             (None, None) => true,
             _ => false,
         };
-        same && self.engine == other.engine
-            && self.needs == other.needs
-            && self.data == other.data
-            && self.rest == other.rest
+        same && self.engine == other.engine && self.needs == other.needs && self.rest == other.rest
     }
 }
 

@@ -14,6 +14,11 @@
 //! failed attempt did is gone with it. A coroutine that moved to the event loop keeps its partial to the
 //! end, which nobody here hears of: its partial is counted and given to nobody else.
 //!
+//! Where the task may run on devices its partial is its own (see [`crate::local`]), a managed array: when
+//! the body begins the group notes it, and the task that ends the group waits for those on the host, as for
+//! any array. They come after the others, in the order in which their tasks were spawned, wherever those
+//! ran.
+//!
 //! # Checking
 //!
 //! A runtime that checks looks at what a body may read and not write before and after: a read-only view
@@ -27,10 +32,12 @@ use charioteer::engine::Running;
 use pyo3::prelude::*;
 use pyo3::types::PyList;
 
-use crate::access::Partial;
+use crate::access::Slot;
 use crate::attached::Attached;
+use crate::data::{HostEntry, Region};
 use crate::gateway::PyRef;
 use crate::interp::Interp;
+use crate::local::{Deferral, Placed};
 use crate::native::checksum;
 use crate::support::{error, support};
 
@@ -47,6 +54,22 @@ struct Entry {
     idle: Vec<(usize, PyRef)>,
     /// Those of coroutines that moved.
     moved: Vec<(usize, PyRef)>,
+    /// Those of tasks that might run on devices, by their place in spawn order: whole regions, or rows
+    /// of as many.
+    own: Vec<(u64, Py<Region>)>,
+}
+
+impl Entry {
+    fn new(target: PyRef, operation: u32) -> Self {
+        Self {
+            target,
+            operation,
+            made: 0,
+            idle: Vec::new(),
+            moved: Vec::new(),
+            own: Vec::new(),
+        }
+    }
 }
 
 /// The reductions of a runtime, by the number of their group.
@@ -67,22 +90,15 @@ pub struct Lent {
 
 impl Partials {
     /// The partial of a running body for one of its parameters.
-    fn lend<'py>(
+    fn lend(
         &self,
-        py: Python<'py>,
+        py: Python<'_>,
         running: &Running<'_, Interp>,
-        partial: &Partial,
+        slot: &Slot,
         alone: bool,
     ) -> PyResult<Lent> {
-        let region = partial.region().bind(py).get();
-        let target: PyRef = region.view(py)?.into();
-        let groups = running.groups();
-        let group = groups.iter().find(|group| {
-            group.operation() == partial.operation()
-                && Arc::ptr_eq(group.part().datum(), region.part().datum())
-                && group.part().region() == region.part().region()
-        });
-        let Some(group) = group else {
+        let target: PyRef = slot.region().bind(py).get().view(py)?.into();
+        let Some(group) = group_of(py, running, slot) else {
             // Of no elements nothing is reduced.
             return Ok(Lent {
                 group: 0,
@@ -93,13 +109,9 @@ impl Partials {
         let id = group.id();
         let array = {
             let mut entries = self.0.lock(py);
-            let entry = entries.entry(id).or_insert_with(|| Entry {
-                target: PyRef::new(target.clone_ref(py)),
-                operation: group.operation(),
-                made: 0,
-                idle: Vec::new(),
-                moved: Vec::new(),
-            });
+            let entry = entries
+                .entry(id)
+                .or_insert_with(|| Entry::new(PyRef::new(target.clone_ref(py)), group.operation()));
             let idle = if alone { None } else { entry.idle.pop() };
             idle.ok_or_else(|| {
                 entry.made += 1;
@@ -125,6 +137,28 @@ impl Partials {
                 })
             }
         }
+    }
+
+    /// Notes the partial that a task has for itself.
+    fn note(&self, py: Python<'_>, running: &Running<'_, Interp>, slot: &Slot) -> PyResult<()> {
+        let Some(group) = group_of(py, running, slot) else {
+            return Ok(());
+        };
+        let (number, own) = slot.partial().expect("it has one of its own");
+        let target: PyRef = slot.region().bind(py).get().view(py)?.into();
+        let mut spare = Some(target);
+        {
+            let mut entries = self.0.lock(py);
+            let entry = entries
+                .entry(group.id())
+                .or_insert_with(|| Entry::new(spare.take().expect("once"), group.operation()));
+            // A second attempt has the same one.
+            if entry.own.iter().all(|(known, _)| known != number) {
+                entry.own.push((*number, own.clone_ref(py)));
+            }
+        }
+        drop(spare);
+        Ok(())
     }
 
     fn give_back(&self, py: Python<'_>, lent: Vec<Lent>, moved: bool) {
@@ -153,6 +187,20 @@ impl Partials {
     }
 }
 
+/// The group that a running body reduces into by a slot; none of a region without elements.
+fn group_of(
+    py: Python<'_>,
+    running: &Running<'_, Interp>,
+    slot: &Slot,
+) -> Option<Arc<Group<Interp>>> {
+    let part = slot.region().bind(py).get().part();
+    running.groups().into_iter().find(|group| {
+        Some(group.operation()) == slot.operation()
+            && Arc::ptr_eq(group.part().datum(), part.datum())
+            && group.part().region() == part.region()
+    })
+}
+
 /// The end of a reduction, as the body of a task.
 pub struct Reduction(u64);
 
@@ -172,10 +220,20 @@ impl Reduction {
         partials.sort_by_key(|(number, _)| *number);
         let partials = PyList::new(py, partials.iter().map(|(_, array)| array.bind(py)))?;
         let name = OPERATIONS[entry.operation as usize];
-        support(py)
-            .data
-            .bind(py)
-            .call1(("combine", name, entry.target.bind(py), partials))?;
+        let target = entry.target.bind(py);
+        let data = support(py).data.bind(py);
+        data.call1(("combine", name, target, partials))?;
+        let mut own = entry.own;
+        own.sort_by_key(|(number, _)| *number);
+        for (_, partial) in own {
+            let partial = partial.bind(py).get();
+            let access = HostEntry::enter(py, partial, charioteer::data::Mode::In)?;
+            let rows = partial.readonly_view(py)?;
+            let combined = data.call1(("combine_rows", name, target, rows));
+            drop(access);
+            partial.part().datum().close();
+            combined?;
+        }
         Ok(())
     }
 }
@@ -193,17 +251,36 @@ pub struct BodyData {
     pub reads: Vec<(String, PyRef)>,
     /// What was in those when the attempt began.
     pub sums: Vec<u64>,
+    /// What is known of a task that may run on devices.
+    pub deferral: Option<Box<Deferral>>,
+    /// Whether the body is for a set, if it was chosen when its devices were known.
+    pub gathers: Option<bool>,
+    /// Where the attempt runs, if it may run on devices.
+    pub placed: Option<Box<Placed>>,
 }
 
 impl BodyData {
     /// An attempt begins.
     pub fn begin(&mut self, py: Python<'_>, running: &Running<'_, Interp>) -> PyResult<()> {
         self.lent.clear();
-        self.sums = self
-            .reads
-            .iter()
-            .map(|(_, view)| checksum(view.bind(py)))
-            .collect::<PyResult<_>>()?;
+        self.sums.clear();
+        if let Some(deferral) = &self.deferral {
+            if let Some(library) = deferral.library {
+                let noted = ("declare_library", running.task.id(), library.name());
+                support(py).data.bind(py).call1(noted)?;
+            }
+            let placed = Placed::of(py, running, deferral, self.gathers)?;
+            self.placed = Some(Box::new(placed));
+        }
+        let on_devices = self.placed.as_ref().is_some_and(|one| one.is_on_devices());
+        if !on_devices {
+            // Arrays of devices are read-only by themselves, where their library knows that.
+            self.sums = self
+                .reads
+                .iter()
+                .map(|(_, view)| checksum(view.bind(py)))
+                .collect::<PyResult<_>>()?;
+        }
         if let Some(declared) = &self.declared {
             support(py)
                 .data
@@ -213,18 +290,21 @@ impl BodyData {
         Ok(())
     }
 
-    /// The array that a parameter reduces into.
-    pub fn partial<'py>(
+    /// The array that the body gets for a slot.
+    pub fn array<'py>(
         &mut self,
         py: Python<'py>,
         running: &Running<'_, Interp>,
-        partial: &Partial,
+        slot: &Slot,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let lent = running
-            .engine
-            .domain()
-            .partials
-            .lend(py, running, partial, self.alone)?;
+        let partials = &running.engine.domain().partials;
+        if let Some(placed) = &self.placed {
+            if slot.partial().is_some() {
+                partials.note(py, running, slot)?;
+            }
+            return placed.fill(py, running, slot);
+        }
+        let lent = partials.lend(py, running, slot, self.alone)?;
         let array = lent.array.bind(py).clone();
         self.lent.push(lent);
         Ok(array)
@@ -244,6 +324,14 @@ impl BodyData {
         let lent = std::mem::take(&mut self.lent);
         running.engine.domain().partials.give_back(py, lent, false);
         Ok(())
+    }
+
+    /// The attempt ended, whichever way.
+    pub fn over(&mut self, py: Python<'_>) -> PyResult<()> {
+        match self.placed.take() {
+            Some(placed) => placed.end(py),
+            None => Ok(()),
+        }
     }
 
     /// The body goes on elsewhere.

@@ -31,6 +31,7 @@ use crate::gateway::{self, PyRef, Site};
 use crate::gil::Gil;
 use crate::interp::{Core, Interp, Task};
 use crate::libraries;
+use crate::local::Wanted;
 use crate::support::{error, support};
 use crate::task::PyTask;
 
@@ -214,6 +215,7 @@ impl PyEngine {
             Some(document) => read_models(py, document)?,
             None => Models::new(),
         };
+        let gpus = machine.map_or_else(Box::default, |machine| machine.get().driven());
         let machine = machine.map(|machine| machine.get().get(py)).transpose()?;
         let process = std::process::id();
         let taken = !is_forked()
@@ -248,9 +250,7 @@ impl PyEngine {
                 policy,
                 !matches!(mapper, Mapper::EarliestFinish),
                 check.unwrap_or(cfg!(feature = "validate")),
-                machine
-                    .as_ref()
-                    .is_some_and(|machine| machine.as_virtual().is_none()),
+                gpus,
             ),
             Config {
                 workers,
@@ -481,6 +481,32 @@ pub struct Context {
 }
 
 impl Context {
+    /// The array of a region that lies in an access of the task's options, on the device that is current.
+    fn local_array<'py>(
+        &self,
+        py: Python<'py>,
+        region: &Bound<'py, Region>,
+        access: usize,
+        writes: bool,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let (Some((machine, device, _)), Some(engine)) = (self.current(), &self.engine) else {
+            return region.get().host_view(py, None, writes);
+        };
+        let views = engine.views_of(&self.task);
+        let views = views.as_ref().and_then(|views| views.get(self.at()));
+        let view = views.and_then(|views| views.get(access)?.as_ref());
+        let wanted = Wanted {
+            engine: charioteer::engine::Engine::<Interp>::id(engine),
+            machine,
+            device,
+            view,
+            piece: None,
+            writes,
+            library: None,
+        };
+        region.get().array_on(py, &wanted, None)
+    }
+
     /// Of the running task of this thread.
     fn of(engine: Arc<Core>, task: TaskRef<Interp>, grant: Grant) -> Self {
         let places = engine.held_by(&task, &grant);
@@ -642,6 +668,22 @@ impl Context {
         Ok(module)
     }
 
+    /// Whose arrays the body gets for regions on the device that is current: `"numpy"`, `"virtual"`,
+    /// `"cupy"`, `"torch"` or `"none"`.
+    #[getter]
+    fn array_library<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        match self.current() {
+            None => Ok(PyString::new(py, "numpy").into_any()),
+            Some((machine, ..)) if machine.as_virtual().is_some() => {
+                Ok(PyString::new(py, "virtual").into_any())
+            }
+            Some(_) => {
+                let data = support(py).data.bind(py);
+                data.call1(("array_library", self.task.id()))
+            }
+        }
+    }
+
     /// Lets the streams of the set wait for each other, on the devices: what is enqueued on any of
     /// them afterwards starts after all that was enqueued before.
     fn barrier(&self, py: Python<'_>) -> PyResult<()> {
@@ -662,8 +704,8 @@ impl Context {
     }
 
     /// The array of a region that lies in one which the task's options declare (`input=`, `output=`,
-    /// `inout=`, `commute=`): read-only unless one of those that are written has it. `AccessError` if
-    /// none does.
+    /// `inout=`, `commute=`), on the device that is current: read-only unless one of those that are written
+    /// has it. `AccessError` if none does.
     fn local<'py>(
         &self,
         py: Python<'py>,
@@ -673,21 +715,21 @@ impl Context {
             .data
             .bind(py)
             .call1(("declared", self.task.id()))?;
-        let mut readable = false;
-        for each in declared.try_iter()? {
+        let mut readable = None;
+        for (access, each) in declared.try_iter()?.enumerate() {
             let (known, writes): (Bound<'py, PyAny>, bool) = each?.extract()?;
             let Ok(known) = known.cast::<Region>() else {
                 continue;
             };
             if known.get().contains(region.get()) {
                 if writes {
-                    return region.get().view(py);
+                    return self.local_array(py, region, access, true);
                 }
-                readable = true;
+                readable = readable.or(Some(access));
             }
         }
-        if readable {
-            return region.get().readonly_view(py);
+        if let Some(access) = readable {
+            return self.local_array(py, region, access, false);
         }
         let why = format!(
             "{} has no access to {}: declare it, with input=, output=, inout= or commute=",

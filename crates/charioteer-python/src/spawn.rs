@@ -11,12 +11,15 @@ use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple, PyType};
 
-use crate::access::{self, Claim, Claims, Declared};
+use crate::access::{self, Claim, Claims, Shards};
 use crate::callable::{self, Callable, Prepared};
 use crate::gateway::{self, Hidden, PyRef};
 use crate::interp::{Arguments, Body, Core, Held, Interp, Label, PythonBody, Task};
+use crate::launches;
+use crate::local::{Deferral, Library};
 use crate::native;
 use crate::options::{Keywords, Target, keywords};
+use crate::placement::Placement;
 use crate::reduce::BodyData;
 use crate::runtime;
 use crate::space::{TaskList, TaskSpace};
@@ -117,6 +120,8 @@ fn hold<'py>(
 /// The body of one call.
 fn body_of(
     py: Python<'_>,
+    engine: &Core,
+    place: (Option<&Options>, Option<usize>),
     prepared: Prepared,
     arguments: Arguments,
     substitute: bool,
@@ -143,6 +148,10 @@ fn body_of(
             }
             Body::Native(call)
         }
+        Callable::Kernel(launch) => {
+            let call = launches::Call::new(py, engine, launch, arguments, substitute, place)?;
+            Body::Kernel(Box::new(call))
+        }
     })
 }
 
@@ -153,34 +162,62 @@ fn launch(
     engine: &std::sync::Arc<Core>,
     bodies: Bodies,
     arguments: Arguments,
-    substitute: bool,
-    target: Option<&Target>,
+    handles: bool,
     options: Option<Box<Options>>,
     dependencies: &[Task],
-    said: Option<&[Declared]>,
+    said: &Keywords,
+    recipe: &Recipe,
     claims: &[Claim<'_>],
 ) -> PyResult<Option<Handle<Interp>>> {
+    let target = said.target.as_ref();
+    let deferred = recipe.deferral().is_some() && !claims.is_empty();
+    let substitute = handles || deferred || claims.iter().any(Claim::reduces);
     let wide = Keywords::may_be_wide(options.as_deref());
-    let data = || {
+    let retried = options.as_ref().is_some_and(|options| options.retries > 0);
+    if retried && said.idempotent != Some(true) {
+        refuse_retries(py, claims)?;
+    }
+    let declared = said.data.as_deref();
+    let data = |body: usize| {
         if claims.is_empty() {
             return Ok(None);
         }
         let checks = engine.domain().checks;
-        let retried = options.as_ref().is_some_and(|options| options.retries > 0);
-        access::body_data(py, said, claims, checks, retried)
+        let deferral = recipe.deferral().map(|deferral| Deferral {
+            library: recipe.library(body),
+            ..deferral.clone()
+        });
+        access::body_data(py, declared, claims, deferral.as_ref(), checks, retried)
+    };
+    // A body in C is for cores, and gets its arrays here and now as ever. A kernel gets addresses by itself
+    // when it is launched.
+    let of_its_own = |prepared: &Prepared, body: usize| {
+        match prepared.callable {
+            Callable::Kernel(_) => return Ok(Some(arguments.clone_ref(py))),
+            Callable::Native(_) if deferred => {}
+            _ => return Ok(None),
+        }
+        if recipe.on_devices(body) {
+            let why = format!(
+                "{} is a C function, which takes memory of the host: place it on cpu, and register a \
+                 variant for devices",
+                prepared.name
+            );
+            return Err(error(py, "AccessError", (why,)));
+        }
+        access::on_host(py, &arguments).map(Some)
     };
     let mut name;
     let body = match bodies {
         Bodies::One(prepared) => {
             name = prepared.name;
+            let (arguments, substitute) = match of_its_own(&prepared, 0)? {
+                Some(others) => (others, handles),
+                None => (arguments, substitute),
+            };
+            let (data, place) = (data(0)?, (options.as_deref(), None));
             body_of(
-                py,
-                prepared,
-                arguments,
-                substitute,
-                wide,
-                data()?,
-                &mut name,
+                py, engine, place, prepared, arguments, substitute, wide, data, &mut name,
             )?
         }
         Bodies::Several(candidates) => {
@@ -188,17 +225,16 @@ fn launch(
             let bodies = candidates
                 .bodies
                 .into_iter()
-                .map(|prepared| {
+                .enumerate()
+                .map(|(at, prepared)| {
                     let mut name = "";
-                    let arguments = arguments.clone_ref(py);
+                    let (arguments, substitute) = match of_its_own(&prepared, at)? {
+                        Some(others) => (others, handles),
+                        None => (arguments.clone_ref(py), substitute),
+                    };
+                    let (data, place) = (data(at)?, (options.as_deref(), Some(at)));
                     body_of(
-                        py,
-                        prepared,
-                        arguments,
-                        substitute,
-                        wide,
-                        data()?,
-                        &mut name,
+                        py, engine, place, prepared, arguments, substitute, wide, data, &mut name,
                     )
                 })
                 .collect::<PyResult<_>>()?;
@@ -254,7 +290,7 @@ pub fn count_groups(entered: bool) {
 
 /// The object of a task that was spawned just now, which belongs to the spawner's group.
 #[inline]
-fn handle_of<'py>(
+pub fn handle_of<'py>(
     py: Python<'py>,
     spawned: Option<Handle<Interp>>,
     target: Option<&Target>,
@@ -296,12 +332,27 @@ pub fn spawn_error(py: Python<'_>, why: SpawnError, target: Option<&Target>) -> 
     }
 }
 
+/// `AccessError` if a second attempt would find what the first one wrote, and nobody said that it may.
+fn refuse_retries(py: Python<'_>, claims: &[Claim<'_>]) -> PyResult<()> {
+    let Some(claim) = claims.iter().find(|claim| claim.updates()) else {
+        return Ok(());
+    };
+    let why = format!(
+        "{} is read and written, so that a second attempt would begin with what the first one left: with \
+         idempotent=True a task that can do so is retried",
+        claim.text()
+    );
+    Err(error(py, "AccessError", (why,)))
+}
+
 /// Spawns `function(*positional, **keyword)`.
+#[allow(clippy::too_many_arguments)]
 fn spawn_call(
     py: Python<'_>,
     said: &Keywords,
     function: &Bound<'_, PyAny>,
     options: Option<Box<Options>>,
+    recipe: &Recipe,
     bodies: Bodies,
     positional: Option<&Bound<'_, PyTuple>>,
     keyword: Option<&Bound<'_, PyDict>>,
@@ -322,10 +373,10 @@ fn spawn_call(
             bodies,
             Arguments::None,
             false,
-            said.target.as_ref(),
             options,
             &said.dependencies,
-            said.data.as_deref(),
+            said,
+            recipe,
             &claims,
         );
     }
@@ -341,14 +392,15 @@ fn spawn_call(
             function,
             positional,
             keyword,
+            recipe.deferral(),
             &mut claims,
         )?,
     };
-    let mut substitute = claims.iter().any(Claim::reduces);
+    let mut handles = false;
     if let Some(given) = &positional
         && given.iter_borrowed().any(|argument| has_handles(&argument))
     {
-        substitute = true;
+        handles = true;
         let mut kept = Vec::with_capacity(given.len());
         for argument in given {
             kept.push(hold(&argument, &mut found)?.unwrap_or(argument));
@@ -362,7 +414,7 @@ fn spawn_call(
                 held.push((name, kept));
             }
         }
-        substitute |= !held.is_empty();
+        handles |= !held.is_empty();
         for (name, kept) in held {
             keyword.set_item(name, kept)?;
         }
@@ -394,11 +446,11 @@ fn spawn_call(
         engine,
         bodies,
         arguments,
-        substitute,
-        said.target.as_ref(),
+        handles,
         options,
         dependencies,
-        said.data.as_deref(),
+        said,
+        recipe,
         &claims,
     )
 }
@@ -438,13 +490,14 @@ fn spawn_inline(
     };
     if finds && !substitute {
         // The function finds its defaults by itself.
-        return spawn_call(py, said, function, options, bodies, None, None);
+        return spawn_call(py, said, function, options, &recipe, bodies, None, None);
     }
     spawn_call(
         py,
         said,
         function,
         options,
+        &recipe,
         bodies,
         positional.as_ref(),
         keyword.as_ref(),
@@ -488,6 +541,7 @@ fn spawn_coroutine(
         said,
         coroutine,
         options,
+        &recipe,
         Bodies::One(prepared),
         None,
         None,
@@ -552,7 +606,8 @@ impl Spawner {
 #[pyo3(signature = (
     target=None, /, *, name=None, dependencies=None, priority=None, placement=None, share=None,
     memory=None, cost=None, size=None, timeout=None, retries=None,
-    input=None, output=None, inout=None, commute=None
+    input=None, output=None, inout=None, commute=None, shards=None,
+    array_library=None, idempotent=None
 ))]
 #[allow(clippy::too_many_arguments)]
 pub fn spawn<'py>(
@@ -572,6 +627,9 @@ pub fn spawn<'py>(
     output: Option<&Bound<'py, PyAny>>,
     inout: Option<&Bound<'py, PyAny>>,
     commute: Option<&Bound<'py, PyAny>>,
+    shards: Option<&Bound<'py, PyAny>>,
+    array_library: Option<&Bound<'py, PyAny>>,
+    idempotent: Option<&Bound<'py, PyAny>>,
 ) -> PyResult<Bound<'py, PyAny>> {
     let said = keywords(
         name,
@@ -585,6 +643,7 @@ pub fn spawn<'py>(
         timeout,
         retries,
         [input, output, inout, commute],
+        [shards, array_library, idempotent],
     )?;
     let Some(first) = target else {
         return Ok(Bound::new(py, Spawner(said))?.into_any());
@@ -659,6 +718,7 @@ impl TaskFunction {
             &self.said,
             function,
             options,
+            &recipe,
             bodies,
             Some(positional),
             keyword,
@@ -694,7 +754,8 @@ impl TaskFunction {
     #[pyo3(signature = (
         name=None, *, dependencies=None, priority=None, placement=None, share=None,
         memory=None, cost=None, size=None, timeout=None, retries=None,
-        input=None, output=None, inout=None, commute=None
+        input=None, output=None, inout=None, commute=None, shards=None,
+    array_library=None, idempotent=None
     ))]
     #[allow(clippy::too_many_arguments)]
     fn options(
@@ -714,6 +775,9 @@ impl TaskFunction {
         output: Option<&Bound<'_, PyAny>>,
         inout: Option<&Bound<'_, PyAny>>,
         commute: Option<&Bound<'_, PyAny>>,
+        shards: Option<&Bound<'_, PyAny>>,
+        array_library: Option<&Bound<'_, PyAny>>,
+        idempotent: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let said = keywords(
             name,
@@ -727,26 +791,31 @@ impl TaskFunction {
             timeout,
             retries,
             [input, output, inout, commute],
+            [shards, array_library, idempotent],
         )?;
         let said = said.over(&self.said);
         Ok(self.like(py, self.function.clone_ref(py), said))
     }
 
     /// Registers the body below it for device sets.
-    #[pyo3(signature = (placement, /, *, cost=None))]
+    #[pyo3(signature = (placement, /, *, cost=None, shards=None, array_library=None))]
     fn variant<'py>(
         slf: Bound<'py, Self>,
         placement: &Bound<'py, PyAny>,
         cost: Option<&Bound<'py, PyAny>>,
+        shards: Option<&Bound<'py, PyAny>>,
+        array_library: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let py = slf.py();
         if let Some(cost) = cost {
             Cost::read(cost)?;
         }
-        support(py)
-            .variant_decorator
-            .bind(py)
-            .call1((slf.getattr("_register")?, placement, cost))
+        if let Some(library) = array_library {
+            Library::read(library)?;
+        }
+        let register = slf.getattr("_register")?;
+        let said = (register, placement, cost, shards, array_library);
+        support(py).variant_decorator.bind(py).call1(said)
     }
 
     /// What `variant` does with the body.
@@ -756,9 +825,12 @@ impl TaskFunction {
         body: &Bound<'_, PyAny>,
         placement: &Bound<'_, PyAny>,
         cost: Option<&Bound<'_, PyAny>>,
+        shards: Option<&Bound<'_, PyAny>>,
+        library: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
         let function = self.function.bind(py);
-        self.table(py).register(function, body, placement, cost)
+        let table = self.table(py);
+        table.register(function, body, placement, cost, shards, library)
     }
 
     /// Spawns one task for each element of `iterables`, taken in step as by `map`.
@@ -839,6 +911,19 @@ impl TaskFunction {
     }
 }
 
+impl TaskFunction {
+    /// Of a function of ours, which has a base body alone.
+    pub fn plain<'py>(function: Bound<'py, PyAny>, said: Keywords) -> PyResult<Bound<'py, Self>> {
+        let py = function.py();
+        let made = Self {
+            function: function.into(),
+            said,
+            variants: Bound::new(py, VariantTable::new())?.into(),
+        };
+        Bound::new(py, made)
+    }
+}
+
 /// What `task(...)` with options gives: called with a function, it makes a task function.
 #[pyclass(module = "charioteer._core", frozen)]
 pub struct TaskDecorator(Keywords, bool);
@@ -875,6 +960,9 @@ fn make_task_function<'py>(
             function.get_type().name()?
         )));
     }
+    if let Some(placement) = &said.placement {
+        check_shards(function, placement, said.shards.as_deref())?;
+    }
     let table = if base {
         VariantTable::new()
     } else {
@@ -886,6 +974,22 @@ fn make_task_function<'py>(
         variants: Bound::new(py, table)?.into(),
     };
     named(Bound::new(py, made)?, function)
+}
+
+/// `AccessError` if a function is for a set of devices and writes what each of them has whole.
+fn check_shards(
+    function: &Bound<'_, PyAny>,
+    placement: &Placement,
+    shards: Option<&Shards>,
+) -> PyResult<()> {
+    let py = function.py();
+    let shards = match shards {
+        Some(shards) => shards.as_tuple(py)?,
+        None => PyTuple::empty(py),
+    };
+    let check = support(py).check_shards.bind(py);
+    check.call1((function, placement.normal.bind(py), shards))?;
+    Ok(())
 }
 
 /// Gives a task function what its class has as well, and would hide the function's.
@@ -906,7 +1010,8 @@ fn named<'py>(
 #[pyo3(signature = (
     function=None, /, *, name=None, dependencies=None, priority=None, placement=None, share=None,
     memory=None, cost=None, size=None, timeout=None, retries=None,
-    input=None, output=None, inout=None, commute=None, base=true
+    input=None, output=None, inout=None, commute=None, shards=None,
+    array_library=None, idempotent=None, base=true
 ))]
 #[allow(clippy::too_many_arguments)]
 pub fn task<'py>(
@@ -926,6 +1031,9 @@ pub fn task<'py>(
     output: Option<&Bound<'py, PyAny>>,
     inout: Option<&Bound<'py, PyAny>>,
     commute: Option<&Bound<'py, PyAny>>,
+    shards: Option<&Bound<'py, PyAny>>,
+    array_library: Option<&Bound<'py, PyAny>>,
+    idempotent: Option<&Bound<'py, PyAny>>,
     base: bool,
 ) -> PyResult<Bound<'py, PyAny>> {
     let said = keywords(
@@ -940,6 +1048,7 @@ pub fn task<'py>(
         timeout,
         retries,
         [input, output, inout, commute],
+        [shards, array_library, idempotent],
     )?;
     if matches!(said.target, Some(Target::Handle(_))) {
         return Err(PyTypeError::new_err(
@@ -1007,7 +1116,8 @@ fn many_handles(
             let options = recipe.options_of_one(py, said, function, table, &item)?;
             if said.data.is_some() || bodies.modes(function)?.is_some() {
                 let item = PyTuple::new(py, [item])?;
-                let task = spawn_call(py, said, function, options, bodies, Some(&item), None)?;
+                let item = Some(&item);
+                let task = spawn_call(py, said, function, options, &recipe, bodies, item, None)?;
                 handles.extend(task);
                 continue;
             }
@@ -1022,10 +1132,10 @@ fn many_handles(
                 bodies,
                 Arguments::One(item.into()),
                 substitute,
-                said.target.as_ref(),
                 options,
                 &found,
-                None,
+                said,
+                &recipe,
                 &[],
             )?);
         }
@@ -1053,6 +1163,7 @@ fn many_handles(
             said,
             function,
             recipe.options(py, said, function, table, &given)?,
+            &recipe,
             bound.again(py)?,
             Some(&arguments),
             None,
@@ -1067,7 +1178,8 @@ fn many_handles(
 #[pyo3(signature = (
     function, iterable, /, *, name=None, dependencies=None, priority=None, placement=None,
     share=None, memory=None, cost=None, size=None, timeout=None, retries=None,
-    input=None, output=None, inout=None, commute=None
+    input=None, output=None, inout=None, commute=None, shards=None,
+    array_library=None, idempotent=None
 ))]
 #[allow(clippy::too_many_arguments)]
 pub fn spawn_many(
@@ -1088,6 +1200,9 @@ pub fn spawn_many(
     output: Option<&Bound<'_, PyAny>>,
     inout: Option<&Bound<'_, PyAny>>,
     commute: Option<&Bound<'_, PyAny>>,
+    shards: Option<&Bound<'_, PyAny>>,
+    array_library: Option<&Bound<'_, PyAny>>,
+    idempotent: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<TaskList> {
     let said = keywords(
         name,
@@ -1101,6 +1216,7 @@ pub fn spawn_many(
         timeout,
         retries,
         [input, output, inout, commute],
+        [shards, array_library, idempotent],
     )?;
     if matches!(said.target, Some(Target::Handle(_))) {
         return Err(PyTypeError::new_err("many tasks cannot have one handle"));
@@ -1145,6 +1261,7 @@ pub fn submit<'py>(
         &Keywords::default(),
         function,
         None,
+        &Recipe::default(),
         Bodies::One(prepared),
         Some(arguments),
         keywords,

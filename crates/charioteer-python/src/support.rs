@@ -34,11 +34,15 @@ pub struct Support {
     pub disclaim_coroutine: Py<PyAny>,
     pub loop_: Py<PyAny>,
     pub cuda: Py<PyAny>,
+    pub kernels: Py<PyAny>,
     pub loaded: Py<PyAny>,
     pub operation_failed: Py<PyAny>,
     pub error: Py<PyAny>,
     pub read_modes: Py<PyAny>,
     pub data: Py<PyAny>,
+    pub read_shards: Py<PyAny>,
+    pub check_shards: Py<PyAny>,
+    pub virtual_array: Py<PyAny>,
 }
 
 static SUPPORT: PyOnceLock<Support> = PyOnceLock::new();
@@ -110,11 +114,15 @@ pub fn connect(py: Python<'_>) -> PyResult<()> {
         disclaim_coroutine: name("disclaim_coroutine")?,
         loop_: name("loop")?,
         cuda: name("cuda")?,
+        kernels: name("kernels")?,
         loaded: name("loaded")?,
         operation_failed: name("operation_failed")?,
         error: name("error")?,
         read_modes: name("read_modes")?,
         data: name("data")?,
+        read_shards: name("read_shards")?,
+        check_shards: name("check_shards")?,
+        virtual_array: name("virtual_array")?,
     };
     // Imported a second time by a reload: the first is as good.
     let _ = SUPPORT.set(py, support);

@@ -22,14 +22,16 @@ use pyo3::types::{
 };
 use smallvec::SmallVec;
 
+use crate::access::Shards;
 use crate::attached::Attached;
 use crate::callable::{self, Callable, Modes, Prepared};
 use crate::gateway::PyRef;
 use crate::interp::{Body, Interp, trouble};
+use crate::local::{Deferral, Library};
 use crate::options::Keywords;
-use crate::placement::{BASE, Key, OPEN, Plan, Plans, Way};
+use crate::placement::{BASE, Key, OPEN, Plan, Plans, Way, body_of};
 use crate::runtime;
-use crate::support::support;
+use crate::support::{error, support};
 
 /// What was said of a call: a number, or a callable of the call's arguments that gives one.
 pub enum Said<T> {
@@ -113,12 +115,20 @@ pub struct VariantTable {
     state: Attached<State>,
 }
 
+/// What is known of a variant.
+struct Registered {
+    body: PyRef,
+    cost: Option<Cost>,
+    shards: Arc<Shards>,
+    library: Option<Library>,
+}
+
 #[derive(Default)]
 struct State {
     /// What says which body serves what: an object of `charioteer/_variants.py`.
     matcher: Option<PyRef>,
     /// The variants, in the order of their numbers.
-    registered: Vec<(PyRef, Option<Cost>)>,
+    registered: Vec<Registered>,
     /// What the function is called in the models of run times.
     name: Option<&'static str>,
     plans: Plans,
@@ -179,17 +189,26 @@ impl VariantTable {
         body: &Bound<'_, PyAny>,
         placement: &Bound<'_, PyAny>,
         cost: Option<&Bound<'_, PyAny>>,
+        shards: Option<&Bound<'_, PyAny>>,
+        library: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
         let py = body.py();
         let matcher = self.matcher(function, true)?;
-        let all = matcher.call_method1("add", (body, placement, cost))?;
+        let all = matcher.call_method1("add", (body, placement, cost, shards, library))?;
         let mut all = all
             .try_iter()?
             .map(|variant| {
                 let variant = variant?;
                 let cost = variant.getattr("cost")?;
                 let cost = (!cost.is_none()).then(|| Cost::read(&cost)).transpose()?;
-                Ok((variant.getattr("body")?.into(), cost))
+                let library = variant.getattr("library")?;
+                let library = (!library.is_none()).then(|| Library::read(&library));
+                Ok(Registered {
+                    body: variant.getattr("body")?.into(),
+                    cost,
+                    shards: Arc::new(Shards::of(&variant.getattr("shards")?)?),
+                    library: library.transpose()?,
+                })
             })
             .collect::<PyResult<Vec<_>>>()?;
         let forgotten = {
@@ -217,9 +236,9 @@ impl VariantTable {
             if let Some(matcher) = &state.matcher {
                 visit.call(matcher.get())?;
             }
-            for (body, cost) in &state.registered {
-                visit.call(body.get())?;
-                if let Some(cost) = cost {
+            for variant in &state.registered {
+                visit.call(variant.body.get())?;
+                if let Some(cost) = &variant.cost {
                     cost.traverse(&visit)?;
                 }
             }
@@ -234,9 +253,14 @@ impl VariantTable {
 }
 
 /// How the calls of a function with these keywords run: all that does not depend on their arguments.
+#[derive(Default)]
 pub struct Recipe {
     options: Option<Box<Options>>,
     plan: Option<Arc<Plan>>,
+    /// What is known of tasks that may run on devices.
+    deferral: Option<Deferral>,
+    /// Whose arrays each of the plan's bodies gets.
+    libraries: SmallVec<[Option<Library>; 2]>,
 }
 
 impl Recipe {
@@ -252,6 +276,8 @@ impl Recipe {
             return Ok(Self {
                 options: None,
                 plan: None,
+                deferral: None,
+                libraries: SmallVec::new(),
             });
         }
         let plan = Self::plan(py, said, function, table, special)?;
@@ -274,10 +300,85 @@ impl Recipe {
                 Way::Mapped(_) => options.need = Need::Mapped,
             }
         }
+        let (deferral, libraries) = match plan.as_ref().filter(|plan| plan.width > 0) {
+            None => (None, SmallVec::new()),
+            Some(plan) => {
+                let deferral = Deferral {
+                    width: plan.width,
+                    shards: Self::shards(py, said, function, table, plan)?,
+                    gathers: plan.gathers(),
+                    library: said.library,
+                };
+                let library = |body: &i32| {
+                    let state = table?.state.lock(py);
+                    state.registered.get(usize::try_from(*body).ok()?)?.library
+                };
+                let each = plan.bodies.iter();
+                let each = each.map(|body| library(body).or(said.library));
+                (Some(deferral), each.collect())
+            }
+        };
         Ok(Self {
             options: (options != Options::DEFAULT).then(|| Box::new(options)),
             plan,
+            deferral,
+            libraries,
         })
+    }
+
+    /// What each member of a set has of the regions. `AccessError` if bodies that may serve do not agree.
+    fn shards(
+        py: Python<'_>,
+        said: &Keywords,
+        function: &Bound<'_, PyAny>,
+        table: Option<&VariantTable>,
+        plan: &Plan,
+    ) -> PyResult<Option<Arc<Shards>>> {
+        if said.restricted_shards {
+            return Ok(said.shards.clone());
+        }
+        let mut found: Option<Option<Arc<Shards>>> = None;
+        for at in &plan.wide {
+            let own = match usize::try_from(plan.bodies[*at]) {
+                Err(_) => said.shards.clone(),
+                Ok(number) => {
+                    let state = table.expect("who has variants has a table").state.lock(py);
+                    let shards = &state.registered[number].shards;
+                    (!shards.is_empty()).then(|| Arc::clone(shards))
+                }
+            };
+            let agrees = match (&found, &own) {
+                (None, _) | (Some(None), None) => true,
+                (Some(Some(known)), Some(own)) => known.same(own),
+                _ => false,
+            };
+            if !agrees {
+                let why = format!(
+                    "{}: bodies that may serve this call split its regions in different ways: say the \
+                     placement, or shards=, at the call",
+                    callable::name(function)?
+                );
+                return Err(error(py, "AccessError", (why,)));
+            }
+            found = Some(own);
+        }
+        Ok(found.flatten())
+    }
+
+    /// What is known of a task that may run on devices; `None` of all others.
+    #[inline]
+    pub fn deferral(&self) -> Option<&Deferral> {
+        self.deferral.as_ref()
+    }
+
+    /// Whose arrays a body gets, by its place among those that may serve.
+    pub fn library(&self, body: usize) -> Option<Library> {
+        self.libraries.get(body).copied().flatten()
+    }
+
+    /// Whether a body, by its place among those that may serve, may run on devices.
+    pub fn on_devices(&self, body: usize) -> bool {
+        self.plan.as_ref().is_some_and(|plan| plan.on_devices(body))
     }
 
     fn plan(
@@ -293,18 +394,16 @@ impl Recipe {
             Some(table) => table.name(function),
             None => callable::model_name(function),
         };
-        let data = said.data.is_some() || callable::modes(function)?.is_some();
         let Some(table) = special else {
             return match &said.placement {
-                Some(placement) => placement.plan(py, engine, said.needs, data, name).map(Some),
+                Some(placement) => placement.plan(py, engine, said.needs, name).map(Some),
                 None if said.needs == crate::placement::Needs::default() => Ok(None),
-                None => Plan::resolve(py, engine, None, said.needs, data, None, true, "").map(Some),
+                None => Plan::resolve(py, engine, None, said.needs, None, true, "").map(Some),
             };
         };
         let key = Key {
             engine: charioteer::engine::Engine::<Interp>::id(engine),
             needs: said.needs,
-            data,
             placement: said.placement.clone(),
             rest: usize::from(said.restricted),
         };
@@ -327,7 +426,6 @@ impl Recipe {
             engine,
             said.placement.as_ref(),
             said.needs,
-            data,
             Some((&matcher, registered)),
             said.restricted,
             table.name(function)?,
@@ -370,7 +468,7 @@ impl Recipe {
             let costs = self.costs(py, said, function, table, plan, arguments)?;
             if costs.iter().any(Option::is_some) {
                 let each = choices.list().iter();
-                let each = each.map(|choice| costs[(choice.variant & !OPEN) as usize]);
+                let each = each.map(|choice| costs[body_of(choice.variant)]);
                 mapping = mapping.with_costs(each.collect());
             }
             options.mapping = Some(Box::new(mapping));
@@ -423,7 +521,7 @@ impl Recipe {
             let own = table.and_then(|table| {
                 let state = table.state.lock(py);
                 let number = usize::try_from(*body).ok()?;
-                state.registered.get(number)?.1.clone()
+                state.registered.get(number)?.cost.clone()
             });
             own.or_else(|| said.cost.clone())
         };
@@ -460,15 +558,17 @@ impl Recipe {
             };
             let body = {
                 let state = table.state.lock(py);
-                state.registered[number].0.as_ptr()
+                state.registered[number].body.as_ptr()
             };
             // SAFETY: attached; what is registered is kept as long as the table.
             let body = unsafe { Bound::from_borrowed_ptr(py, body) };
             bodies.push(callable::prepare(&callable::bind_like(function, body)?)?);
         }
-        let name = callable::name(function)?;
+        let (name, modes) = (callable::name(function)?, callable::modes(function)?);
         for body in &mut bodies {
             body.name = name;
+            // Those of the function, whichever body runs.
+            body.modes.clone_from(&modes);
         }
         if bodies.len() == 1 {
             return Ok(Bodies::One(bodies.pop().expect("there is one")));
@@ -637,8 +737,10 @@ impl Bodies {
             Self::Several(candidates) => &candidates.bodies,
         };
         for prepared in all {
-            if let Callable::Native(callee) = &prepared.callable {
-                callee.check_inline()?;
+            match &prepared.callable {
+                Callable::Native(callee) => callee.check_inline()?,
+                Callable::Kernel(launch) => launch.check_inline()?,
+                Callable::Python(..) => {}
             }
         }
         Ok(())
@@ -676,7 +778,14 @@ impl Several {
     pub fn body(&mut self, running: &Running<'_, Interp>) -> Result<&mut Body, Step<Interp>> {
         if !self.has_begun() {
             match self.choose(running) {
-                Ok(at) => self.running = Some(at),
+                Ok((at, gathers)) => {
+                    self.running = Some(at);
+                    if let Body::Python(body) = &mut self.bodies[at]
+                        && let Some(data) = &mut body.data
+                    {
+                        data.gathers = gathers;
+                    }
+                }
                 Err(error) => {
                     // SAFETY: only Python chooses with an error, and it was attached for that.
                     let py = unsafe { Python::assume_attached() };
@@ -693,24 +802,26 @@ impl Several {
         Ok(&mut self.bodies[at])
     }
 
-    fn choose(&self, running: &Running<'_, Interp>) -> PyResult<usize> {
+    /// The body that serves, and whether it is for a set, if that depended on the devices.
+    fn choose(&self, running: &Running<'_, Interp>) -> PyResult<(usize, Option<bool>)> {
         let Way::Mapped(choices) = &self.plan.way else {
             unreachable!("several bodies have several choices");
         };
         let choice = running.choice().expect("a task that runs was mapped");
         let variant = choices.list()[choice].variant;
-        let at = (variant & !OPEN) as usize;
+        let at = body_of(variant);
         let Some(matcher) = self.matcher.as_ref().filter(|_| variant & OPEN != 0) else {
-            return Ok(at);
+            return Ok((at, None));
         };
         // SAFETY: a body with a matcher runs in a session.
         let py = unsafe { Python::assume_attached() };
         let held = runtime::held(running.engine);
-        let number: i32 = matcher
+        let (number, gathers): (i32, Option<bool>) = matcher
             .bind(py)
             .call_method1("serving_held", (held, self.plan.variants))?
             .extract()?;
         let at = self.plan.bodies.iter().position(|body| *body == number);
-        Ok(at.expect("a plan has a choice for each body that may serve"))
+        let at = at.expect("a plan has a choice for each body that may serve");
+        Ok((at, gathers))
     }
 }

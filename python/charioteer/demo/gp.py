@@ -43,7 +43,7 @@ import numpy as np
 import numpy.typing as npt
 
 import charioteer as ch
-from charioteer import blas
+from charioteer import blas, cpu
 
 from . import kernels
 
@@ -255,30 +255,34 @@ def spawn_kernel(work: Workspace, T: Spaces, op: Any = kernels) -> None:
                 op.rbf(k, left, right, noise)
 
 
-def spawn_cholesky(work: Workspace, T: Spaces, op: Any = kernels) -> None:
-    """Spawn the tasks that overwrite the kernel matrix with its Cholesky factor, right-looking."""
+def spawn_cholesky(work: Workspace, T: Spaces, op: Any = kernels, placement: Any = None) -> None:
+    """Spawn the tasks that overwrite the kernel matrix with its Cholesky factor, right-looking.
+
+    ``placement`` is where they may run: cores, unless said.
+    """
+    place = cpu if placement is None else placement
     A, n = work.A, len(work.A)
     for k in range(n):
 
-        @ch.spawn(T.potrf[k], priority=n - k)
+        @ch.spawn(T.potrf[k], priority=n - k, placement=place)
         def potrf(a: ch.InOut[Matrix] = A[k][k]) -> None:
             op.potrf(a)
 
         for i in range(k + 1, n):
 
-            @ch.spawn(T.trsm[i, k], priority=n - k)
+            @ch.spawn(T.trsm[i, k], priority=n - k, placement=place)
             def trsm(diagonal: ch.In[Matrix] = A[k][k], a: ch.InOut[Matrix] = A[i][k]) -> None:
                 op.trsm(diagonal, a)
 
         for j in range(k + 1, n):
 
-            @ch.spawn(T.syrk[j, k], priority=n - j)
+            @ch.spawn(T.syrk[j, k], priority=n - j, placement=place)
             def syrk(a: ch.In[Matrix] = A[j][k], c: ch.InOut[Matrix] = A[j][j]) -> None:
                 op.syrk(a, c)
 
             for i in range(j + 1, n):
 
-                @ch.spawn(T.gemm[i, j, k], priority=n - j)
+                @ch.spawn(T.gemm[i, j, k], priority=n - j, placement=place)
                 def gemm(
                     a: ch.In[Matrix] = A[i][k],
                     b: ch.In[Matrix] = A[j][k],
@@ -390,16 +394,18 @@ def spawn_graph(
     T: Spaces,
     op: Any = kernels,
     bodies: Literal["python", "native", "empty"] = "python",
+    placement: Any = None,
 ) -> ch.TaskList[Labels]:
     """Spawn the whole job. The result of the tasks returned is the labels of the test points.
 
     ``op`` is where the tile kernels are taken from: the module ``kernels``, or a stand-in.
-    ``bodies`` makes the tasks of the factorization native ones, or such that compute nothing.
+    ``bodies`` makes the tasks of the factorization native ones, or such that compute nothing;
+    ``placement`` is where the tasks of the factorization run whose bodies are in Python.
     """
     spawn_targets(work)
     spawn_kernel(work, T, op)
     if bodies == "python":
-        spawn_cholesky(work, T, op)
+        spawn_cholesky(work, T, op, placement)
     else:
         spawn_cholesky_native(work, T, empty=bodies == "empty")
     spawn_solve(work, T, op)

@@ -1,8 +1,9 @@
 """Tile kernels: BLAS and LAPACK on matrices, called without the GIL.
 
 They are the routines of :mod:`charioteer.blas`, called on the spot, and take NumPy arrays: what
-the bodies of tasks get for regions, and what plain loops have. SciPy's Python wrappers would hold
-the GIL while BLAS runs, so that tasks which use them do not overlap.
+the bodies of tasks on cores get for regions, and what plain loops have. Those of the factorization
+take arrays of devices too, and compute there by NumPy's interface. SciPy's Python wrappers would
+hold the GIL while BLAS runs, so that tasks which use them do not overlap.
 
 Threads. The kernels say nothing about the number of BLAS threads. Inside a Charioteer task BLAS is
 held to the cores of the task; elsewhere use ``threadpoolctl.threadpool_limits``.
@@ -47,22 +48,34 @@ def potrf(a: Matrix) -> None:
     Raises:
         charioteer.NativeError: ``a`` is not positive definite.
     """
-    blas.potrf.fn(a)
+    if isinstance(a, np.ndarray):
+        blas.potrf.fn(a)
+    else:
+        a[...] = np.tril(np.linalg.cholesky(a)) + np.triu(a, 1)
 
 
 def trsm(diagonal: Matrix, a: Matrix) -> None:
     """``a = a @ inv(L.T)``, with L the lower triangle of ``diagonal``."""
-    blas.trsm.fn(diagonal, a, left=False, trans="T")
+    if isinstance(a, np.ndarray):
+        blas.trsm.fn(diagonal, a, left=False, trans="T")
+    else:
+        a[...] = np.linalg.solve(np.tril(diagonal), a.T).T
 
 
 def syrk(a: Matrix, c: Matrix) -> None:
     """``c -= a @ a.T`` in the lower triangle of ``c``."""
-    blas.syrk.fn(a, c, alpha=-1, beta=1)
+    if isinstance(a, np.ndarray):
+        blas.syrk.fn(a, c, alpha=-1, beta=1)
+    else:
+        c -= np.tril(a @ a.T)
 
 
 def gemm(a: Matrix, b: Matrix, c: Matrix) -> None:
     """``c -= a @ b.T``."""
-    blas.gemm.fn(a, b, c, alpha=-1, beta=1, trans_b="T")
+    if isinstance(a, np.ndarray):
+        blas.gemm.fn(a, b, c, alpha=-1, beta=1, trans_b="T")
+    else:
+        c -= a @ b.T
 
 
 def solve_forward(diagonal: Matrix, y: Matrix) -> None:

@@ -1,0 +1,117 @@
+"""Do the programs of the examples, the demonstration and the benchmark run on devices, unchanged?
+
+Each checks itself against NumPy or SciPy. Sizes are small and leave a rest.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+import charioteer as ch
+from charioteer import cpu, gpu
+from charioteer.bench import tiled
+from charioteer.bench.gpu_data import belady
+from charioteer.demo import gp
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+GPUS = pytest.mark.parametrize("gpus", [1, 2, 4])
+
+
+def load(name: str) -> ModuleType:
+    """The module of an example."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@GPUS
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("lu", "--size 70 --tile 32"),
+        ("jacobi", "--size 30 --block 16 --sweeps 5"),
+        ("matrix_product", "--size 90 --tile 40"),
+        ("kmeans", "--rounds 2 --shards 3"),
+        ("tsqr", "--rows 300 --columns 5 --shards 5"),
+        ("sample_sort", "--count 2000 --buckets 4"),
+    ],
+)
+def test_examples(name: str, arguments: str, gpus: int) -> None:
+    if name == "kmeans":
+        pytest.importorskip("sklearn")
+    assert load(name).main([*arguments.split(), "--machine", f"virtual:{gpus}"]) == 0
+
+
+@GPUS
+def test_the_demonstrations_cholesky(gpus: int) -> None:
+    work = gp.Workspace(gp.synthetic(90), 32)
+    spaces = gp.Spaces()
+    work.clear()
+    with ch.Runtime(ch.Machine.virtual(gpus), workers=2):
+        answers = gp.spawn_graph(work, spaces, placement=[gpu, cpu])
+        spaces.backward[0].result()
+        answers.result()
+    lower, solution = work.lower(), work.solution()
+    matrix = lower @ lower.T
+    targets = np.vstack(work.targets)
+    np.testing.assert_allclose(matrix @ solution, targets, atol=1e-8)
+    left, right = gp.augment(work.problem.points)
+    kernel = np.exp(left @ right.T) + work.problem.noise * np.eye(90)
+    np.testing.assert_allclose(matrix, kernel, atol=1e-10)
+
+
+@GPUS
+def test_factorization_and_product(gpus: int) -> None:
+    n = 70
+    spd = np.random.default_rng(0).random((n, n))
+    spd = spd @ spd.T + n * np.eye(n)
+    a, b = np.random.default_rng(1).random((2, n, n))
+    with ch.Runtime(ch.Machine.virtual(gpus), workers=2):
+        A = ch.array(spd)
+        tiles = A.tiles((16, 16))
+        ch.wait(tiled.spread(tiles, gpus, lower=True))
+        tiled.cholesky(tiles, gpus, tiled.Portable())
+        np.testing.assert_allclose(np.tril(A.numpy()), np.linalg.cholesky(spd), atol=1e-10)
+        C = ch.empty((n, n))
+        tiled.product(
+            ch.array(a).tiles((20, 30)), ch.array(b).tiles((30, 40)), C.tiles((20, 40)), gpus
+        )
+        np.testing.assert_allclose(C.numpy(), a @ b)
+
+
+@GPUS
+def test_stripes_and_clusters(gpus: int) -> None:
+    grid = np.zeros((14, 10))
+    grid[0] = 1.0
+    expected = grid.copy()
+    for _ in range(4):
+        inner = expected[:-2, 1:-1] + expected[2:, 1:-1] + expected[1:-1, :-2] + expected[1:-1, 2:]
+        expected[1:-1, 1:-1] = inner / 4
+    points = np.random.default_rng(0).random((50, 3))
+    with ch.Runtime(ch.Machine.virtual(gpus), workers=2) as rt:
+        old, new = tiled.Stripes(grid, gpus * 2), tiled.Stripes(grid, gpus * 2)
+        found = tiled.jacobi(old, new, 4, gpus)
+        np.testing.assert_allclose(found.numpy(), expected)
+        totals, centers = ch.zeros((4, 4)), ch.array(points[:4])
+        tiled.kmeans(ch.array(points), centers, totals, 3, gpus, 2)
+        known: Any = points[:4].copy()
+        for _ in range(3):
+            nearest = ((points[:, None] - known) ** 2).sum(axis=2).argmin(axis=1)
+            known = np.array([points[nearest == at].mean(axis=0) for at in range(4)])
+        np.testing.assert_allclose(centers.numpy(), known)
+        assert rt.stats()["devices"][gpu(gpus - 1)]["operations"] > 0
+
+
+def test_the_best_eviction() -> None:
+    assert belady([0, 1, 2, 0, 1, 2], 3) == (3, 0)
+    assert belady([0, 1, 2, 0, 1, 2], 2) == (4, 2)
+    # Every time round a cycle all but what stays have to come.
+    assert belady([0, 1, 2, 3] * 3, 3) == (6, 3)
