@@ -313,9 +313,7 @@ impl PartialEq for Key {
             (None, None) => true,
             _ => false,
         };
-        same && self.engine == other.engine
-            && self.needs == other.needs
-            && self.rest == other.rest
+        same && self.engine == other.engine && self.needs == other.needs && self.rest == other.rest
     }
 }
 
