@@ -46,6 +46,8 @@ __all__ = [
     "Engine",
     "Event",
     "HostAccess",
+    "Kernel",
+    "KernelLaunch",
     "Memory",
     "NativeFunction",
     "OpenMachine",
@@ -751,6 +753,39 @@ class NativeFunction:
         signature: str,
     ) -> Self: ...
     def __call__(self, *arguments: Any, **keywords: Any) -> Any: ...
+    @property
+    def __name__(self) -> str: ...
+    @property
+    def __qualname__(self) -> str: ...
+
+@final
+class Kernel:
+    def __new__(
+        cls,
+        name: str,
+        provide: Callable[[int, int, int], tuple[str, Any, str]],
+        parameters: list[tuple[str, str, int | None]],
+        layout: str,
+        signature: str,
+        *,
+        dependencies: Tasks | None = None,
+        priority: int | None = None,
+        placement: Placement | None = None,
+        share: float | None = None,
+        memory: int | str | None = None,
+        cost: Cost | None = None,
+        size: Size | None = None,
+        timeout: float | None = None,
+        retries: int | None = None,
+    ) -> Self: ...
+    def __getitem__(self, shape: Any, /) -> TaskFunction[..., None]: ...
+    def __call__(self, *_arguments: Any, **_keywords: Any) -> NoReturn: ...
+    @property
+    def __name__(self) -> str: ...
+
+@final
+class KernelLaunch:
+    def __call__(self, *arguments: Any) -> None: ...
     @property
     def __name__(self) -> str: ...
     @property

@@ -119,6 +119,7 @@ pub(crate) struct Fleet {
 struct Gpu {
     info: DeviceInfo,
     ordinal: u16,
+    capability: (u32, u32),
     /// Whose memory it can reach.
     peers: Vec<u16>,
     context: OnceLock<&'static Context>,
@@ -136,8 +137,8 @@ struct Gpu {
 
 /// A stream of the driver's.
 pub(crate) struct CudaLane {
-    context: &'static Context,
-    stream: Handle<CUstream>,
+    pub(crate) context: &'static Context,
+    pub(crate) stream: Handle<CUstream>,
     fleet: Weak<Fleet>,
     index: usize,
 }
@@ -227,8 +228,20 @@ impl CudaGpu {
         &self.fleet.gpus[self.index]
     }
 
-    fn id(&self) -> DeviceId {
+    pub(crate) fn id(&self) -> DeviceId {
         self.gpu().info.id
+    }
+
+    /// Its number with the driver.
+    #[must_use]
+    pub fn ordinal(&self) -> usize {
+        self.gpu().ordinal.into()
+    }
+
+    /// Its compute capability: major and minor.
+    #[must_use]
+    pub fn capability(&self) -> (u32, u32) {
+        self.gpu().capability
     }
 
     fn lost(&self, why: &Arc<str>) -> DeviceError {
@@ -236,7 +249,7 @@ impl CudaGpu {
     }
 
     /// What the driver's answer means: an error that is no answer to what was asked is the device's end.
-    fn answer<T>(&self, answer: Answer<T>) -> Result<T, DeviceError> {
+    pub(crate) fn answer<T>(&self, answer: Answer<T>) -> Result<T, DeviceError> {
         answer.map_err(|fault| {
             if is_harmless(fault) {
                 return DeviceError::Operation(self.id(), fault.to_string().into());
@@ -297,7 +310,7 @@ impl CudaGpu {
     }
 
     /// The timeline of a stream of this device, which is there.
-    fn own(&self, stream: Stream) -> Result<Arc<Timeline<CudaLane>>, DeviceError> {
+    pub(crate) fn own(&self, stream: Stream) -> Result<Arc<Timeline<CudaLane>>, DeviceError> {
         if stream.device != self.id() {
             return Err(DeviceError::NoAccess(self.id(), stream.device));
         }
@@ -873,6 +886,7 @@ pub(crate) fn build(found: &[Found], observers: &Arc<Observers>) -> Vec<Arc<Cuda
             memory: found.memory,
         },
         ordinal,
+        capability: found.capability,
         peers: found.peers.clone(),
         context: OnceLock::new(),
         timelines: RwLock::default(),

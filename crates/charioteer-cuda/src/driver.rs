@@ -15,7 +15,7 @@ use std::time::Duration;
 use charioteer::machine::{Axis, Strided};
 use cudarc::driver::sys::{self, CUresult};
 
-pub(crate) use sys::{CUdeviceptr, CUevent, CUmemoryPool, CUstream};
+pub(crate) use sys::{CUdeviceptr, CUevent, CUfunction, CUkernel, CUmemoryPool, CUstream};
 
 /// What the driver answered instead of success.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -624,6 +624,121 @@ impl Drop for Pinned {
     fn drop(&mut self) {
         // SAFETY: it was allocated above, and whoever drops it knows that no copy uses it.
         let _ = unsafe { sys::cuMemFreeHost(self.address) };
+    }
+}
+
+/// Code of devices that is loaded, and stays so until this is dropped.
+pub(crate) struct Library(Handle<sys::CUlibrary>);
+
+impl Library {
+    /// Loads an image: a cubin, a fat binary, or PTX that ends with a zero. Needs no context: a device gets
+    /// it with the first function that is looked up there.
+    pub(crate) fn load(image: &[u8]) -> Answer<Self> {
+        let mut library = ptr::null_mut();
+        // SAFETY: a place for the handle; the image says itself how long it is, or ends with a zero.
+        check(unsafe {
+            sys::cuLibraryLoadData(
+                &raw mut library,
+                image.as_ptr().cast(),
+                ptr::null_mut(),
+                ptr::null_mut(),
+                0,
+                ptr::null_mut(),
+                ptr::null_mut(),
+                0,
+            )
+        })?;
+        Ok(Self(Handle(library)))
+    }
+
+    pub(crate) fn kernel(&self, name: &CStr) -> Answer<Handle<CUkernel>> {
+        let mut kernel = ptr::null_mut();
+        // SAFETY: a place for the handle; the library is loaded.
+        check(unsafe { sys::cuLibraryGetKernel(&raw mut kernel, self.0.0, name.as_ptr()) })?;
+        Ok(Handle(kernel))
+    }
+}
+
+impl Drop for Library {
+    fn drop(&mut self) {
+        // SAFETY: whoever launched its kernels keeps it until their work is done. A driver that has ended
+        // refuses.
+        let _ = unsafe { sys::cuLibraryUnload(self.0.0) };
+    }
+}
+
+/// The function of a kernel in the context that is current.
+pub(crate) fn function_of(kernel: Handle<CUkernel>) -> Answer<Handle<CUfunction>> {
+    let mut function = ptr::null_mut();
+    // SAFETY: a place for the handle; the kernel's library is loaded.
+    check(unsafe { sys::cuKernelGetFunction(&raw mut function, kernel.0) })?;
+    Ok(Handle(function))
+}
+
+/// Lets launches of a function of the context that is current ask for so much dynamic shared memory.
+pub(crate) fn allow_shared(function: Handle<CUfunction>, bytes: u32) -> Answer<()> {
+    let what = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+    let bytes = c_int::try_from(bytes).map_err(|_| Fault(CUresult::CUDA_ERROR_INVALID_VALUE))?;
+    // SAFETY: the function is of the context that is current.
+    check(unsafe { sys::cuFuncSetAttribute(function.0, what, bytes) })
+}
+
+/// Enqueues a function of the context that is current.
+///
+/// # Safety
+/// The arguments are pointers to values of the types that the function takes, and what these point to is
+/// valid until the work is done.
+#[inline]
+pub(crate) unsafe fn launch(
+    function: Handle<CUfunction>,
+    grid: [u32; 3],
+    block: [u32; 3],
+    shared: u32,
+    stream: Handle<CUstream>,
+    arguments: &mut [*mut c_void],
+) -> Answer<()> {
+    // SAFETY: as the caller says; the driver copies the arguments before it returns.
+    check(unsafe {
+        sys::cuLaunchKernel(
+            function.0,
+            grid[0],
+            grid[1],
+            grid[2],
+            block[0],
+            block[1],
+            block[2],
+            shared,
+            stream.0,
+            arguments.as_mut_ptr(),
+            ptr::null_mut(),
+        )
+    })
+}
+
+/// The sizes of a kernel's parameters, if the driver is one that tells them.
+pub(crate) fn kernel_parameters(kernel: Handle<CUkernel>) -> Option<Vec<usize>> {
+    parameters(c"cuKernelGetParamInfo", kernel.0.cast())
+}
+
+/// The sizes of a function's parameters, if the driver is one that tells them.
+pub(crate) fn function_parameters(function: Handle<CUfunction>) -> Option<Vec<usize>> {
+    parameters(c"cuFuncGetParamInfo", function.0.cast())
+}
+
+fn parameters(ask: &CStr, of: *mut c_void) -> Option<Vec<usize>> {
+    type Ask = unsafe extern "C" fn(*mut c_void, usize, *mut usize, *mut usize) -> CUresult;
+    // SAFETY: both functions have this type; one that the driver lacks is not found.
+    let ask = unsafe { sys::culib().get::<Ask>(ask.to_bytes_with_nul()).ok()? };
+    let mut sizes = Vec::new();
+    loop {
+        let (mut offset, mut size) = (0, 0);
+        // SAFETY: a handle that is asked for, and places for the answer.
+        match unsafe { ask(of, sizes.len(), &raw mut offset, &raw mut size) } {
+            CUresult::CUDA_SUCCESS => sizes.push(size),
+            // There is no such parameter.
+            CUresult::CUDA_ERROR_INVALID_VALUE => return Some(sizes),
+            _ => return None,
+        }
     }
 }
 

@@ -10,9 +10,11 @@
 //! | `timeline` | positions on a stream, on the driver's events, and who is told when they are done |
 //! | `staging` | pinned buffers for copies from and to pageable memory |
 //! | `device` | [`CudaGpu`], the device |
+//! | `kernel` | [`Kernel`], code of devices, and its launch |
 
 mod device;
 mod driver;
+mod kernel;
 mod staging;
 mod timeline;
 
@@ -22,6 +24,7 @@ use charioteer::machine::Observers;
 
 pub use device::{Counters, CudaGpu};
 pub use driver::{Found, found};
+pub use kernel::{Dimensions, Kernel};
 
 /// As many devices as there are numbers, in the driver's order, each with no more memory than its number of
 /// bytes, who tell `observers` what they see.

@@ -27,6 +27,7 @@
 
 use std::sync::Arc;
 
+use charioteer::data::store::View;
 use charioteer::data::{self, Datum, Grid, Part};
 use charioteer::engine::HostError;
 use charioteer::machine::{DeviceId, HOST};
@@ -48,9 +49,31 @@ use crate::spawn::{handle_of, spawn_error};
 use crate::support::{error, support};
 use crate::task::wait_error;
 
+/// Where the first element is of what is seen along these axes of a view, and the strides, in bytes, of the
+/// axes that are seen.
+pub fn place(axes: &[Axis], view: &View) -> (u64, SmallVec<[i64; 4]>) {
+    let mut strides = SmallVec::new();
+    let (mut first, mut real) = (0_i64, 0);
+    for axis in axes {
+        let (start, step) = match *axis {
+            Axis::New => {
+                strides.push(0);
+                continue;
+            }
+            Axis::At(at) => (at, None),
+            Axis::Along { start, step, .. } => (start, Some(step)),
+        };
+        let stride = view.strides[real].cast_signed();
+        first += (start as i64 - view.origin[real].cast_signed()) * stride;
+        real += 1;
+        strides.extend(step.map(|step| stride * step as i64));
+    }
+    (view.pointer.address.wrapping_add_signed(first), strides)
+}
+
 /// How an axis of the array is seen.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
-enum Axis {
+pub enum Axis {
     /// At one index: the axis is dropped.
     At(isize),
     /// From `start` on, `count` times by `step`, which may be negative.
@@ -63,7 +86,7 @@ enum Axis {
     New,
 }
 
-type Axes = SmallVec<[Axis; 4]>;
+pub type Axes = SmallVec<[Axis; 4]>;
 
 /// A part of a region: some indices of one axis, by the place of that among the axes of the region, the
 /// dropped ones and the new ones too.
@@ -126,7 +149,7 @@ enum Selector {
 
 impl Axis {
     /// What a body sees of it: nothing of an axis that is dropped.
-    fn extent(&self) -> Option<usize> {
+    pub fn extent(&self) -> Option<usize> {
         match self {
             Self::At(_) => None,
             Self::Along { count, .. } => Some(*count),
@@ -328,6 +351,11 @@ impl Region {
             view.call_method("setflags", (false,), None)?;
         }
         Ok(view)
+    }
+
+    /// How it sees the axes of its array.
+    pub fn axes(&self) -> Axes {
+        self.axes.clone()
     }
 
     fn axes_of(&self, piece: Option<Piece>) -> Axes {

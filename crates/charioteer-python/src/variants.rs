@@ -737,8 +737,10 @@ impl Bodies {
             Self::Several(candidates) => &candidates.bodies,
         };
         for prepared in all {
-            if let Callable::Native(callee) = &prepared.callable {
-                callee.check_inline()?;
+            match &prepared.callable {
+                Callable::Native(callee) => callee.check_inline()?,
+                Callable::Kernel(launch) => launch.check_inline()?,
+                Callable::Python(..) => {}
             }
         }
         Ok(())

@@ -586,6 +586,11 @@ impl<D: Domain> Places<D> {
         self.searching.fetch_sub(1, Ordering::SeqCst);
     }
 
+    /// A worker that found tasks, and has none left, searches for more.
+    pub(crate) fn seek(&self) {
+        self.searching.fetch_add(1, Ordering::SeqCst);
+    }
+
     /// Gives `grant` back and parks thread `slot`, whose next [`Places::assignment`] tells it what
     /// to do. `searching`: it searched until now. `idle`: there was no ordinary task, so that no
     /// unusual one has to let them pass.

@@ -239,6 +239,11 @@ impl<D: Domain> Worker<D> {
         let mut yielded = false;
         while !yielded && self.look() {
             yielded = self.take_outside(&mut searching) || self.take_inside(&mut searching);
+            if !yielded && !searching {
+                // Whoever makes something ready now need wake nobody: this thread is awake, and looks.
+                searching = true;
+                self.engine.places.seek();
+            }
             // Now, and not only when it has looked for more.
             self.engine.went_quiet();
         }
