@@ -11,13 +11,17 @@
 //!
 //! # Order
 //!
-//! The proof of a trace of tasks with two reads and one write each, of the tiles of an array, which is read
-//! before. One iteration is one task.
+//! The proof of a trace of a million tasks with two reads and one write each, of the tiles of an array, which
+//! is read before: of tasks on cores, and of tasks on four virtual GPUs, of which it is also proved that the
+//! data were there. One iteration is one task.
 
 use std::hint::black_box;
-use std::sync::mpsc;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
+use charioteer::gang::{Alternative, Member, WHOLE};
+use charioteer::machine::{Description, Kind, Machine, Time};
 use charioteer::native::{Datum, Part, Runtime};
 use charioteer::region::{Region, Span};
 use charioteer::trace;
@@ -114,41 +118,80 @@ fn look_up(criterion: &mut Criterion) {
 /// Tasks of the trace.
 const TASKS: u64 = 1_000_000;
 
-fn order(criterion: &mut Criterion) {
-    let path = std::env::temp_dir().join(format!("charioteer-order-{}", std::process::id()));
-    let runtime = Runtime::builder().workers(1).trace(&path).open();
+/// The trace of tasks on cores, or on that many devices.
+fn trace_of(gpus: usize) -> PathBuf {
+    let name = format!("charioteer-order-{gpus}-{}", std::process::id());
+    let path = std::env::temp_dir().join(name);
+    let builder = Runtime::builder().workers(1).trace(&path);
+    let runtime = if gpus == 0 {
+        builder.open()
+    } else {
+        let description = Description::uniform(1, gpus, 1 << 20, Time::Real);
+        let description = description.expect("it is a machine");
+        builder
+            .machine(Machine::virtual_machine(description))
+            .open()
+    };
     let runtime = runtime.expect("the system gives threads");
-    let grid = Datum::new("A", &[64, 64]).grid(&[1, 1]);
+    let elements = vec![0_u64; 64 * 64];
+    let address = elements.as_ptr() as usize;
+    let grid = Datum::stored("A", &[64, 64], 8, address, Box::new(elements)).grid(&[1, 1]);
+    let alternative = Alternative {
+        members: vec![Member::Any(Kind::Gpu)].into(),
+        share: WHOLE,
+        memory: 0,
+    };
+    let set: Arc<[Alternative]> = Arc::from([alternative]);
     let mut random = Random(7);
     for _ in 0..TASKS {
         let mut tile = || grid.tile(&[random.below(64), random.below(64)]);
         let (first, second, third) = (tile(), tile(), tile());
+        let same = |part: &Part| part.region() == third.region();
+        if same(&first) || same(&second) {
+            continue;
+        }
         let task = runtime.task().reads(&first).reads(&second).updates(&third);
+        let task = if gpus == 0 {
+            task
+        } else {
+            task.on(Arc::clone(&set))
+        };
         task.spawn_detached(|| {}).expect("it has no cycle");
     }
     runtime.close().expect("no body fails");
+    path
+}
+
+fn order(criterion: &mut Criterion) {
+    for (name, gpus) in [("cores", 0), ("devices", 4)] {
+        prove(criterion, name, &trace_of(gpus));
+    }
+}
+
+fn prove(criterion: &mut Criterion, name: &str, path: &Path) {
     let mut group = criterion.benchmark_group("order");
     group
         .sample_size(10)
         .warm_up_time(Duration::from_millis(500))
         .measurement_time(Duration::from_secs(5))
         .throughput(Throughput::Elements(1));
-    group.bench_function("proof", |bencher| {
+    group.bench_function(name, |bencher| {
         bencher.iter_custom(|rounds| {
             let whole = rounds.div_ceil(TASKS);
             let mut elapsed = Duration::ZERO;
             for _ in 0..whole {
                 let start = Instant::now();
-                let file = trace::read(&path).expect("the trace is complete");
-                let checked = trace::check_order(&file).expect("it has accesses");
+                let file = trace::read(path).expect("the trace is complete");
+                let checked = trace::check_data(&file).expect("it has accesses");
                 elapsed += start.elapsed();
-                assert!(checked.violations.is_empty());
+                let (moves, _) = checked.moves.expect("the version has copies");
+                assert!(checked.order.violations.is_empty() && moves.violations.is_empty());
             }
             elapsed.mul_f64(rounds as f64 / (whole * TASKS) as f64)
         });
     });
     group.finish();
-    std::fs::remove_file(&path).expect("it was read");
+    std::fs::remove_file(path).expect("it was read");
 }
 
 criterion_group!(benches, look_up, order);

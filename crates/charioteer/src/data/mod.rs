@@ -20,7 +20,8 @@
 //! **Order is transitive though tasks may end early.** A new write takes the place of the records that it
 //! contains, since who comes after it comes after those as well. But a task that is cancelled before its
 //! turn is done at once, while what it stood behind still runs. It is *past* when it is done and its own
-//! predecessors are past or done; until then it keeps the links of its dependents, see `task`.
+//! predecessors are past or done, also those that it ran ahead of on devices; until then it keeps the links
+//! of its dependents, see `task`.
 //!
 //! **Undefined parts.** A task that failed, was cancelled or skipped leaves its writing records behind:
 //! whoever reads there fails with the same root. Who writes there without reading takes away what it
@@ -36,6 +37,9 @@
 //! **Reductions.** Tasks of one operation on equal parts form a [`Group`] and run side by side, each
 //! into a partial result that is the domain's business. The first access of another kind closes the group:
 //! before it is registered, a task is spawned that depends on all members and combines.
+//!
+//! **Where data are.** A datum with bytes has a [`Storage`](store::Storage), of which devices may have copies:
+//! see [`store`], which knows no tasks, and `uses` for what tasks keep of their accesses for it.
 //!
 //! What is taken out of an index is dropped when no lock is held: it could be the last reference to a
 //! task and a user's value (invariant 8).

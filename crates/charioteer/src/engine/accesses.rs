@@ -10,7 +10,8 @@
 //! cycle is always put by a spawn that searches, or by a wait, as `graph` says.
 //!
 //! Tasks with accesses keep their count of predecessors until it is zero, also those that have none: it
-//! tells whether they are [past](crate::task::Task::past).
+//! tells whether they are [past](crate::task::Task::past). Those that may run ahead of work on devices remember
+//! whom they came after until they are registered, and catch up with those who were launched before that.
 //!
 //! # Accesses of the host
 //!

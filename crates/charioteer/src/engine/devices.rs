@@ -15,7 +15,8 @@
 //! # A task's way
 //!
 //! *Ready*: its predecessors are launched or done. Its request goes to the ledger with the events of
-//! those that are launched only. *Dispatched*: it has a [`Grant`] of devices and streams on loan, and stands
+//! those that are launched only. *Dispatched*: it has a [`Grant`] of devices and streams on loan, its data are
+//! planned (see [`transfers`](super::transfers)), and it stands
 //! in the queue that all threads share, in the order of the grants; the body is a worker's business, and takes
 //! no core's compute but the worker's. One whose set has several cores asks [`Places`] for these now, when
 //! it has its devices, and never the other way round. Before the body runs, its streams are told to wait for what is in flight: the predecessors'
@@ -27,6 +28,11 @@
 //! A task whose body failed lets nobody run ahead. One with retries neither, since another attempt may
 //! follow. A predecessor whose work failed after its launch poisons those that ran ahead of it: each
 //! counts it among what is `incomplete`, so that none of them is done before it knows.
+//!
+//! Who only comes after another one in order runs ahead of it in the same way, and is not poisoned. Its streams
+//! *follow* the events, and it is not offered that one's stream, since a stream that fails would fail its
+//! work too. It is counted among what is incomplete as well: a task is done no sooner than
+//! all that it ran ahead of, and past no sooner if it ended before (see `task`), so that order is transitive.
 //!
 //! Whoever takes a loan out of its task gives it back: the thread that ends the body, or cancels the task
 //! after it was dispatched, or finds in the queue that somebody did. What a body never used is given

@@ -281,6 +281,80 @@ fn nobody_overtakes_a_task_that_is_cancelled_before_its_turn() {
     });
 }
 
+/// As above, of a task that was let go when its predecessor was launched, and waits for devices: the
+/// one behind it runs once the predecessor is done, though that counts among nobody's predecessors any
+/// more.
+///
+/// It finds a task that is past though it ran ahead of work in flight (`BEHIND`); who hands its links on
+/// at the launch already (`Task::take_left`); and who does not at the end (`Landed::Past`).
+#[test]
+fn nobody_overtakes_a_task_that_is_cancelled_ahead_of_work_in_flight() {
+    explore_at_most(2, || {
+        let engine = open(0);
+        let whole = Datum::new("datum", &[]).whole();
+        let first = ready();
+        first.state.advance(Phase::Ready, Phase::Running).unwrap();
+        let body: Body = Box::new(|| unreachable!("it waits for devices"));
+        let content = Content::Body(body);
+        let second = Arc::new(Task::new("second", Phase::Waiting, content, None, 0));
+        second.engine.store(engine.id, Ordering::Relaxed);
+        engine.shards[0].spawned.fetch_add(1, Ordering::SeqCst);
+        let access = [Access::new(&whole, Mode::InOut)];
+        let before = std::slice::from_ref(&first);
+        engine.launch_ordered(&second, before, &access).unwrap();
+        let canceller = {
+            let second = Arc::clone(&second);
+            thread::spawn(move || Engine::cancel(&second))
+        };
+        let device = {
+            let (engine, first) = (Arc::clone(&engine), Arc::clone(&first));
+            thread::spawn(move || {
+                let device = DeviceId::gpu(0);
+                let stream = Stream { device, number: 0 };
+                let event = Event {
+                    stream,
+                    position: 1,
+                };
+                first.launch(Outcome::Value(()), &[event], true);
+                let (events, ahead) = first.let_ahead(|_| true);
+                let mut worklist = Vec::new();
+                for (next, inherits) in ahead {
+                    next.go_behind(&events, inherits);
+                    if next.release(1) && next.state.advance(Phase::Waiting, Phase::Ready).is_err()
+                    {
+                        engine.turn_has_come(&next, &mut worklist);
+                    }
+                }
+                // The event, and the body.
+                for _ in 0..2 {
+                    worklist.extend(landed(&first, None));
+                }
+                while let Some(settled) = worklist.pop() {
+                    publish(&settled.task, settled.ending, &mut worklist, Some(&engine));
+                }
+            })
+        };
+        let followed = count();
+        let body: Body = {
+            let mut run = counting(&followed);
+            let first = Arc::clone(&first);
+            Box::new(move || {
+                assert!(first.is_done());
+                run()
+            })
+        };
+        let access = [Access::new(&whole, Mode::Out)];
+        engine
+            .spawn_detached("third", body, None, &[], &access)
+            .unwrap();
+        assert!(canceller.join().unwrap());
+        device.join().unwrap();
+        assert!(engine.close_when_quiet(&mut || false));
+        assert_eq!(followed.load(Ordering::Relaxed), 1);
+        engine.close();
+    });
+}
+
 /// Two tasks that commute on two data, named in opposite orders, become ready at once, and one is
 /// cancelled perhaps: nobody waits for ever in a line.
 #[test]

@@ -17,7 +17,12 @@
 //!
 //! When a set of devices is free: the estimated run times of what was granted there and is not complete,
 //! and an even part of what waits. When cores are free: the same of mapped tasks alone, since run times
-//! of others are not known. Neither knows how far the running tasks are, so both are upper bounds.
+//! of others are not known. Neither knows how far the running tasks are, so both are upper bounds. Then the
+//! time that it takes to bring the task's data there, to a device or home, over the links that there are;
+//! among devices the ledger counts that in the same way.
+//!
+//! A function with one choice is timed like others and tries nothing: so the ledger knows how long its calls
+//! take, where there are several devices for them.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -54,6 +54,47 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
+//! Data that have bytes of their own go where they are needed. A body on a device finds them there, and enqueues
+//! its work; what it wrote comes home when the host wants it, or the runtime closes.
+//!
+//! ```
+//! use std::sync::Arc;
+//! use std::sync::atomic::{AtomicU64, Ordering};
+//!
+//! use charioteer::gang::{Alternative, Member, WHOLE};
+//! use charioteer::machine::{Description, Kind, Machine, Time};
+//! use charioteer::native::{Datum, Runtime, current};
+//!
+//! let machine = Machine::virtual_machine(Description::uniform(2, 1, 1 << 20, Time::Real)?);
+//! let runtime = Runtime::builder().workers(2).machine(Arc::clone(&machine)).open()?;
+//! let cells: Arc<[AtomicU64]> = (0..8).map(AtomicU64::new).collect();
+//! let keep = Box::new(Arc::clone(&cells));
+//! let datum = Datum::stored("cells", &[8], 8, cells.as_ptr() as usize, keep);
+//! let whole = datum.whole();
+//! let gpu = Alternative { members: [Member::Any(Kind::Gpu)].into(), share: WHOLE, memory: 0 };
+//! for _ in 0..3 {
+//!     let machine = Arc::clone(&machine);
+//!     runtime.task().on([gpu.clone()]).updates(&whole).spawn_detached(move || {
+//!         let here = current().expect("a task runs");
+//!         let view = here.view(0).expect("it has bytes").clone();
+//!         let (device, stream) = here.streams()[0];
+//!         let gpu = Arc::clone(machine.as_virtual().expect("it is").gpu(device));
+//!         let inner = Arc::clone(&gpu);
+//!         let double = Box::new(move || {
+//!             let bytes = inner.bytes(view.pointer, 64)?;
+//!             // SAFETY: eight elements in a row, which nobody else has now.
+//!             let row = unsafe { std::slice::from_raw_parts_mut(bytes.as_ptr().cast::<u64>(), 8) };
+//!             row.iter_mut().for_each(|it| *it *= 2);
+//!             Ok(())
+//!         });
+//!         gpu.enqueue(stream, double).expect("the device is there");
+//!     })?;
+//! }
+//! runtime.close()?;
+//! assert_eq!(cells[7].load(Ordering::Relaxed), 56);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
 //! A body fails by returning an error (from [`Spawner::try_spawn`]) or by a panic; both are an
 //! outcome of its task, travel to dependents as [`TaskError::Dependency`], and are given by
 //! [`Runtime::close`] if nobody received them.
@@ -89,7 +130,8 @@ use smallvec::SmallVec;
 pub use space::TaskSpace;
 
 /// What tasks order their accesses by: it stands for an array of the program's own, or for anything that
-/// only some tasks may use at once. See [`crate::data`].
+/// only some tasks may use at once. One that is [stored](data::Datum::stored) goes to devices with its tasks.
+/// See [`crate::data`].
 pub type Datum = data::Datum<Native>;
 /// A part of a [`Datum`].
 pub type Part = data::Part<Native>;
@@ -657,7 +699,8 @@ impl<'a> Spawner<'a> {
     }
 
     /// It runs on one of these choices, which is chosen when it is ready, for a call of that size.
-    /// [`Current::choice`] says which it is.
+    /// [`Current::choice`] says which it is. One choice is enough for its run time to be known, which
+    /// counts where there are several devices for it.
     pub fn choices(mut self, choices: &Arc<Choices>, size: u64) -> Self {
         let mapping = Mapping::new(Arc::clone(choices), size);
         self.options.need = Need::Mapped;
