@@ -32,7 +32,7 @@ use charioteer::machine::{
 use cudarc::driver::sys::CUresult;
 
 use crate::driver::{
-    self, Answer, CUstream, Context, Fault, Found, Handle, Recorded, Side, is_pinned,
+    self, Answer, CUstream, Context, Fault, Found, Handle, Purpose, Recorded, Side, is_pinned,
 };
 use crate::staging::{PIECE, Staging};
 use crate::timeline::{Lane, Reached, Timeline};
@@ -153,8 +153,18 @@ impl Lane for CudaLane {
     }
 
     #[inline]
-    fn record(&self) -> Answer<Recorded> {
-        self.context.record(self.stream, false)
+    fn record(&self, sleeps: bool) -> Answer<Recorded> {
+        let purpose = if sleeps {
+            Purpose::Sleep
+        } else {
+            Purpose::Order
+        };
+        self.context.record(self.stream, purpose)
+    }
+
+    #[inline]
+    fn may_sleep(&self, event: &Recorded) -> bool {
+        event.may_sleep()
     }
 
     #[inline]
@@ -618,7 +628,7 @@ impl Device for CudaGpu {
     fn mark(&self, stream: Stream) -> Result<Mark, DeviceError> {
         let timeline = self.own(stream)?;
         let lane = &timeline.lane;
-        let recorded = self.answer(lane.context.record(lane.stream, true))?;
+        let recorded = self.answer(lane.context.record(lane.stream, Purpose::Time))?;
         let event = Event {
             stream,
             position: timeline.skip(),

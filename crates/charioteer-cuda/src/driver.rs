@@ -164,8 +164,19 @@ pub(crate) struct Context {
     context: sys::CUcontext,
     pub(crate) pool: CUmemoryPool,
     streams: Mutex<Vec<Handle<CUstream>>>,
-    events: Mutex<Vec<Handle<CUevent>>>,
-    timed: Mutex<Vec<Handle<CUevent>>>,
+    /// By their [`Purpose`].
+    events: [Mutex<Vec<Handle<CUevent>>>; 3],
+}
+
+/// What an event is for, beside order between streams.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// Nothing: it is asked for at most.
+    Order,
+    /// A thread may sleep for it, which costs whoever records it a microsecond more.
+    Sleep,
+    /// It has a time.
+    Time,
 }
 
 /// A handle of the driver's, which any thread may use.
@@ -229,8 +240,7 @@ impl Context {
             context,
             pool,
             streams: Mutex::default(),
-            events: Mutex::default(),
-            timed: Mutex::default(),
+            events: Default::default(),
         })
     }
 
@@ -283,20 +293,25 @@ impl Context {
 
     /// An event behind all that is enqueued on the stream.
     #[inline]
-    pub(crate) fn record(&'static self, stream: Handle<CUstream>, timed: bool) -> Answer<Recorded> {
+    pub(crate) fn record(
+        &'static self,
+        stream: Handle<CUstream>,
+        purpose: Purpose,
+    ) -> Answer<Recorded> {
         use sys::CUevent_flags_enum as Flags;
         let _entered = self.enter()?;
-        let known = lock(self.events(timed)).pop();
+        let known = lock(&self.events[purpose as usize]).pop();
         let event = match known {
             Some(event) => event,
             None => {
                 let mut event = ptr::null_mut();
-                let flags = if timed {
-                    Flags::CU_EVENT_DEFAULT as c_uint
-                } else {
-                    // A thread that waits for it sleeps.
-                    Flags::CU_EVENT_DISABLE_TIMING as c_uint
-                        | Flags::CU_EVENT_BLOCKING_SYNC as c_uint
+                let flags = match purpose {
+                    Purpose::Time => Flags::CU_EVENT_DEFAULT as c_uint,
+                    Purpose::Order => Flags::CU_EVENT_DISABLE_TIMING as c_uint,
+                    Purpose::Sleep => {
+                        Flags::CU_EVENT_DISABLE_TIMING as c_uint
+                            | Flags::CU_EVENT_BLOCKING_SYNC as c_uint
+                    }
                 };
                 // SAFETY: a place for the handle.
                 check(unsafe { sys::cuEventCreate(&raw mut event, flags) })?;
@@ -306,15 +321,11 @@ impl Context {
         let recorded = Recorded {
             context: self,
             event,
-            timed,
+            purpose,
         };
         // SAFETY: the event is nobody else's; streams are never destroyed.
         check(unsafe { sys::cuEventRecord(event.0, stream.0) })?;
         Ok(recorded)
-    }
-
-    fn events(&self, timed: bool) -> &Mutex<Vec<Handle<CUevent>>> {
-        if timed { &self.timed } else { &self.events }
     }
 
     /// What is enqueued on the stream from now on starts after the event, of any device.
@@ -555,7 +566,7 @@ fn location(ordinal: c_int) -> sys::CUmemLocation {
 pub(crate) struct Recorded {
     context: &'static Context,
     event: Handle<CUevent>,
-    timed: bool,
+    purpose: Purpose,
 }
 
 impl Recorded {
@@ -566,7 +577,13 @@ impl Recorded {
         poll(unsafe { sys::cuEventQuery(self.event.0) })
     }
 
-    /// Sleeps until it is done.
+    /// Whether a thread that waits for it sleeps.
+    #[inline]
+    pub(crate) fn may_sleep(&self) -> bool {
+        self.purpose == Purpose::Sleep
+    }
+
+    /// Waits until it is done.
     pub(crate) fn block(&self) -> Answer<()> {
         let _entered = self.context.enter()?;
         // SAFETY: the event lives.
@@ -587,7 +604,7 @@ impl Recorded {
 
 impl Drop for Recorded {
     fn drop(&mut self) {
-        lock(self.context.events(self.timed)).push(self.event);
+        lock(&self.context.events[self.purpose as usize]).push(self.event);
     }
 }
 

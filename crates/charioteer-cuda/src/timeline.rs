@@ -19,7 +19,13 @@
 //! process looks: to wake it costs whoever watches a system call, and the driver takes longer to wake a
 //! thread than a short kernel takes. Where many positions are watched, or come fast, it does neither: to ask
 //! the driver holds up whoever launches beside it, so it lets a few pass, and then finds by bisection how far
-//! the stream got. Who waits for one among many hears of it so much later. There is one a stream, and not one a device, because the driver lets a thread sleep for one
+//! the stream got. Who waits for one among many hears of it so much later.
+//!
+//! An event for which a thread may sleep costs its recorder half of what a launch does. So only the first
+//! few that are pending on a stream are such. For others a thread sleeps a while, looks, and sleeps an eighth
+//! of what it has waited: it looks a few times as the time doubles, and is late by an eighth at most.
+//!
+//! There is one a stream, and not one a device, because the driver lets a thread sleep for one
 //! event only: with one thread, a short task beside a long one would be reported late, or the thread
 //! would have to look around again and again. Host functions on the streams would need no threads of
 //! ours; but they hold their stream up, run one after the other, and wake somebody as late as an
@@ -46,10 +52,11 @@ pub(crate) trait Lane: Send + Sync + 'static {
 
     /// Whether all that is enqueued is done.
     fn is_idle(&self) -> Result<bool, Self::Fault>;
-    /// An event behind all that is enqueued.
-    fn record(&self) -> Result<Self::Event, Self::Fault>;
+    /// An event behind all that is enqueued; one for which a thread may sleep is dearer.
+    fn record(&self, sleeps: bool) -> Result<Self::Event, Self::Fault>;
+    fn may_sleep(&self, event: &Self::Event) -> bool;
     fn is_done(&self, event: &Self::Event) -> Result<bool, Self::Fault>;
-    /// Sleeps until the event is done.
+    /// Sleeps until an event is done for which one may.
     fn block(&self, event: &Self::Event) -> Result<(), Self::Fault>;
     /// A thread that tells of completions met an error: everybody is to hear of it.
     fn failed(&self, fault: Self::Fault);
@@ -70,6 +77,11 @@ const EVERY: Duration = Duration::from_micros(3);
 const MANY: u64 = 8;
 const FAST: usize = 4;
 const LET_PASS: Duration = Duration::from_micros(20);
+
+/// So many pending positions of a stream have events for which a thread may sleep.
+const FEW: usize = 2;
+/// A thread that may not sleep for its event sleeps this part of what it has waited before it looks again.
+const PART: u32 = 8;
 
 /// How fast a stream gets on, as the thread that tells sees it.
 struct Pace {
@@ -228,7 +240,7 @@ impl<L: Lane> Timeline<L> {
             self.reach(&mut queue, tail);
             return Ok((tail, true));
         }
-        let event = Arc::new(self.lane.record()?);
+        let event = Arc::new(self.lane.record(queue.entries.len() < FEW)?);
         let position = tail + 1;
         self.tail.store(position, Ordering::Relaxed);
         self.fresh.store(position, Ordering::Relaxed);
@@ -295,13 +307,31 @@ impl<L: Lane> Timeline<L> {
 
     /// Blocks until the position is done; false if it is lost.
     pub(crate) fn block(&self, position: u64, event: &L::Event) -> Result<bool, L::Fault> {
-        self.lane.block(event)?;
+        // An error is met again.
+        if !look(|| matches!(self.lane.is_done(event), Ok(true))) {
+            self.wait(position, event)?;
+        }
         let mut queue = self.lock();
         if queue.lost {
             return Ok(self.is_known_done(position));
         }
         self.reach(&mut queue, position);
         Ok(true)
+    }
+
+    /// Waits until the event of a position is done, or lost.
+    fn wait(&self, position: u64, event: &L::Event) -> Result<(), L::Fault> {
+        if self.lane.may_sleep(event) {
+            return self.lane.block(event);
+        }
+        let start = Instant::now();
+        while !self.is_known_done(position) && !self.lane.is_done(event)? {
+            std::thread::sleep(LET_PASS.max(start.elapsed() / PART));
+            if self.lock().lost {
+                return Ok(());
+            }
+        }
+        Ok(())
     }
 
     /// Calls back when the position is done or lost: at once if that is so already.
@@ -381,7 +411,7 @@ impl<L: Lane> Timeline<L> {
             // An error is met again by who sleeps.
             if !look(|| done() || matches!(self.lane.is_done(&event), Ok(true))) && !done() {
                 self.notifications.fetch_add(1, Ordering::Relaxed);
-                if let Err(fault) = self.lane.block(&event) {
+                if let Err(fault) = self.wait(position, &event) {
                     // Fails this timeline too.
                     self.lane.failed(fault);
                     queue = self.lock();
@@ -544,7 +574,7 @@ mod tests {
     }
 
     impl Lane for Arc<Bench> {
-        type Event = u64;
+        type Event = (u64, bool);
         type Fault = Broken;
 
         fn is_idle(&self) -> Result<bool, Broken> {
@@ -552,20 +582,25 @@ mod tests {
             self.ask(enqueued)
         }
 
-        fn record(&self) -> Result<u64, Broken> {
+        fn record(&self, sleeps: bool) -> Result<(u64, bool), Broken> {
             self.records.fetch_add(1, Ordering::Relaxed);
-            Ok(self.state.lock().unwrap().0)
+            Ok((self.state.lock().unwrap().0, sleeps))
         }
 
-        fn is_done(&self, event: &u64) -> Result<bool, Broken> {
+        fn may_sleep(&self, event: &(u64, bool)) -> bool {
+            event.1
+        }
+
+        fn is_done(&self, event: &(u64, bool)) -> Result<bool, Broken> {
             self.questions.fetch_add(1, Ordering::Relaxed);
-            self.ask(*event)
+            self.ask(event.0)
         }
 
-        fn block(&self, event: &u64) -> Result<(), Broken> {
+        fn block(&self, event: &(u64, bool)) -> Result<(), Broken> {
+            assert!(event.1, "one that a thread may sleep for");
             self.blocks.fetch_add(1, Ordering::Relaxed);
             let mut state = self.state.lock().unwrap();
-            while state.1 < *event {
+            while state.1 < event.0 {
                 if state.2 {
                     return Err(Broken);
                 }
@@ -676,6 +711,39 @@ mod tests {
         bench.finish(24);
         assert_eq!(asked(40), (64, 1));
         assert_eq!(asked(64), (64, 0));
+    }
+
+    #[test]
+    fn who_waits_for_one_of_many_hears_of_it() {
+        let (bench, timeline) = bench();
+        let (told, hears) = mpsc::channel();
+        for _ in 0..6 {
+            bench.enqueue();
+            let (position, _) = timeline.record().unwrap();
+            let told = told.clone();
+            let call = move |done| told.send((position, done)).unwrap();
+            timeline.watch(position, Box::new(call));
+        }
+        for position in 1..=6 {
+            bench.finish(1);
+            assert_eq!(hears.recv_timeout(SOON), Ok((position, true)));
+        }
+        // A thread that waits for itself, for one of the first, one in the middle, and the last.
+        for waited in [7, 9, 12] {
+            let (bench, timeline) = (Arc::clone(&bench), Arc::clone(&timeline));
+            while timeline.tail() < 12 {
+                bench.enqueue();
+                timeline.record().unwrap();
+            }
+            let Reached::Pending(event) = timeline.look(waited) else {
+                panic!("it is not done");
+            };
+            let waits = std::thread::spawn(move || timeline.block(waited, &event));
+            let done = bench.state.lock().unwrap().1;
+            bench.finish(waited - done);
+            assert_eq!(waits.join().unwrap(), Ok(true));
+        }
+        timeline.close();
     }
 
     #[test]
