@@ -35,7 +35,7 @@ use crossbeam_utils::CachePadded;
 
 use crate::data::{Access, AccessTrouble, Group};
 use crate::graph;
-use crate::machine::cpus::Pins;
+use crate::machine::cpus::{Apart, Pins};
 use crate::machine::{Machine, Time};
 use crate::schedule::gang::{Limits, MOST_DEVICES};
 use crate::schedule::gate::Gate;
@@ -373,6 +373,8 @@ pub struct Engine<D: Domain> {
     pub(crate) places: Places<D>,
     /// Where workers are kept, if they are pinned.
     pub(crate) pins: Option<Arc<Pins>>,
+    /// Processors of workers that are not pinned. Models know no processors.
+    pub(crate) apart: Option<Apart>,
     pub(crate) sessions: Gate,
     timer: Arc<Timer<D>>,
     shards: Box<[CachePadded<Shard>]>,
@@ -456,6 +458,11 @@ impl<D: Domain> Engine<D> {
                 threads,
                 config.pins.as_ref().map(Pins::nodes),
             ),
+            apart: if cfg!(loom) || config.pins.is_some() {
+                None
+            } else {
+                Apart::new(config.workers)
+            },
             pins: config.pins.map(Arc::new),
             sessions: Gate::new(),
             timer: Timer::new(),
