@@ -692,6 +692,14 @@ impl<D: Domain> Engine<D> {
             || (self.sessions.has_room() && self.queues.has_work_in(Lane::Inside))
     }
 
+    /// Whether workers are about to start on tasks that need a session: such are ready, and there is
+    /// a worker for one more.
+    pub fn is_starting(&self) -> bool {
+        self.places.has_takers()
+            && self.sessions.has_room()
+            && self.queues.has_work_in(Lane::Inside)
+    }
+
     /// Whether the machine has a core that no task uses.
     pub(crate) fn has_idle_core(&self) -> bool {
         self.present + self.places.free() > self.workers
