@@ -32,7 +32,18 @@ from charioteer.bench.command import (
     positive,
     print_machine,
 )
-from charioteer.bench.gil_runs import DASK, JOBLIB, LOOP, NATIVE, PARLA_2, PARLA_3, RAY, SHARED
+from charioteer.bench.gil_runs import (
+    DASK,
+    JOBLIB,
+    LIMIT,
+    LOOP,
+    NATIVE,
+    NATIVE_LIMIT,
+    PARLA_2,
+    PARLA_3,
+    RAY,
+    SHARED,
+)
 from charioteer.bench.harness import (
     OURS,
     Bar,
@@ -437,7 +448,7 @@ def _cell(
     }
 
     def spec(runtime: str, of: str, at_once: int, flavour: str, **more: int) -> Spec:
-        gil = flavour == WITH_GIL and runtime != NATIVE
+        gil = flavour == WITH_GIL and runtime not in (NATIVE, NATIVE_LIMIT)
         about = 1.3 * graph.ideal(seconds, held, at_once, gil=gil)
         run: dict[str, Any] = given | {"runtime": of, "workers": workers} | more
         return Spec(runtime, text, run["workers"], "cell", run, about)
@@ -449,6 +460,14 @@ def _cell(
             for width in _widths(settings, workers)
         ]
         found.append(spec(NATIVE, NATIVE, workers, flavour))
+        if not graph.edges:
+            # Fewer threads were the best nowhere.
+            most = 1 if settings.quick else 3
+            found += [
+                spec(LIMIT, LIMIT, threads, flavour, workers=threads)
+                for threads in ladder(workers)[-most:]
+            ]
+            found.append(spec(NATIVE_LIMIT, NATIVE_LIMIT, workers, flavour))
         for runtime in settings.runtimes():
             if runtime == THREAD_POOL and not settings.quick:
                 found += [
@@ -545,7 +564,7 @@ def _pure(settings: Settings) -> list[Measure]:
                 about / (1 if flavour == WITH_GIL else workers),
             )
             for workers in widths
-            for runtime in runtimes
+            for runtime in (*runtimes, *([LIMIT] if workers in (1, settings.most) else []))
         ]
 
     bars = []
