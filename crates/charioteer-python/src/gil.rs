@@ -10,6 +10,10 @@
 //! each worker's thread every [`TICK`]. It attaches to the interpreter only where a wider gate needs
 //! another worker thread to be started.
 //!
+//! Beside a spawner who stands back (see below) workers wait for the GIL whatever their number, and what
+//! is measured says nothing of how it will be when all is spawned. So for some [looks](BESIDE) it does not
+//! count; a spawner who goes on for longer is part of the work.
+//!
 //! The observer starts with the first session beside another one, and sleeps again when no session
 //! was seen for a while, with the gate wide open. So a runtime that is idle or runs one task after
 //! another has none (invariant 7), and a burst of tasks begins with all workers.
@@ -58,10 +62,12 @@ const QUIET: u32 = 10;
 /// How many looks without a task that finished open the gate: bodies may wait for one that has no
 /// room, in ways that use processor time.
 const STUCK: u32 = 50;
+/// For how many looks a spawner that stands back makes what is measured say nothing.
+const BESIDE: u32 = 8;
 /// How many spawns pass between two looks of a spawner at the clock.
 const SPAWNS: u32 = 32;
 /// What passes between two looks of a spawner at the workers, at first and at most.
-const LOOK: (Duration, Duration) = (Duration::from_micros(250), Duration::from_millis(2));
+const LOOK: (Duration, Duration) = (Duration::from_micros(500), Duration::from_millis(2));
 /// How long a spawner stands back at most for workers to begin.
 const START: Duration = Duration::from_millis(2);
 /// How long it looks meanwhile before it sleeps between two looks, and how long it sleeps then. Short
@@ -161,6 +167,8 @@ struct Observer {
     inside: AtomicUsize,
     awake: AtomicBool,
     changes: AtomicU64,
+    /// How often a spawner stood back.
+    stands: AtomicU64,
     closed: Mutex<bool>,
     bell: Condvar,
     thread: Mutex<Option<JoinHandle<()>>>,
@@ -182,6 +190,7 @@ impl Gil {
                 inside: AtomicUsize::new(0),
                 awake: AtomicBool::new(false),
                 changes: AtomicU64::new(0),
+                stands: AtomicU64::new(0),
                 closed: Mutex::new(false),
                 bell: Condvar::new(),
                 thread: Mutex::new(None),
@@ -295,9 +304,15 @@ impl Spawner {
         if rested.is_some_and(|rested| rested < self.pace) {
             return;
         }
+        let stands = || {
+            if let Some(observer) = observer {
+                observer.stands.fetch_add(1, Ordering::Relaxed);
+            }
+        };
         if rested.is_none_or(|rested| rested >= 8 * self.pace) {
             // It begins to spawn: others wake up, and each has to be attached to begin.
             if engine.is_starting() {
+                stands();
                 gateway::detach(py, Site::StandBack, || {
                     while engine.is_starting() && now.elapsed() < START {
                         if now.elapsed() < POLL.0 {
@@ -326,6 +341,7 @@ impl Spawner {
         if !hungry {
             return self.looked(engine, LOOK.0);
         }
+        stands();
         let back = self.pace.mul_f64(BACK);
         gateway::detach(py, Site::StandBack, || std::thread::sleep(back));
         let helped = observer.is_some_and(|observer| observer.fed(back));
@@ -481,6 +497,7 @@ impl Observer {
         let mut quiet = 0;
         let mut stuck = (0, 0);
         let mut before = (Instant::now(), 0);
+        let mut beside = (self.stands.load(Ordering::Relaxed), false, 0);
         while quiet < QUIET {
             (closed, _) = self
                 .bell
@@ -504,11 +521,16 @@ impl Observer {
             } else {
                 (0, finished)
             };
+            let stands = self.stands.load(Ordering::Relaxed);
+            let (is_beside, was_beside) = (stands != beside.0, beside.1);
+            beside = (stands, is_beside, if is_beside { beside.2 + 1 } else { 0 });
             let former = width.width();
             let wanted = if stuck.0 == STUCK {
                 stuck.0 = 0;
                 width = Width::new(self.workers);
                 width.width()
+            } else if is_beside != was_beside || (1..BESIDE).contains(&beside.2) {
+                width.disturbed()
             } else {
                 width.measured(rate, between)
             };
