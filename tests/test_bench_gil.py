@@ -508,7 +508,8 @@ def test_ours_is_held_against_the_best_fixed_width_and_the_best_pool() -> None:
 
 
 def test_independent_tasks_have_the_limits_of_bare_threads_beside_them() -> None:
-    measures = gil.measures(gil.Settings(workers=[8], shares=[0.2], slices=[1], full=True), ["sweep"])
+    full = gil.Settings(workers=[8], shares=[0.2], slices=[1], full=True)
+    measures = gil.measures(full, ["sweep"])
     limited = {
         c.params["shape"]: (c.runtime, c.workers)
         for measure in measures
@@ -517,7 +518,12 @@ def test_independent_tasks_have_the_limits_of_bare_threads_beside_them() -> None
     }
     assert limited == {"independent": (NATIVE_LIMIT, 8)}
     threads = [c.workers for c in measures[0].contestants if c.runtime == LIMIT]
-    assert threads == [2, 4, 8]
+    assert threads == ([4, 8] if records.gil_enabled() else [8])
+    assert gil._bare(0.0, 16) == [16]
+    assert gil._bare(0.05, 16) == [16]
+    assert gil._bare(0.2, 16) == [4, 8]
+    assert gil._bare(1.0, 16) == [1, 2]
+    assert gil._bare(0.2, 2) == [2]
 
 
 def test_both_interpreters_run_in_the_same_rounds() -> None:

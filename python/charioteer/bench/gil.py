@@ -421,6 +421,11 @@ def _widths(settings: Settings, workers: int) -> list[int]:
     return ladder(workers) if not settings.quick else sorted({1, workers})
 
 
+def _bare(held: float, workers: int) -> list[int]:
+    """The numbers of bare threads that may be the best: those that use the GIL up, by and large."""
+    return [n for n in ladder(workers) if 0.5 <= n * held <= 2] or [workers]
+
+
 def _sweep(settings: Settings) -> list[Measure]:
     return [
         _cell(settings, shape, seconds, held, slices, workers)
@@ -461,11 +466,9 @@ def _cell(
         ]
         found.append(spec(NATIVE, NATIVE, workers, flavour))
         if not graph.edges:
-            # Fewer threads were the best nowhere.
-            most = 1 if settings.quick else 3
             found += [
                 spec(LIMIT, LIMIT, threads, flavour, workers=threads)
-                for threads in ladder(workers)[-most:]
+                for threads in _bare(held if flavour == WITH_GIL else 0.0, workers)
             ]
             found.append(spec(NATIVE_LIMIT, NATIVE_LIMIT, workers, flavour))
         for runtime in settings.runtimes():
@@ -550,6 +553,10 @@ def _pure(settings: Settings) -> list[Measure]:
     text = f"{tasks:,} times 1 ms of bytecode"
     runtimes = [OURS, *settings.pool()]
 
+    def bare(flavour: str, workers: int) -> list[str]:
+        # With the GIL the loop is the limit.
+        return [LIMIT] if flavour == WITHOUT_GIL and workers in (1, settings.most) else []
+
     def specs(flavour: str) -> list[Spec]:
         given = {"tasks": tasks, "rounds": rounds}
         about = tasks * seconds * 1.1
@@ -564,7 +571,7 @@ def _pure(settings: Settings) -> list[Measure]:
                 about / (1 if flavour == WITH_GIL else workers),
             )
             for workers in widths
-            for runtime in (*runtimes, *([LIMIT] if workers in (1, settings.most) else []))
+            for runtime in (*runtimes, *bare(flavour, workers))
         ]
 
     bars = []
