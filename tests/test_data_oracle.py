@@ -243,6 +243,10 @@ def run(
                     x += rest[0]
             elif what == "nested":
                 other, place = rest
+                if gpus and not workers:
+                    # With one thread for all, the end of a reduction, which waits for partials to
+                    # come home on top of a body that waits for it, may be taken for a cycle.
+                    continue
                 y, worse = oracle.at(other)
                 if np.shares_memory(x, y) or not y.size:
                     continue
@@ -267,7 +271,8 @@ def run(
             elif value is Boom:
                 assert isinstance(task.exception(), Boom), task
             else:
-                assert task.exception() is None and task.result() == value, task
+                error = task.exception()
+                assert error is None and task.result() == value, (task, error)
     for result, value in got:
         assert result == value
     for checked in (ch.check_order(trace), ch.check_trace(trace)):
