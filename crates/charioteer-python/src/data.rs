@@ -124,6 +124,8 @@ pub struct Region {
     buffer: PyRef,
     /// How a body sees them: what becomes of each axis of the array, in order, and axes between.
     axes: Axes,
+    /// The bytes of an element.
+    item: usize,
     /// The array's object; `None` of the array itself, whose parts are all there is.
     array: Option<PyRef>,
     writable: PyOnceLock<PyRef>,
@@ -305,6 +307,7 @@ impl Region {
             part: this.part.datum().part(index::Region::new(spans)),
             buffer: PyRef::new(this.buffer.clone_ref(py)),
             axes,
+            item: this.item,
             array: Some(match &this.array {
                 Some(array) => PyRef::new(array.clone_ref(py)),
                 None => slf.clone().into(),
@@ -433,8 +436,7 @@ impl Region {
                 return Ok(seen[count - 1].array.clone_ref(py).into_bound(py));
             }
         }
-        let item = self.dtype(py)?.getattr(pyo3::intern!(py, "itemsize"))?;
-        let layout = self.layout(wanted, item.extract()?);
+        let layout = self.layout(wanted);
         let array = wanted.make(py, &layout, &self.dtype(py)?, loan)?;
         if let (Some(view), None) = (wanted.view, loan) {
             let new = Seen {
@@ -466,7 +468,8 @@ impl Region {
     }
 
     /// Where a device has the elements.
-    fn layout(&self, wanted: &Wanted<'_>, item: usize) -> Layout {
+    fn layout(&self, wanted: &Wanted<'_>) -> Layout {
+        let item = self.item;
         let axes = self.axes_of(wanted.piece);
         let shape: SmallVec<[usize; 4]> = axes.iter().filter_map(Axis::extent).collect();
         let Some(view) = wanted
@@ -713,9 +716,8 @@ impl Region {
 
     /// The bytes of the elements.
     #[getter]
-    fn nbytes(&self, py: Python<'_>) -> PyResult<usize> {
-        let size: usize = self.dtype(py)?.getattr("itemsize")?.extract()?;
-        Ok(size * self.elements())
+    pub fn nbytes(&self) -> usize {
+        self.item * self.elements()
     }
 
     /// The array that this is a part of; an array is its own.
@@ -1165,6 +1167,7 @@ impl Array {
             part: Datum::stored(name, &extents, item, head.address(), keep).whole(),
             buffer: buffer.clone().into(),
             axes,
+            item,
             array: None,
             writable: PyOnceLock::new(),
             readonly: PyOnceLock::new(),
@@ -1201,11 +1204,22 @@ pub struct HostEntry {
 
 impl HostEntry {
     pub fn enter(py: Python<'_>, region: &Region, mode: data::Mode) -> PyResult<Self> {
-        let accesses = [data::Access::new(&region.part, mode)];
-        if region.part.datum().is_closed() {
-            let closed = data::AccessTrouble::Closed(region.part.datum().label().to_owned());
-            return Err(access_error(py, closed.to_string()));
+        Self::enter_all(py, &[region], mode)
+    }
+
+    /// Of several regions at once, so that they come home side by side; there is a first one.
+    pub fn enter_all(py: Python<'_>, regions: &[&Region], mode: data::Mode) -> PyResult<Self> {
+        let accesses = regions
+            .iter()
+            .map(|region| data::Access::new(&region.part, mode))
+            .collect::<Vec<_>>();
+        for datum in regions.iter().map(|region| region.part.datum()) {
+            if datum.is_closed() {
+                let closed = data::AccessTrouble::Closed(datum.label().to_owned());
+                return Err(access_error(py, closed.to_string()));
+            }
         }
+        let region = regions[0];
         if !runtime::is_open() {
             return match data::undefined(&accesses) {
                 None => Ok(Self { _access: None }),

@@ -25,6 +25,7 @@ use smallvec::SmallVec;
 use crate::access::Shards;
 use crate::attached::Attached;
 use crate::callable::{self, Callable, Modes, Prepared};
+use crate::data::Region;
 use crate::gateway::PyRef;
 use crate::interp::{Body, Interp, trouble};
 use crate::local::{Deferral, Library};
@@ -684,6 +685,9 @@ fn bytes_of(thing: &Bound<'_, PyAny>) -> PyResult<u64> {
         || thing.is_exact_instance_of::<PyString>()
     {
         return Ok(0);
+    }
+    if let Ok(region) = thing.cast::<Region>() {
+        return Ok(region.get().nbytes() as u64);
     }
     if let Ok(bytes) = thing.cast::<PyBytes>() {
         return Ok(bytes.as_bytes().len() as u64);

@@ -162,7 +162,7 @@ def _regions(sizes: Sizes, params: dict[str, Any], need: Need) -> Measure:
 
 # ---- copies -----------------------------------------------------------------------------------
 
-REGIONS = 16
+REGIONS = 32
 
 
 def _copies(sizes: Sizes, params: dict[str, Any], need: Need) -> Measure:
