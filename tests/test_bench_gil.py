@@ -19,7 +19,7 @@ import pytest
 import charioteer as ch
 from charioteer import _core
 from charioteer.bench import bodies, gil, gil_report, gil_runs, graphs, records
-from charioteer.bench.gil_runs import LOOP, NATIVE
+from charioteer.bench.gil_runs import LIMIT, LOOP, NATIVE, NATIVE_LIMIT
 from charioteer.bench.harness import OURS, Key, Missing, Series
 from charioteer.bench.peers import THREAD_POOL
 from charioteer.cli import main
@@ -190,6 +190,19 @@ def test_runners_run_every_task_once(name: str, shape: str, workers: int) -> Non
     outcome = RUNNERS[name](graph, lambda: ran.append(1), workers)
     assert len(ran) == len(graph)
     assert outcome.seconds > 0
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_bare_threads_run_every_task_once(workers: int) -> None:
+    ran: list[int] = []
+    outcome = graphs.bare_threads(graphs.independent(40), lambda: ran.append(1), workers)
+    assert len(ran) == 40
+    assert outcome.seconds > 0
+
+
+def test_bare_threads_in_c_spin_as_often_as_asked() -> None:
+    assert graphs.bare_spins(graphs.independent(10), 1e-3, 1).seconds >= 0.0099
+    assert graphs.bare_spins(graphs.independent(11), 1e-3, 2).seconds >= 0.0059
 
 
 @pytest.mark.parametrize("name", RUNNERS)
@@ -492,6 +505,25 @@ def test_ours_is_held_against_the_best_fixed_width_and_the_best_pool() -> None:
         "speed of the best ThreadPoolExecutor": ([2.0], True),
         "native bodies, of the cores": ([], None),
     }
+
+
+def test_independent_tasks_have_the_limits_of_bare_threads_beside_them() -> None:
+    full = gil.Settings(workers=[8], shares=[0.2], slices=[1], full=True)
+    measures = gil.measures(full, ["sweep"])
+    limited = {
+        c.params["shape"]: (c.runtime, c.workers)
+        for measure in measures
+        for c in measure.contestants
+        if c.runtime in (LIMIT, NATIVE_LIMIT)
+    }
+    assert limited == {"independent": (NATIVE_LIMIT, 8)}
+    threads = [c.workers for c in measures[0].contestants if c.runtime == LIMIT]
+    assert threads == ([4, 8] if records.gil_enabled() else [8])
+    assert gil._bare(0.0, 16) == [16]
+    assert gil._bare(0.05, 16) == [16]
+    assert gil._bare(0.2, 16) == [4, 8]
+    assert gil._bare(1.0, 16) == [1, 2]
+    assert gil._bare(0.2, 2) == [2]
 
 
 def test_both_interpreters_run_in_the_same_rounds() -> None:

@@ -90,6 +90,7 @@ __all__ = [
     "spawn",
     "spawn_many",
     "spin_address",
+    "spin_threads",
     "submit",
     "task",
     "task_stream",
@@ -906,6 +907,7 @@ def finish_elsewhere(
 # Bodies of a known duration, for benchmarks.
 
 def spin_address() -> int: ...
+def spin_threads(seconds: float, spins: int, threads: int) -> float: ...
 def work(seconds: float, held: float = 0.0, slices: int = 1) -> None: ...
 
 # Machines and their devices.

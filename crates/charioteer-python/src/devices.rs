@@ -311,7 +311,8 @@ impl OpenMachine {
             });
         }
         let observers = Arc::new(Observers::default());
-        let gpus = charioteer_cuda::open(description.gpus().len(), &observers)
+        let memory: Vec<u64> = description.gpus().iter().map(|gpu| gpu.memory).collect();
+        let gpus = charioteer_cuda::open(&memory, &observers)
             .map_err(|why| error(py, "MachineError", (why,)))?;
         let devices = gpus
             .iter()

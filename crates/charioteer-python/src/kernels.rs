@@ -7,8 +7,11 @@
 //!
 //! [`work`] alternates an attached part and a detached one. Where nothing is to be done detached it
 //! stays attached, and where nothing is to be done attached it detaches once. [`charioteer_spin`]
-//! is the same spin for callers that know nothing of Python, such as native bodies.
+//! is the same spin for callers that know nothing of Python, such as native bodies. [`spin_threads`]
+//! has threads of the system do nothing else: what they reach is the machine's limit for native bodies.
 
+use std::sync::Barrier;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use pyo3::exceptions::PyValueError;
@@ -36,6 +39,32 @@ pub extern "C" fn charioteer_spin(seconds: f64) {
 #[pyfunction]
 pub fn spin_address() -> usize {
     charioteer_spin as extern "C" fn(f64) as usize
+}
+
+/// The seconds that so many threads take to spin for `seconds` so many times, each as soon as it is
+/// through with the last; they are started before the clock is.
+#[pyfunction]
+pub fn spin_threads(py: Python<'_>, seconds: f64, spins: usize, threads: usize) -> f64 {
+    gateway::detach(py, Site::Kernel, || {
+        let next = AtomicUsize::new(0);
+        let gate = Barrier::new(threads + 1);
+        let mut start = None;
+        std::thread::scope(|scope| {
+            for _ in 0..threads {
+                scope.spawn(|| {
+                    gate.wait();
+                    gate.wait();
+                    while next.fetch_add(1, Ordering::Relaxed) < spins {
+                        charioteer_spin(seconds);
+                    }
+                });
+            }
+            gate.wait();
+            start = Some(Instant::now());
+            gate.wait();
+        });
+        start.map_or(0.0, |start| start.elapsed().as_secs_f64())
+    })
 }
 
 /// Spins for `seconds`, the part `held` of it attached, in `slices` turns: attached, then detached.

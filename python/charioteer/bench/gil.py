@@ -32,7 +32,18 @@ from charioteer.bench.command import (
     positive,
     print_machine,
 )
-from charioteer.bench.gil_runs import DASK, JOBLIB, LOOP, NATIVE, PARLA_2, PARLA_3, RAY, SHARED
+from charioteer.bench.gil_runs import (
+    DASK,
+    JOBLIB,
+    LIMIT,
+    LOOP,
+    NATIVE,
+    NATIVE_LIMIT,
+    PARLA_2,
+    PARLA_3,
+    RAY,
+    SHARED,
+)
 from charioteer.bench.harness import (
     OURS,
     Bar,
@@ -410,6 +421,11 @@ def _widths(settings: Settings, workers: int) -> list[int]:
     return ladder(workers) if not settings.quick else sorted({1, workers})
 
 
+def _bare(held: float, workers: int) -> list[int]:
+    """The numbers of bare threads that may be the best: those that use the GIL up, by and large."""
+    return [n for n in ladder(workers) if 0.5 <= n * held <= 2] or [workers]
+
+
 def _sweep(settings: Settings) -> list[Measure]:
     return [
         _cell(settings, shape, seconds, held, slices, workers)
@@ -437,7 +453,7 @@ def _cell(
     }
 
     def spec(runtime: str, of: str, at_once: int, flavour: str, **more: int) -> Spec:
-        gil = flavour == WITH_GIL and runtime != NATIVE
+        gil = flavour == WITH_GIL and runtime not in (NATIVE, NATIVE_LIMIT)
         about = 1.3 * graph.ideal(seconds, held, at_once, gil=gil)
         run: dict[str, Any] = given | {"runtime": of, "workers": workers} | more
         return Spec(runtime, text, run["workers"], "cell", run, about)
@@ -449,6 +465,12 @@ def _cell(
             for width in _widths(settings, workers)
         ]
         found.append(spec(NATIVE, NATIVE, workers, flavour))
+        if not graph.edges:
+            found += [
+                spec(LIMIT, LIMIT, threads, flavour, workers=threads)
+                for threads in _bare(held if flavour == WITH_GIL else 0.0, workers)
+            ]
+            found.append(spec(NATIVE_LIMIT, NATIVE_LIMIT, workers, flavour))
         for runtime in settings.runtimes():
             if runtime == THREAD_POOL and not settings.quick:
                 found += [
@@ -531,6 +553,10 @@ def _pure(settings: Settings) -> list[Measure]:
     text = f"{tasks:,} times 1 ms of bytecode"
     runtimes = [OURS, *settings.pool()]
 
+    def bare(flavour: str, workers: int) -> list[str]:
+        # With the GIL the loop is the limit.
+        return [LIMIT] if flavour == WITHOUT_GIL and workers in (1, settings.most) else []
+
     def specs(flavour: str) -> list[Spec]:
         given = {"tasks": tasks, "rounds": rounds}
         about = tasks * seconds * 1.1
@@ -545,7 +571,7 @@ def _pure(settings: Settings) -> list[Measure]:
                 about / (1 if flavour == WITH_GIL else workers),
             )
             for workers in widths
-            for runtime in runtimes
+            for runtime in (*runtimes, *bare(flavour, workers))
         ]
 
     bars = []

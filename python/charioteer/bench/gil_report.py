@@ -22,8 +22,10 @@ from charioteer.bench import graphs
 from charioteer.bench.gil_runs import (
     DASK,
     JOBLIB,
+    LIMIT,
     LOOP,
     NATIVE,
+    NATIVE_LIMIT,
     PARLA_2,
     PARLA_3,
     RAY,
@@ -40,7 +42,9 @@ FIXED = f"{OURS}, gil="
 COLUMNS = {
     OURS: (OURS, 11),
     FIXED: ("best gil=", 11),
+    LIMIT: ("limit", 9),
     NATIVE: ("native", 7),
+    NATIVE_LIMIT: ("its limit", 9),
     THREAD_POOL: ("best pool", 11),
     DASK: ("Dask", 6),
     JOBLIB: ("joblib", 6),
@@ -60,7 +64,7 @@ def _marked(value: str, runtime: str, workers: object) -> str:
     """A value, with the width or the number of threads where the best of several is shown."""
     if runtime.startswith(FIXED):
         return f"{value} @{runtime.removeprefix(FIXED)}"
-    return f"{value} @{workers}" if runtime == THREAD_POOL else value
+    return f"{value} @{workers}" if runtime in (THREAD_POOL, LIMIT) else value
 
 
 # The terminal.
@@ -249,7 +253,8 @@ def _sweep_blocks(entries: Sequence[Entry]) -> list[Block]:
             "Efficiency is the ideal time over the measured one; the ideal is the largest of: the "
             "work over the workers, the work under the GIL, and the longest chain. Speed-up is the "
             "work over the measured time. Where the best of several widths or numbers of threads "
-            "is shown, it stands after the @."
+            "is shown, it stands after the @. The limit is what bare threads reach that do nothing "
+            "but run the bodies, and that of native bodies what they reach in C."
         ),
     ]
     interpreters = _distinct(cell.interpreter for cell in found)
@@ -401,7 +406,9 @@ IDEAL = "ideal"
 STYLES = {
     OURS: "#0b6e4f",
     FIXED: "#73c2a5",
+    LIMIT: "#b8b8b8",
     NATIVE: "#08415c",
+    NATIVE_LIMIT: "#d6d6d6",
     THREAD_POOL: "#cc2936",
     DASK: "#e8985e",
     JOBLIB: "#9c7a97",

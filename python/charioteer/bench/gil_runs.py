@@ -27,8 +27,10 @@ __all__ = [
     "BARE",
     "DASK",
     "JOBLIB",
+    "LIMIT",
     "LOOP",
     "NATIVE",
+    "NATIVE_LIMIT",
     "PARLA_2",
     "PARLA_3",
     "RAY",
@@ -38,6 +40,8 @@ __all__ = [
 ]
 
 NATIVE = f"{OURS}, native bodies"
+LIMIT = "bare threads"
+NATIVE_LIMIT = "bare threads in C"
 LOOP = "calls in a loop"
 BARE = "a thread and a loop"
 DASK = "Dask threads"
@@ -72,6 +76,8 @@ def cell(
     body = bodies.spinning(seconds, held, slices)
     if runtime == NATIVE:
         outcome = graphs.native(graph, seconds, workers)
+    elif runtime == NATIVE_LIMIT:
+        outcome = graphs.bare_spins(graph, seconds, workers)
     else:
         outcome = _outcome(runtime, graph, body, workers, width)
     return _metrics(outcome, graph, seconds, held, cores or workers)
@@ -85,6 +91,7 @@ def _outcome(
     if runtime in (PARLA_2, PARLA_3):
         return graphs.parla(graph, body, workers, runtime.split()[-1])
     peers: dict[str, Callable[..., graphs.Outcome]] = {
+        LIMIT: graphs.bare_threads,
         THREAD_POOL: graphs.thread_pool,
         DASK: graphs.dask,
         JOBLIB: graphs.joblib,

@@ -15,12 +15,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from random import Random
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import charioteer as ch
@@ -306,6 +307,37 @@ def _submit_in_order(executor: ThreadPoolExecutor, graph: Graph, body: Body) -> 
         if not before:
             submit(index)
     complete.wait()
+
+
+def bare_threads(graph: Graph, body: Body, workers: int) -> Outcome:
+    """Run tasks without dependencies on threads that take them from a queue: no runtime at all."""
+    tasks = deque(graph.before)
+    gate = threading.Barrier(workers + 1)
+
+    def run() -> None:
+        gate.wait()
+        while True:
+            try:
+                tasks.popleft()
+            except IndexError:
+                return
+            body()
+
+    threads = [threading.Thread(target=run) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
+    while gate.n_waiting < workers:
+        sleep(1e-3)
+    start = perf_counter()
+    gate.wait()
+    for thread in threads:
+        thread.join()
+    return Outcome(perf_counter() - start)
+
+
+def bare_spins(graph: Graph, seconds: float, workers: int) -> Outcome:
+    """The same in C, with threads that know nothing of Python."""
+    return Outcome(ch._core.spin_threads(seconds, len(graph), workers))
 
 
 def dask(graph: Graph, body: Body, workers: int) -> Outcome:

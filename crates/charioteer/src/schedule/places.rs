@@ -313,6 +313,11 @@ impl<D: Domain> Places<D> {
         self.free.load(Ordering::Relaxed) != 0 && self.searching.load(Ordering::Relaxed) == 0
     }
 
+    /// Whether somebody takes the next ordinary task that becomes ready, or may be woken for it.
+    pub(crate) fn has_takers(&self) -> bool {
+        self.free.load(Ordering::Relaxed) != 0 || self.searching.load(Ordering::Relaxed) != 0
+    }
+
     /// How many places are free for the next ordinary task, at this moment.
     #[inline]
     pub(crate) fn free(&self) -> usize {
