@@ -36,7 +36,7 @@ pytestmark = pytest.mark.surface
 ROOT = Path(__file__).resolve().parent.parent
 FIELDS = [
     *("benchmark", "runtime", "case", "params", "metric", "unit"),
-    *("median", "min", "max", "runs", "machine", "python", "commit"),
+    *("median", "min", "max", "runs", "values", "machine", "python", "commit"),
 ]
 
 
@@ -347,6 +347,11 @@ def test_the_native_body_lasts_about_as_long_as_asked() -> None:
             "time per round",
         ),
         ("peer", {"peer": "threadpool", "workers": 1, "tasks": 10}, "time per task"),
+        (
+            "metg",
+            {"runtime": "threadpool", "pattern": "fft", "workers": 1, "seconds": 1e-3},
+            "METG(50%)",
+        ),
     ],
 )
 def test_probes_answer(probe: str, params: dict[str, object], metric: str) -> None:

@@ -37,7 +37,7 @@ class Record:
     """One metric of one runtime at one case.
 
     ``median``, ``min`` and ``max`` are in ``unit`` and ``None`` when nothing was measured; ``runs``
-    counts the values behind them.
+    counts the values behind them, which are ``values``, in the order of the runs.
     """
 
     benchmark: str
@@ -50,6 +50,7 @@ class Record:
     min: float | None
     max: float | None
     runs: int
+    values: Sequence[float]
     machine: str
     python: str
     commit: str
@@ -83,6 +84,7 @@ def record(
         min=min(values) if values else None,
         max=max(values) if values else None,
         runs=len(values),
+        values=tuple(values),
         machine=machine(),
         python=python_version() if python is None else python,
         commit=commit(),

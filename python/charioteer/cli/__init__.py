@@ -1,4 +1,4 @@
-"""The command line: ``charioteer info``, ``run``, ``check``, ``demo`` and ``bench``.
+"""The command line: ``charioteer info``, ``run``, ``check``, ``demo``, ``graph`` and ``bench``.
 
 Protocol. :func:`main` parses, calls one command and returns its exit status; it never calls
 ``sys.exit`` itself except through ``argparse``. A command that meets a mistake of its user (a file
@@ -40,6 +40,7 @@ examples:
   charioteer run --stats script.py 100   run a script and count what the runtime did
   charioteer check FILE                  prove from the trace of a run that its order was kept
   charioteer demo                        a real job: Gaussian-process classification of digits
+  charioteer graph generate fft          a task graph; graph run runs one, and proves it right
   charioteer bench overhead --quick      what a task costs here, beside other runtimes
   charioteer bench gil --quick           what the GIL costs tasks here
 
@@ -115,6 +116,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from charioteer.cli import check
 
             return check.run(options)
+        if command == "graph":
+            from charioteer.cli import graph
+
+            return graph.run(options)
         from charioteer.cli import bench
 
         return bench.run(options)
@@ -249,8 +254,9 @@ def _parser() -> argparse.ArgumentParser:
         add_help=False,
     )
 
-    from charioteer.cli import bench
+    from charioteer.cli import bench, graph
 
+    graph.add_parser(commands)
     bench.add_parser(commands)
     return parser
 
