@@ -36,7 +36,7 @@ pytestmark = pytest.mark.surface
 ROOT = Path(__file__).resolve().parent.parent
 FIELDS = [
     *("benchmark", "runtime", "case", "params", "metric", "unit"),
-    *("median", "min", "max", "runs", "values", "machine", "python", "commit"),
+    *("median", "min", "max", "runs", "values", "bar", "met", "machine", "python", "commit"),
 ]
 
 

@@ -312,6 +312,20 @@ def test_native_bodies_run() -> None:
         assert runners.native(runners.SHAPES[shape](10), 1e-4, 2).seconds > 5e-4
 
 
+def test_graphs_run_in_rust() -> None:
+    for shape in runners.SHAPES:
+        assert runners.in_rust(runners.SHAPES[shape](10), 1e-4, 2).seconds > 5e-4
+    chain = [[index - 1] if index else [] for index in range(20)]
+    assert _core.spin_graph(chain, 1e-4, 4) >= 2e-3
+    for arguments, words in (
+        (([[0]], 0.0, 1), "task 0 comes after 0"),
+        (([[]], -1.0, 1), "seconds"),
+        (([[]], 0.0, 0), "workers"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            _core.spin_graph(*arguments)
+
+
 def test_the_wait_for_the_gil_is_the_sum_of_all_sites() -> None:
     sites = {"worker": {"waited": 1.0, "visits": 3}, "main": {"waited": 0.5}}
     runtime = types.SimpleNamespace(stats=lambda: {"gateway": sites})

@@ -221,6 +221,7 @@ class Measure:
                 values = series.values.get(metric, [])
                 if not values and series.problem is None:
                     continue  # This contestant has no such metric.
+                bar = self.bar_on(contestant, metric)
                 entries.append(
                     records.record(
                         benchmark,
@@ -231,6 +232,8 @@ class Measure:
                         unit,
                         values,
                         python=series.python,
+                        bar=None if bar is None else bar.text,
+                        met=None if bar is None else Verdict(bar, values).met,
                     )
                 )
         for verdict in self.verdicts(result):
@@ -242,7 +245,15 @@ class Measure:
                 params["missing"] = f"needs {bar.lacking}"
             entries.append(
                 records.record(
-                    benchmark, OURS, bar.case, params, bar.metric, bar.unit, verdict.values
+                    benchmark,
+                    OURS,
+                    bar.case,
+                    params,
+                    bar.metric,
+                    bar.unit,
+                    verdict.values,
+                    bar=bar.text,
+                    met=verdict.met,
                 )
             )
         return entries

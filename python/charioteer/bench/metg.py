@@ -52,7 +52,7 @@ Find the minimum effective task granularity: the task time at which 50 % (and 90
 time goes into tasks, for patterns of dependence between them.
 
 Tasks spin without the GIL. Charioteer runs them as bodies in Python, as native bodies, and in Rust,
-without Python. Where tasks of 64 ms do not reach a level, 64,000 µs stand for that and more.
+without Python. Where tasks of 16 ms do not reach a level, 16,000 µs stand for that and more.
 """
 
 DEFAULT_PATTERNS = ("independent", "stencil", "fft", "tree", "random")

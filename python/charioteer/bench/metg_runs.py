@@ -26,11 +26,11 @@ RUST = f"{OURS} in Rust"
 LEVELS = (0.5, 0.9)
 LEAST_STEPS = 8
 REPEATS = 5
-LONG = 1.0
-"""Seconds after which a point is not repeated."""
+LONG = 3.0
+"""How many times the seconds of a point it may take before it is not repeated."""
 FIRST = 1e-3
 """Seconds of the tasks that a run begins with."""
-LONGEST = 64e-3
+LONGEST = 16e-3
 """Seconds of the longest tasks; what is not efficient with those is given as so many, and more."""
 SHORTEST = 0.5e-6
 """Seconds below which the spinning itself is not exact."""
@@ -90,7 +90,7 @@ def sample(runtime: str, pattern: str, workers: int, seconds: float) -> Sample:
             elapsed = take(graph, time).seconds
             total += elapsed
             best = max(best, len(graph) * time / (workers * elapsed))
-            if best >= max(LEVELS) or total > LONG:
+            if best >= max(LEVELS) or total > LONG * seconds:
                 break
         curve.append((time, best))
         return best
