@@ -37,9 +37,9 @@ class Record:
     """One metric of one runtime at one case.
 
     ``median``, ``min`` and ``max`` are in ``unit`` and ``None`` when nothing was measured; ``runs``
-    counts the values behind them, which are ``values``, in the order of the runs. ``bar`` is the limit
-    that the median has to meet, such as ``≤ 1.5 x``, and ``met`` whether it does; both are ``None``
-    where there is none, and ``met`` also where nothing was measured.
+    counts the values behind them, which are ``values``, in the order of the runs. ``bar`` is the
+    limit that the median has to meet, such as ``≤ 1.5 x``, and ``met`` whether it does; both are
+    ``None`` where there is none, and ``met`` also where nothing was measured.
     """
 
     benchmark: str

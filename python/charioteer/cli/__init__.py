@@ -1,4 +1,5 @@
-"""The command line: ``charioteer info``, ``run``, ``check``, ``demo``, ``graph`` and ``bench``.
+"""The command line: ``charioteer info``, ``run``, ``check``, ``demo``, ``graph``, ``bench`` and
+``study``.
 
 Protocol. :func:`main` parses, calls one command and returns its exit status; it never calls
 ``sys.exit`` itself except through ``argparse``. A command that meets a mistake of its user (a file
@@ -43,6 +44,7 @@ examples:
   charioteer graph generate fft          a task graph; graph run runs one, and proves it right
   charioteer bench overhead --quick      what a task costs here, beside other runtimes
   charioteer bench gil --quick           what the GIL costs tasks here
+  charioteer study --quick               all benchmarks, and one report of them
 
 environment:
   CHARIOTEER_MACHINE   machine of a runtime that names none: virtual:N or a YAML file
@@ -116,6 +118,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from charioteer.cli import check
 
             return check.run(options)
+        if command == "study":
+            from charioteer.cli import study
+
+            return study.run(options)
         if command == "graph":
             from charioteer.cli import graph
 
@@ -254,10 +260,11 @@ def _parser() -> argparse.ArgumentParser:
         add_help=False,
     )
 
-    from charioteer.cli import bench, graph
+    from charioteer.cli import bench, graph, study
 
     graph.add_parser(commands)
     bench.add_parser(commands)
+    study.add_parser(commands)
     return parser
 
 
