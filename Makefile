@@ -97,16 +97,17 @@ test-tsan: ## The core's tests under ThreadSanitizer; not part of `make test`
 		--skip spawning_races_with_closing --skip cancelling_races_with_a_named_spawn
 
 ##@ Measure
-.PHONY: bench bench-rust bench-taskflow bench-overhead bench-gil bench-devices bench-policies bench-metg bench-graphs bench-ft study
-bench: bench-rust bench-taskflow bench-overhead bench-gil bench-devices bench-policies bench-metg bench-graphs bench-ft ## All benchmarks below
+.PHONY: bench bench-rust bench-peers bench-overhead bench-gil bench-devices bench-policies bench-metg bench-graphs bench-ft study
+bench: bench-rust bench-peers bench-overhead bench-gil bench-devices bench-policies bench-metg bench-graphs bench-ft ## All benchmarks below
 
 bench-rust: build ## Criterion benchmarks of the core
 	@mkdir -p benchmarks/results
 	.venv/bin/python benchmarks/core.py $(CARGO_FLAGS) --json benchmarks/results/core.json
 
-bench-taskflow: build ## The core's peer, if its headers are installed
+bench-peers: build ## The core's peers, Taskflow and StarPU, as far as they are installed
 	@mkdir -p benchmarks/results
 	.venv/bin/python benchmarks/peers/taskflow/run.py --json benchmarks/results/taskflow.json
+	.venv/bin/python benchmarks/peers/starpu/run.py --json benchmarks/results/starpu.json
 
 bench-overhead: build .venv/stamps/bench ## What a task costs, beside other runtimes
 	@mkdir -p benchmarks/results

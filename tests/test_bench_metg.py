@@ -51,3 +51,6 @@ def test_where_a_curve_crosses_a_level() -> None:
     assert metg.crossing(curve, 0.2) == 1.0
     assert metg.crossing(curve, 0.99) is None
     assert metg.crossing([], 0.5) is None
+    # What is longer and less efficient was disturbed.
+    assert metg.crossing([(8.0, 0.4), *curve[1:]], 0.5) == pytest.approx(math.sqrt(2.0))
+    assert metg.crossing([(8.0, 0.95), (4.0, 0.3), (2.0, 0.7), (1.0, 0.3)], 0.7) == 2.0

@@ -51,7 +51,7 @@ BOUND = "bound / makespan"
 CORES = 2
 
 SIMULATED = "one GPU a task, virtual time"
-SETS = "one or two GPUs a task, data moved, virtual time"
+SETS = "sets of GPUs, data moved, virtual time"
 ON_CORES = f"cores, data moved, {CORES} workers"
 
 

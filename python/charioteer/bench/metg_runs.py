@@ -3,7 +3,7 @@
 A run takes one pattern and one runtime through task times that double: from a millisecond up, as
 far as it takes to be efficient, and from there down until it is not. The number of tasks grows as
 they shrink, so that every point takes about as long. *Efficiency* is the tasks' own time over that
-of all workers. A point is the best of a few repetitions, since what disturbs one only makes it
+of all workers. A point is the best of some repetitions, since what disturbs one only makes it
 longer.
 """
 
@@ -25,7 +25,7 @@ RUST = f"{OURS} in Rust"
 
 LEVELS = (0.5, 0.9)
 LEAST_STEPS = 8
-REPEATS = 5
+REPEATS = 20
 LONG = 3.0
 """How many times the seconds of a point it may take before it is not repeated."""
 FIRST = 1e-3
@@ -44,25 +44,26 @@ def metric(level: float) -> str:
 
 
 def crossing(curve: Sequence[tuple[float, float]], level: float) -> float | None:
-    """The task time at which a curve of (task time, efficiency) falls below a level.
+    """The least task time at which a curve of (task time, efficiency) still reaches a level.
 
     Args:
         curve: from long tasks to short ones, each time above zero.
         level: between 0 and 1.
 
     Returns:
-        The time, on a logarithmic scale between the two points around it; the shortest one if
-        the curve stays above the level, ``None`` if it begins below.
+        The time, on a logarithmic scale between the shortest point that reaches the level and the
+        next; the shortest one if that reaches it, ``None`` if none does. A longer one that does
+        not was disturbed.
     """
-    if not curve or curve[0][1] < level:
+    reached = [index for index, (_, efficiency) in enumerate(curve) if efficiency >= level]
+    if not reached:
         return None
-    above = curve[0]
-    for point in curve[1:]:
-        if point[1] < level:
-            part = (above[1] - level) / (above[1] - point[1])
-            return math.exp(math.log(above[0]) + part * (math.log(point[0]) - math.log(above[0])))
-        above = point
-    return above[0]
+    above = curve[reached[-1]]
+    if reached[-1] == len(curve) - 1:
+        return above[0]
+    below = curve[reached[-1] + 1]
+    part = (above[1] - level) / (above[1] - below[1])
+    return math.exp(math.log(above[0]) + part * (math.log(below[0]) - math.log(above[0])))
 
 
 def sample(runtime: str, pattern: str, workers: int, seconds: float) -> Sample:
@@ -101,7 +102,12 @@ def sample(runtime: str, pattern: str, workers: int, seconds: float) -> Sample:
     curve.reverse()
     time = FIRST / 2
     if curve[-1][1] >= min(LEVELS):
-        while measure(time) >= min(LEVELS) and time > SHORTEST:
+        # Two in a row: one may be disturbed.
+        failed = 0
+        while failed < 2:
+            failed = 0 if measure(time) >= min(LEVELS) else failed + 1
+            if time <= SHORTEST:
+                break
             time /= 2
     values = {}
     for level in LEVELS:

@@ -27,6 +27,10 @@ Panel = tuple[str, Mapping[str, Mapping[Any, float]]]
 
 WIDE, HIGH = 300, 210
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 22, 36
+LETTER = 6
+"""About how wide one is."""
+SLANT = 40
+"""How much more room labels need that are slanted, since they would touch each other."""
 LEGEND = 18
 EACH = 190
 """The width of an entry of the legend."""
@@ -94,6 +98,10 @@ def _panel(
     highest = max((v for line in lines.values() for v in line.values()), default=0.0)
     top = most or _round_up(highest)
     right, bottom = wide - RIGHT, HIGH - BOTTOM
+    letters = max((len(str(place)) for place in places), default=0)
+    slanted = not numbers and letters * LETTER > (right - LEFT) / len(places)
+    if slanted:
+        bottom -= SLANT
 
     def height(value: float) -> float:
         return bottom - (bottom - TOP) * min(max(value, 0.0), top) / top
@@ -114,8 +122,9 @@ def _panel(
     )
     if not places:
         return parts
-    draw = _over_numbers if numbers else _in_groups
-    return parts + draw(lines, places, colours, right, bottom, height)
+    if numbers:
+        return parts + _over_numbers(lines, places, colours, right, bottom, height)
+    return parts + _in_groups(lines, places, colours, right, bottom, height, slanted)
 
 
 def _over_numbers(
@@ -138,7 +147,8 @@ def _over_numbers(
     every = -(-len(shown) // 9)
     for place in shown[::every]:
         parts.append(
-            f'<text x="{at(place):.1f}" y="{bottom + 13}" text-anchor="middle">{place:.3g}</text>'
+            f'<text x="{at(place):.1f}" y="{bottom + 13}" text-anchor="middle">'
+            f"{_short(place)}</text>"
         )
     for name, line in lines.items():
         points = [(at(place), height(line[place])) for place in sorted(line)]
@@ -162,24 +172,30 @@ def _in_groups(
     right: float,
     bottom: float,
     height: Any,
+    slanted: bool,
 ) -> list[str]:
     group = (right - LEFT) / len(places)
     bar = 0.8 * group / max(1, len(lines))
     parts = []
     for index, place in enumerate(places):
         left = LEFT + group * (index + 0.1)
+        at = f"translate({left + 0.4 * group:.1f} {bottom + 13})"
+        turn, anchor = (" rotate(-35)", "end") if slanted else ("", "middle")
         parts.append(
-            f'<text x="{left + 0.4 * group:.1f}" y="{bottom + 13}" text-anchor="middle">'
-            f"{html.escape(str(place))}</text>"
+            f'<text transform="{at}{turn}" text-anchor="{anchor}">{html.escape(str(place))}</text>'
         )
-        for at, (name, line) in enumerate(lines.items()):
+        for number, (name, line) in enumerate(lines.items()):
             if place in line:
                 y = height(line[place])
                 parts.append(
-                    f'<rect x="{left + bar * at:.1f}" y="{y:.1f}" width="{bar:.1f}"'
+                    f'<rect x="{left + bar * number:.1f}" y="{y:.1f}" width="{bar:.1f}"'
                     f' height="{bottom - y:.1f}" fill="{colours[name]}"/>'
                 )
     return parts
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _round_up(value: float) -> float:
