@@ -348,6 +348,13 @@ def test_runs_on_cores_are_right(name: str, movement: Any) -> None:
     assert run.seconds > 0
 
 
+@pytest.mark.parametrize("name", graphs.PATTERNS)
+def test_data_that_the_runtime_moves_to_devices_is_right(name: str) -> None:
+    graph = graphs.describe(small(name), on=["gpu", "gpu(1)"], vary=0.5, size=20_000)
+    run = graphs.run(graph, machine=SIMULATED, movement="eager")
+    assert graphs.bounds(graph, Site.of(SIMULATED, 0)).makespan <= run.seconds + 1e-6
+
+
 HOST = ch.Machine(ch.Machine.detect().host)
 
 
@@ -364,6 +371,10 @@ def test_runs_on_cores_and_devices_are_right_in_real_time() -> None:
             size=4000,
         )
         run = graphs.run(graph, machine=machine, workers=2, movement="lazy")
+        one_each = graphs.describe(
+            small(name, 40), on=["gpu", "cpu|gpu", "cpu"], seconds=5e-5, size=4000
+        )
+        graphs.run(one_each, machine=machine, workers=2, movement="eager")
         assert {place[:3] for one in run.ran for place in one.places} == {"cpu", "gpu"}
 
 
@@ -398,7 +409,7 @@ def test_what_cannot_be_run_is_refused() -> None:
     cores = graphs.describe(small("dag"))
     with pytest.raises(GraphError, match="virtual time work on cores"):
         graphs.run(cores, machine=SIMULATED)
-    devices = graphs.describe(small("dag"), on=["gpu"])
+    devices = graphs.describe(small("dag"), on=["gpu*2"])
     with pytest.raises(GraphError, match="fits nowhere"):
         graphs.run(devices, machine=HOST)
     with pytest.raises(GraphError, match="eager"):

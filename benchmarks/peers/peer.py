@@ -1,9 +1,9 @@
 """What the harnesses of peers in C and C++ have in common: how one is run, and its records.
 
 A harness is a program that is built from the source beside its ``run.py`` with the compiler and the
-headers that are installed; nothing is downloaded. It prints one JSON object: the peer's version, and
-the nanoseconds a task of each run for each case. Where the compiler or the headers are missing, the
-records say so, and the exit status is 0 all the same: a peer that is not there is a result.
+headers that are installed; nothing is downloaded. It prints one JSON object: the peer's version,
+and the nanoseconds a task of each run for each case. Where the compiler or the headers are missing,
+the records say so, and the exit status is 0 all the same: a peer that is not there is a result.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """StarPU's cost of an empty task, as records: a peer of the Rust core's benchmark.
 
-See ``peer.py`` in the folder above. StarPU is found by ``pkg-config``; where that does not know it, the
-headers are looked for where the compiler looks, and in the folder that ``STARPU_INCLUDE`` or
+See ``peer.py`` in the folder above. StarPU is found by ``pkg-config``; where that does not know it,
+the headers are looked for where the compiler looks, and in the folder that ``STARPU_INCLUDE`` or
 ``--include`` names (the one that contains ``starpu.h``), and the library where the linker looks.
 """
 

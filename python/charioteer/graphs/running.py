@@ -13,7 +13,8 @@ to the nanosecond. There work on cores takes no time, so that graphs with cores 
   makes a new version, on the first device of the writer's set, so that readers of the old one are
   not disturbed. A version is dropped when its last reader is complete.
 - *eager*: blocks are managed arrays, tasks declare what they access, and the runtime has it there
-  before they begin. Every block begins on the host.
+  before they begin. Every block begins on the host, and a task has cores or one GPU: a set would
+  have to say how it shares what it writes.
 
 **Proof.** Each task notes where it ran and when it began and ended, on a device by operations of
 its streams. After the run it is seen that every task ran once; on a set that its graph allows;
@@ -475,11 +476,21 @@ class _Runner:
         if self.movement == "none":
             stream.enqueue(lambda: self._pass_on(index))
             return
-        store = self.store
-        assert store is not None, "eager movement to devices is refused before"
         xp = context.xp
-        place = _place(context.device)
         made = xp.full(1, np.uint64(_salt(index)), WORD)
+        task = self.graph.tasks[index]
+        store = self.store
+        if store is None:
+            here = {block: context.local(self.arrays[block]) for block in _used(task)}
+            for block in (*task.reads, *task.updates):
+                made = made * np.uint64(FACTOR) + here[block].sum(keepdims=True)
+            for block in task.writes:
+                here[block][...] = made
+            for block in task.updates:
+                here[block] *= np.uint64(FACTOR)
+                here[block] += made
+            return
+        place = _place(context.device)
         arrays = {}
         for key in store.reads[index]:
             version = store.get(key)
@@ -491,7 +502,6 @@ class _Runner:
                 xp.copyto(array, version.array)
             arrays[key[0]] = array
             made = made * np.uint64(FACTOR) + array.sum(keepdims=True)
-        task = self.graph.tasks[index]
         for key in store.writes[index]:
             block = key[0]
             if block in task.updates:
@@ -693,5 +703,5 @@ def _refuse(
         if any(need.gpus for need in some):
             if machine.driver != "virtual":
                 raise GraphError(f"task {task.title}: graphs run on cores and virtual GPUs")
-            if movement == "eager":
-                raise GraphError(f"task {task.title}: eager movement is for tasks on cores")
+            if movement == "eager" and any(need.gpus and len(need.places) > 1 for need in some):
+                raise GraphError(f"task {task.title}: with eager movement a task has one GPU")
