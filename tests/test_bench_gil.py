@@ -198,7 +198,9 @@ def test_runners_run_every_task_once(name: str, shape: str, workers: int) -> Non
 @pytest.mark.parametrize("workers", [1, 3])
 def test_bare_threads_run_every_task_once(workers: int) -> None:
     ran: list[int] = []
-    outcome = runners.bare_threads(runners.SHAPES["independent"](40), lambda: ran.append(1), workers)
+    outcome = runners.bare_threads(
+        runners.SHAPES["independent"](40), lambda: ran.append(1), workers
+    )
     assert len(ran) == 40
     assert outcome.seconds > 0
 
