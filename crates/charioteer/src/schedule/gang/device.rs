@@ -65,6 +65,14 @@ pub(super) struct Load {
     pub(super) nanoseconds: u64,
 }
 
+/// A place on a device's timeline: the estimated nanoseconds, and the tasks, up to there, of all that were
+/// ever granted.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Due {
+    pub(super) nanoseconds: u64,
+    pub(super) tasks: u64,
+}
+
 /// What was given back behind an event and nobody has taken over yet.
 #[derive(Debug)]
 struct Flight {
@@ -85,8 +93,8 @@ struct Track {
     listed: bool,
     /// Work on it failed: what is put on it fails too.
     failed: bool,
-    /// The launched tasks that are not complete, in order of their positions.
-    launched: VecDeque<(u64, Load)>,
+    /// The launched tasks that are not complete, in order of their positions, and their places.
+    launched: VecDeque<(u64, Load, Due)>,
 }
 
 impl Track {
@@ -122,6 +130,8 @@ pub(super) struct Book {
     aside: u32,
     /// The estimated run times of both.
     pub(super) ahead: u64,
+    /// Up to where the timeline is past, if everybody takes as long as estimated.
+    past: Due,
     /// The last grant, by number.
     pub(super) tail: u64,
     tracks: Vec<Track>,
@@ -145,6 +155,7 @@ impl Book {
             unfinished: 0,
             aside: 0,
             ahead: 0,
+            past: Due::default(),
             tail: 0,
             tracks: Vec::new(),
             resting: Vec::new(),
@@ -159,10 +170,22 @@ impl Book {
         self.resting.clear();
     }
 
-    /// Whether the work up to the event is not known to be complete.
-    pub(super) fn is_in_flight(&self, event: Event) -> bool {
-        let track = self.track(event.stream);
-        track.is_some_and(|track| self.tracks[track].done < event.position)
+    /// What is before the end of the work up to the event, as estimated; none if it is known to be complete.
+    pub(super) fn due(&self, event: Event) -> Option<(u64, u32)> {
+        let track = &self.tracks[self.track(event.stream)?];
+        if track.done >= event.position {
+            return None;
+        }
+        let mut launched = track.launched.iter();
+        let due = launched.find(|launched| launched.0 >= event.position);
+        let Some((_, _, due)) = due else {
+            return Some((self.ahead, self.unfinished()));
+        };
+        let tasks = due.tasks.saturating_sub(self.past.tasks);
+        Some((
+            due.nanoseconds.saturating_sub(self.past.nanoseconds),
+            u32::try_from(tasks).unwrap_or(u32::MAX),
+        ))
     }
 
     pub(super) fn unfinished(&self) -> u32 {
@@ -257,17 +280,23 @@ impl Book {
             .then_some(index)
     }
 
-    /// Counts a task that was granted.
-    pub(super) fn count(&mut self, load: Load) {
+    /// Counts a task that was granted, and says where it ends.
+    pub(super) fn count(&mut self, load: Load) -> Due {
         self.ahead += load.nanoseconds;
         if load.shares {
             self.unfinished += 1;
         } else {
             self.aside += 1;
         }
+        Due {
+            nanoseconds: self.past.nanoseconds + self.ahead,
+            tasks: self.past.tasks + u64::from(self.unfinished()),
+        }
     }
 
     fn discount(&mut self, load: Load) {
+        self.past.nanoseconds += load.nanoseconds;
+        self.past.tasks += 1;
         self.ahead -= load.nanoseconds;
         if load.shares {
             self.unfinished -= 1;
@@ -423,12 +452,12 @@ impl Book {
     }
 
     /// The body returned: its stream is free, and the task is complete once the position is.
-    pub(super) fn launch(&mut self, stream: usize, position: u64, load: Load) {
+    pub(super) fn launch(&mut self, stream: usize, position: u64, load: Load, due: Due) {
         let track = &mut self.tracks[stream];
         track.lent = false;
         track.last = track.last.max(position);
         if track.done < position {
-            track.launched.push_back((position, load));
+            track.launched.push_back((position, load, due));
         } else {
             self.discount(load);
             self.list_if_resting(stream);
@@ -461,7 +490,7 @@ impl Book {
             return;
         }
         track.done = event.position;
-        while let Some(&(position, load)) = self.tracks[index].launched.front() {
+        while let Some(&(position, load, _)) = self.tracks[index].launched.front() {
             if position > event.position {
                 break;
             }

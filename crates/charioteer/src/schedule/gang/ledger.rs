@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use smallvec::{SmallVec, smallvec};
 
-use super::device::{Amount, Book, Load};
+use super::device::{Amount, Book, Due, Load};
 use super::queue::{Queue, Shape, Waiting};
 use super::request::{Capacity, MOST_DEVICES, Plan, Request, bit, ones};
 use crate::machine::{DeviceId, Event, Stream};
@@ -63,6 +63,8 @@ struct Part {
     book: usize,
     /// The stream's index, once it is known.
     stream: Option<usize>,
+    /// Where it ends on the device's timeline.
+    due: Due,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -296,11 +298,12 @@ impl<T> Gang<T> {
         for &index in &choice.books {
             let book = &mut self.books[index];
             let taken = book.take(amount, &task.prefer, runahead);
-            book.count(load);
+            let due = book.count(load);
             book.tail = self.grants;
             parts.push(Part {
                 book: index,
                 stream: taken.stream,
+                due,
             });
             lent.push(Lent {
                 device: book.id,
@@ -443,7 +446,7 @@ impl<T> Gang<T> {
                 Some(event) => {
                     let stream = book.arrive(part.stream, event);
                     book.give_back(running.amount, Some((stream, event.position)));
-                    book.launch(stream, event.position, running.load);
+                    book.launch(stream, event.position, running.load, part.due);
                 }
                 None => {
                     book.give_back(running.amount, None);
@@ -679,6 +682,8 @@ fn choose<T>(books: &[Book], homed: &[Homed], shape: &Shape<T>, rules: &Rules<'_
 pub(super) const PATIENCE: u32 = 2;
 
 /// What counts of a task where devices are compared.
+static MODE: std::sync::LazyLock<u32> =
+    std::sync::LazyLock::new(|| std::env::var("MODE").map_or(0, |m| m.parse().unwrap()));
 struct Costs<'a, T> {
     books: &'a [Book],
     homed: &'a [Homed],
@@ -705,8 +710,10 @@ impl<'a, T> Costs<'a, T> {
             if book.takeover(event).is_some() {
                 preferred |= bit(index);
             }
-            if !head.transfers.is_empty() && book.is_in_flight(event) {
-                ready = (book.ahead.max(ready.0), book.unfinished().max(ready.1));
+            if !head.transfers.is_empty()
+                && let Some((time, tasks)) = book.due(event)
+            {
+                ready = (time.max(ready.0), tasks.max(ready.1));
             }
         }
         Self {
@@ -742,9 +749,16 @@ impl<'a, T> Costs<'a, T> {
 
     /// When a device is free for the task, and has its data, in nanoseconds from now.
     fn free(&self, index: usize, plan: &Plan) -> u64 {
-        let free = self.books[index].ahead.max(self.ready.0);
-        free.saturating_add(self.others(index).nanoseconds)
-            .saturating_add(self.transfer(index, plan))
+        let transfer = self.transfer(index, plan);
+        let free = self.books[index].ahead + self.others(index).nanoseconds;
+        match *MODE {
+            0 => free.max(self.ready.0) + transfer,
+            1 => free.max(self.ready.0 + transfer),
+            2 => free.max(self.ready.0 + transfer) + transfer / 4,
+            3 => self.books[index].ahead.max(self.ready.0 + transfer) + transfer / 4,
+            4 => free.max(self.ready.0 + transfer) + transfer / 2,
+            _ => self.books[index].ahead.max(self.ready.0) + transfer,
+        }
     }
 
     /// How many tasks a device has before it that the task would not wait for anyway.

@@ -1,0 +1,358 @@
+"""The part of ``charioteer bench policies`` where data move.
+
+The graphs read and write tiles of managed arrays on the machine of a description file. A tile has
+32 MiB and a task takes about a millisecond. Since links are simulated, tiles need not be that large
+in fact: the machine is :meth:`~charioteer.Machine.shrunk` by 1024, and a tile of 32 KiB takes as
+long on its links as one of 32 MiB on the machine of the file.
+
+Everything starts on the host. A makespan is the time until the last task is complete; results that
+come home afterwards are no part of it, but of the bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import charioteer as ch
+from charioteer.bench.command import OptionError
+from charioteer.bench.harness import (
+    OURS,
+    Bar,
+    Contestant,
+    Key,
+    Measure,
+    Result,
+    Sample,
+    absolute,
+)
+
+if TYPE_CHECKING:
+    from charioteer.policies import Policy
+
+__all__ = ["NAMES", "default_machine", "measures"]
+
+NAMES = ("movement", "halos", "eviction")
+
+SHRUNK = 1024
+"""By what machines and tiles are smaller than those that are meant."""
+ROWS, COLUMNS = 64, 64
+"""Of a tile, in doubles: 32 KiB that stand for 32 MiB."""
+TILE = ROWS * COLUMNS * 8
+
+MILLISECOND = 1e-3
+SECOND = 1e9
+
+MAKESPAN = "makespan"
+ABOVE = "makespan / work"
+MOVED = "moved"
+WORST = "eft / best other"
+BETTER = "comparisons with eft 20 % better"
+HIDDEN = "transfer hidden"
+BELADY = "bytes / Belady"
+
+MOST_WORSE = 1.03
+MUCH = 1.2
+LEAST_BETTER = 0.5
+LEAST_HIDDEN = 0.9
+MOST_BYTES = 1.15
+
+Rows = tuple[int, int]
+"""The first row of a region, and the one behind its last."""
+
+
+class Job(NamedTuple):
+    """A task of a graph."""
+
+    kind: str
+    """Its function."""
+    seconds: float
+    writes: Rows | None
+    reads: tuple[Rows, ...]
+    fresh: bool = False
+    """Whether it does not read what it writes."""
+    priority: int = 0
+
+
+class Graph(NamedTuple):
+    """Tasks in the order in which they are spawned, on the rows of an array."""
+
+    rows: int
+    jobs: list[Job]
+
+    @property
+    def work(self) -> float:
+        """Seconds that the tasks take in all."""
+        return sum(job.seconds for job in self.jobs)
+
+
+def default_machine() -> Path:
+    """The description that the repository has for it."""
+    root = Path(__file__).resolve().parents[3]
+    return root / "benchmarks" / "machines" / "movement.yaml"
+
+
+def load(path: Path) -> ch.Machine:
+    """The machine of a file, in virtual time and shrunk.
+
+    Raises:
+        OptionError: there is no such file, it describes no machine, or one in real time.
+    """
+    try:
+        machine = ch.Machine.from_yaml(path)
+    except ch.MachineError as error:
+        raise OptionError(f"--machine: {error}") from error
+    if machine.time != "virtual":
+        raise OptionError(f"--machine: {path} is no machine in virtual time")
+    return machine.shrunk(SHRUNK)
+
+
+# ---- graphs -------------------------------------------------------------------------------------
+
+
+def tile(number: int) -> Rows:
+    """The rows of a tile."""
+    return number * ROWS, (number + 1) * ROWS
+
+
+def cholesky(tiles: int, chance: random.Random) -> Graph:
+    """The tiled factorization, right-looking; the further left a task writes, the more urgent."""
+    seconds = {"potrf": 1.4, "trsm": 0.9, "syrk": 0.7, "gemm": 1.1}
+    places = {
+        place: number
+        for number, place in enumerate((i, j) for i in range(tiles) for j in range(i + 1))
+    }
+    jobs: list[Job] = []
+
+    def add(kind: str, writes: tuple[int, int], *reads: tuple[int, int]) -> None:
+        time = seconds[kind] * MILLISECOND * chance.uniform(0.9, 1.1)
+        region, *others = (tile(places[place]) for place in (writes, *reads))
+        jobs.append(Job(kind, time, region, tuple(others), priority=tiles - writes[1]))
+
+    for k in range(tiles):
+        add("potrf", (k, k))
+        for i in range(k + 1, tiles):
+            add("trsm", (i, k), (k, k))
+        for i in range(k + 1, tiles):
+            for j in range(k + 1, i):
+                add("gemm", (i, j), (i, k), (j, k))
+            add("syrk", (i, i), (i, k))
+    return Graph(len(places) * ROWS, jobs)
+
+
+def stencil(blocks: int, steps: int, chance: random.Random) -> Graph:
+    """A row of blocks over time, in two arrays in turns, each with a row of its neighbours."""
+    jobs: list[Job] = []
+    for step in range(steps):
+        here, there = (step % 2) * blocks, ((step + 1) % 2) * blocks
+        for block in range(blocks):
+            first, last = tile(here + block)
+            reads = [(first, last)]
+            if block > 0:
+                reads.append((first - 1, first))
+            if block < blocks - 1:
+                reads.append((last, last + 1))
+            time = MILLISECOND * chance.uniform(0.9, 1.1)
+            jobs.append(Job("step", time, tile(there + block), tuple(reads), fresh=True))
+    return Graph(2 * blocks * ROWS, jobs)
+
+
+def reduction(blocks: int, chance: random.Random) -> Graph:
+    """Blocks of unequal work, which are added in pairs."""
+    jobs = [
+        Job("block", MILLISECOND * chance.uniform(0.5, 1.5), tile(block), ())
+        for block in range(blocks)
+    ]
+    level = list(range(blocks))
+    while len(level) > 1:
+        pairs = list(zip(level[::2], level[1::2], strict=False))
+        jobs += [Job("add", 0.5 * MILLISECOND, tile(a), (tile(b),)) for a, b in pairs]
+        level = [a for a, _ in pairs] + level[len(level) & ~1 :]
+    return Graph(blocks * ROWS, jobs)
+
+
+def any_graph(tasks: int, chance: random.Random) -> Graph:
+    """Tasks that read what up to three of the last sixty wrote, with exponential run times."""
+    jobs: list[Job] = []
+    for task in range(tasks):
+        near = range(max(0, task - 60), task)
+        reads = {chance.choice(near) for _ in range(chance.randrange(4))} if near else set()
+        seconds = chance.expovariate(1 / MILLISECOND)
+        jobs.append(
+            Job("node", seconds, tile(task), tuple(map(tile, sorted(reads))), fresh=True)
+        )
+    return Graph(tasks * ROWS, jobs)
+
+
+# ---- runs ---------------------------------------------------------------------------------------
+
+
+class Outcome(NamedTuple):
+    """What became of a run."""
+
+    makespan: float
+    """Seconds until the last task was complete."""
+    moved: int
+    """Bytes between memories until then."""
+    busiest: float
+    """Seconds that the copies to one device took, of the device where they took longest."""
+
+
+def _busy(seconds: float) -> None:
+    context = ch.current()
+    for _ in context.each():
+        context.stream.busy(seconds)
+
+
+def _task(kind: str, cost: float, fresh: bool) -> Callable[..., ch.Task[None]]:
+    def update(seconds: float, writes: ch.InOut[Any], *reads: ch.In[Any]) -> None:
+        _busy(seconds)
+
+    def make(seconds: float, writes: ch.Out[Any], *reads: ch.In[Any]) -> None:
+        _busy(seconds)
+
+    def read(seconds: float, *reads: ch.In[Any]) -> None:
+        _busy(seconds)
+
+    body = {"update": update, "make": make, "read": read}[
+        "read" if kind == "read" else "make" if fresh else "update"
+    ]
+    body.__name__ = body.__qualname__ = kind
+    return ch.task(body, placement=ch.gpu, cost=cost)
+
+
+def spawn(graph: Graph) -> list[ch.Task[None]]:
+    """Spawn a graph on an array of its own, with the mean run time of each kind declared."""
+    times: dict[tuple[str, bool], list[float]] = {}
+    for job in graph.jobs:
+        times.setdefault((job.kind, job.fresh), []).append(job.seconds)
+    functions: dict[tuple[str, bool], Any] = {
+        key: _task(key[0], sum(all_) / len(all_), key[1]) for key, all_ in times.items()
+    }
+    array = ch.zeros((graph.rows, COLUMNS))
+    regions = functools.cache(lambda rows: array[rows[0] : rows[1]])
+    tasks = []
+    for job in graph.jobs:
+        function = functions[job.kind, job.fresh].options(priority=job.priority)
+        writes = () if job.writes is None else (regions(job.writes),)
+        tasks.append(function(job.seconds, *writes, *map(regions, job.reads)))
+    return tasks
+
+
+def run_graph(graph: Graph, machine: ch.Machine, policy: str | Policy) -> Outcome:
+    """Run a graph on a machine under a policy."""
+    with ch.Runtime(machine, workers=0, policy=policy) as runtime:
+        ch.wait(spawn(graph))
+        devices = runtime.devices
+        assert devices is not None, "it is open"
+        makespan = devices.clock.now / SECOND
+        traffic = [
+            (source, target, number, size)
+            for device in runtime.stats()["devices"].values()
+            for (source, target), (number, size) in device["traffic"].items()
+        ]
+    moved = 0
+    busy: dict[str, float] = {}
+    links = machine.links
+    for source, target, number, size in traffic:
+        if source == target:
+            continue
+        moved += size
+        link = links.host if "host" in (source, target) else links.peer
+        assert link is not None, "something was copied over it"
+        if target != "host":
+            time = size / link.bandwidth + number * link.latency
+            busy[target] = busy.get(target, 0.0) + time
+    return Outcome(makespan, moved * SHRUNK, max(busy.values(), default=0.0))
+
+
+# ---- policies -----------------------------------------------------------------------------------
+
+CASES: dict[str, Callable[[random.Random], Graph]] = {
+    "Cholesky of 16 x 16 tiles": functools.partial(cholesky, 16),
+    "stencil of 32 blocks, 24 steps": functools.partial(stencil, 32, 24),
+    "reduction of 256 blocks": functools.partial(reduction, 256),
+    "random graph of 600 tasks": functools.partial(any_graph, 600),
+}
+
+
+def _movement(machine: ch.Machine, policies: dict[str, str | Policy]) -> Measure:
+    contestants = []
+    for case, make in CASES.items():
+        made = functools.cache(lambda seed, make=make: make(random.Random(seed)))
+        for name, policy in policies.items():
+            contestants.append(_contestant(machine, case, made, name, policy))
+    others = [name for name in policies if name != "eft"]
+    bars = [_no_worse(case, others) for case in CASES]
+    bars.append(_much_better(others))
+    return Measure(
+        name="movement",
+        title=f"Graphs whose data move, on {len(machine.gpus)} devices",
+        contestants=contestants,
+        units={MAKESPAN: "ms", ABOVE: "x", MOVED: "GB"},
+        bars=bars,
+        warmup=0,
+        note="charioteer is its default policy, eft. Tiles of 32 MiB, which are on the host at first."
+        " Work is that of all tasks over the number of devices.",
+    )
+
+
+def _contestant(
+    machine: ch.Machine,
+    case: str,
+    made: Callable[[int], Graph],
+    name: str,
+    policy: str | Policy,
+) -> Contestant:
+    seeds = count()
+
+    def run() -> Sample:
+        graph = made(next(seeds))
+        outcome = run_graph(graph, machine, policy)
+        return Sample(
+            {
+                MAKESPAN: outcome.makespan / MILLISECOND,
+                ABOVE: outcome.makespan * len(machine.gpus) / graph.work,
+                MOVED: outcome.moved / 1e9,
+            }
+        )
+
+    params = {"policy": name, "graph": case, "devices": len(machine.gpus)}
+    return Contestant(_runtime(name), case, run, None, params)
+
+
+def _runtime(policy: str) -> str:
+    return OURS if policy == "eft" else f"{OURS}, {policy}"
+
+
+def _makespans(result: Result, case: str, policy: str) -> Sequence[float]:
+    series = result.get(Key(_runtime(policy), case, None))
+    return () if series is None else series.values.get(MAKESPAN, ())
+
+
+def _no_worse(case: str, others: Sequence[str]) -> Bar:
+    def values(result: Result) -> Sequence[float]:
+        own = _makespans(result, case, "eft")
+        best = [min(all_) for all_ in zip(*(_makespans(result, case, it) for it in others))]
+        return [mine / other for mine, other in zip(own, best)]
+
+    return Bar(case, WORST, "x", values, MOST_WORSE)
+
+
+def _much_better(others: Sequence[str]) -> Bar:
+    def values(result: Result) -> Sequence[float]:
+        rounds: list[list[bool]] = []
+        for case in CASES:
+            own = _makespans(result, case, "eft")
+            for other in others:
+                theirs = _makespans(result, case, other)
+                rounds.append([its >= MUCH * mine for mine, its in zip(own, theirs)])
+        return [sum(each) / len(each) for each in zip(*rounds)]
+
+    return Bar("all graphs and policies", BETTER, "", values, LEAST_BETTER, at_least=True)
