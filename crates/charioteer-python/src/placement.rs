@@ -231,7 +231,12 @@ impl Plan {
             .collect();
         wide.dedup();
         let only = choices.len() == 1;
-        let several = engine.machine().is_some_and(|it| it.gpus() > 1);
+        let is_open = |choice: &Choice| match &choice.on {
+            On::Cores(_) => false,
+            On::Devices(set) => set.members.contains(&Member::Any(Kind::Gpu)),
+        };
+        let several = choices.iter().any(is_open)
+            && engine.machine().is_some_and(|it| it.gpus() > 1);
         let way = match &choices[0].on {
             On::Cores(need) if only => Way::Cores(*need, None),
             // By default the ledger takes the device on which the task is done first, which takes

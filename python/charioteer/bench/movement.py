@@ -14,8 +14,7 @@ from __future__ import annotations
 import functools
 import random
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -146,18 +145,28 @@ def cholesky(tiles: int, chance: random.Random) -> Graph:
     return Graph(len(places) * ROWS, jobs)
 
 
-def stencil(blocks: int, steps: int, chance: random.Random) -> Graph:
-    """A row of blocks over time, in two arrays in turns, each with a row of its neighbours."""
+def stencil(blocks: int, steps: int, halo: int, made: bool, chance: random.Random) -> Graph:
+    """A row of blocks over time, in two arrays in turns, each with some rows of its neighbours.
+
+    Args:
+        blocks: how many; one is a tile.
+        steps: how often each is computed.
+        halo: rows of each neighbour.
+        made: whether tasks make the blocks where they run first, instead of the host.
+        chance: decides run times.
+    """
     jobs: list[Job] = []
+    if made:
+        jobs = [Job("make", MILLISECOND, tile(block), (), fresh=True) for block in range(blocks)]
     for step in range(steps):
         here, there = (step % 2) * blocks, ((step + 1) % 2) * blocks
         for block in range(blocks):
             first, last = tile(here + block)
             reads = [(first, last)]
             if block > 0:
-                reads.append((first - 1, first))
+                reads.append((first - halo, first))
             if block < blocks - 1:
-                reads.append((last, last + 1))
+                reads.append((last, last + halo))
             time = MILLISECOND * chance.uniform(0.9, 1.1)
             jobs.append(Job("step", time, tile(there + block), tuple(reads), fresh=True))
     return Graph(2 * blocks * ROWS, jobs)
@@ -276,7 +285,7 @@ def run_graph(graph: Graph, machine: ch.Machine, policy: str | Policy) -> Outcom
 
 CASES: dict[str, Callable[[random.Random], Graph]] = {
     "Cholesky of 16 x 16 tiles": functools.partial(cholesky, 16),
-    "stencil of 32 blocks, 24 steps": functools.partial(stencil, 32, 24),
+    "stencil of 32 blocks, 24 steps": functools.partial(stencil, 32, 24, 1, False),
     "reduction of 256 blocks": functools.partial(reduction, 256),
     "random graph of 600 tasks": functools.partial(any_graph, 600),
 }
@@ -356,3 +365,141 @@ def _much_better(others: Sequence[str]) -> Bar:
         return [sum(each) / len(each) for each in zip(*rounds)]
 
     return Bar("all graphs and policies", BETTER, "", values, LEAST_BETTER, at_least=True)
+
+
+# ---- halos --------------------------------------------------------------------------------------
+
+HALO = 16
+"""Rows of a tile, so that a quarter of it goes to each neighbour."""
+
+
+def _halos(machine: ch.Machine) -> Measure:
+    """How much of the transfer of halos is hidden behind run times."""
+    free = ch.Link("inf", 0)
+    links = ch.machine.Links(free, free, free)
+    ideal = type(machine)(machine.host, machine.gpus, links=links, time="virtual")
+    seeds = count()
+
+    def run() -> Sample:
+        graph = stencil(32, 24, HALO, True, random.Random(next(seeds)))
+        outcome = run_graph(graph, machine, "eft")
+        least = run_graph(graph, ideal, "eft").makespan
+        exposed = max(0.0, outcome.makespan - least)
+        return Sample(
+            {
+                MAKESPAN: outcome.makespan / MILLISECOND,
+                MOVED: outcome.moved / 1e9,
+                HIDDEN: 1 - exposed / outcome.busiest,
+            }
+        )
+
+    case = f"stencil of 32 blocks made on {len(machine.gpus)} devices, halos of 8 MiB"
+    return Measure(
+        name="halos",
+        title="Transfers behind run times",
+        contestants=[Contestant(OURS, case, run, None, {"graph": "stencil", "halo": HALO})],
+        units={MAKESPAN: "ms", MOVED: "GB", HIDDEN: ""},
+        bars=[absolute(case, HIDDEN, "", LEAST_HIDDEN, at_least=True)],
+        warmup=0,
+        note="Hidden is what of the copies to the device with the most of them the makespan does"
+        " not show, beside one with links that take no time.",
+    )
+
+
+# ---- eviction -----------------------------------------------------------------------------------
+
+CYCLES = 5
+TILES = 24
+"""For how many a device has room where they are used in turns."""
+FACTORS = (1.5, 4.0)
+"""How many times the memory of the device the tiles take."""
+
+
+def cyclic(tiles: int, writes: bool) -> Graph:
+    """All tiles in turns, again and again."""
+    jobs = []
+    for number in range(tiles * CYCLES):
+        region = tile(number % tiles)
+        if writes:
+            jobs.append(Job("update", MILLISECOND, region, ()))
+        else:
+            jobs.append(Job("read", MILLISECOND, None, (region,)))
+    return Graph(tiles * ROWS, jobs)
+
+
+def evict(graph: Graph, machine: ch.Machine, room: int) -> Sample:
+    """Run a graph on one device with room for so many tiles, and hold the bytes that were moved
+    against Belady's rule for the same schedule.
+
+    Raises:
+        RuntimeError: the trace shows that something was out of order or not where it was read.
+    """
+    small = type(machine)(
+        machine.host, [ch.machine.Gpu(room * TILE)], links=machine.links, time="virtual"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace"
+        with ch.Runtime(small, workers=0, trace=path) as runtime:
+            ch.wait(spawn(graph))
+            assert runtime.devices is not None, "it is open"
+            makespan = runtime.devices.clock.now / SECOND
+        checked = ch.check_order(path)
+    if checked.violations:
+        raise RuntimeError(str(checked.violations[0]))
+    moves = checked.moves
+    assert moves is not None, "the trace is of this version"
+    return Sample(
+        {
+            MAKESPAN: makespan / MILLISECOND,
+            MOVED: moves.bytes * SHRUNK / 1e9,
+            BELADY: moves.bytes / moves.best,
+        }
+    )
+
+
+def _eviction(machine: ch.Machine) -> Measure:
+    graphs: dict[str, tuple[Graph, int]] = {}
+    for factor in FACTORS:
+        tiles = int(TILES * factor)
+        graphs[f"read in turns, {factor:g} x the memory"] = (cyclic(tiles, False), TILES)
+        graphs[f"updated in turns, {factor:g} x the memory"] = (cyclic(tiles, True), TILES)
+        graph = cholesky(12, random.Random(0))
+        room = int(graph.rows // ROWS / factor)
+        graphs[f"Cholesky of 12 x 12 tiles, {factor:g} x the memory"] = (graph, room)
+
+    def run(graph: Graph, room: int) -> Callable[[], Sample]:
+        return lambda: evict(graph, machine, room)
+
+    return Measure(
+        name="eviction",
+        title="More data than memory, on one device",
+        contestants=[
+            Contestant(OURS, case, run(graph, room), None, {"graph": case, "room": room})
+            for case, (graph, room) in graphs.items()
+        ],
+        units={MAKESPAN: "ms", MOVED: "GB", BELADY: "x"},
+        bars=[absolute(case, BELADY, "x", MOST_BYTES) for case in graphs],
+        runs=1,
+        warmup=0,
+        note="Belady's rule knows the future and drops what is used last; it is replayed from the"
+        " trace of the run. Bytes go to the device and home.",
+    )
+
+
+def measures(
+    names: Sequence[str], path: Path, policies: dict[str, str | Policy]
+) -> list[Measure]:
+    """The measures of those names, on the machine of a file.
+
+    Raises:
+        OptionError: see :func:`load`.
+    """
+    if not names:
+        return []
+    machine = load(path)
+    made: dict[str, Callable[[], Measure]] = {
+        "movement": lambda: _movement(machine, policies),
+        "halos": lambda: _halos(machine),
+        "eviction": lambda: _eviction(machine),
+    }
+    return [made[name]() for name in NAMES if name in names]

@@ -65,8 +65,8 @@ pub(super) struct Load {
     pub(super) nanoseconds: u64,
 }
 
-/// A place on a device's timeline: the estimated nanoseconds, and the tasks, up to there, of all that were
-/// ever granted.
+/// A place on a device's timeline: when it is reached, as estimated, in nanoseconds of a clock that all
+/// devices share, and how many tasks the device was granted up to there.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Due {
     pub(super) nanoseconds: u64,
@@ -130,8 +130,10 @@ pub(super) struct Book {
     aside: u32,
     /// The estimated run times of both.
     pub(super) ahead: u64,
-    /// Up to where the timeline is past, if everybody takes as long as estimated.
-    past: Due,
+    /// When all that was granted is complete, as estimated.
+    end: u64,
+    /// Up to where tasks are complete.
+    pub(super) past: Due,
     /// The last grant, by number.
     pub(super) tail: u64,
     tracks: Vec<Track>,
@@ -155,6 +157,7 @@ impl Book {
             unfinished: 0,
             aside: 0,
             ahead: 0,
+            end: 0,
             past: Due::default(),
             tail: 0,
             tracks: Vec::new(),
@@ -171,7 +174,8 @@ impl Book {
     }
 
     /// What is before the end of the work up to the event, as estimated; none if it is known to be complete.
-    pub(super) fn due(&self, event: Event) -> Option<(u64, u32)> {
+    /// `now` is the clock's time.
+    pub(super) fn due(&self, event: Event, now: u64) -> Option<(u64, u32)> {
         let track = &self.tracks[self.track(event.stream)?];
         if track.done >= event.position {
             return None;
@@ -183,7 +187,7 @@ impl Book {
         };
         let tasks = due.tasks.saturating_sub(self.past.tasks);
         Some((
-            due.nanoseconds.saturating_sub(self.past.nanoseconds),
+            due.nanoseconds.saturating_sub(now),
             u32::try_from(tasks).unwrap_or(u32::MAX),
         ))
     }
@@ -242,7 +246,7 @@ impl Book {
     /// A body that was paused goes on.
     pub(super) fn resume(&mut self, memory: u64, load: Load) {
         self.kept -= memory;
-        self.count(load);
+        self.count(load, 0);
     }
 
     fn both(&self) -> Amount {
@@ -280,8 +284,15 @@ impl Book {
             .then_some(index)
     }
 
-    /// Counts a task that was granted, and says where it ends.
-    pub(super) fn count(&mut self, load: Load) -> Due {
+    /// When the device is free, in nanoseconds from `now`: its timeline may have gaps, in which it waits for
+    /// data, and who runs may take longer than estimated.
+    pub(super) fn free(&self, now: u64) -> u64 {
+        self.end.saturating_sub(now).max(self.ahead)
+    }
+
+    /// Counts a task that was granted and does not begin before that time, and says where it ends.
+    pub(super) fn count(&mut self, load: Load, begin: u64) -> Due {
+        self.end = self.end.max(begin) + load.nanoseconds;
         self.ahead += load.nanoseconds;
         if load.shares {
             self.unfinished += 1;
@@ -289,13 +300,12 @@ impl Book {
             self.aside += 1;
         }
         Due {
-            nanoseconds: self.past.nanoseconds + self.ahead,
+            nanoseconds: self.end,
             tasks: self.past.tasks + u64::from(self.unfinished()),
         }
     }
 
     fn discount(&mut self, load: Load) {
-        self.past.nanoseconds += load.nanoseconds;
         self.past.tasks += 1;
         self.ahead -= load.nanoseconds;
         if load.shares {
@@ -459,6 +469,7 @@ impl Book {
         if track.done < position {
             track.launched.push_back((position, load, due));
         } else {
+            self.past.nanoseconds = self.past.nanoseconds.max(due.nanoseconds);
             self.discount(load);
             self.list_if_resting(stream);
         }
@@ -490,11 +501,12 @@ impl Book {
             return;
         }
         track.done = event.position;
-        while let Some(&(position, load, _)) = self.tracks[index].launched.front() {
+        while let Some(&(position, load, due)) = self.tracks[index].launched.front() {
             if position > event.position {
                 break;
             }
             self.tracks[index].launched.pop_front();
+            self.past.nanoseconds = self.past.nanoseconds.max(due.nanoseconds);
             self.discount(load);
         }
         let (rest, flying) = (&mut self.rest, &mut self.flying);

@@ -92,8 +92,9 @@ struct Choice {
     plan: usize,
     /// The books, in the order of the alternative's members.
     books: SmallVec<[usize; 8]>,
-    /// The estimated run time in nanoseconds.
+    /// The estimated run time in nanoseconds, and when it begins, by the clock of estimates.
     estimate: u64,
+    begin: u64,
 }
 
 /// The ledger of the devices and the tasks that wait for them. `T` stands for a task.
@@ -298,7 +299,7 @@ impl<T> Gang<T> {
         for &index in &choice.books {
             let book = &mut self.books[index];
             let taken = book.take(amount, &task.prefer, runahead);
-            let due = book.count(load);
+            let due = book.count(load, choice.begin);
             book.tail = self.grants;
             parts.push(Part {
                 book: index,
@@ -666,6 +667,7 @@ fn choose<T>(books: &[Book], homed: &[Homed], shape: &Shape<T>, rules: &Rules<'_
                 plan: place,
                 books: books_of_it,
                 estimate,
+                begin: costs.now + free.unwrap_or(0),
             };
             best = Some((finish, choice));
         }
@@ -681,9 +683,10 @@ fn choose<T>(books: &[Book], homed: &[Homed], shape: &Shape<T>, rules: &Rules<'_
 /// are there, where run times are not known.
 pub(super) const PATIENCE: u32 = 2;
 
+/// A transfer holds others up for so large a part of its time, as is reckoned.
+const CONTENTION: u64 = 4;
+
 /// What counts of a task where devices are compared.
-static MODE: std::sync::LazyLock<u32> =
-    std::sync::LazyLock::new(|| std::env::var("MODE").map_or(0, |m| m.parse().unwrap()));
 struct Costs<'a, T> {
     books: &'a [Book],
     homed: &'a [Homed],
@@ -693,6 +696,9 @@ struct Costs<'a, T> {
     /// When the predecessors that are in flight are complete, at the latest: by the estimated run times,
     /// and by how many tasks are unfinished there.
     ready: (u64, u32),
+    /// The time of the clock by which run times are estimated: when the last one of those tasks was due that
+    /// are complete.
+    now: u64,
 }
 
 /// Which device is better: the least.
@@ -701,6 +707,8 @@ type Rank = (u64, u64, bool, u64, u64);
 impl<'a, T> Costs<'a, T> {
     fn new(books: &'a [Book], homed: &'a [Homed], head: &'a Waiting<T>) -> Self {
         let (mut preferred, mut ready) = (0, (0, 0));
+        let past = books.iter().map(|book| book.past.nanoseconds);
+        let now = past.max().unwrap_or(0);
         for &event in &head.prefer {
             let device = event.stream.device;
             let Some(index) = books.iter().position(|book| book.id == device) else {
@@ -711,7 +719,7 @@ impl<'a, T> Costs<'a, T> {
                 preferred |= bit(index);
             }
             if !head.transfers.is_empty()
-                && let Some((time, tasks)) = book.due(event)
+                && let Some((time, tasks)) = book.due(event, now)
             {
                 ready = (time.max(ready.0), tasks.max(ready.1));
             }
@@ -722,6 +730,7 @@ impl<'a, T> Costs<'a, T> {
             head,
             preferred,
             ready,
+            now,
         }
     }
 
@@ -750,15 +759,10 @@ impl<'a, T> Costs<'a, T> {
     /// When a device is free for the task, and has its data, in nanoseconds from now.
     fn free(&self, index: usize, plan: &Plan) -> u64 {
         let transfer = self.transfer(index, plan);
-        let free = self.books[index].ahead + self.others(index).nanoseconds;
-        match *MODE {
-            0 => free.max(self.ready.0) + transfer,
-            1 => free.max(self.ready.0 + transfer),
-            2 => free.max(self.ready.0 + transfer) + transfer / 4,
-            3 => self.books[index].ahead.max(self.ready.0 + transfer) + transfer / 4,
-            4 => free.max(self.ready.0 + transfer) + transfer / 2,
-            _ => self.books[index].ahead.max(self.ready.0) + transfer,
-        }
+        let free = self.books[index].free(self.now) + self.others(index).nanoseconds;
+        // Data come while the device has others to do, and links are shared.
+        let there = self.ready.0.saturating_add(transfer);
+        free.max(there).saturating_add(transfer / CONTENTION)
     }
 
     /// How many tasks a device has before it that the task would not wait for anyway.
@@ -809,7 +813,9 @@ impl<'a, T> Costs<'a, T> {
             return (0, 0, other, ahead, unfinished);
         }
         if known {
-            return (self.free(index, plan), 0, other, ahead, unfinished);
+            let free = self.free(index, plan);
+            let gap = free.saturating_sub(book.free(self.now));
+            return (free, gap, other, ahead, unfinished);
         }
         let (tasks, transfer) = (self.tasks(index), self.transfer(index, plan));
         if tasks <= least + PATIENCE {
