@@ -708,7 +708,10 @@ fn take<'py>(
         // One device has all of it.
         Some(deferral) if deferral.width > 1 => {
             let shards = deferral.shards.as_ref();
-            Some((shards.and_then(|shards| shards.of_parameter(&name())), &name as Name<'_>))
+            Some((
+                shards.and_then(|shards| shards.of_parameter(&name())),
+                &name as Name<'_>,
+            ))
         }
         _ => None,
     };
@@ -899,7 +902,9 @@ pub fn on_host(py: Python<'_>, arguments: &Arguments) -> PyResult<Arguments> {
     }
     let each = |given: &PyRef| -> PyResult<PyRef> {
         let given = given.bind(py).cast::<PyTuple>()?.iter();
-        let given = given.map(|argument| one(&argument)).collect::<PyResult<Vec<_>>>()?;
+        let given = given
+            .map(|argument| one(&argument))
+            .collect::<PyResult<Vec<_>>>()?;
         Ok(PyTuple::new(py, given)?.into())
     };
     Ok(match arguments {

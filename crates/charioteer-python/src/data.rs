@@ -353,9 +353,7 @@ impl Region {
         };
         match axis {
             Axis::New => Err(format!("axis {seen} was added by an index")),
-            Axis::Along { step, .. } if *step < 0 => {
-                Err(format!("axis {seen} runs backwards"))
-            }
+            Axis::Along { step, .. } if *step < 0 => Err(format!("axis {seen} runs backwards")),
             _ => {
                 let before = self.axes[..at].iter();
                 let before = before.filter(|axis| !matches!(axis, Axis::New)).count();
@@ -443,7 +441,10 @@ impl Region {
     fn layout(&self, wanted: &Wanted<'_>, item: usize) -> Layout {
         let axes = self.axes_of(wanted.piece);
         let shape: SmallVec<[usize; 4]> = axes.iter().filter_map(Axis::extent).collect();
-        let Some(view) = wanted.view.filter(|_| shape.iter().all(|extent| *extent > 0)) else {
+        let Some(view) = wanted
+            .view
+            .filter(|_| shape.iter().all(|extent| *extent > 0))
+        else {
             return Layout {
                 strides: SmallVec::from_elem(signed(item), shape.len()),
                 shape,

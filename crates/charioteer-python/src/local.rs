@@ -47,8 +47,8 @@ use crate::reduce::OPERATIONS;
 use crate::runtime::CURRENT_DEVICE;
 use crate::support::{error, support};
 
-use charioteer::data::Views;
 pub use charioteer::data::Spread;
+use charioteer::data::Views;
 use charioteer::data::store::View;
 
 /// Whose arrays a body gets on the devices of a driver.
@@ -140,7 +140,10 @@ impl Placed {
             return Err(error(
                 py,
                 "DeviceLostError",
-                (running.task.label().to_string(), "a device of its set is lost"),
+                (
+                    running.task.label().to_string(),
+                    "a device of its set is lost",
+                ),
             ));
         }
         let gathers = gathers.unwrap_or_else(|| match &deferral.gathers {
@@ -349,7 +352,15 @@ impl Wanted<'_> {
         if let Some(devices) = self.machine.as_virtual() {
             let memory = Memory::at(devices.gpu(self.device), layout.address, layout.size);
             let memory = Bound::new(py, memory)?;
-            let all = (memory, shape, dtype, strides, layout.offset, self.writes, loan);
+            let all = (
+                memory,
+                shape,
+                dtype,
+                strides,
+                layout.offset,
+                self.writes,
+                loan,
+            );
             return support(py).virtual_array.bind(py).call1(all);
         }
         let device = self.machine.device(self.device);
@@ -357,7 +368,16 @@ impl Wanted<'_> {
         let library = self.library.map(Library::name);
         let index = self.device.index();
         let memory = (layout.address, layout.size, layout.offset);
-        let all = ("managed", library, index, memory, shape, dtype, strides, self.writes);
+        let all = (
+            "managed",
+            library,
+            index,
+            memory,
+            shape,
+            dtype,
+            strides,
+            self.writes,
+        );
         let before = libraries::present(py)?;
         let made = support(py).cuda.bind(py).call1(all)?;
         if libraries::present(py)? != before {

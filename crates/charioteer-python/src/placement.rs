@@ -235,8 +235,8 @@ impl Plan {
             On::Cores(_) => false,
             On::Devices(set) => set.members.contains(&Member::Any(Kind::Gpu)),
         };
-        let several = choices.iter().any(is_open)
-            && engine.machine().is_some_and(|it| it.gpus() > 1);
+        let several =
+            choices.iter().any(is_open) && engine.machine().is_some_and(|it| it.gpus() > 1);
         let way = match &choices[0].on {
             On::Cores(need) if only => Way::Cores(*need, None),
             // By default the ledger takes the device on which the task is done first, which takes
@@ -320,9 +320,7 @@ impl PartialEq for Key {
             (None, None) => true,
             _ => false,
         };
-        same && self.engine == other.engine
-            && self.needs == other.needs
-            && self.rest == other.rest
+        same && self.engine == other.engine && self.needs == other.needs && self.rest == other.rest
     }
 }
 

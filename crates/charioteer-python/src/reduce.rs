@@ -109,9 +109,9 @@ impl Partials {
         let id = group.id();
         let array = {
             let mut entries = self.0.lock(py);
-            let entry = entries.entry(id).or_insert_with(|| {
-                Entry::new(PyRef::new(target.clone_ref(py)), group.operation())
-            });
+            let entry = entries
+                .entry(id)
+                .or_insert_with(|| Entry::new(PyRef::new(target.clone_ref(py)), group.operation()));
             let idle = if alone { None } else { entry.idle.pop() };
             idle.ok_or_else(|| {
                 entry.made += 1;

@@ -762,9 +762,9 @@ impl TaskFunction {
         output: Option<&Bound<'_, PyAny>>,
         inout: Option<&Bound<'_, PyAny>>,
         commute: Option<&Bound<'_, PyAny>>,
-    shards: Option<&Bound<'_, PyAny>>,
-    array_library: Option<&Bound<'_, PyAny>>,
-    idempotent: Option<&Bound<'_, PyAny>>,
+        shards: Option<&Bound<'_, PyAny>>,
+        array_library: Option<&Bound<'_, PyAny>>,
+        idempotent: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let said = keywords(
             name,
@@ -778,7 +778,7 @@ impl TaskFunction {
             timeout,
             retries,
             [input, output, inout, commute],
-        [shards, array_library, idempotent],
+            [shards, array_library, idempotent],
         )?;
         let said = said.over(&self.said);
         Ok(self.like(py, self.function.clone_ref(py), said))
@@ -1091,8 +1091,7 @@ fn many_handles(
             if said.data.is_some() || bodies.modes(function)?.is_some() {
                 let item = PyTuple::new(py, [item])?;
                 let item = Some(&item);
-                let task =
-                    spawn_call(py, said, function, options, &recipe, bodies, item, None)?;
+                let task = spawn_call(py, said, function, options, &recipe, bodies, item, None)?;
                 handles.extend(task);
                 continue;
             }

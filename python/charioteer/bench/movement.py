@@ -12,6 +12,7 @@ come home afterwards are no part of it, but of the bytes.
 from __future__ import annotations
 
 import functools
+import math
 import random
 import tempfile
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ from charioteer.bench.harness import (
     Sample,
     absolute,
 )
+from charioteer.machine import Gpu, Link, Links
 
 if TYPE_CHECKING:
     from charioteer.policies import Policy
@@ -236,19 +238,23 @@ def _task(kind: str, cost: float, fresh: bool) -> Callable[..., ch.Task[None]]:
     return ch.task(body, placement=ch.gpu, cost=cost)
 
 
-def spawn(graph: Graph) -> list[ch.Task[None]]:
-    """Spawn a graph on an array of its own, with the mean run time of each kind declared."""
+def spawn(
+    graph: Graph, array: ch.Array, after: Sequence[ch.Task[None]] = ()
+) -> list[ch.Task[None]]:
+    """Spawn a graph on the rows of an array, with the mean run time of each kind declared; all of it
+    behind some tasks."""
     times: dict[tuple[str, bool], list[float]] = {}
     for job in graph.jobs:
         times.setdefault((job.kind, job.fresh), []).append(job.seconds)
     functions: dict[tuple[str, bool], Any] = {
         key: _task(key[0], sum(all_) / len(all_), key[1]) for key, all_ in times.items()
     }
-    array = ch.zeros((graph.rows, COLUMNS))
     regions = functools.cache(lambda rows: array[rows[0] : rows[1]])
     tasks = []
     for job in graph.jobs:
-        function = functions[job.kind, job.fresh].options(priority=job.priority)
+        function = functions[job.kind, job.fresh].options(
+            priority=job.priority, dependencies=after
+        )
         writes = () if job.writes is None else (regions(job.writes),)
         tasks.append(function(job.seconds, *writes, *map(regions, job.reads)))
     return tasks
@@ -256,8 +262,9 @@ def spawn(graph: Graph) -> list[ch.Task[None]]:
 
 def run_graph(graph: Graph, machine: ch.Machine, policy: str | Policy) -> Outcome:
     """Run a graph on a machine under a policy."""
+    array = ch.zeros((graph.rows, COLUMNS))
     with ch.Runtime(machine, workers=0, policy=policy) as runtime:
-        ch.wait(spawn(graph))
+        ch.wait(spawn(graph, array))
         devices = runtime.devices
         assert devices is not None, "it is open"
         makespan = devices.clock.now / SECOND
@@ -375,8 +382,8 @@ HALO = 16
 
 def _halos(machine: ch.Machine) -> Measure:
     """How much of the transfer of halos is hidden behind run times."""
-    free = ch.Link("inf", 0)
-    links = ch.machine.Links(free, free, free)
+    free = Link(math.inf)
+    links = Links(free, free, free)
     ideal = type(machine)(machine.host, machine.gpus, links=links, time="virtual")
     seeds = count()
 
@@ -435,12 +442,18 @@ def evict(graph: Graph, machine: ch.Machine, room: int) -> Sample:
         RuntimeError: the trace shows that something was out of order or not where it was read.
     """
     small = type(machine)(
-        machine.host, [ch.machine.Gpu(room * TILE)], links=machine.links, time="virtual"
+        machine.host, [Gpu(room * TILE)], links=machine.links, time="virtual"
     )
+    # It outlives the runtime, so that results come home.
+    array = ch.zeros((graph.rows, COLUMNS))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace"
         with ch.Runtime(small, workers=0, trace=path) as runtime:
-            ch.wait(spawn(graph))
+            # Without workers bodies run as soon as they can: what comes is known when all is spawned.
+            space = ch.TaskSpace("start")
+            tasks = spawn(graph, array, [space[0]])
+            ch.spawn(space[0])(lambda: None)
+            ch.wait(tasks)
             assert runtime.devices is not None, "it is open"
             makespan = runtime.devices.clock.now / SECOND
         checked = ch.check_order(path)
@@ -464,6 +477,7 @@ def _eviction(machine: ch.Machine) -> Measure:
         graphs[f"read in turns, {factor:g} x the memory"] = (cyclic(tiles, False), TILES)
         graphs[f"updated in turns, {factor:g} x the memory"] = (cyclic(tiles, True), TILES)
         graph = cholesky(12, random.Random(0))
+        graph = Graph(graph.rows, [job._replace(priority=0) for job in graph.jobs])
         room = int(graph.rows // ROWS / factor)
         graphs[f"Cholesky of 12 x 12 tiles, {factor:g} x the memory"] = (graph, room)
 
