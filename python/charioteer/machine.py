@@ -443,8 +443,8 @@ class Machine(Value):
     def shrunk(self, by: int) -> Self:
         """The same machine for data that are ``by`` times smaller.
 
-        Memories and bandwidths are divided by it, latencies stay. So a tile takes as long on a link,
-        and as many of them fit, as it would with one ``by`` times larger on this machine: what is
+        Memories and bandwidths are divided by it, latencies stay. So a tile takes as long on a
+        link, and as many of them fit, as with one ``by`` times larger on this machine: what is
         simulated in virtual time with large arrays needs small ones only.
 
         Args:
@@ -471,9 +471,7 @@ class Machine(Value):
             link(self.links.local),
             {ends: link(one) for ends, one in self.links.pairs},
         )
-        host = Host(
-            self.host.cores, None if self.host.memory is None else memory(self.host.memory)
-        )
+        host = Host(self.host.cores, None if self.host.memory is None else memory(self.host.memory))
         return type(self)(host, gpus, links=links, time=self.time, name=f"{self.name} / {by}")
 
     def open(self) -> OpenMachine:

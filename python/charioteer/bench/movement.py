@@ -195,9 +195,7 @@ def any_graph(tasks: int, chance: random.Random) -> Graph:
         near = range(max(0, task - 60), task)
         reads = {chance.choice(near) for _ in range(chance.randrange(4))} if near else set()
         seconds = chance.expovariate(1 / MILLISECOND)
-        jobs.append(
-            Job("node", seconds, tile(task), tuple(map(tile, sorted(reads))), fresh=True)
-        )
+        jobs.append(Job("node", seconds, tile(task), tuple(map(tile, sorted(reads))), fresh=True))
     return Graph(tasks * ROWS, jobs)
 
 
@@ -241,8 +239,10 @@ def _task(kind: str, cost: float, fresh: bool) -> Callable[..., ch.Task[None]]:
 def spawn(
     graph: Graph, array: ch.Array, after: Sequence[ch.Task[None]] = ()
 ) -> list[ch.Task[None]]:
-    """Spawn a graph on the rows of an array, with the mean run time of each kind declared; all of it
-    behind some tasks."""
+    """Spawn a graph on the rows of an array, all of it behind some tasks.
+
+    The mean run time of each kind is declared.
+    """
     times: dict[tuple[str, bool], list[float]] = {}
     for job in graph.jobs:
         times.setdefault((job.kind, job.fresh), []).append(job.seconds)
@@ -252,9 +252,7 @@ def spawn(
     regions = functools.cache(lambda rows: array[rows[0] : rows[1]])
     tasks = []
     for job in graph.jobs:
-        function = functions[job.kind, job.fresh].options(
-            priority=job.priority, dependencies=after
-        )
+        function = functions[job.kind, job.fresh].options(priority=job.priority, dependencies=after)
         writes = () if job.writes is None else (regions(job.writes),)
         tasks.append(function(job.seconds, *writes, *map(regions, job.reads)))
     return tasks
@@ -314,7 +312,7 @@ def _movement(machine: ch.Machine, policies: dict[str, str | Policy]) -> Measure
         units={MAKESPAN: "ms", ABOVE: "x", MOVED: "GB"},
         bars=bars,
         warmup=0,
-        note="charioteer is its default policy, eft. Tiles of 32 MiB, which are on the host at first."
+        note="charioteer is its default policy, eft. Tiles of 32 MiB, all on the host at first."
         " Work is that of all tasks over the number of devices.",
     )
 
@@ -355,8 +353,11 @@ def _makespans(result: Result, case: str, policy: str) -> Sequence[float]:
 def _no_worse(case: str, others: Sequence[str]) -> Bar:
     def values(result: Result) -> Sequence[float]:
         own = _makespans(result, case, "eft")
-        best = [min(all_) for all_ in zip(*(_makespans(result, case, it) for it in others))]
-        return [mine / other for mine, other in zip(own, best)]
+        best = [
+            min(all_)
+            for all_ in zip(*(_makespans(result, case, it) for it in others), strict=False)
+        ]
+        return [mine / other for mine, other in zip(own, best, strict=False)]
 
     return Bar(case, WORST, "x", values, MOST_WORSE)
 
@@ -368,8 +369,8 @@ def _much_better(others: Sequence[str]) -> Bar:
             own = _makespans(result, case, "eft")
             for other in others:
                 theirs = _makespans(result, case, other)
-                rounds.append([its >= MUCH * mine for mine, its in zip(own, theirs)])
-        return [sum(each) / len(each) for each in zip(*rounds)]
+                rounds.append([its >= MUCH * mine for mine, its in zip(own, theirs, strict=False)])
+        return [sum(each) / len(each) for each in zip(*rounds, strict=True)]
 
     return Bar("all graphs and policies", BETTER, "", values, LEAST_BETTER, at_least=True)
 
@@ -441,15 +442,13 @@ def evict(graph: Graph, machine: ch.Machine, room: int) -> Sample:
     Raises:
         RuntimeError: the trace shows that something was out of order or not where it was read.
     """
-    small = type(machine)(
-        machine.host, [Gpu(room * TILE)], links=machine.links, time="virtual"
-    )
+    small = type(machine)(machine.host, [Gpu(room * TILE)], links=machine.links, time="virtual")
     # It outlives the runtime, so that results come home.
     array = ch.zeros((graph.rows, COLUMNS))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace"
         with ch.Runtime(small, workers=0, trace=path) as runtime:
-            # Without workers bodies run as soon as they can: what comes is known when all is spawned.
+            # Bodies would run as soon as they can: what comes is known when all is spawned.
             space = ch.TaskSpace("start")
             tasks = spawn(graph, array, [space[0]])
             ch.spawn(space[0])(lambda: None)
@@ -500,9 +499,7 @@ def _eviction(machine: ch.Machine) -> Measure:
     )
 
 
-def measures(
-    names: Sequence[str], path: Path, policies: dict[str, str | Policy]
-) -> list[Measure]:
+def measures(names: Sequence[str], path: Path, policies: dict[str, str | Policy]) -> list[Measure]:
     """The measures of those names, on the machine of a file.
 
     Raises:
