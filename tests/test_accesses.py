@@ -15,7 +15,6 @@ import pytest
 from support import Boom, Gate, Latch, anything, leaves
 
 import charioteer as ch
-from charioteer import cpu, gpu
 
 if TYPE_CHECKING:
     from numpy import ndarray as only_for_checkers
@@ -532,25 +531,6 @@ def test_names_that_contradict(rt: ch.Runtime) -> None:
     reader = get(A)
     ch.spawn(T[1])(lambda: None)
     assert reader.result() == [1, 1] and first.done()
-
-
-def test_data_are_on_the_host() -> None:
-    A = ch.zeros(2)
-    with ch.Runtime(ch.Machine.virtual(gpus=2)):
-        with pytest.raises(ch.PlacementError, match="on the host"):
-            put.options(placement=gpu)(A)
-        with pytest.raises(ch.PlacementError, match="on the host"):
-            ch.spawn(placement=gpu * 2, output=A)(lambda: None)
-
-        @ch.task(placement=[gpu, cpu])
-        def where(a: ch.InOut[Array]) -> Any:
-            a += 1
-            return ch.current().device.kind
-
-        assert {where(A).result() for _ in range(3)} == {cpu}
-        wide = where.options(placement=[gpu * 2, cpu])
-        assert wide(A).result() == cpu
-    assert A.numpy().tolist() == [4, 4]
 
 
 def test_retries_and_priorities(rt: ch.Runtime) -> None:

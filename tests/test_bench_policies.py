@@ -9,8 +9,9 @@ from collections.abc import Callable
 import pytest
 
 import charioteer as ch
+from charioteer import graphs
 from charioteer.bench import movement, policies
-from charioteer.bench.policies import Graph, Node
+from charioteer.graphs import Graph, Site
 
 
 def made(name: str) -> Graph:
@@ -42,21 +43,10 @@ def test_graphs_are_what_they_are_called() -> None:
     [last] = [place for place, node in enumerate(made("cholesky")) if node.kind == "potrf"][4:]
     assert last == 34  # and nothing else is without a successor
     assert {one for node in made("cholesky") for one in node.after} == set(range(34))
-    assert made("stencil")[9].after == (4, 5, 6)
-    assert made("stencil")[8].after == (4, 5)
+    assert made("stencil").tasks[9].after == (4, 5, 6)
+    assert made("stencil").tasks[8].after == (4, 5)
     # In a tree everything but the root has one successor.
     assert sorted(one for node in made("reduction") for one in node.after) == list(range(40))
-
-
-def test_bounds_and_the_list_schedule_of_small_graphs() -> None:
-    chain = [Node("", 1.0, ()), Node("", 2.0, (0,)), Node("", 3.0, (1,))]
-    assert policies.bound(chain, 4) == policies.list_schedule(chain, 4) == 6.0
-    wide = [Node("", 1.0, ())] * 8
-    assert policies.bound(wide, 4) == policies.list_schedule(wide, 4) == 2.0
-    # The chain goes first, or it would end at 4.
-    mixed = [Node("", 1.0, ()), Node("", 1.0, ()), Node("", 1.0, ()), Node("", 2.0, (2,))]
-    assert policies.bound(mixed, 2) == policies.list_schedule(mixed, 2) == 3.0
-    assert policies.list_schedule([Node("", 1.0, ())] * 3, 2) == 2.0
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -66,9 +56,13 @@ def test_no_schedule_comes_below_the_bound(name: str, policy: str) -> None:
     makespan = policies.run_graph(graph, 3, policies.POLICIES[policy])
     work = sum(node.seconds for node in graph)
     # The clock counts whole nanoseconds.
-    assert policies.bound(graph, 3) - 1e-6 <= makespan <= work + 1e-6
+    assert graphs.bounds(graph, Site(0, 3)).makespan - 1e-6 <= makespan <= work + 1e-6
     assert policies.run_graph(graph, 3, policies.POLICIES[policy]) == makespan
-    assert policies.bound(graph, 3) <= policies.list_schedule(graph, 3) <= work
+    assert (
+        graphs.bounds(graph, Site(0, 3)).makespan
+        <= graphs.list_schedule(graph, Site(0, 3)).makespan
+        <= work
+    )
 
 
 def test_the_default_policy_finds_the_fastest_sets() -> None:

@@ -297,7 +297,7 @@ def test_random_programs(workers: int, statements: list[tuple[Any, ...]]) -> Non
     memory=st.sampled_from([128, 256, 512, 1 << 20]),
     runahead=st.sampled_from([0, 64]),
 )
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_random_programs_on_devices(
     gpus: int, workers: int, memory: int, runahead: int, statements: list[tuple[Any, ...]]
 ) -> None:

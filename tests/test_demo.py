@@ -320,6 +320,14 @@ def test_the_package_itself_needs_no_scipy() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_the_factorization_may_run_on_devices() -> None:
+    machine = ch.Machine.virtual(2)
+    report = command.measure(gp.synthetic(90), 32, workers=2, runs=1, machine=machine)
+    assert report.passed
+    with pytest.raises(SystemExit):
+        demo.main(["--machine", "virtual:many"])
+
+
 @pytest.mark.parametrize(
     "command_line",
     [

@@ -807,3 +807,40 @@ def test_other_libraries_are_for_drivers() -> None:
             return type(a)
 
         assert body(A).result() is virtual.ndarray
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ch.AccessError, match="fixed size"):
+        ch.zeros(3, object)
+    with opened(gpus=2):
+        A, B = ch.zeros(4, name="A"), ch.zeros(4)
+
+        @ch.task(placement=gpu)
+        def two(a: ch.InOut[Array], b: ch.Out[Array]) -> None: ...
+
+        with pytest.raises(ch.AccessError):
+            two(A[:3], A[2:])
+        with pytest.raises(ch.AccessError, match="not ndarray; make it managed"):
+            add(np.zeros(3), 1.0)
+        with pytest.raises(TypeError, match="is a handle of data"):
+            anything(A) + 1
+        B.release()
+        with pytest.raises(ch.AccessError, match="released"):
+            add(B, 1.0)
+        with pytest.raises(ch.AccessError):
+            B.prefetch(gpu(0))
+        add(A[2:2], 1.0)
+        with pytest.raises(ch.PlacementError):
+            add.options(placement=gpu(7))(A, 1.0)
+
+        @ch.task(placement=gpu(0), retries=1)
+        def outer(a: ch.In[Array]) -> None:
+            with pytest.raises(ch.AccessError):
+                add(A, 1.0)
+            with pytest.raises(ch.AccessError), A.host("rw"):
+                pass
+
+        outer(A).result()
+    with pytest.raises(ch.NoRuntimeError):
+        A.prefetch(gpu(0))
+    assert A.numpy().tolist() == [0] * 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from support import anything, eventually, run_script
 
 import charioteer as ch
 from charioteer._core import Memory, OpenMachine, Stream
+from charioteer._cuda import DeviceArray
 
 MIB = 2**20
 
@@ -400,3 +402,58 @@ def test_an_interpreter_may_end_under_operations(tmp_path: Path) -> None:
         tmp_path,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "ends\n", "")
+
+
+def test_memory_of_gpus_may_be_left_to_others() -> None:
+    whole = ch.Machine.detect()
+    assert ch.Machine.detect(memory="1PiB") == whole
+    assert all(one.memory == 1 << 20 for one in ch.Machine.detect(memory="1MiB").gpus)
+    with pytest.raises(ValueError):
+        ch.Machine.detect(memory=0)
+    with pytest.raises(TypeError):
+        ch.Machine.detect(memory=anything(1.5))
+
+
+class Tensor(ctypes.Structure):
+    """What consumers of DLPack read."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+    ]
+
+
+def test_plain_arrays_say_where_they_are() -> None:
+    array = DeviceArray(0x1000, (2, 3), np.dtype("f4"), (24, -8), 1, writable=False)
+    assert (array.ndim, array.size, array.nbytes) == (2, 6, 24)
+    assert array.__cuda_array_interface__ == {
+        "shape": (2, 3),
+        "typestr": "<f4",
+        "descr": [("", "<f4")],
+        "data": (0x1000, True),
+        "strides": (24, -8),
+        "version": 3,
+        "stream": None,
+    }
+    assert array.__dlpack_device__() == (2, 1)
+    capsule = array.__dlpack__(stream=-1)
+    assert 'object "dltensor"' in repr(capsule)
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    found = Tensor.from_address(pointer(capsule, b"dltensor"))
+    assert (found.data, found.device_type, found.device) == (0x1000, 2, 1)
+    assert (found.ndim, found.code, found.bits, found.lanes) == (2, 2, 32, 1)
+    assert (found.shape[:2], found.strides[:2]) == ([2, 3], [6, -2])
+    with pytest.raises(BufferError):
+        array.__dlpack__(copy=True)
+    with pytest.raises(BufferError):
+        array.__dlpack__(dl_device=(1, 0))
+    with pytest.raises(BufferError):
+        DeviceArray(0, (2,), np.dtype("M8[s]"), (8,), 0, True).__dlpack__(stream=-1)

@@ -148,6 +148,19 @@ def test_a_body_gets_on_beside_a_thread_that_spawns_without_pause(workers: int) 
 
 
 @pytest.mark.skipif(not HAS_GIL, reason="nobody waits for a GIL here")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_who_begins_to_spawn_lets_workers_begin(workers: int) -> None:
+    # So few spawns that bodies in flight are no reason to stand back yet.
+    with ch.Runtime(workers=workers) as rt:
+        before = rt.stats()["gateway"]["stand_back"]["visits"]
+        end = time.monotonic() + 30
+        while rt.stats()["gateway"]["stand_back"]["visits"] == before:
+            time.sleep(0.02)
+            ch.wait([ch.spawn(no_op) for _ in range(64)])
+            assert time.monotonic() < end
+
+
+@pytest.mark.skipif(not HAS_GIL, reason="nobody waits for a GIL here")
 def test_a_body_gets_on_beside_others_that_finish_all_the_time() -> None:
     # One worker is in this body, and might wait for the GIL; the others run what is spawned.
     gate = threading.Event()

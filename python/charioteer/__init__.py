@@ -18,6 +18,7 @@ from charioteer import _support as _support
 from charioteer._core import (
     Array,
     Context,
+    Kernel,
     Region,
     Task,
     TaskFunction,
@@ -34,6 +35,7 @@ from charioteer._core import (
 )
 from charioteer._data import array, asarray, empty, full, token, zeros
 from charioteer._futures import TaskGroup, WaitResult, as_completed, gather, wait
+from charioteer._kernels import kernel
 from charioteer._modes import Commute, In, InOut, Max, Min, Out, Prod, Sum
 from charioteer._native import native
 from charioteer._runtime import Runtime
@@ -58,6 +60,7 @@ from charioteer.errors import (
     DeviceError,
     DeviceLostError,
     DuplicateTaskError,
+    KernelError,
     MachineError,
     ModelError,
     NativeError,
@@ -98,6 +101,8 @@ __all__ = [
     "DuplicateTaskError",
     "In",
     "InOut",
+    "Kernel",
+    "KernelError",
     "Kind",
     "Machine",
     "MachineError",
@@ -144,6 +149,7 @@ __all__ = [
     "full",
     "gather",
     "gpu",
+    "kernel",
     "native",
     "read_trace",
     "spawn",

@@ -46,6 +46,8 @@ __all__ = [
     "Engine",
     "Event",
     "HostAccess",
+    "Kernel",
+    "KernelLaunch",
     "Memory",
     "NativeFunction",
     "OpenMachine",
@@ -88,6 +90,8 @@ __all__ = [
     "spawn",
     "spawn_many",
     "spin_address",
+    "spin_graph",
+    "spin_threads",
     "submit",
     "task",
     "task_stream",
@@ -757,6 +761,39 @@ class NativeFunction:
     def __qualname__(self) -> str: ...
 
 @final
+class Kernel:
+    def __new__(
+        cls,
+        name: str,
+        provide: Callable[[int, int, int], tuple[str, Any, str]],
+        parameters: list[tuple[str, str, int | None]],
+        layout: str,
+        signature: str,
+        *,
+        dependencies: Tasks | None = None,
+        priority: int | None = None,
+        placement: Placement | None = None,
+        share: float | None = None,
+        memory: int | str | None = None,
+        cost: Cost | None = None,
+        size: Size | None = None,
+        timeout: float | None = None,
+        retries: int | None = None,
+    ) -> Self: ...
+    def __getitem__(self, shape: Any, /) -> TaskFunction[..., None]: ...
+    def __call__(self, *_arguments: Any, **_keywords: Any) -> NoReturn: ...
+    @property
+    def __name__(self) -> str: ...
+
+@final
+class KernelLaunch:
+    def __call__(self, *arguments: Any) -> None: ...
+    @property
+    def __name__(self) -> str: ...
+    @property
+    def __qualname__(self) -> str: ...
+
+@final
 class BlasRoutine:
     def __new__(
         cls, declared: Callable[..., None], load: Callable[[str], tuple[Any, int, int]]
@@ -871,6 +908,8 @@ def finish_elsewhere(
 # Bodies of a known duration, for benchmarks.
 
 def spin_address() -> int: ...
+def spin_graph(before: Sequence[Sequence[int]], seconds: float, workers: int) -> float: ...
+def spin_threads(seconds: float, spins: int, threads: int) -> float: ...
 def work(seconds: float, held: float = 0.0, slices: int = 1) -> None: ...
 
 # Machines and their devices.

@@ -294,7 +294,7 @@ def managed(
     strides: tuple[int, ...],
     writable: bool,
 ) -> Any:
-    """What a body gets for a region, on a thread on which its device is current.
+    """What a body gets for a region; the device that is current stays so.
 
     Args:
         library: whose array; ``None`` for that of :func:`default_library`.
@@ -315,7 +315,8 @@ def managed(
         import cupy
 
         if not size:
-            return cupy.empty(shape, dtype)
+            with cupy.cuda.Device(device):
+                return cupy.empty(shape, dtype)
         unowned = cupy.cuda.UnownedMemory(address, size, None, device)
         return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(unowned, offset), strides)
     if name == "torch":

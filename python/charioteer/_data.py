@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 from charioteer import _core
 from charioteer._core import Array, Region, Token
 from charioteer._modes import In, Out
+from charioteer._storage import Directory, new_buffer
 from charioteer.devices import Device, Kind
 from charioteer.errors import AccessError
 
@@ -71,7 +72,11 @@ def _seen(x: Any) -> np.ndarray[Any, Any]:
 
 
 def array(
-    x: npt.ArrayLike, dtype: npt.DTypeLike | None = None, *, name: str | None = None
+    x: npt.ArrayLike,
+    dtype: npt.DTypeLike | None = None,
+    *,
+    name: str | None = None,
+    directory: Directory = None,
 ) -> Array:
     """A managed array with a copy of ``x``.
 
@@ -81,15 +86,21 @@ def array(
             host, behind all that is on its library's current stream.
         dtype: of the elements; unless said, that of ``x``.
         name: what messages and traces call it; unless said, one is made up.
+        directory: as for :func:`empty`.
 
     Raises:
         AccessError: the elements are Python objects, or have no fixed size.
+        OSError: as for :func:`empty`.
     """
     import numpy as np
 
     seen = _seen(x)
     wanted = _dtype(seen.dtype if dtype is None else dtype)
-    return _managed(np.array(seen, wanted, order="C", copy=True, ndmin=0), name)
+    if directory is None:
+        return _managed(np.array(seen, wanted, order="C", copy=True, ndmin=0), name)
+    buffer = new_buffer(seen.shape, wanted, directory)
+    buffer[...] = seen
+    return _managed(buffer, name)
 
 
 def asarray(
@@ -119,32 +130,53 @@ def asarray(
     return _managed(taken.view(np.ndarray), name)
 
 
-def empty(shape: Shape, dtype: npt.DTypeLike = float, *, name: str | None = None) -> Array:
+def empty(
+    shape: Shape,
+    dtype: npt.DTypeLike = float,
+    *,
+    name: str | None = None,
+    directory: Directory = None,
+) -> Array:
     """A managed array that nobody has written yet.
 
     Args:
         shape: its extents.
         dtype: of the elements.
         name: what messages and traces call it.
+        directory: where its elements lie in a file, which the system writes out when memory is
+            short, and which is gone with the array. Unless said, they lie in memory.
 
     Raises:
         AccessError: a dtype of Python objects.
         ValueError: a negative extent.
+        OSError: there is no such directory, or its disk has no room for the array.
     """
-    import numpy as np
-
-    return _managed(np.empty(_shape(shape), _dtype(dtype)), name)
+    return _managed(new_buffer(_shape(shape), _dtype(dtype), directory), name)
 
 
-def zeros(shape: Shape, dtype: npt.DTypeLike = float, *, name: str | None = None) -> Array:
+def zeros(
+    shape: Shape,
+    dtype: npt.DTypeLike = float,
+    *,
+    name: str | None = None,
+    directory: Directory = None,
+) -> Array:
     """A managed array of zeros; takes and raises what :func:`empty` does."""
     import numpy as np
 
-    return _managed(np.zeros(_shape(shape), _dtype(dtype)), name)
+    extents, wanted = _shape(shape), _dtype(dtype)
+    if directory is None:
+        return _managed(np.zeros(extents, wanted), name)
+    return _managed(new_buffer(extents, wanted, directory), name)
 
 
 def full(
-    shape: Shape, value: Any, dtype: npt.DTypeLike | None = None, *, name: str | None = None
+    shape: Shape,
+    value: Any,
+    dtype: npt.DTypeLike | None = None,
+    *,
+    name: str | None = None,
+    directory: Directory = None,
 ) -> Array:
     """A managed array of one value; takes and raises what :func:`empty` does.
 
@@ -153,11 +185,14 @@ def full(
         value: what every element is, or what NumPy spreads over the shape.
         dtype: of the elements; unless said, that of ``value``.
         name: what messages and traces call it.
+        directory: as for :func:`empty`.
     """
     import numpy as np
 
     wanted = _dtype(np.asarray(value).dtype if dtype is None else dtype)
-    return _managed(np.full(_shape(shape), value, wanted), name)
+    buffer = new_buffer(_shape(shape), wanted, directory)
+    buffer[...] = value
+    return _managed(buffer, name)
 
 
 def token(name: str | None = None) -> Token:

@@ -68,9 +68,10 @@ class Runtime:
         runahead: how many tasks may have work in flight on a device, their bodies done and their
             work not, while more are started behind it. With zero a task starts when those that it
             depends on are complete.
-        pin: keeps workers on cores of the host. ``"none"``, the default, leaves them to the system;
-            ``"compact"`` gives them the cores of one NUMA node after the other, ``"spread"`` those
-            of all nodes in turns, and second threads of a core last in both. While a task runs its
+        pin: keeps workers on cores of the host. ``"none"``, the default, leaves them to the system,
+            but a worker that comes to a core where another computes moves on; ``"compact"`` gives
+            them the cores of one NUMA node after the other, ``"spread"`` those of all nodes in
+            turns, and second threads of a core last in both. While a task runs its
             thread is on the cores that it holds. The nodes are those of the machine, or those of
             the host if it names none. With ``workers=0`` there is nobody to pin. Unless said, the
             environment variable ``CHARIOTEER_PIN``.

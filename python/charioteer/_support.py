@@ -47,6 +47,7 @@ __all__ = [
     "error",
     "future",
     "join_group",
+    "kernels",
     "limit_enter",
     "limit_exit",
     "limit_thread",
@@ -117,6 +118,13 @@ def cuda(call: str, *arguments: Any) -> Any:
     from charioteer import _cuda
 
     return getattr(_cuda, call)(*arguments)
+
+
+def kernels(call: str, *arguments: Any) -> Any:
+    """Calls a function of the module ``_kernels``."""
+    from charioteer import _kernels
+
+    return getattr(_kernels, call)(*arguments)
 
 
 def data(call: str, *arguments: Any) -> Any:

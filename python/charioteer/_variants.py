@@ -612,6 +612,9 @@ def read_base(base: object) -> bool:
     return base
 
 
+_NATIVE = _core.NativeFunction, _core.BlasRoutine, _core.KernelLaunch
+
+
 def plain_body(body: Any) -> Any:
     """What is called for a body that is registered.
 
@@ -620,7 +623,7 @@ def plain_body(body: Any) -> Any:
     """
     if isinstance(body, _core.TaskFunction):
         function: Any = body.fn
-        if not isinstance(function, (_core.NativeFunction, _core.BlasRoutine)):
+        if not isinstance(function, _NATIVE):
             raise TypeError(f"{body!r} spawns a task: a variant's body is a plain function")
         return function
     if isinstance(body, (staticmethod, classmethod)):

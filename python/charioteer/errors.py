@@ -183,6 +183,23 @@ class NativeError(CharioteerError, RuntimeError):
         return f"{self.function} failed: it returned {self.code}"
 
 
+class KernelError(CharioteerError, RuntimeError):
+    """A kernel cannot be compiled, loaded or launched.
+
+    Args:
+        kernel: its name.
+        why: what the compiler or the driver says.
+    """
+
+    def __init__(self, kernel: str, why: str) -> None:
+        super().__init__(kernel, why)
+        self.kernel = kernel
+        self.why = why
+
+    def __str__(self) -> str:
+        return f"{self.kernel}: {self.why}"
+
+
 class DeviceError(CharioteerError, RuntimeError):
     """What was enqueued on a device failed, or was refused; ``__cause__`` is the exception that an
     operation raised.

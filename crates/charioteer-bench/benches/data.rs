@@ -14,14 +14,22 @@
 //! The proof of a trace of a million tasks with two reads and one write each, of the tiles of an array, which
 //! is read before: of tasks on cores, and of tasks on four virtual GPUs, of which it is also proved that the
 //! data were there. One iteration is one task.
+//!
+//! # Plans
+//!
+//! Tasks on a device read one of 4,096 tiles and update another, both at random. Timed is what the store
+//! does for each, from its plan to its launch, without what the device itself does: all tiles *are there*, and
+//! nobody waits for anything; the same where each is *announced* before; and where the device is *full*
+//! of tiles, so that it is known who would go first.
 
 use std::hint::black_box;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
+use charioteer::data::store::{Storage, Store, Touch, Want};
 use charioteer::gang::{Alternative, Member, WHOLE};
-use charioteer::machine::{Description, Kind, Machine, Time};
+use charioteer::machine::{Description, DeviceId, Kind, Machine, Time};
 use charioteer::native::{Datum, Part, Runtime};
 use charioteer::region::{Region, Span};
 use charioteer::trace;
@@ -194,5 +202,78 @@ fn prove(criterion: &mut Criterion, name: &str, path: &Path) {
     std::fs::remove_file(path).expect("it was read");
 }
 
-criterion_group!(benches, look_up, order);
+/// Tiles of an array along each axis, and elements of a tile along each.
+const TILES: u64 = 64;
+const TILE: u64 = 4;
+
+fn plan(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("plan");
+    group
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(500))
+        .measurement_time(Duration::from_secs(2))
+        .throughput(Throughput::Elements(1));
+    for (name, announced, full) in [
+        ("there", false, false),
+        ("announced", true, false),
+        ("full", true, true),
+    ] {
+        let side = TILES * TILE;
+        let bytes = side * side * 8;
+        let buffer = vec![0_u8; usize::try_from(bytes).expect("it is small")];
+        let address = buffer.as_ptr() as u64;
+        let storage = Storage::new(1, "A", &[side, side], 8, address, Box::new(buffer));
+        let regions: Vec<Region> = (0..TILES * TILES)
+            .map(|tile| {
+                let span = |at: u64| Span::range(at * TILE, (at + 1) * TILE);
+                Region::new([span(tile / TILES), span(tile % TILES)])
+            })
+            .collect();
+        // Where it is full the last tile drove another one away.
+        let memory = if full { bytes - TILE * TILE * 8 } else { bytes };
+        let description = Description::uniform(1, 1, memory, Time::Virtual);
+        let machine = Machine::virtual_machine(description.expect("it is a machine"));
+        let store = Store::new(machine.clone());
+        let device = DeviceId::gpu(0);
+        let stream = machine.device(device).create_stream().expect("it is there");
+        let event = machine.device(device).record(stream).expect("it is there");
+        let want = |region, touch| Want {
+            storage: &storage,
+            region,
+            touch,
+        };
+        for region in &regions {
+            let wants = [want(region, Touch::Update)];
+            let held = store.ensure(0, stream, &wants, 0).expect("there is room");
+            store.launched([(held, Some(event))]);
+        }
+        while machine.as_virtual().expect("it is").clock().advance() {}
+        // Without the one that was driven away.
+        let regions = &regions[if full { 1.. } else { 0.. }];
+        let missing = |region| store.missing(&[want(region, Touch::Read)], device);
+        let regions: Vec<&Region> = regions
+            .iter()
+            .filter(|region| missing(region).is_zero())
+            .collect();
+        let mut random = Random(88_172_645_463_325_252);
+        let mut number = 0;
+        group.bench_function(name, |bencher| {
+            bencher.iter(|| {
+                number += 1;
+                let mut tile = || regions[random.below(regions.len() as u64) as usize];
+                let wants = [want(tile(), Touch::Read), want(tile(), Touch::Update)];
+                if announced {
+                    store.announce(number, &wants);
+                }
+                let held = store
+                    .ensure(number, stream, black_box(&wants), 0)
+                    .expect("it is there");
+                store.launched([(held, Some(event))]);
+            });
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, look_up, order, plan);
 criterion_main!(benches);

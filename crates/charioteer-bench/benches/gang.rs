@@ -23,6 +23,7 @@ fn gang(devices: u16) -> Gang<u64> {
     let capacity = |index| Capacity {
         id: DeviceId::gpu(index),
         memory: 0,
+        fails_whole: false,
     };
     let devices: Vec<_> = (0..devices).map(capacity).collect();
     let limits = Limits {

@@ -32,7 +32,7 @@ use charioteer::machine::{
 use cudarc::driver::sys::CUresult;
 
 use crate::driver::{
-    self, Answer, CUstream, Context, Fault, Found, Handle, Recorded, Side, is_pinned,
+    self, Answer, CUstream, Context, Fault, Found, Handle, Purpose, Recorded, Side, is_pinned,
 };
 use crate::staging::{PIECE, Staging};
 use crate::timeline::{Lane, Reached, Timeline};
@@ -119,6 +119,7 @@ pub(crate) struct Fleet {
 struct Gpu {
     info: DeviceInfo,
     ordinal: u16,
+    capability: (u32, u32),
     /// Whose memory it can reach.
     peers: Vec<u16>,
     context: OnceLock<&'static Context>,
@@ -136,8 +137,8 @@ struct Gpu {
 
 /// A stream of the driver's.
 pub(crate) struct CudaLane {
-    context: &'static Context,
-    stream: Handle<CUstream>,
+    pub(crate) context: &'static Context,
+    pub(crate) stream: Handle<CUstream>,
     fleet: Weak<Fleet>,
     index: usize,
 }
@@ -152,8 +153,18 @@ impl Lane for CudaLane {
     }
 
     #[inline]
-    fn record(&self) -> Answer<Recorded> {
-        self.context.record(self.stream, false)
+    fn record(&self, sleeps: bool) -> Answer<Recorded> {
+        let purpose = if sleeps {
+            Purpose::Sleep
+        } else {
+            Purpose::Order
+        };
+        self.context.record(self.stream, purpose)
+    }
+
+    #[inline]
+    fn may_sleep(&self, event: &Recorded) -> bool {
+        event.may_sleep()
     }
 
     #[inline]
@@ -227,8 +238,20 @@ impl CudaGpu {
         &self.fleet.gpus[self.index]
     }
 
-    fn id(&self) -> DeviceId {
+    pub(crate) fn id(&self) -> DeviceId {
         self.gpu().info.id
+    }
+
+    /// Its number with the driver.
+    #[must_use]
+    pub fn ordinal(&self) -> usize {
+        self.gpu().ordinal.into()
+    }
+
+    /// Its compute capability: major and minor.
+    #[must_use]
+    pub fn capability(&self) -> (u32, u32) {
+        self.gpu().capability
     }
 
     fn lost(&self, why: &Arc<str>) -> DeviceError {
@@ -236,7 +259,7 @@ impl CudaGpu {
     }
 
     /// What the driver's answer means: an error that is no answer to what was asked is the device's end.
-    fn answer<T>(&self, answer: Answer<T>) -> Result<T, DeviceError> {
+    pub(crate) fn answer<T>(&self, answer: Answer<T>) -> Result<T, DeviceError> {
         answer.map_err(|fault| {
             if is_harmless(fault) {
                 return DeviceError::Operation(self.id(), fault.to_string().into());
@@ -297,7 +320,7 @@ impl CudaGpu {
     }
 
     /// The timeline of a stream of this device, which is there.
-    fn own(&self, stream: Stream) -> Result<Arc<Timeline<CudaLane>>, DeviceError> {
+    pub(crate) fn own(&self, stream: Stream) -> Result<Arc<Timeline<CudaLane>>, DeviceError> {
         if stream.device != self.id() {
             return Err(DeviceError::NoAccess(self.id(), stream.device));
         }
@@ -605,7 +628,7 @@ impl Device for CudaGpu {
     fn mark(&self, stream: Stream) -> Result<Mark, DeviceError> {
         let timeline = self.own(stream)?;
         let lane = &timeline.lane;
-        let recorded = self.answer(lane.context.record(lane.stream, true))?;
+        let recorded = self.answer(lane.context.record(lane.stream, Purpose::Time))?;
         let event = Event {
             stream,
             position: timeline.skip(),
@@ -873,6 +896,7 @@ pub(crate) fn build(found: &[Found], observers: &Arc<Observers>) -> Vec<Arc<Cuda
             memory: found.memory,
         },
         ordinal,
+        capability: found.capability,
         peers: found.peers.clone(),
         context: OnceLock::new(),
         timelines: RwLock::default(),

@@ -15,7 +15,7 @@ use std::time::Duration;
 use charioteer::machine::{Axis, Strided};
 use cudarc::driver::sys::{self, CUresult};
 
-pub(crate) use sys::{CUdeviceptr, CUevent, CUmemoryPool, CUstream};
+pub(crate) use sys::{CUdeviceptr, CUevent, CUfunction, CUkernel, CUmemoryPool, CUstream};
 
 /// What the driver answered instead of success.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -164,8 +164,19 @@ pub(crate) struct Context {
     context: sys::CUcontext,
     pub(crate) pool: CUmemoryPool,
     streams: Mutex<Vec<Handle<CUstream>>>,
-    events: Mutex<Vec<Handle<CUevent>>>,
-    timed: Mutex<Vec<Handle<CUevent>>>,
+    /// By their [`Purpose`].
+    events: [Mutex<Vec<Handle<CUevent>>>; 3],
+}
+
+/// What an event is for, beside order between streams.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// Nothing: it is asked for at most.
+    Order,
+    /// A thread may sleep for it, which costs whoever records it a microsecond more.
+    Sleep,
+    /// It has a time.
+    Time,
 }
 
 /// A handle of the driver's, which any thread may use.
@@ -229,8 +240,7 @@ impl Context {
             context,
             pool,
             streams: Mutex::default(),
-            events: Mutex::default(),
-            timed: Mutex::default(),
+            events: Default::default(),
         })
     }
 
@@ -283,20 +293,25 @@ impl Context {
 
     /// An event behind all that is enqueued on the stream.
     #[inline]
-    pub(crate) fn record(&'static self, stream: Handle<CUstream>, timed: bool) -> Answer<Recorded> {
+    pub(crate) fn record(
+        &'static self,
+        stream: Handle<CUstream>,
+        purpose: Purpose,
+    ) -> Answer<Recorded> {
         use sys::CUevent_flags_enum as Flags;
         let _entered = self.enter()?;
-        let known = lock(self.events(timed)).pop();
+        let known = lock(&self.events[purpose as usize]).pop();
         let event = match known {
             Some(event) => event,
             None => {
                 let mut event = ptr::null_mut();
-                let flags = if timed {
-                    Flags::CU_EVENT_DEFAULT as c_uint
-                } else {
-                    // A thread that waits for it sleeps.
-                    Flags::CU_EVENT_DISABLE_TIMING as c_uint
-                        | Flags::CU_EVENT_BLOCKING_SYNC as c_uint
+                let flags = match purpose {
+                    Purpose::Time => Flags::CU_EVENT_DEFAULT as c_uint,
+                    Purpose::Order => Flags::CU_EVENT_DISABLE_TIMING as c_uint,
+                    Purpose::Sleep => {
+                        Flags::CU_EVENT_DISABLE_TIMING as c_uint
+                            | Flags::CU_EVENT_BLOCKING_SYNC as c_uint
+                    }
                 };
                 // SAFETY: a place for the handle.
                 check(unsafe { sys::cuEventCreate(&raw mut event, flags) })?;
@@ -306,15 +321,11 @@ impl Context {
         let recorded = Recorded {
             context: self,
             event,
-            timed,
+            purpose,
         };
         // SAFETY: the event is nobody else's; streams are never destroyed.
         check(unsafe { sys::cuEventRecord(event.0, stream.0) })?;
         Ok(recorded)
-    }
-
-    fn events(&self, timed: bool) -> &Mutex<Vec<Handle<CUevent>>> {
-        if timed { &self.timed } else { &self.events }
     }
 
     /// What is enqueued on the stream from now on starts after the event, of any device.
@@ -555,7 +566,7 @@ fn location(ordinal: c_int) -> sys::CUmemLocation {
 pub(crate) struct Recorded {
     context: &'static Context,
     event: Handle<CUevent>,
-    timed: bool,
+    purpose: Purpose,
 }
 
 impl Recorded {
@@ -566,7 +577,13 @@ impl Recorded {
         poll(unsafe { sys::cuEventQuery(self.event.0) })
     }
 
-    /// Sleeps until it is done.
+    /// Whether a thread that waits for it sleeps.
+    #[inline]
+    pub(crate) fn may_sleep(&self) -> bool {
+        self.purpose == Purpose::Sleep
+    }
+
+    /// Waits until it is done.
     pub(crate) fn block(&self) -> Answer<()> {
         let _entered = self.context.enter()?;
         // SAFETY: the event lives.
@@ -587,7 +604,7 @@ impl Recorded {
 
 impl Drop for Recorded {
     fn drop(&mut self) {
-        lock(self.context.events(self.timed)).push(self.event);
+        lock(&self.context.events[self.purpose as usize]).push(self.event);
     }
 }
 
@@ -624,6 +641,121 @@ impl Drop for Pinned {
     fn drop(&mut self) {
         // SAFETY: it was allocated above, and whoever drops it knows that no copy uses it.
         let _ = unsafe { sys::cuMemFreeHost(self.address) };
+    }
+}
+
+/// Code of devices that is loaded, and stays so until this is dropped.
+pub(crate) struct Library(Handle<sys::CUlibrary>);
+
+impl Library {
+    /// Loads an image: a cubin, a fat binary, or PTX that ends with a zero. Needs no context: a device gets
+    /// it with the first function that is looked up there.
+    pub(crate) fn load(image: &[u8]) -> Answer<Self> {
+        let mut library = ptr::null_mut();
+        // SAFETY: a place for the handle; the image says itself how long it is, or ends with a zero.
+        check(unsafe {
+            sys::cuLibraryLoadData(
+                &raw mut library,
+                image.as_ptr().cast(),
+                ptr::null_mut(),
+                ptr::null_mut(),
+                0,
+                ptr::null_mut(),
+                ptr::null_mut(),
+                0,
+            )
+        })?;
+        Ok(Self(Handle(library)))
+    }
+
+    pub(crate) fn kernel(&self, name: &CStr) -> Answer<Handle<CUkernel>> {
+        let mut kernel = ptr::null_mut();
+        // SAFETY: a place for the handle; the library is loaded.
+        check(unsafe { sys::cuLibraryGetKernel(&raw mut kernel, self.0.0, name.as_ptr()) })?;
+        Ok(Handle(kernel))
+    }
+}
+
+impl Drop for Library {
+    fn drop(&mut self) {
+        // SAFETY: whoever launched its kernels keeps it until their work is done. A driver that has ended
+        // refuses.
+        let _ = unsafe { sys::cuLibraryUnload(self.0.0) };
+    }
+}
+
+/// The function of a kernel in the context that is current.
+pub(crate) fn function_of(kernel: Handle<CUkernel>) -> Answer<Handle<CUfunction>> {
+    let mut function = ptr::null_mut();
+    // SAFETY: a place for the handle; the kernel's library is loaded.
+    check(unsafe { sys::cuKernelGetFunction(&raw mut function, kernel.0) })?;
+    Ok(Handle(function))
+}
+
+/// Lets launches of a function of the context that is current ask for so much dynamic shared memory.
+pub(crate) fn allow_shared(function: Handle<CUfunction>, bytes: u32) -> Answer<()> {
+    let what = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+    let bytes = c_int::try_from(bytes).map_err(|_| Fault(CUresult::CUDA_ERROR_INVALID_VALUE))?;
+    // SAFETY: the function is of the context that is current.
+    check(unsafe { sys::cuFuncSetAttribute(function.0, what, bytes) })
+}
+
+/// Enqueues a function of the context that is current.
+///
+/// # Safety
+/// The arguments are pointers to values of the types that the function takes, and what these point to is
+/// valid until the work is done.
+#[inline]
+pub(crate) unsafe fn launch(
+    function: Handle<CUfunction>,
+    grid: [u32; 3],
+    block: [u32; 3],
+    shared: u32,
+    stream: Handle<CUstream>,
+    arguments: &mut [*mut c_void],
+) -> Answer<()> {
+    // SAFETY: as the caller says; the driver copies the arguments before it returns.
+    check(unsafe {
+        sys::cuLaunchKernel(
+            function.0,
+            grid[0],
+            grid[1],
+            grid[2],
+            block[0],
+            block[1],
+            block[2],
+            shared,
+            stream.0,
+            arguments.as_mut_ptr(),
+            ptr::null_mut(),
+        )
+    })
+}
+
+/// The sizes of a kernel's parameters, if the driver is one that tells them.
+pub(crate) fn kernel_parameters(kernel: Handle<CUkernel>) -> Option<Vec<usize>> {
+    parameters(c"cuKernelGetParamInfo", kernel.0.cast())
+}
+
+/// The sizes of a function's parameters, if the driver is one that tells them.
+pub(crate) fn function_parameters(function: Handle<CUfunction>) -> Option<Vec<usize>> {
+    parameters(c"cuFuncGetParamInfo", function.0.cast())
+}
+
+fn parameters(ask: &CStr, of: *mut c_void) -> Option<Vec<usize>> {
+    type Ask = unsafe extern "C" fn(*mut c_void, usize, *mut usize, *mut usize) -> CUresult;
+    // SAFETY: both functions have this type; one that the driver lacks is not found.
+    let ask = unsafe { sys::culib().get::<Ask>(ask.to_bytes_with_nul()).ok()? };
+    let mut sizes = Vec::new();
+    loop {
+        let (mut offset, mut size) = (0, 0);
+        // SAFETY: a handle that is asked for, and places for the answer.
+        match unsafe { ask(of, sizes.len(), &raw mut offset, &raw mut size) } {
+            CUresult::CUDA_SUCCESS => sizes.push(size),
+            // There is no such parameter.
+            CUresult::CUDA_ERROR_INVALID_VALUE => return Some(sizes),
+            _ => return None,
+        }
     }
 }
 

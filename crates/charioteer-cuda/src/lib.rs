@@ -10,9 +10,11 @@
 //! | `timeline` | positions on a stream, on the driver's events, and who is told when they are done |
 //! | `staging` | pinned buffers for copies from and to pageable memory |
 //! | `device` | [`CudaGpu`], the device |
+//! | `kernel` | [`Kernel`], code of devices, and its launch |
 
 mod device;
 mod driver;
+mod kernel;
 mod staging;
 mod timeline;
 
@@ -22,15 +24,23 @@ use charioteer::machine::Observers;
 
 pub use device::{Counters, CudaGpu};
 pub use driver::{Found, found};
+pub use kernel::{Dimensions, Kernel};
 
-/// As many devices as asked for, in the driver's order, who tell `observers` what they see.
+/// As many devices as there are numbers, in the driver's order, each with no more memory than its number of
+/// bytes, who tell `observers` what they see.
 ///
 /// # Errors
 /// Why there are not as many.
-pub fn open(count: usize, observers: &Arc<Observers>) -> Result<Vec<Arc<CudaGpu>>, String> {
-    let found = found()?;
+pub fn open(memory: &[u64], observers: &Arc<Observers>) -> Result<Vec<Arc<CudaGpu>>, String> {
+    let (found, count) = (found()?, memory.len());
     match found.get(..count) {
-        Some(found) => Ok(device::build(found, observers)),
+        Some(found) => {
+            let mut found = found.to_vec();
+            for (gpu, most) in found.iter_mut().zip(memory) {
+                gpu.memory = gpu.memory.min(*most);
+            }
+            Ok(device::build(&found, observers))
+        }
         None => Err(format!(
             "the machine has {count} CUDA devices, and this process sees {}",
             found.len()
@@ -45,8 +55,8 @@ mod tests {
     #[test]
     fn more_devices_than_there_are_are_refused() {
         let many = found().map_or(0, <[Found]>::len) + 1;
-        let refused = open(many, &Arc::default()).unwrap_err();
+        let refused = open(&vec![1 << 30; many], &Arc::default()).unwrap_err();
         assert!(refused.contains("CUDA"), "{refused}");
-        assert!(open(0, &Arc::default()).unwrap().is_empty());
+        assert!(open(&[], &Arc::default()).unwrap().is_empty());
     }
 }

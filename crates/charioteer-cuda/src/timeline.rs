@@ -17,7 +17,15 @@
 //! all that is done by then, so that a chain of short tasks costs far fewer wake-ups than it has
 //! tasks. As workers do, it looks for some microseconds before it sleeps, if no other such thread of the
 //! process looks: to wake it costs whoever watches a system call, and the driver takes longer to wake a
-//! thread than a short kernel takes. There is one a stream, and not one a device, because the driver lets a thread sleep for one
+//! thread than a short kernel takes. Where many positions are watched, or come fast, it does neither: to ask
+//! the driver holds up whoever launches beside it, so it lets a few pass, and then finds by bisection how far
+//! the stream got. Who waits for one among many hears of it so much later.
+//!
+//! An event for which a thread may sleep costs its recorder half of what a launch does. So only the first
+//! few that are pending on a stream are such. For others a thread sleeps a while, looks, and sleeps an eighth
+//! of what it has waited: it looks a few times as the time doubles, and is late by an eighth at most.
+//!
+//! There is one a stream, and not one a device, because the driver lets a thread sleep for one
 //! event only: with one thread, a short task beside a long one would be reported late, or the thread
 //! would have to look around again and again. Host functions on the streams would need no threads of
 //! ours; but they hold their stream up, run one after the other, and wake somebody as late as an
@@ -44,10 +52,11 @@ pub(crate) trait Lane: Send + Sync + 'static {
 
     /// Whether all that is enqueued is done.
     fn is_idle(&self) -> Result<bool, Self::Fault>;
-    /// An event behind all that is enqueued.
-    fn record(&self) -> Result<Self::Event, Self::Fault>;
+    /// An event behind all that is enqueued; one for which a thread may sleep is dearer.
+    fn record(&self, sleeps: bool) -> Result<Self::Event, Self::Fault>;
+    fn may_sleep(&self, event: &Self::Event) -> bool;
     fn is_done(&self, event: &Self::Event) -> Result<bool, Self::Fault>;
-    /// Sleeps until the event is done.
+    /// Sleeps until an event is done for which one may.
     fn block(&self, event: &Self::Event) -> Result<(), Self::Fault>;
     /// A thread that tells of completions met an error: everybody is to hear of it.
     fn failed(&self, fault: Self::Fault);
@@ -62,6 +71,43 @@ type Calls = SmallVec<[Call; 4]>;
 const LOOK: Duration = Duration::from_micros(40);
 /// How often it asks the driver meanwhile.
 const EVERY: Duration = Duration::from_micros(3);
+
+/// Where so many are watched, or were told of in a while so long as one looks, the thread that tells lets
+/// some pass for so long before it asks the driver.
+const MANY: u64 = 8;
+const FAST: usize = 4;
+const LET_PASS: Duration = Duration::from_micros(20);
+
+/// So many pending positions of a stream have events for which a thread may sleep.
+const FEW: usize = 2;
+/// A thread that may not sleep for its event sleeps this part of what it has waited before it looks again.
+const PART: u32 = 8;
+
+/// How fast a stream gets on, as the thread that tells sees it.
+struct Pace {
+    since: Instant,
+    told: usize,
+}
+
+impl Pace {
+    fn new() -> Self {
+        Self {
+            since: Instant::now(),
+            told: 0,
+        }
+    }
+
+    fn count(&mut self, told: usize) {
+        if self.since.elapsed() > 2 * LOOK {
+            *self = Self::new();
+        }
+        self.told += told;
+    }
+
+    fn is_fast(&self) -> bool {
+        self.told >= FAST && self.since.elapsed() < 4 * LOOK
+    }
+}
 
 /// Whether a thread looks.
 static LOOKING: AtomicBool = AtomicBool::new(false);
@@ -97,6 +143,8 @@ pub(crate) struct Timeline<L: Lane> {
     done: AtomicU64,
     /// The position that was recorded last, if nobody has asked for it since: then it is not done.
     fresh: AtomicU64,
+    /// Something was enqueued that is not done yet, as its enqueuer knows.
+    busy: AtomicBool,
     /// How many calls wait in the queue.
     watched: AtomicU64,
     queue: Mutex<Queue<L>>,
@@ -138,6 +186,7 @@ impl<L: Lane> Timeline<L> {
             tail: AtomicU64::new(0),
             done: AtomicU64::new(0),
             fresh: AtomicU64::new(0),
+            busy: AtomicBool::new(false),
             watched: AtomicU64::new(0),
             queue: Mutex::new(Queue {
                 entries: VecDeque::new(),
@@ -178,15 +227,20 @@ impl<L: Lane> Timeline<L> {
         }
     }
 
+    /// Something was enqueued just now, so that the next record need not ask whether the stream is idle.
+    pub(crate) fn enqueued(&self) {
+        self.busy.store(true, Ordering::Relaxed);
+    }
+
     /// The position behind all that is enqueued, and whether it is done.
     pub(crate) fn record(&self) -> Result<(u64, bool), L::Fault> {
         let mut queue = self.lock();
         let tail = self.tail.load(Ordering::Relaxed);
-        if self.lane.is_idle()? {
+        if !self.busy.swap(false, Ordering::Relaxed) && self.lane.is_idle()? {
             self.reach(&mut queue, tail);
             return Ok((tail, true));
         }
-        let event = Arc::new(self.lane.record()?);
+        let event = Arc::new(self.lane.record(queue.entries.len() < FEW)?);
         let position = tail + 1;
         self.tail.store(position, Ordering::Relaxed);
         self.fresh.store(position, Ordering::Relaxed);
@@ -253,13 +307,31 @@ impl<L: Lane> Timeline<L> {
 
     /// Blocks until the position is done; false if it is lost.
     pub(crate) fn block(&self, position: u64, event: &L::Event) -> Result<bool, L::Fault> {
-        self.lane.block(event)?;
+        // An error is met again.
+        if !look(|| matches!(self.lane.is_done(event), Ok(true))) {
+            self.wait(position, event)?;
+        }
         let mut queue = self.lock();
         if queue.lost {
             return Ok(self.is_known_done(position));
         }
         self.reach(&mut queue, position);
         Ok(true)
+    }
+
+    /// Waits until the event of a position is done, or lost.
+    fn wait(&self, position: u64, event: &L::Event) -> Result<(), L::Fault> {
+        if self.lane.may_sleep(event) {
+            return self.lane.block(event);
+        }
+        let start = Instant::now();
+        while !self.is_known_done(position) && !self.lane.is_done(event)? {
+            std::thread::sleep(LET_PASS.max(start.elapsed() / PART));
+            if self.lock().lost {
+                return Ok(());
+            }
+        }
+        Ok(())
     }
 
     /// Calls back when the position is done or lost: at once if that is so already.
@@ -298,11 +370,22 @@ impl<L: Lane> Timeline<L> {
     /// What the thread does that tells of completions.
     fn tell(self: Arc<Self>) {
         let mut queue = self.lock();
+        // Whether some were let pass since the stream got further.
+        let mut passed = false;
+        let mut pace = Pace::new();
         loop {
             let watched = queue.entries.iter().find(|entry| !entry.calls.is_empty());
             let Some((position, event)) =
                 watched.map(|entry| (entry.position, Arc::clone(&entry.event)))
             else {
+                if pace.is_fast() && !passed && !queue.closed {
+                    passed = true;
+                    drop(queue);
+                    std::thread::sleep(LET_PASS);
+                    queue = self.lock();
+                    continue;
+                }
+                passed = false;
                 queue = match self.rest(queue) {
                     Some(queue) => queue,
                     None => return,
@@ -311,10 +394,24 @@ impl<L: Lane> Timeline<L> {
             };
             drop(queue);
             let done = || self.is_known_done(position);
+            let many = self.watched.load(Ordering::Relaxed) >= MANY;
+            if !passed && (many || pace.is_fast()) {
+                passed = true;
+                std::thread::sleep(LET_PASS);
+                let reached = self.look_furthest(position - 1);
+                if reached < position {
+                    queue = self.lock();
+                    continue;
+                }
+                passed = false;
+                queue = self.tell_until(reached, &mut pace);
+                continue;
+            }
+            passed = false;
             // An error is met again by who sleeps.
             if !look(|| done() || matches!(self.lane.is_done(&event), Ok(true))) && !done() {
                 self.notifications.fetch_add(1, Ordering::Relaxed);
-                if let Err(fault) = self.lane.block(&event) {
+                if let Err(fault) = self.wait(position, &event) {
                     // Fails this timeline too.
                     self.lane.failed(fault);
                     queue = self.lock();
@@ -322,19 +419,25 @@ impl<L: Lane> Timeline<L> {
                 }
             }
             drop(event);
-            let reached = self.look_further(position);
-            queue = self.lock();
-            if queue.lost {
-                continue;
-            }
-            self.reach(&mut queue, reached);
-            let calls = Self::take_until(&mut queue, reached);
-            self.watched
-                .fetch_sub(calls.len() as u64, Ordering::Relaxed);
-            drop(queue);
-            calls.into_iter().for_each(|call| call(true));
-            queue = self.lock();
+            let reached = self.look_furthest(position);
+            queue = self.tell_until(reached, &mut pace);
         }
+    }
+
+    /// All up to the position is done: tells who watches it.
+    fn tell_until(&self, reached: u64, pace: &mut Pace) -> MutexGuard<'_, Queue<L>> {
+        let mut queue = self.lock();
+        if queue.lost {
+            return queue;
+        }
+        self.reach(&mut queue, reached);
+        let calls = Self::take_until(&mut queue, reached);
+        self.watched
+            .fetch_sub(calls.len() as u64, Ordering::Relaxed);
+        drop(queue);
+        pace.count(calls.len());
+        calls.into_iter().for_each(|call| call(true));
+        self.lock()
     }
 
     /// Waits until something is watched; `None` if nothing will be any more.
@@ -354,21 +457,37 @@ impl<L: Lane> Timeline<L> {
         Some(queue)
     }
 
-    /// How far the stream got beyond a position that is done. Asks the driver with no lock held, which who
-    /// records would wait for.
-    fn look_further(&self, mut position: u64) -> u64 {
+    /// How far the stream got, which was at least at `done`. Asks the driver with no lock held, which who
+    /// records would wait for, and as rarely as can be: of the last position first, then by bisection.
+    fn look_furthest(&self, mut done: u64) -> u64 {
+        let mut pending = u64::MAX;
         loop {
             let next = {
                 let queue = self.lock();
-                let at = queue.entries.partition_point(|it| it.position <= position);
-                let next = queue.entries.get(at);
-                next.map(|entry| (entry.position, Arc::clone(&entry.event)))
+                let position = |it: &Entry<L>| it.position;
+                let from = queue.entries.partition_point(|it| position(it) <= done);
+                let to = queue.entries.partition_point(|it| position(it) < pending);
+                let at = if pending == u64::MAX {
+                    to.checked_sub(1).filter(|at| *at >= from)
+                } else {
+                    (from < to).then(|| usize::midpoint(from, to))
+                };
+                at.map(|at| {
+                    (
+                        position(&queue.entries[at]),
+                        Arc::clone(&queue.entries[at].event),
+                    )
+                })
             };
             match next {
-                Some((next, event)) if matches!(self.lane.is_done(&event), Ok(true)) => {
-                    position = next;
+                Some((position, event)) if matches!(self.lane.is_done(&event), Ok(true)) => {
+                    done = position;
+                    if pending == u64::MAX {
+                        return done;
+                    }
                 }
-                _ => return position,
+                Some((position, _)) => pending = position,
+                None => return done,
             }
         }
     }
@@ -455,7 +574,7 @@ mod tests {
     }
 
     impl Lane for Arc<Bench> {
-        type Event = u64;
+        type Event = (u64, bool);
         type Fault = Broken;
 
         fn is_idle(&self) -> Result<bool, Broken> {
@@ -463,20 +582,25 @@ mod tests {
             self.ask(enqueued)
         }
 
-        fn record(&self) -> Result<u64, Broken> {
+        fn record(&self, sleeps: bool) -> Result<(u64, bool), Broken> {
             self.records.fetch_add(1, Ordering::Relaxed);
-            Ok(self.state.lock().unwrap().0)
+            Ok((self.state.lock().unwrap().0, sleeps))
         }
 
-        fn is_done(&self, event: &u64) -> Result<bool, Broken> {
+        fn may_sleep(&self, event: &(u64, bool)) -> bool {
+            event.1
+        }
+
+        fn is_done(&self, event: &(u64, bool)) -> Result<bool, Broken> {
             self.questions.fetch_add(1, Ordering::Relaxed);
-            self.ask(*event)
+            self.ask(event.0)
         }
 
-        fn block(&self, event: &u64) -> Result<(), Broken> {
+        fn block(&self, event: &(u64, bool)) -> Result<(), Broken> {
+            assert!(event.1, "one that a thread may sleep for");
             self.blocks.fetch_add(1, Ordering::Relaxed);
             let mut state = self.state.lock().unwrap();
-            while state.1 < *event {
+            while state.1 < event.0 {
                 if state.2 {
                     return Err(Broken);
                 }
@@ -561,6 +685,64 @@ mod tests {
         let (told, hears) = mpsc::channel();
         timeline.watch(50, Box::new(move |done| told.send(done).unwrap()));
         assert_eq!(hears.try_recv(), Ok(true));
+        timeline.close();
+    }
+
+    #[test]
+    fn how_far_a_stream_got_takes_few_questions() {
+        let (bench, timeline) = bench();
+        for _ in 0..64 {
+            bench.enqueue();
+            // Whoever enqueued it knows that it is not done.
+            timeline.enqueued();
+            timeline.record().unwrap();
+        }
+        assert_eq!(bench.questions.load(Ordering::Relaxed), 0);
+        let asked = |from: u64| {
+            let before = bench.questions.load(Ordering::Relaxed);
+            let reached = timeline.look_furthest(from);
+            (reached, bench.questions.load(Ordering::Relaxed) - before)
+        };
+        bench.finish(40);
+        let (reached, questions) = asked(0);
+        assert_eq!(reached, 40);
+        assert!(questions <= 7, "{questions}");
+        assert_eq!(asked(40).0, 40);
+        bench.finish(24);
+        assert_eq!(asked(40), (64, 1));
+        assert_eq!(asked(64), (64, 0));
+    }
+
+    #[test]
+    fn who_waits_for_one_of_many_hears_of_it() {
+        let (bench, timeline) = bench();
+        let (told, hears) = mpsc::channel();
+        for _ in 0..6 {
+            bench.enqueue();
+            let (position, _) = timeline.record().unwrap();
+            let told = told.clone();
+            let call = move |done| told.send((position, done)).unwrap();
+            timeline.watch(position, Box::new(call));
+        }
+        for position in 1..=6 {
+            bench.finish(1);
+            assert_eq!(hears.recv_timeout(SOON), Ok((position, true)));
+        }
+        // A thread that waits for itself, for one of the first, one in the middle, and the last.
+        for waited in [7, 9, 12] {
+            let (bench, timeline) = (Arc::clone(&bench), Arc::clone(&timeline));
+            while timeline.tail() < 12 {
+                bench.enqueue();
+                timeline.record().unwrap();
+            }
+            let Reached::Pending(event) = timeline.look(waited) else {
+                panic!("it is not done");
+            };
+            let waits = std::thread::spawn(move || timeline.block(waited, &event));
+            let done = bench.state.lock().unwrap().1;
+            bench.finish(waited - done);
+            assert_eq!(waits.join().unwrap(), Ok(true));
+        }
         timeline.close();
     }
 

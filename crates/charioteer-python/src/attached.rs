@@ -44,6 +44,14 @@ impl<T> Attached<T> {
         self.0.borrow_mut()
     }
 
+    /// As [`try_lock`](Self::try_lock), to change it.
+    pub fn try_lock_mut(&self) -> Option<impl std::ops::DerefMut<Target = T>> {
+        #[cfg(Py_GIL_DISABLED)]
+        return self.0.try_lock().ok();
+        #[cfg(not(Py_GIL_DISABLED))]
+        return self.0.try_borrow_mut().ok();
+    }
+
     /// The value, unless a section is under way: for the garbage collector, which may come while a
     /// section allocates, or stop a thread in the middle of one.
     pub fn try_lock(&self) -> Option<impl std::ops::Deref<Target = T>> {

@@ -23,6 +23,7 @@ use crate::access::Signature;
 use crate::blas::BlasRoutine;
 use crate::gateway::{Hidden, PyRef};
 use crate::interp::Watched;
+use crate::launches::{KernelLaunch, Launch};
 use crate::native::{Callee, NativeFunction};
 use crate::support::{error, support};
 
@@ -162,6 +163,7 @@ pub enum Callable {
     /// A Python callable, and the module variables to look at before it is called.
     Python(Hidden, Option<Arc<(PyRef, Vec<Watched>)>>),
     Native(Callee),
+    Kernel(Arc<Launch>),
 }
 
 impl Prepared {
@@ -171,6 +173,7 @@ impl Prepared {
     pub fn again(&self, py: Python<'_>) -> PyResult<Self> {
         let callable = match &self.callable {
             Callable::Native(callee) => Callable::Native(callee.clone()),
+            Callable::Kernel(launch) => Callable::Kernel(Arc::clone(launch)),
             Callable::Python(callable, watched) => {
                 let mut callable = callable.bind(py).clone();
                 if cfg!(Py_GIL_DISABLED) && is_function(&callable) {
@@ -192,7 +195,7 @@ impl Prepared {
             Callable::Python(callable, watched) => {
                 Callable::Python(Hidden::new(f(callable)?), watched)
             }
-            native @ Callable::Native(_) => native,
+            native @ (Callable::Native(_) | Callable::Kernel(_)) => native,
         };
         Ok(Self { callable, ..self })
     }
@@ -228,6 +231,14 @@ pub fn prepare_raw(callable: &Bound<'_, PyAny>) -> PyResult<Prepared> {
             name: callee.name(),
             modes: callee.modes().map(|modes| (modes, 0)),
             callable: Callable::Native(callee),
+        });
+    }
+    if let Ok(launch) = callable.cast::<KernelLaunch>() {
+        let launch = launch.get().launch();
+        return Ok(Prepared {
+            name: launch.name(),
+            modes: launch.modes().map(|modes| (modes, 0)),
+            callable: Callable::Kernel(Arc::clone(launch)),
         });
     }
     Ok(Prepared {
@@ -295,6 +306,9 @@ pub fn modes(callable: &Bound<'_, PyAny>) -> PyResult<Modes> {
     if let Ok(routine) = callable.cast::<BlasRoutine>() {
         let callee = Callee::Routine(Arc::clone(routine.get().routine()));
         return Ok(callee.modes().map(|modes| (modes, 0)));
+    }
+    if let Ok(launch) = callable.cast::<KernelLaunch>() {
+        return Ok(launch.get().launch().modes().map(|modes| (modes, 0)));
     }
     if callable.get_type().is(support(py).method.bind(py)) {
         let function = callable.getattr("__func__")?;
@@ -408,7 +422,7 @@ fn prepare_other(callable: &Bound<'_, PyAny>) -> PyResult<Prepared> {
         prepared.modes = modes_of_partial(callable, prepared.modes)?;
         let arguments = callable.getattr("args")?.cast_into::<PyTuple>()?;
         let keywords = callable.getattr("keywords")?.cast_into::<PyDict>()?;
-        if matches!(prepared.callable, Callable::Native(_)) {
+        if !matches!(prepared.callable, Callable::Python(..)) {
             // Nothing of it is to be bound, and the object calls the native function by itself.
             return Ok(Prepared {
                 callable: Callable::Python(Hidden::new(callable.clone()), None),

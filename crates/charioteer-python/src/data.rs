@@ -27,6 +27,7 @@
 
 use std::sync::Arc;
 
+use charioteer::data::store::View;
 use charioteer::data::{self, Datum, Grid, Part};
 use charioteer::engine::HostError;
 use charioteer::machine::{DeviceId, HOST};
@@ -48,9 +49,31 @@ use crate::spawn::{handle_of, spawn_error};
 use crate::support::{error, support};
 use crate::task::wait_error;
 
+/// Where the first element is of what is seen along these axes of a view, and the strides, in bytes, of the
+/// axes that are seen.
+pub fn place(axes: &[Axis], view: &View) -> (u64, SmallVec<[i64; 4]>) {
+    let mut strides = SmallVec::new();
+    let (mut first, mut real) = (0_i64, 0);
+    for axis in axes {
+        let (start, step) = match *axis {
+            Axis::New => {
+                strides.push(0);
+                continue;
+            }
+            Axis::At(at) => (at, None),
+            Axis::Along { start, step, .. } => (start, Some(step)),
+        };
+        let stride = view.strides[real].cast_signed();
+        first += (start as i64 - view.origin[real].cast_signed()) * stride;
+        real += 1;
+        strides.extend(step.map(|step| stride * step as i64));
+    }
+    (view.pointer.address.wrapping_add_signed(first), strides)
+}
+
 /// How an axis of the array is seen.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
-enum Axis {
+pub enum Axis {
     /// At one index: the axis is dropped.
     At(isize),
     /// From `start` on, `count` times by `step`, which may be negative.
@@ -63,7 +86,7 @@ enum Axis {
     New,
 }
 
-type Axes = SmallVec<[Axis; 4]>;
+pub type Axes = SmallVec<[Axis; 4]>;
 
 /// A part of a region: some indices of one axis, by the place of that among the axes of the region, the
 /// dropped ones and the new ones too.
@@ -101,6 +124,8 @@ pub struct Region {
     buffer: PyRef,
     /// How a body sees them: what becomes of each axis of the array, in order, and axes between.
     axes: Axes,
+    /// The bytes of an element.
+    item: usize,
     /// The array's object; `None` of the array itself, whose parts are all there is.
     array: Option<PyRef>,
     writable: PyOnceLock<PyRef>,
@@ -126,7 +151,7 @@ enum Selector {
 
 impl Axis {
     /// What a body sees of it: nothing of an axis that is dropped.
-    fn extent(&self) -> Option<usize> {
+    pub fn extent(&self) -> Option<usize> {
         match self {
             Self::At(_) => None,
             Self::Along { count, .. } => Some(*count),
@@ -282,6 +307,7 @@ impl Region {
             part: this.part.datum().part(index::Region::new(spans)),
             buffer: PyRef::new(this.buffer.clone_ref(py)),
             axes,
+            item: this.item,
             array: Some(match &this.array {
                 Some(array) => PyRef::new(array.clone_ref(py)),
                 None => slf.clone().into(),
@@ -328,6 +354,11 @@ impl Region {
             view.call_method("setflags", (false,), None)?;
         }
         Ok(view)
+    }
+
+    /// How it sees the axes of its array.
+    pub fn axes(&self) -> Axes {
+        self.axes.clone()
     }
 
     fn axes_of(&self, piece: Option<Piece>) -> Axes {
@@ -405,8 +436,7 @@ impl Region {
                 return Ok(seen[count - 1].array.clone_ref(py).into_bound(py));
             }
         }
-        let item = self.dtype(py)?.getattr(pyo3::intern!(py, "itemsize"))?;
-        let layout = self.layout(wanted, item.extract()?);
+        let layout = self.layout(wanted);
         let array = wanted.make(py, &layout, &self.dtype(py)?, loan)?;
         if let (Some(view), None) = (wanted.view, loan) {
             let new = Seen {
@@ -438,7 +468,8 @@ impl Region {
     }
 
     /// Where a device has the elements.
-    fn layout(&self, wanted: &Wanted<'_>, item: usize) -> Layout {
+    fn layout(&self, wanted: &Wanted<'_>) -> Layout {
+        let item = self.item;
         let axes = self.axes_of(wanted.piece);
         let shape: SmallVec<[usize; 4]> = axes.iter().filter_map(Axis::extent).collect();
         let Some(view) = wanted
@@ -685,9 +716,8 @@ impl Region {
 
     /// The bytes of the elements.
     #[getter]
-    fn nbytes(&self, py: Python<'_>) -> PyResult<usize> {
-        let size: usize = self.dtype(py)?.getattr("itemsize")?.extract()?;
-        Ok(size * self.elements())
+    pub fn nbytes(&self) -> usize {
+        self.item * self.elements()
     }
 
     /// The array that this is a part of; an array is its own.
@@ -1137,6 +1167,7 @@ impl Array {
             part: Datum::stored(name, &extents, item, head.address(), keep).whole(),
             buffer: buffer.clone().into(),
             axes,
+            item,
             array: None,
             writable: PyOnceLock::new(),
             readonly: PyOnceLock::new(),
@@ -1173,11 +1204,22 @@ pub struct HostEntry {
 
 impl HostEntry {
     pub fn enter(py: Python<'_>, region: &Region, mode: data::Mode) -> PyResult<Self> {
-        let accesses = [data::Access::new(&region.part, mode)];
-        if region.part.datum().is_closed() {
-            let closed = data::AccessTrouble::Closed(region.part.datum().label().to_owned());
-            return Err(access_error(py, closed.to_string()));
+        Self::enter_all(py, &[region], mode)
+    }
+
+    /// Of several regions at once, so that they come home side by side; there is a first one.
+    pub fn enter_all(py: Python<'_>, regions: &[&Region], mode: data::Mode) -> PyResult<Self> {
+        let accesses = regions
+            .iter()
+            .map(|region| data::Access::new(&region.part, mode))
+            .collect::<Vec<_>>();
+        for datum in regions.iter().map(|region| region.part.datum()) {
+            if datum.is_closed() {
+                let closed = data::AccessTrouble::Closed(datum.label().to_owned());
+                return Err(access_error(py, closed.to_string()));
+            }
         }
+        let region = regions[0];
         if !runtime::is_open() {
             return match data::undefined(&accesses) {
                 None => Ok(Self { _access: None }),

@@ -234,6 +234,11 @@ impl OpenMachine {
         machine.ok_or_else(|| error(py, "DeviceError", ("the machine is closed",)))
     }
 
+    /// Its devices, if they are the CUDA driver's.
+    pub fn driven(&self) -> Box<[Arc<CudaGpu>]> {
+        self.cuda.iter().map(Arc::clone).collect()
+    }
+
     /// The virtual device with that number. `DeviceError` if it is none.
     fn gpu(&self, py: Python<'_>, index: usize) -> PyResult<Arc<VirtualGpu>> {
         let (machine, id) = self.device(py, index)?;
@@ -306,7 +311,8 @@ impl OpenMachine {
             });
         }
         let observers = Arc::new(Observers::default());
-        let gpus = charioteer_cuda::open(description.gpus().len(), &observers)
+        let memory: Vec<u64> = description.gpus().iter().map(|gpu| gpu.memory).collect();
+        let gpus = charioteer_cuda::open(&memory, &observers)
             .map_err(|why| error(py, "MachineError", (why,)))?;
         let devices = gpus
             .iter()

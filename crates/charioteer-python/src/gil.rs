@@ -10,6 +10,10 @@
 //! each worker's thread every [`TICK`]. It attaches to the interpreter only where a wider gate needs
 //! another worker thread to be started.
 //!
+//! Beside a spawner who stands back (see below) workers wait for the GIL whatever their number, and what
+//! is measured says nothing of how it will be when all is spawned. So for some [looks](BESIDE) it does not
+//! count; a spawner who goes on for longer is part of the work.
+//!
 //! The observer starts with the first session beside another one, and sleeps again when no session
 //! was seen for a while, with the gate wide open. So a runtime that is idle or runs one task after
 //! another has none (invariant 7), and a burst of tasks begins with all workers.
@@ -18,19 +22,23 @@
 //!
 //! A thread that spawns without pause is attached all the time, whatever the number of workers. A
 //! body that releases the GIL for a moment gets it back only after CPython's switch interval of 5
-//! ms, each time. So a spawner that sees sessions and no task finished since it looked last, a
-//! millisecond ago or more, detaches for a while that is long enough for the others to wake: a
-//! shorter one would restart their 5 ms, and the spawner would be back before them. As long as that
-//! does not help, it looks after longer times and waits longer, in the same proportion, so that it
-//! keeps most of its rate in any case.
+//! ms, each time. So a spawner *stands back* where others wait: it detaches.
 //!
-//! Tasks that finish say nothing of one that does not: with many workers there are always others that
-//! run what is spawned, and a body in the middle starves beside them. So each worker counts the bodies
-//! that it begins, and a spawner looks at those of which it saw the same body before: one whose thread
-//! used less than a [part](HUNGRY) of the time up waits for something. If that is the GIL it uses some
-//! of the time for which the spawner stands back; if it uses none it sleeps, and is asked again only
-//! after a [number](ASLEEP) of looks. Clocks are read of such threads alone, so that short bodies cost
-//! the spawner nothing.
+//! *At the beginning*, after a while without spawns, the first tasks are ready and nobody runs them, since
+//! workers wake up one after the other and each has to be attached to take its first. So the spawner
+//! stands back until all who may have begun, or the tasks are gone, or a [time](START) is over.
+//!
+//! *From then on* it looks at the workers, once in a [while](LOOK). Whether one waits its processor clock
+//! tells: the spawner reads the clocks of those in sessions, and again after the next spawns, and one that
+//! is in the same body and used less than a [part](HUNGRY) of that time up waits for something. Then the
+//! spawner stands back for a time that is long enough for others to wake: a shorter one would restart
+//! their 5 ms, and the spawner would be back before them. If it was the GIL, they use some of that time;
+//! one that uses none sleeps, and is asked again only after a [number](ASLEEP) of looks. As long as it does
+//! not help, the spawner looks after longer times and stands back for longer, in the same proportion, so
+//! that it keeps most of its rate in any case. Tasks that finish say nothing of that: with many workers
+//! there are always others that run what is spawned, and a body in the middle starves beside them. With
+//! one worker, whom nobody observes, they are what there is: the spawner stands back if none finished
+//! since it looked last.
 //!
 //! Without a GIL none of this is done.
 
@@ -54,13 +62,20 @@ const QUIET: u32 = 10;
 /// How many looks without a task that finished open the gate: bodies may wait for one that has no
 /// room, in ways that use processor time.
 const STUCK: u32 = 50;
+/// For how many looks a spawner that stands back makes what is measured say nothing.
+const BESIDE: u32 = 8;
 /// How many spawns pass between two looks of a spawner at the clock.
 const SPAWNS: u32 = 32;
-/// What passes between two looks of a spawner at what is finished, at first and at most.
-const LOOK: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(2));
+/// What passes between two looks of a spawner at the workers, at first and at most.
+const LOOK: (Duration, Duration) = (Duration::from_micros(500), Duration::from_millis(2));
+/// How long a spawner stands back at most for workers to begin.
+const START: Duration = Duration::from_millis(2);
+/// How long it looks meanwhile before it sleeps between two looks, and how long it sleeps then. Short
+/// tasks are gone before.
+const POLL: (Duration, Duration) = (Duration::from_micros(100), Duration::from_micros(50));
 /// The part of that for which it stands back.
 const BACK: f64 = 0.5;
-/// A body whose thread used less than this part of the time up waits for something.
+/// A thread that used less than this part of the time up waits for something.
 const HUNGRY: f64 = 0.25;
 /// Less than this part of the time that it was given shows that it was not the GIL.
 const FED: f64 = 0.02;
@@ -74,7 +89,7 @@ thread_local! {
     static CLOCK: RefCell<Option<(u64, Arc<Clock>)>> = const { RefCell::new(None) };
     /// What this thread saw of the workers when it looked last, in the order of the observer's clocks.
     static SEEN: RefCell<(u64, Vec<Seen>)> = const { RefCell::new((0, Vec::new())) };
-    static SPAWNER: Cell<Spawner> = const { Cell::new(Spawner { spawns: 0, looked: None, finished: 0, pace: LOOK.0 }) };
+    static SPAWNER: Cell<Spawner> = const { Cell::new(Spawner { spawns: 0, looked: None, noted: None, finished: 0, pace: LOOK.0 }) };
 }
 
 /// The processor clock of a thread.
@@ -116,6 +131,8 @@ impl Clock {
 struct Spawner {
     spawns: u32,
     looked: Option<Instant>,
+    /// When the first of two looks was, if the second is due.
+    noted: Option<Instant>,
     finished: u64,
     pace: Duration,
 }
@@ -150,6 +167,8 @@ struct Observer {
     inside: AtomicUsize,
     awake: AtomicBool,
     changes: AtomicU64,
+    /// How often a spawner stood back.
+    stands: AtomicU64,
     closed: Mutex<bool>,
     bell: Condvar,
     thread: Mutex<Option<JoinHandle<()>>>,
@@ -171,6 +190,7 @@ impl Gil {
                 inside: AtomicUsize::new(0),
                 awake: AtomicBool::new(false),
                 changes: AtomicU64::new(0),
+                stands: AtomicU64::new(0),
                 closed: Mutex::new(false),
                 bell: Condvar::new(),
                 thread: Mutex::new(None),
@@ -284,29 +304,64 @@ impl Spawner {
         if rested.is_some_and(|rested| rested < self.pace) {
             return;
         }
-        let finished = engine.counts().finished;
+        let stands = || {
+            if let Some(observer) = observer {
+                observer.stands.fetch_add(1, Ordering::Relaxed);
+            }
+        };
+        if rested.is_none_or(|rested| rested >= 8 * self.pace) {
+            // It begins to spawn: others wake up, and each has to be attached to begin.
+            if engine.is_starting() {
+                stands();
+                gateway::detach(py, Site::StandBack, || {
+                    while engine.is_starting() && now.elapsed() < START {
+                        if now.elapsed() < POLL.0 {
+                            std::thread::yield_now();
+                        } else {
+                            std::thread::sleep(POLL.1);
+                        }
+                    }
+                });
+            }
+            return self.looked(engine, LOOK.0);
+        }
         // Its own session, if it is a body.
         let others = engine.sessions() - usize::from(engine.is_worker()).min(engine.sessions());
-        let recent = rested.filter(|rested| *rested < 8 * self.pace);
-        let hungry = match (others, recent, observer) {
-            (1.., Some(rested), Some(observer)) => observer.hungry(rested),
-            _ => false,
+        let noted = self.noted.take();
+        let hungry = match (others, observer, noted) {
+            (0, ..) => false,
+            (_, None, _) => engine.counts().finished == self.finished,
+            (_, Some(observer), None) => {
+                observer.note();
+                self.noted = Some(Instant::now());
+                return;
+            }
+            (_, Some(observer), Some(noted)) => observer.hungry(now.duration_since(noted)),
         };
-        let stalled = others != 0 && recent.is_some() && finished == self.finished;
-        if hungry || stalled {
-            let back = self.pace.mul_f64(BACK);
-            gateway::detach(py, Site::StandBack, || std::thread::sleep(back));
-            let helped = observer.is_some_and(|observer| observer.fed(back));
-            self.pace = if helped {
-                LOOK.0
-            } else {
-                (2 * self.pace).min(LOOK.1)
-            };
-        } else {
-            self.pace = LOOK.0;
+        if !hungry {
+            return self.looked(engine, LOOK.0);
         }
-        self.finished = finished;
-        self.looked = Some(Instant::now());
+        stands();
+        let back = self.pace.mul_f64(BACK);
+        gateway::detach(py, Site::StandBack, || std::thread::sleep(back));
+        let helped = observer.is_some_and(|observer| observer.fed(back));
+        let next = if helped {
+            LOOK.0
+        } else {
+            (2 * self.pace).min(LOOK.1)
+        };
+        self.looked(engine, next);
+    }
+
+    /// The next look is after `pace`.
+    fn looked(&mut self, engine: &Core, pace: Duration) {
+        *self = Self {
+            spawns: self.spawns,
+            looked: Some(Instant::now()),
+            noted: None,
+            finished: engine.counts().finished,
+            pace,
+        };
     }
 }
 
@@ -327,10 +382,8 @@ impl Observer {
         })
     }
 
-    /// Whether a worker is in the middle of a body, since the last look of this thread a time
-    /// ago, and waits for something.
-    fn hungry(&self, rested: Duration) -> bool {
-        let own = CLOCK.with(|known| known.borrow().as_ref().map(|(_, clock)| Arc::as_ptr(clock)));
+    /// Calls `look` with each worker's clock and what this thread saw of it.
+    fn each(&self, mut look: impl FnMut(&Clock, &mut Seen)) {
         SEEN.with_borrow_mut(|(number, seen)| {
             if *number != self.number {
                 *number = self.number;
@@ -338,31 +391,46 @@ impl Observer {
             }
             let clocks = lock(&self.clocks);
             seen.resize(clocks.len(), Seen::default());
-            let mut any = false;
             for (clock, seen) in clocks.iter().zip(seen) {
-                let bodies = clock.bodies.load(Ordering::Relaxed);
-                let inside = clock.inside.load(Ordering::Relaxed);
-                if !inside || bodies != seen.bodies || own == Some(Arc::as_ptr(clock)) {
-                    *seen = Seen {
-                        bodies,
-                        ..Seen::default()
-                    };
-                    continue;
-                }
-                let now = clock.now();
-                let waits = match (seen.used, now) {
-                    (Some(before), Some(now)) => {
-                        now.saturating_sub(before) < rested.mul_f64(HUNGRY)
-                    }
-                    _ => false,
-                };
-                seen.used = now;
-                seen.hungry = waits && seen.asleep == 0;
-                seen.asleep = seen.asleep.saturating_sub(1);
-                any |= seen.hungry;
+                look(clock, seen);
             }
-            any
-        })
+        });
+    }
+
+    /// Reads the clocks of the workers in sessions, but for this thread's own.
+    fn note(&self) {
+        let own = CLOCK.with(|known| known.borrow().as_ref().map(|(_, clock)| Arc::as_ptr(clock)));
+        self.each(|clock, seen| {
+            let bodies = clock.bodies.load(Ordering::Relaxed);
+            if bodies != seen.bodies {
+                *seen = Seen::default();
+            }
+            seen.bodies = bodies;
+            let is_other = own != Some(std::ptr::from_ref(clock));
+            seen.used = (is_other && clock.inside.load(Ordering::Relaxed))
+                .then(|| clock.now())
+                .flatten();
+        });
+    }
+
+    /// Whether a worker in a session waited for something since they were read, a time ago, in the
+    /// same body or before its first.
+    fn hungry(&self, apart: Duration) -> bool {
+        let mut any = false;
+        self.each(|clock, seen| {
+            let same = clock.inside.load(Ordering::Relaxed)
+                && clock.bodies.load(Ordering::Relaxed) == seen.bodies;
+            let before = seen.used.take().filter(|_| same);
+            let Some((before, now)) = before.zip(clock.now()) else {
+                return;
+            };
+            let waits = now.saturating_sub(before) < apart.mul_f64(HUNGRY);
+            seen.used = Some(now);
+            seen.hungry = waits && seen.asleep == 0;
+            seen.asleep = seen.asleep.saturating_sub(1);
+            any |= seen.hungry;
+        });
+        any
     }
 
     /// Whether one that this thread stood back for used some of that time.
@@ -429,6 +497,7 @@ impl Observer {
         let mut quiet = 0;
         let mut stuck = (0, 0);
         let mut before = (Instant::now(), 0);
+        let mut beside = (self.stands.load(Ordering::Relaxed), false, 0);
         while quiet < QUIET {
             (closed, _) = self
                 .bell
@@ -452,11 +521,16 @@ impl Observer {
             } else {
                 (0, finished)
             };
+            let stands = self.stands.load(Ordering::Relaxed);
+            let (is_beside, was_beside) = (stands != beside.0, beside.1);
+            beside = (stands, is_beside, if is_beside { beside.2 + 1 } else { 0 });
             let former = width.width();
             let wanted = if stuck.0 == STUCK {
                 stuck.0 = 0;
                 width = Width::new(self.workers);
                 width.width()
+            } else if is_beside != was_beside || (1..BESIDE).contains(&beside.2) {
+                width.disturbed()
             } else {
                 width.measured(rate, between)
             };

@@ -21,6 +21,7 @@ use charioteer::engine::{Engine, Registry, Running};
 use charioteer::machine::{DeviceId, Event};
 use charioteer::mapping::policy::Call;
 use charioteer::task::{Domain, Failure, Outcome, Step, TaskRef, Trouble, Until};
+use charioteer_cuda::CudaGpu;
 use pyo3::exceptions::PyTypeError;
 use pyo3::ffi;
 use pyo3::gc::{PyTraverseError, PyVisit};
@@ -32,6 +33,7 @@ use crate::attached::Attached;
 use crate::devices;
 use crate::gateway::{self, Hidden, PyRef, Site};
 use crate::gil::Gil;
+use crate::launches;
 use crate::libraries;
 use crate::native;
 use crate::reduce::{BodyData, Partials, Reduction};
@@ -54,8 +56,8 @@ pub struct Interp {
     pub events: std::sync::Mutex<HashMap<String, Event>>,
     /// Whether the policy is to know of every task on devices, and of every choice of cores.
     pub maps_all: bool,
-    /// Whether a driver has the machine's devices, which other libraries of the process use too.
-    pub has_driver: bool,
+    /// The machine's devices, if a driver has them, which other libraries of the process use too.
+    pub gpus: Box<[Arc<CudaGpu>]>,
     /// The user's policy.
     policy: Option<PyRef>,
     /// Partial results of reductions that are under way.
@@ -71,14 +73,14 @@ impl Interp {
         policy: Option<PyRef>,
         maps_all: bool,
         checks: bool,
-        has_driver: bool,
+        gpus: Box<[Arc<CudaGpu>]>,
     ) -> Self {
         Self {
             partials: Partials::default(),
             checks,
             policy,
             maps_all,
-            has_driver,
+            gpus,
             on_failure,
             gil,
             stores: Attached::new(HashMap::new()),
@@ -120,6 +122,8 @@ pub struct Watched {
 pub enum Body {
     Python(PythonBody),
     Native(native::Call),
+    /// Boxed, since a body is part of each task.
+    Kernel(Box<launches::Call>),
     /// The variants that may serve it.
     Several(Box<Several>),
     /// The end of a reduction.
@@ -133,6 +137,7 @@ impl Body {
         match self {
             Self::Python(_) => true,
             Self::Native(call) => call.needs_session(),
+            Self::Kernel(call) => call.needs_session(),
             Self::Several(several) => several.needs_session(),
             Self::Combine(_) => true,
         }
@@ -142,7 +147,7 @@ impl Body {
     pub fn has_begun(&self) -> bool {
         match self {
             Self::Python(body) => body.coroutine.is_some(),
-            Self::Native(_) | Self::Combine(_) => false,
+            Self::Native(_) | Self::Kernel(_) | Self::Combine(_) => false,
             Self::Several(several) => several.has_begun(),
         }
     }
@@ -196,6 +201,8 @@ pub enum Raised {
     Exception(PyRef, Option<PyRef>),
     /// A native body's failure; each who receives it gets an exception of its own.
     Native(native::Failure),
+    /// A kernel that was not launched; likewise.
+    Launch(launches::Failure),
 }
 
 impl From<Bound<'_, PyAny>> for Value {
@@ -224,6 +231,7 @@ impl Raised {
         let (exception, traceback) = match self {
             Self::Exception(exception, traceback) => (exception.bind(py), traceback),
             Self::Native(failure) => return failure.error(py),
+            Self::Launch(failure) => return failure.error(py),
         };
         // SAFETY: attached; an exception, and a traceback or nothing.
         unsafe {
@@ -867,6 +875,7 @@ impl Domain for Interp {
         match body {
             Body::Python(body) => Self::run_python(running, body),
             Body::Native(call) => call.run(running),
+            Body::Kernel(call) => call.run(running),
             Body::Combine(reduction) => {
                 // SAFETY: a body that needs a session is run in one.
                 let py = unsafe { Python::assume_attached() };

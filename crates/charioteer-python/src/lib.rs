@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `gateway` | where the interpreter is entered and left, and references of detached threads |
 //! | `interp` | Python as a domain of the runtime: bodies, calls, coroutines, failures |
+//! | `launches` | kernels of GPUs as bodies: what they take, how they are launched |
 //! | `native` | C functions as bodies: what they take, how they are called, what they fail with |
 //! | `blas` | BLAS and LAPACK: how arrays become the arguments of their routines |
 //! | `callable` | what a callable captures, and whether it may be spawned |
@@ -37,6 +38,7 @@ mod gateway;
 mod gil;
 mod interp;
 mod kernels;
+mod launches;
 mod libraries;
 mod local;
 mod native;
@@ -72,7 +74,9 @@ mod _core {
     #[pymodule_export]
     use super::interp::{leave_native_step, limits_changed};
     #[pymodule_export]
-    use super::kernels::{spin_address, work};
+    use super::kernels::{spin_address, spin_graph, spin_threads, work};
+    #[pymodule_export]
+    use super::launches::{KernelLaunch, PyKernel};
     #[pymodule_export]
     use super::native::NativeFunction;
     #[pymodule_export]

@@ -14,7 +14,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use charioteer::machine::{DeviceId, Machine, Stream};
+use charioteer::machine::{Device, DeviceId, Machine, Stream};
+use charioteer_cuda::CudaGpu;
 use pyo3::ffi;
 use pyo3::prelude::*;
 use smallvec::SmallVec;
@@ -41,6 +42,8 @@ thread_local! {
     /// The devices on which libraries have streams of tasks here.
     static LEFT: RefCell<SmallVec<[u16; 8]>> = RefCell::default();
     static OURS: Cell<bool> = const { Cell::new(false) };
+    /// The device that was made current here last by a body that needs no library.
+    static OCCUPIED: Cell<usize> = const { Cell::new(usize::MAX) };
     static USES: RefCell<HashMap<usize, Uses>> = RefCell::default();
 }
 
@@ -77,6 +80,7 @@ fn make_current(
     lent: (DeviceId, Stream),
 ) -> PyResult<()> {
     let device = machine.device(lent.0);
+    OCCUPIED.set(usize::MAX);
     device.make_current().map_err(|error| raise(py, &error))?;
     if present == 0 {
         return Ok(());
@@ -141,7 +145,7 @@ pub struct Entered {
 /// The body of a task is about to run here; `None` where the machine's devices have no driver.
 #[inline]
 pub fn enter(py: Python<'_>, engine: &Core) -> PyResult<Option<Entered>> {
-    if !engine.domain().has_driver {
+    if engine.domain().gpus.is_empty() {
         return Ok(None);
     }
     enter_driver(py, engine).map(Some)
@@ -159,6 +163,7 @@ fn enter_driver(py: Python<'_>, engine: &Core) -> PyResult<Entered> {
     };
     if lent.is_empty() {
         let left = LEFT.take();
+        OCCUPIED.set(usize::MAX);
         if !left.is_empty() {
             support(py).cuda.bind(py).call1(("reset", left.to_vec()))?;
         }
@@ -205,6 +210,29 @@ pub fn switch(py: Python<'_>, machine: &Machine, device: DeviceId) -> PyResult<(
         Some(lent) => make_current(py, machine, present(py)?, lent),
         None => Ok(()),
     }
+}
+
+/// A body that needs no library is about to use a device on this thread. On a thread of the runtime it stays
+/// current, so that the calls that follow need not change it back and forth.
+pub fn occupy(gpu: &CudaGpu) {
+    if !OURS.get() || OCCUPIED.get() == gpu.ordinal() {
+        return;
+    }
+    // Who uses the device hears of an error.
+    if gpu.make_current().is_ok() {
+        OCCUPIED.set(gpu.ordinal());
+        let device = gpu.info().id.index();
+        LEFT.with_borrow_mut(|left| {
+            if !left.contains(&device) {
+                left.push(device);
+            }
+        });
+    }
+}
+
+/// The device that is current in the body that runs here, and the task's stream on it.
+pub fn current() -> Option<(DeviceId, Stream)> {
+    RUNNING.with_borrow(|running| running.as_ref().map(|frame| frame.lent[frame.at]))
 }
 
 /// A library was imported in the body that runs here.

@@ -38,7 +38,7 @@ use smallvec::SmallVec;
 
 use crate::access::{Mode, Shards, Slot};
 use crate::data::{Piece, Region};
-use crate::devices::{Memory, raise};
+use crate::devices::Memory;
 use crate::gateway::PyRef;
 use crate::interp::Interp;
 use crate::libraries;
@@ -363,8 +363,6 @@ impl Wanted<'_> {
             );
             return support(py).virtual_array.bind(py).call1(all);
         }
-        let device = self.machine.device(self.device);
-        device.make_current().map_err(|said| raise(py, &said))?;
         let library = self.library.map(Library::name);
         let index = self.device.index();
         let memory = (layout.address, layout.size, layout.offset);

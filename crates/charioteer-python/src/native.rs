@@ -62,7 +62,7 @@ pub enum Scalar {
 
 impl Scalar {
     /// From NumPy's letter and size, where NumPy has them.
-    fn parse(code: &str) -> Option<Self> {
+    pub fn parse(code: &str) -> Option<Self> {
         Some(match code {
             "i1" => Self::Signed(1),
             "i2" => Self::Signed(2),
@@ -100,6 +100,17 @@ impl Scalar {
             Self::Pointer => Type::pointer(),
             Self::Complex(_) => return None,
         })
+    }
+
+    /// Its size.
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::Signed(size) | Self::Unsigned(size) | Self::Float(size) | Self::Complex(size) => {
+                size.into()
+            }
+            Self::Bool | Self::Char => 1,
+            Self::Pointer => 8,
+        }
     }
 
     /// What it takes of the packed arguments.
@@ -638,7 +649,7 @@ fn character(given: &Bound<'_, PyAny>) -> PyResult<u8> {
     )))
 }
 
-fn not_a(wanted: &str, given: &Bound<'_, PyAny>) -> PyErr {
+pub fn not_a(wanted: &str, given: &Bound<'_, PyAny>) -> PyErr {
     let name = given.get_type().name().map_or_else(
         |_| "an object".to_owned(),
         |name| name.to_string_lossy().into_owned(),
@@ -740,6 +751,20 @@ pub struct DtypeHead {
     number: c_int,
 }
 
+impl DtypeHead {
+    /// The type of C that a dtype is, if it is one in the machine's order of bytes.
+    ///
+    /// # Safety
+    /// It is a dtype of NumPy's.
+    pub unsafe fn scalar_of(dtype: &Bound<'_, PyAny>) -> Option<Scalar> {
+        // SAFETY: alive as long as the borrow; nobody changes what a dtype's head says.
+        let head = unsafe { &*dtype.as_ptr().cast::<Self>() };
+        (head.order != FOREIGN)
+            .then(|| numbered(head.number))
+            .flatten()
+    }
+}
+
 pub const C_CONTIGUOUS: c_int = 0x1;
 pub const F_CONTIGUOUS: c_int = 0x2;
 const ALIGNED: c_int = 0x100;
@@ -825,7 +850,7 @@ pub fn checked(
         || described.kind == b'O'
     {
         let wanted = match dtype {
-            Some(wanted) => name(wanted),
+            Some(wanted) => name_of_scalar(wanted),
             None if described.kind == b'O' => "numbers and no Python objects".to_owned(),
             None => "the machine's order of bytes".to_owned(),
         };
@@ -903,7 +928,7 @@ unsafe fn add_up(data: *const u8, shape: &[isize], strides: &[isize], size: usiz
 }
 
 /// What users call a type.
-fn name(scalar: Scalar) -> String {
+pub fn name_of_scalar(scalar: Scalar) -> String {
     match scalar {
         Scalar::Signed(size) => format!("i{size}"),
         Scalar::Unsigned(size) => format!("u{size}"),

@@ -225,14 +225,18 @@ impl Reduction {
         data.call1(("combine", name, target, partials))?;
         let mut own = entry.own;
         own.sort_by_key(|(number, _)| *number);
-        for (_, partial) in own {
-            let partial = partial.bind(py).get();
-            let access = HostEntry::enter(py, partial, charioteer::data::Mode::In)?;
+        if own.is_empty() {
+            return Ok(());
+        }
+        let partials: Vec<&Region> = own.iter().map(|(_, own)| own.bind(py).get()).collect();
+        let access = HostEntry::enter_all(py, &partials, charioteer::data::Mode::In)?;
+        for partial in &partials {
             let rows = partial.readonly_view(py)?;
-            let combined = data.call1(("combine_rows", name, target, rows));
-            drop(access);
+            data.call1(("combine_rows", name, target, rows))?;
+        }
+        drop(access);
+        for partial in partials {
             partial.part().datum().close();
-            combined?;
         }
         Ok(())
     }

@@ -215,6 +215,7 @@ impl PyEngine {
             Some(document) => read_models(py, document)?,
             None => Models::new(),
         };
+        let gpus = machine.map_or_else(Box::default, |machine| machine.get().driven());
         let machine = machine.map(|machine| machine.get().get(py)).transpose()?;
         let process = std::process::id();
         let taken = !is_forked()
@@ -249,9 +250,7 @@ impl PyEngine {
                 policy,
                 !matches!(mapper, Mapper::EarliestFinish),
                 check.unwrap_or(cfg!(feature = "validate")),
-                machine
-                    .as_ref()
-                    .is_some_and(|machine| machine.as_virtual().is_none()),
+                gpus,
             ),
             Config {
                 workers,

@@ -15,6 +15,7 @@ use crate::access::{self, Claim, Claims, Shards};
 use crate::callable::{self, Callable, Prepared};
 use crate::gateway::{self, Hidden, PyRef};
 use crate::interp::{Arguments, Body, Core, Held, Interp, Label, PythonBody, Task};
+use crate::launches;
 use crate::local::{Deferral, Library};
 use crate::native;
 use crate::options::{Keywords, Target, keywords};
@@ -119,6 +120,8 @@ fn hold<'py>(
 /// The body of one call.
 fn body_of(
     py: Python<'_>,
+    engine: &Core,
+    place: (Option<&Options>, Option<usize>),
     prepared: Prepared,
     arguments: Arguments,
     substitute: bool,
@@ -144,6 +147,10 @@ fn body_of(
                 *name = call.name();
             }
             Body::Native(call)
+        }
+        Callable::Kernel(launch) => {
+            let call = launches::Call::new(py, engine, launch, arguments, substitute, place)?;
+            Body::Kernel(Box::new(call))
         }
     })
 }
@@ -182,11 +189,13 @@ fn launch(
         });
         access::body_data(py, declared, claims, deferral.as_ref(), checks, retried)
     };
-    // A body in C is for cores, and gets its arrays here and now as ever.
-    let is_native = |prepared: &Prepared| matches!(prepared.callable, Callable::Native(_));
-    let for_cores = |prepared: &Prepared, body: usize| {
-        if !deferred || !is_native(prepared) {
-            return Ok(None);
+    // A body in C is for cores, and gets its arrays here and now as ever. A kernel gets addresses by itself
+    // when it is launched.
+    let of_its_own = |prepared: &Prepared, body: usize| {
+        match prepared.callable {
+            Callable::Kernel(_) => return Ok(Some(arguments.clone_ref(py))),
+            Callable::Native(_) if deferred => {}
+            _ => return Ok(None),
         }
         if recipe.on_devices(body) {
             let why = format!(
@@ -202,12 +211,14 @@ fn launch(
     let body = match bodies {
         Bodies::One(prepared) => {
             name = prepared.name;
-            let (arguments, substitute) = match for_cores(&prepared, 0)? {
+            let (arguments, substitute) = match of_its_own(&prepared, 0)? {
                 Some(others) => (others, handles),
                 None => (arguments, substitute),
             };
-            let data = data(0)?;
-            body_of(py, prepared, arguments, substitute, wide, data, &mut name)?
+            let (data, place) = (data(0)?, (options.as_deref(), None));
+            body_of(
+                py, engine, place, prepared, arguments, substitute, wide, data, &mut name,
+            )?
         }
         Bodies::Several(candidates) => {
             name = candidates.bodies[0].name;
@@ -217,12 +228,14 @@ fn launch(
                 .enumerate()
                 .map(|(at, prepared)| {
                     let mut name = "";
-                    let (arguments, substitute) = match for_cores(&prepared, at)? {
+                    let (arguments, substitute) = match of_its_own(&prepared, at)? {
                         Some(others) => (others, handles),
                         None => (arguments.clone_ref(py), substitute),
                     };
-                    let data = data(at)?;
-                    body_of(py, prepared, arguments, substitute, wide, data, &mut name)
+                    let (data, place) = (data(at)?, (options.as_deref(), Some(at)));
+                    body_of(
+                        py, engine, place, prepared, arguments, substitute, wide, data, &mut name,
+                    )
                 })
                 .collect::<PyResult<_>>()?;
             Body::Several(Box::new(Several {
@@ -895,6 +908,19 @@ impl TaskFunction {
     #[allow(clippy::unused_self)]
     fn __clear__(&self) {
         // The function's own dictionary and cells are cleared by the collector.
+    }
+}
+
+impl TaskFunction {
+    /// Of a function of ours, which has a base body alone.
+    pub fn plain<'py>(function: Bound<'py, PyAny>, said: Keywords) -> PyResult<Bound<'py, Self>> {
+        let py = function.py();
+        let made = Self {
+            function: function.into(),
+            said,
+            variants: Bound::new(py, VariantTable::new())?.into(),
+        };
+        Bound::new(py, made)
     }
 }
 

@@ -25,6 +25,7 @@ use smallvec::SmallVec;
 use crate::access::Shards;
 use crate::attached::Attached;
 use crate::callable::{self, Callable, Modes, Prepared};
+use crate::data::Region;
 use crate::gateway::PyRef;
 use crate::interp::{Body, Interp, trouble};
 use crate::local::{Deferral, Library};
@@ -685,6 +686,9 @@ fn bytes_of(thing: &Bound<'_, PyAny>) -> PyResult<u64> {
     {
         return Ok(0);
     }
+    if let Ok(region) = thing.cast::<Region>() {
+        return Ok(region.get().nbytes() as u64);
+    }
     if let Ok(bytes) = thing.cast::<PyBytes>() {
         return Ok(bytes.as_bytes().len() as u64);
     }
@@ -737,8 +741,10 @@ impl Bodies {
             Self::Several(candidates) => &candidates.bodies,
         };
         for prepared in all {
-            if let Callable::Native(callee) = &prepared.callable {
-                callee.check_inline()?;
+            match &prepared.callable {
+                Callable::Native(callee) => callee.check_inline()?,
+                Callable::Kernel(launch) => launch.check_inline()?,
+                Callable::Python(..) => {}
             }
         }
         Ok(())

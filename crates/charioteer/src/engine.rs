@@ -35,7 +35,7 @@ use crossbeam_utils::CachePadded;
 
 use crate::data::{Access, AccessTrouble, Group};
 use crate::graph;
-use crate::machine::cpus::Pins;
+use crate::machine::cpus::{Apart, Pins};
 use crate::machine::{Machine, Time};
 use crate::schedule::gang::{Limits, MOST_DEVICES};
 use crate::schedule::gate::Gate;
@@ -373,6 +373,8 @@ pub struct Engine<D: Domain> {
     pub(crate) places: Places<D>,
     /// Where workers are kept, if they are pinned.
     pub(crate) pins: Option<Arc<Pins>>,
+    /// Processors of workers that are not pinned. Models know no processors.
+    pub(crate) apart: Option<Apart>,
     pub(crate) sessions: Gate,
     timer: Arc<Timer<D>>,
     shards: Box<[CachePadded<Shard>]>,
@@ -456,6 +458,11 @@ impl<D: Domain> Engine<D> {
                 threads,
                 config.pins.as_ref().map(Pins::nodes),
             ),
+            apart: if cfg!(loom) || config.pins.is_some() {
+                None
+            } else {
+                Apart::new(config.workers)
+            },
             pins: config.pins.map(Arc::new),
             sessions: Gate::new(),
             timer: Timer::new(),
@@ -683,6 +690,14 @@ impl<D: Domain> Engine<D> {
     pub(crate) fn is_runnable(&self) -> bool {
         self.queues.has_work_in(Lane::Outside)
             || (self.sessions.has_room() && self.queues.has_work_in(Lane::Inside))
+    }
+
+    /// Whether workers are about to start on tasks that need a session: such are ready, and there is
+    /// a worker for one more.
+    pub fn is_starting(&self) -> bool {
+        self.places.has_takers()
+            && self.sessions.has_room()
+            && self.queues.has_work_in(Lane::Inside)
     }
 
     /// Whether the machine has a core that no task uses.

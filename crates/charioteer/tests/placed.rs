@@ -50,6 +50,7 @@ struct Use {
     array: usize,
     at: Where,
     mode: Mode,
+    ordered: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -163,8 +164,15 @@ fn plan(mishaps: bool) -> impl Strategy<Value = Plan> {
         } else {
             prop_oneof![2 => Just(Mode::In), 2 => Just(Mode::Out), 2 => Just(Mode::InOut)].boxed()
         };
+        let ordered = prop::bool::weighted(0.95);
         let access =
-            (0..2_usize, place(kinds), mode).prop_map(|(array, at, mode)| Use { array, at, mode });
+            (0..2_usize, place(kinds), mode, ordered).prop_map(|(array, at, mode, ordered)| Use {
+                array,
+                at,
+                mode,
+                // What is unordered races: it reads, and nobody looks at what.
+                ordered: ordered || mode != Mode::In,
+            });
         let weight = u32::from(!commutes);
         let twist = prop_oneof![
             16 => Just(Twist::None),
@@ -562,7 +570,13 @@ fn run(plan: &Plan) {
                 && one.mode != Mode::In
                 && !region.is_empty()
                 && count < 2;
-            task = task.accesses(said);
+            task = task.accesses(Access {
+                ordered: one.ordered,
+                ..said
+            });
+            if !one.ordered {
+                continue;
+            }
             rows.push(count);
             all.push(Touched {
                 access,

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use charioteer::gang::{Alternative, Member, WHOLE};
 use charioteer::machine::{Description, DeviceError, DeviceId, HOST, Kind, Machine, Time};
+use charioteer::mapping::policy::Mapper;
 use charioteer::mapping::{Choice, On};
 use charioteer::native::{
     Access, AccessTrouble, Builder, Datum, HostError, Mode, Runtime, SpawnError, TaskError, View,
@@ -645,5 +646,32 @@ fn an_array_that_stays_at_home_is_not_asked_for() {
         assert!(!home.datum.storage().unwrap().is_scattered());
         assert!(away.datum.storage().unwrap().is_scattered());
         runtime.close().unwrap();
+    });
+}
+
+#[test]
+fn by_locality_a_call_goes_where_its_data_are() {
+    within(60, || {
+        let machine = machine(3, MEMORY, Time::Virtual);
+        let mapper = Mapper::named("locality", 0).unwrap();
+        let runtime = builder(&machine, 0).mapper(mapper).open().unwrap();
+        let array = Array::new("A", 1 << 16);
+        let part = array.datum.whole();
+        let choice = Choice {
+            variant: 0,
+            label: String::new(),
+            on: On::Devices(set(&[GPU]).remove(0)),
+            cost: None,
+        };
+        let choices = runtime.choices("f", vec![choice]).unwrap();
+        let gpu = DeviceId::gpu(2);
+        runtime.prefetch(&part, gpu).unwrap().result().unwrap();
+        for _ in 0..3 {
+            let task = runtime.task().choices(&choices, 1).updates(&part);
+            let task = task.spawn(|| current().unwrap().streams()[0].0).unwrap();
+            assert_eq!(*task.result().unwrap(), gpu);
+        }
+        runtime.close().unwrap();
+        assert_eq!(copies(&machine), [(0, 3, 1), (3, 0, 1)]);
     });
 }

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from charioteer.bench import bodies, gil_runs, graphs, probes, records
+from charioteer.bench import bodies, gil_runs, pages, probes, records, runners
 from charioteer.bench.command import (
     Conduct,
     OptionError,
@@ -32,7 +32,18 @@ from charioteer.bench.command import (
     positive,
     print_machine,
 )
-from charioteer.bench.gil_runs import DASK, JOBLIB, LOOP, NATIVE, PARLA_2, PARLA_3, RAY, SHARED
+from charioteer.bench.gil_runs import (
+    DASK,
+    JOBLIB,
+    LIMIT,
+    LOOP,
+    NATIVE,
+    NATIVE_LIMIT,
+    PARLA_2,
+    PARLA_3,
+    RAY,
+    SHARED,
+)
 from charioteer.bench.harness import (
     OURS,
     Bar,
@@ -101,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"who runs beside charioteer: all, none, or some of {', '.join(PEERS)}",
     )
     sweep = parser.add_argument_group("the sweep", "lists of values, separated by commas")
-    sweep.add_argument("--graphs", metavar="A,B", help=f"some of {', '.join(graphs.SHAPES)}")
+    sweep.add_argument("--graphs", metavar="A,B", help=f"some of {', '.join(runners.SHAPES)}")
     sweep.add_argument("--times", metavar="MS,MS", help="task times in milliseconds")
     sweep.add_argument(
         "--shares", metavar="X,X", help="parts of the time that hold the GIL, 0 to 1"
@@ -150,7 +161,7 @@ def run(options: argparse.Namespace) -> int:
     console = Console(highlight=False)
     for path in filter(None, (options.json, options.report)):
         check_writable(path)
-    if options.report is not None and Path(options.report).suffix not in gil_report.SUFFIXES:
+    if options.report is not None and Path(options.report).suffix not in pages.SUFFIXES:
         raise OptionError(f"a report ends in .html or .md, not as {options.report}")
     if options.sources:
         if options.report is None:
@@ -250,7 +261,7 @@ class Settings:
         self.quick, self.full = quick, full
         self.runs = runs or (2 if quick else 3)
         self.peers = tuple(peers if peers is not None else ["threadpool"] if quick else PEERS)
-        self.shapes = tuple(shapes or (graphs.SHAPES if full else ["independent"]))
+        self.shapes = tuple(shapes or (runners.SHAPES if full else ["independent"]))
         self.times = tuple(
             times or ([5e-5, 2.5e-4, 1e-3, 4e-3, 1.6e-2, 6.4e-2] if full else [1e-3])
         )
@@ -284,7 +295,7 @@ class Settings:
             full=options.full,
             runs=options.runs,
             peers=choice("peer", options.peers, tuple(PEERS)),
-            shapes=choice("graph", options.graphs, tuple(graphs.SHAPES)),
+            shapes=choice("graph", options.graphs, tuple(runners.SHAPES)),
             times=None if times is None else [1e-3 * time for time in times],
             shares=_numbers("--shares", options.shares, float, 0, 1),
             slices=_numbers("--slices", options.slices, int, 1, 10_000),
@@ -410,6 +421,11 @@ def _widths(settings: Settings, workers: int) -> list[int]:
     return ladder(workers) if not settings.quick else sorted({1, workers})
 
 
+def _bare(held: float, workers: int) -> list[int]:
+    """The numbers of bare threads that may be the best: those that use the GIL up, by and large."""
+    return [n for n in ladder(workers) if 0.5 <= n * held <= 2] or [workers]
+
+
 def _sweep(settings: Settings) -> list[Measure]:
     return [
         _cell(settings, shape, seconds, held, slices, workers)
@@ -425,7 +441,7 @@ def _cell(
     settings: Settings, shape: str, seconds: float, held: float, slices: int, workers: int
 ) -> Measure:
     tasks = settings.count(seconds)
-    graph = graphs.make(shape, tasks)
+    graph = runners.SHAPES[shape](tasks)
     text = f"{shape}, {1e3 * seconds:g} ms, {held:.0%} held, {slices} slice{'s' * (slices > 1)}"
     given = {
         "shape": shape,
@@ -437,7 +453,7 @@ def _cell(
     }
 
     def spec(runtime: str, of: str, at_once: int, flavour: str, **more: int) -> Spec:
-        gil = flavour == WITH_GIL and runtime != NATIVE
+        gil = flavour == WITH_GIL and runtime not in (NATIVE, NATIVE_LIMIT)
         about = 1.3 * graph.ideal(seconds, held, at_once, gil=gil)
         run: dict[str, Any] = given | {"runtime": of, "workers": workers} | more
         return Spec(runtime, text, run["workers"], "cell", run, about)
@@ -449,6 +465,12 @@ def _cell(
             for width in _widths(settings, workers)
         ]
         found.append(spec(NATIVE, NATIVE, workers, flavour))
+        if not graph.edges:
+            found += [
+                spec(LIMIT, LIMIT, threads, flavour, workers=threads)
+                for threads in _bare(held if flavour == WITH_GIL else 0.0, workers)
+            ]
+            found.append(spec(NATIVE_LIMIT, NATIVE_LIMIT, workers, flavour))
         for runtime in settings.runtimes():
             if runtime == THREAD_POOL and not settings.quick:
                 found += [
@@ -531,6 +553,10 @@ def _pure(settings: Settings) -> list[Measure]:
     text = f"{tasks:,} times 1 ms of bytecode"
     runtimes = [OURS, *settings.pool()]
 
+    def bare(flavour: str, workers: int) -> list[str]:
+        # With the GIL the loop is the limit.
+        return [LIMIT] if flavour == WITHOUT_GIL and workers in (1, settings.most) else []
+
     def specs(flavour: str) -> list[Spec]:
         given = {"tasks": tasks, "rounds": rounds}
         about = tasks * seconds * 1.1
@@ -545,7 +571,7 @@ def _pure(settings: Settings) -> list[Measure]:
                 about / (1 if flavour == WITH_GIL else workers),
             )
             for workers in widths
-            for runtime in runtimes
+            for runtime in (*runtimes, *bare(flavour, workers))
         ]
 
     bars = []

@@ -39,10 +39,11 @@ SUMMARY = "what a task on real GPUs costs, beside plain CuPy"
 
 DESCRIPTION = """\
 Measure tasks on real GPUs: empty ones on one GPU and on two, with 1, 4 and 16 workers and with
-PyTorch imported; a chain of small additions beside the same loop in plain CuPy; how soon a result
-is told beside a wait for the stream, and a short task beside a long one. And managed arrays: a
-chain by regions, copies, tiled Cholesky and a matrix product beside one library call, k-means and
-Jacobi's iteration on one GPU and on two, and a working set that is larger than the memory.
+PyTorch imported; a chain of small additions, by CuPy and as native kernels, beside the same loop in
+plain CuPy; how soon a result is told beside a wait for the stream, and a short task beside a long
+one. And managed arrays: a chain by regions, copies, tiled Cholesky and a matrix product beside one
+library call, k-means and Jacobi's iteration on one GPU and on two, and a working set that is larger
+than the memory.
 """
 
 WORKERS = (1, 4, 16)
@@ -53,11 +54,19 @@ EMPTY = {1: 5.0, 2: 9.0}
 GROWTH = 1.3
 TORCH = 1.3
 CHAIN = 1.5
+NATIVE = 0.6
+REGIONS = 3.5
+"""Microseconds that a native kernel with two regions may cost in a chain."""
 LATE = 20.0
 """Microseconds that a result may be later than a stream that is waited for."""
 BESIDE = 200.0
 PLAIN = "plain CuPy"
-NAMES = ("empty", "torch", "two", "chain", "result", "beside", *gpu_data.NAMES)
+USUAL = ("empty", "torch", "two", "chain", "kernel", "result", "beside", *gpu_data.NAMES)
+NAMES = (*USUAL, "soak")
+"""The soak takes a while, and is made when it is asked for."""
+SOAK = 1_000_000
+GROWN = 16.0
+"""MiB that host or device memory may be larger after the soak than after a tenth of it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tasks", type=positive, metavar="N", help="tasks in one run (default: 20000)"
     )
-    parser.add_argument("--only", metavar="A,B", help=f"some of {', '.join(NAMES)}")
+    parser.add_argument(
+        "--only", metavar="A,B", help=f"some of {', '.join(NAMES)} (default: all but soak)"
+    )
     for name, default in vars(gpu_data.Sizes()).items():
         words = _SIZES[name]
         parser.add_argument(
@@ -96,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         OptionError: the options name an unknown measure, or a file that cannot be written.
     """
-    only = choice("measure", options.only, NAMES) or NAMES
+    only = choice("measure", options.only, NAMES) or USUAL
     said = {name: getattr(options, name) for name in _SIZES}
     sizes = gpu_data.Sizes(**{name: size for name, size in said.items() if size is not None})
     chosen = [one for one in measures(options.tasks or 20_000, sizes) if one.name in only]
@@ -111,8 +122,10 @@ def measures(tasks: int, sizes: gpu_data.Sizes) -> list[Measure]:
         _torch(tasks, params),
         _empty(2, tasks, params),
         _chain(min(tasks, 10_000), params),
+        _kernel(tasks, params),
         _result(params),
         _beside(params),
+        _soak(params),
         *gpu_data.measures(sizes, params, _need),
     ]
 
@@ -129,11 +142,16 @@ def _devices() -> dict[str, Any]:
     return {"devices": [one.name for one in gpus], "driver": driver}
 
 
-def _need(gpus: int) -> Any:
-    """CuPy, where there are as many GPUs."""
+def _count(gpus: int) -> None:
+    """That there are as many GPUs."""
     found = len(ch.Machine.detect().gpus)
     if found < gpus:
         raise Missing(f"{gpus} GPUs: there are {found}")
+
+
+def _need(gpus: int) -> Any:
+    """CuPy, where there are as many GPUs."""
+    _count(gpus)
     try:
         import cupy
     except ImportError:
@@ -244,7 +262,7 @@ def _chain(length: int, params: dict[str, Any]) -> Measure:
 
     def plain() -> Sample:
         cupy = _need(1)
-        x, y = cupy.zeros(1024, cupy.float32), cupy.ones(1024, cupy.float32)
+        x, y = _vectors(cupy)
         with cupy.cuda.Stream(non_blocking=True) as stream:
             cupy.add(x, y, out=x)
             stream.synchronize()
@@ -255,28 +273,58 @@ def _chain(length: int, params: dict[str, Any]) -> Measure:
             time = perf_counter() - start
         return Sample({PER_TASK: 1e6 * time / length})
 
+    def chained(add: Any, *arguments: Any) -> Sample:
+        """So many tasks, each after the one before by its name."""
+        with ch.Runtime(workers=1) as rt:
+            add(*arguments).result()
+            T = ch.TaskSpace("T")
+            before = rt.stats()["devices"][gpu(0)]["host_synchronisations"]
+            start = perf_counter()
+            last = add.options(T[0])(*arguments)
+            for i in range(1, length):
+                last = add.options(T[i], dependencies=T[i - 1])(*arguments)
+            last.result()
+            time = perf_counter() - start
+            waits = rt.stats()["devices"][gpu(0)]["host_synchronisations"] - before
+        return Sample({PER_TASK: 1e6 * time / length, "host synchronisations": waits})
+
     def ours() -> Sample:
         cupy = _need(1)
-        x, y = cupy.zeros(1024, cupy.float32), cupy.ones(1024, cupy.float32)
-        cupy.cuda.get_current_stream().synchronize()
+        x, y = _vectors(cupy)
 
         @ch.task(placement=gpu(0))
         def add() -> None:
             cupy.add(x, y, out=x)
 
+        sample = chained(add)
+        assert float(x[0]) == length + 1
+        return sample
+
+    def native() -> Sample:
+        x, y = _vectors(_need(1))
+        sample = chained(_add()[8, 128], x, y)
+        assert float(x[0]) == length + 1
+        return sample
+
+    def regions() -> Sample:
+        _count(1)
+        X, Y = ch.zeros(1024, "f4"), ch.full(1024, 1, "f4")
+        add = _add()[8, 128]
         with ch.Runtime(workers=1) as rt:
-            add().result()
-            T = ch.TaskSpace("T")
+            add(X, Y).result()
             before = rt.stats()["devices"][gpu(0)]["host_synchronisations"]
             start = perf_counter()
-            last = add.options(T[0])()
-            for i in range(1, length):
-                last = add.options(T[i], dependencies=T[i - 1])()
+            last = add(X, Y)
+            for _ in range(1, length):
+                last = add(X, Y)
             last.result()
             time = perf_counter() - start
             waits = rt.stats()["devices"][gpu(0)]["host_synchronisations"] - before
-        assert float(x[0]) == length + 1
+            assert X.numpy()[0] == length + 1
         return Sample({PER_TASK: 1e6 * time / length, "host synchronisations": waits})
+
+    kernels = f"chain of {length} native kernels"
+    inferred = f"chain of {length} native kernels by regions"
 
     return Measure(
         name="chain",
@@ -284,6 +332,8 @@ def _chain(length: int, params: dict[str, Any]) -> Measure:
         contestants=[
             Contestant(PLAIN, case, plain, None, params),
             Contestant(OURS, case, ours, 1, params),
+            Contestant(OURS, kernels, native, 1, params),
+            Contestant(OURS, inferred, regions, 1, params),
         ],
         units={PER_TASK: "µs", "host synchronisations": ""},
         bars=[
@@ -296,7 +346,74 @@ def _chain(length: int, params: dict[str, Any]) -> Measure:
                 lacking=PLAIN,
             ),
             absolute(case, "host synchronisations", "", 0, 1),
+            Bar(
+                case=kernels,
+                metric=f"{OURS} / {PLAIN}",
+                unit="x",
+                values=ratio(Key(OURS, kernels, 1), Key(PLAIN, case), PER_TASK),
+                limit=NATIVE,
+                lacking=PLAIN,
+            ),
+            absolute(kernels, "host synchronisations", "", 0, 1),
+            absolute(inferred, PER_TASK, "µs", REGIONS, 1),
+            Bar(
+                case=inferred,
+                metric=f"{OURS} / {PLAIN}",
+                unit="x",
+                values=ratio(Key(OURS, inferred, 1), Key(PLAIN, case), PER_TASK),
+                limit=NATIVE,
+                lacking=PLAIN,
+            ),
+            absolute(inferred, "host synchronisations", "", 0, 1),
         ],
+    )
+
+
+def _vectors(cupy: Any) -> tuple[Any, Any]:
+    x, y = cupy.zeros(1024, cupy.float32), cupy.ones(1024, cupy.float32)
+    cupy.cuda.get_current_stream().synchronize()
+    return x, y
+
+
+def _add() -> ch.Kernel:
+    """``x += y`` for 1,024 numbers, as what CuPy launches for that."""
+    return ch.kernel(
+        r"""
+extern "C" __global__ void add(float* x, const float* y) {
+    unsigned at = blockIdx.x * blockDim.x + threadIdx.x;
+    if (at < 1024) x[at] += y[at];
+}
+""",
+        "add",
+        ("*f4", "const *f4"),
+        placement=gpu(0),
+    )
+
+
+def _kernel(tasks: int, params: dict[str, Any]) -> Measure:
+    case = "a task that is one native kernel"
+
+    def ours(workers: int) -> Sample:
+        x, y = _vectors(_need(1))
+        add = _add()
+        with ch.Runtime(workers=workers):
+            add[8, 128](x, y).result()
+            start = perf_counter()
+            ch.wait([add[8, 128](x, y) for _ in range(tasks)])
+            time = perf_counter() - start
+        assert float(x[0]) == tasks + 1
+        return Sample({PER_TASK: 1e6 * time / tasks})
+
+    return Measure(
+        name="kernel",
+        title="Independent native kernels on 1 GPU, each of which takes all of it",
+        contestants=[
+            Contestant(OURS, case, functools.partial(ours, workers), workers, params)
+            for workers in WORKERS
+        ],
+        units={PER_TASK: "µs"},
+        bars=[],
+        note="From the first spawn until the last is complete, over their number.",
     )
 
 
@@ -423,4 +540,65 @@ def _beside(params: dict[str, Any]) -> Measure:
         units={DELAY: "µs", "the latest": "µs"},
         bars=[absolute(case, DELAY, "µs", BESIDE + 10, 4)],
         note="The kernel's 10 µs are in it.",
+    )
+
+
+def _soak(params: dict[str, Any]) -> Measure:
+    case = f"{SOAK:,} tasks"
+
+    def ours() -> Sample:
+        cupy = _need(1)
+        x, y = _vectors(cupy)
+        add = _add()[8, 128]
+
+        @ch.task(placement=gpu(0))
+        def body(x: Any) -> Any:
+            return x + 1
+
+        def some(count: int) -> None:
+            """Kernels and bodies that allocate, chained and on their own."""
+            for _ in range(count // 1000):
+                T = ch.TaskSpace("T")
+                for i in range(0, 996, 4):
+                    add.options(T[i], dependencies=T[i - 1])(x, y)
+                    body.options(T[i + 1], dependencies=T[i])(x)
+                    add.options(T[i + 2], dependencies=T[i + 1])(x, y)
+                    body.options(T[i + 3])(x)
+                for _ in range(4):
+                    add(x, y)
+                T[:].result()
+
+        def held() -> tuple[float, float]:
+            with open("/proc/self/statm") as file:
+                pages = int(file.read().split()[1])
+            free, total = cupy.cuda.runtime.memGetInfo()
+            return pages * 4096 / (1 << 20), (total - free) / (1 << 20)
+
+        with ch.Runtime(workers=4):
+            some(SOAK // 10)
+            before = held()
+            start = perf_counter()
+            some(SOAK - SOAK // 10)
+            time = perf_counter() - start
+            after = held()
+        return Sample(
+            {
+                PER_TASK: 1e6 * time / (SOAK - SOAK // 10),
+                "host memory grew": after[0] - before[0],
+                "device memory grew": after[1] - before[1],
+            }
+        )
+
+    return Measure(
+        name="soak",
+        title="Many tasks in one runtime",
+        contestants=[Contestant(OURS, case, ours, 4, params)],
+        units={PER_TASK: "µs", "host memory grew": "MiB", "device memory grew": "MiB"},
+        bars=[
+            absolute(case, "host memory grew", "MiB", GROWN, 4),
+            absolute(case, "device memory grew", "MiB", GROWN, 4),
+        ],
+        runs=1,
+        warmup=0,
+        note="Native kernels and bodies that allocate; from a tenth of them on.",
     )

@@ -92,12 +92,6 @@ def measures(sizes: Sizes, params: dict[str, Any], need: Callable[[int], Any]) -
 Need = Callable[[int], Any]
 
 
-def _finish() -> None:
-    """Waits for all that was spawned on the GPUs so far, without a copy home."""
-    for index in range(len(ch.Machine.detect().gpus)):
-        ch.spawn(placement=gpu(index))(lambda: None).result()
-
-
 def _wait(tasks: list[ch.Task[Any]]) -> None:
     for task in tasks:
         task.result()
@@ -168,7 +162,7 @@ def _regions(sizes: Sizes, params: dict[str, Any], need: Need) -> Measure:
 
 # ---- copies -----------------------------------------------------------------------------------
 
-REGIONS = 16
+REGIONS = 32
 
 
 def _copies(sizes: Sizes, params: dict[str, Any], need: Need) -> Measure:
@@ -226,14 +220,10 @@ def _copies(sizes: Sizes, params: dict[str, Any], need: Need) -> Measure:
         parts = A.shards(REGIONS)
         with ch.Runtime(workers=1):
             # Contexts, streams and pinned pages are there when the clock starts.
-            for part in parts:
-                touch(part)
-            _finish()
+            ch.wait([touch(part) for part in parts])
             if way == "peer":
                 _wait([part.prefetch(gpu(1)) for part in parts])
-                for part in parts:
-                    touch(part)
-                _finish()
+                ch.wait([touch(part) for part in parts])
                 start = perf_counter()
                 _wait([part.prefetch(gpu(1)) for part in parts])
                 time = perf_counter() - start
@@ -244,9 +234,7 @@ def _copies(sizes: Sizes, params: dict[str, Any], need: Need) -> Measure:
                 _wait([part.prefetch(gpu(0)) for part in parts])
                 time = perf_counter() - start
                 if way == "device to host":
-                    for part in parts:
-                        touch(part)
-                    _finish()
+                    ch.wait([touch(part) for part in parts])
                     start = perf_counter()
                     with A.host("r"):
                         time = perf_counter() - start
@@ -379,15 +367,15 @@ def _cholesky(sizes: Sizes, params: dict[str, Any], need: Need) -> Measure:
         A = ch.empty((n, n)).tiles((tile, tile))
         count = A.shape[0]
         with ch.Runtime(workers=4):
-            for i in range(count):
-                for j in range(i + 1):
-                    build.options(placement=gpu(i % gpus))(A[i, j], i * tile, j * tile)
             small = ch.array(np.eye(64)).tiles((16, 16))
-            tiled.cholesky(small, gpus, kernels)
-            _finish()
+            with ch.TaskGroup():
+                for i in range(count):
+                    for j in range(i + 1):
+                        build.options(placement=gpu(i % gpus))(A[i, j], i * tile, j * tile)
+                tiled.cholesky(small, gpus, kernels)
             start = perf_counter()
-            tiled.cholesky(A, gpus, kernels)
-            _finish()
+            with ch.TaskGroup():
+                tiled.cholesky(A, gpus, kernels)
             time = perf_counter() - start
             found = np.tril(A[count - 1, count - 1].numpy())
             if "plain" in corner and n % tile == 0:
@@ -454,17 +442,17 @@ def _product(sizes: Sizes, params: dict[str, Any], need: Need) -> Measure:
         B = ch.empty((n, n), np.float32).tiles((n, block))
         C = ch.empty((n, n), np.float32).tiles((block, block))
         with ch.Runtime(workers=4):
-            for i in range(A.shape[0]):
-                fill.options(placement=gpu(i % gpus))(A[i, 0], 0.5)
-                fill.options(placement=gpu(i % gpus))(B[0, i], 2.0)
-                for j in range(C.shape[1]):
-                    fill.options(placement=gpu(i % gpus))(C[i, j], 0.0)
-            a, b, c = (ch.full((64, 64), 1, np.float32).tiles((64, 64)) for _ in range(3))
-            tiled.product(a, b, c, gpus)
-            _finish()
+            a, b, c = (ch.full((64, 64), 1, np.float32).tiles((16, 64)) for _ in range(3))
+            with ch.TaskGroup():
+                for i in range(A.shape[0]):
+                    fill.options(placement=gpu(i % gpus))(A[i, 0], 0.5)
+                    fill.options(placement=gpu(i % gpus))(B[0, i], 2.0)
+                    for j in range(C.shape[1]):
+                        fill.options(placement=gpu(i % gpus))(C[i, j], 0.0)
+                tiled.product(a, b.base.tiles((64, 64)), c.base.tiles((16, 64)), gpus)
             start = perf_counter()
-            tiled.product(A, B, C, gpus)
-            _finish()
+            with ch.TaskGroup():
+                tiled.product(A, B, C, gpus)
             time = perf_counter() - start
             last = C[C.shape[0] - 1, C.shape[1] - 1]
             assert float(last[-1, -1].numpy()) == n
@@ -521,11 +509,11 @@ def _kmeans(sizes: Sizes, params: dict[str, Any], need: Need) -> Measure:
         totals = ch.zeros((CLUSTERS, FEATURES + 1), np.float32)
         with ch.Runtime(workers=4):
             first = 0
-            for at, part in enumerate(points.shards(gpus * SHARDS)):
-                make.options(placement=gpu(at // SHARDS))(part, first)
-                first += len(part)
-            tiled.kmeans(points, centers, totals, 1, gpus, SHARDS)
-            _finish()
+            with ch.TaskGroup():
+                for at, part in enumerate(points.shards(gpus * SHARDS)):
+                    make.options(placement=gpu(at // SHARDS))(part, first)
+                    first += len(part)
+                tiled.kmeans(points, centers, totals, 1, gpus, SHARDS)
             start = perf_counter()
             tiled.kmeans(points, centers, totals, ROUNDS, gpus, SHARDS)
             found = centers.numpy()
@@ -560,11 +548,11 @@ def _jacobi(sizes: Sizes, params: dict[str, Any], need: Need) -> Measure:
         grid[0] = 1
         old, new = tiled.Stripes(grid, gpus * STRIPES), tiled.Stripes(grid, gpus * STRIPES)
         with ch.Runtime(workers=4):
-            tiled.jacobi(old, new, 2, gpus)
-            _finish()
+            with ch.TaskGroup():
+                tiled.jacobi(old, new, 2, gpus)
             start = perf_counter()
-            tiled.jacobi(old, new, SWEEPS, gpus)
-            _finish()
+            with ch.TaskGroup():
+                tiled.jacobi(old, new, SWEEPS, gpus)
             time = perf_counter() - start
             rows = old.arrays[0][: min(SWEEPS, n)].numpy()
             wanted = known.setdefault("rows", rows)
@@ -637,14 +625,9 @@ def _spill(sizes: Sizes, params: dict[str, Any], need: Need) -> Measure:
         A = ch.zeros((TILES, size), np.float32)
         tiles = list(A)
         with ch.Runtime(machine, workers=1):
-            for one in tiles:
-                touch(one)
-            _finish()
+            ch.wait([touch(one) for one in tiles])
             start = perf_counter()
-            for _ in range(PASSES):
-                for one in tiles:
-                    touch(one)
-            _finish()
+            ch.wait([touch(one) for _ in range(PASSES) for one in tiles])
             time = perf_counter() - start
         assert (A.numpy()[:, 0] == PASSES + 1).all()
         room = sizes.budget // (size * 4)

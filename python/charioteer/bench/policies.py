@@ -17,14 +17,15 @@ from __future__ import annotations
 
 import argparse
 import functools
-import heapq
 import random
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import charioteer as ch
+from charioteer import graphs
 from charioteer.bench import movement
 from charioteer.bench.command import (
     OptionError,
@@ -34,6 +35,8 @@ from charioteer.bench.command import (
     positive,
 )
 from charioteer.bench.harness import OURS, Contestant, Measure, Sample, absolute
+from charioteer.graphs import Graph
+from charioteer.graphs.shapes import any_dag
 
 if TYPE_CHECKING:
     from charioteer.devices import DeviceSet, Kind
@@ -56,6 +59,8 @@ NAMES = (*STILL, *movement.NAMES)
 
 GPUS = 4
 """The devices of all but the mix."""
+ON = ("gpu",)
+SITE = graphs.Site(cores=0, gpus=GPUS)
 MIX_GPUS = 8
 WIDTHS = (1, 2, 4, 8)
 """How many devices a task of the mix takes."""
@@ -78,21 +83,6 @@ LEAST_FASTEST = 95.0
 MOST_EXCESS = 1.05
 MIX_BARS = {32: 0.88, 128: 0.95}
 """What part of the devices' time is to be used, by how much tasks may be overtaken."""
-
-
-class Node(NamedTuple):
-    """A task of a graph."""
-
-    kind: str
-    """Its function."""
-    seconds: float
-    after: tuple[int, ...]
-    """The tasks before it, by their places in the graph."""
-    priority: int = 0
-
-
-Graph = list[Node]
-"""In the order in which they are spawned: dependencies come first."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -207,95 +197,38 @@ def cholesky(tiles: int, chance: random.Random) -> Graph:
     are fast and factorizations are not.
     """
     seconds = {"potrf": 1.4, "trsm": 0.9, "syrk": 0.7, "gemm": 1.1}
-    graph: Graph = []
-    places: dict[tuple[int, ...], int] = {}
-
-    def add(kind: str, name: tuple[int, ...], column: int, *after: tuple[int, ...]) -> None:
-        places[name] = len(graph)
-        before = tuple(places[one] for one in after if one in places)
-        time = seconds[kind] * MILLISECOND * chance.uniform(0.9, 1.1)
-        graph.append(Node(kind, time, before, tiles - column))
-
-    # A task is called by the tile that it writes and the step: (row, column, step).
-    for k in range(tiles):
-        add("potrf", (k, k, k), k, (k, k, k - 1))
-        for i in range(k + 1, tiles):
-            add("trsm", (i, k, k), k, (k, k, k), (i, k, k - 1))
-        for i in range(k + 1, tiles):
-            for j in range(k + 1, i):
-                add("gemm", (i, j, k), j, (i, k, k), (j, k, k), (i, j, k - 1))
-            add("syrk", (i, i, k), i, (i, k, k), (i, i, k - 1))
-    return graph
+    shape = graphs.make("cholesky", tiles)
+    times = [seconds[kind] * MILLISECOND * chance.uniform(0.9, 1.1) for kind in shape.kinds]
+    graph = graphs.describe(shape, on=ON, seconds=times)
+    # A task is called by the tile that it writes, row and column, and the step.
+    urgent = [
+        replace(task, priority=tiles - name[1])
+        for task, name in zip(graph, shape.names, strict=True)
+    ]
+    return Graph(graph.name, tuple(urgent))
 
 
 def stencil(blocks: int, steps: int, chance: random.Random) -> Graph:
     """A row of blocks over time, each after itself and its neighbours in the step before."""
-    graph: Graph = []
-    for step in range(steps):
-        first = (step - 1) * blocks
-        for block in range(blocks):
-            near = range(max(0, block - 1), min(blocks, block + 2)) if step else ()
-            after = tuple(first + other for other in near)
-            graph.append(Node("step", MILLISECOND * chance.uniform(0.9, 1.1), after))
-    return graph
+    shape = graphs.make("stencil", blocks, steps)
+    times = [MILLISECOND * chance.uniform(0.9, 1.1) for _ in shape.before]
+    return graphs.describe(shape, on=ON, seconds=times)
 
 
 def reduction(blocks: int, chance: random.Random) -> Graph:
     """Blocks of unequal work whose results are added in pairs."""
-    graph = [Node("block", MILLISECOND * chance.uniform(0.5, 1.5), ()) for _ in range(blocks)]
-    level = list(range(blocks))
-    while len(level) > 1:
-        odd = level[len(level) & ~1 :]
-        pairs = list(zip(level[::2], level[1::2], strict=False))
-        level = [*range(len(graph), len(graph) + len(pairs)), *odd]
-        graph += [Node("add", 0.5 * MILLISECOND, pair) for pair in pairs]
-    return graph
+    shape = graphs.make("reduction", blocks)
+    times = [
+        MILLISECOND * (chance.uniform(0.5, 1.5) if kind == "block" else 0.5) for kind in shape.kinds
+    ]
+    return graphs.describe(shape, on=ON, seconds=times)
 
 
 def any_graph(tasks: int, chance: random.Random) -> Graph:
     """Tasks with up to three of the last sixty before them, and exponential run times."""
-    graph: Graph = []
-    for task in range(tasks):
-        near = range(max(0, task - 60), task)
-        after = {chance.choice(near) for _ in range(chance.randrange(4))} if near else set()
-        seconds = chance.expovariate(1 / MILLISECOND)
-        graph.append(Node("node", seconds, tuple(sorted(after))))
-    return graph
-
-
-def bound(graph: Graph, gpus: int) -> float:
-    """Seconds below which no schedule comes."""
-    ends: list[float] = []
-    for node in graph:
-        ends.append(node.seconds + max((ends[one] for one in node.after), default=0.0))
-    return max(max(ends), sum(node.seconds for node in graph) / gpus)
-
-
-def list_schedule(graph: Graph, gpus: int) -> float:
-    """The makespan, in seconds, if who has the longest chain behind it goes first."""
-    next_ones: list[list[int]] = [[] for _ in graph]
-    missing = [len(node.after) for node in graph]
-    for place, node in enumerate(graph):
-        for one in node.after:
-            next_ones[one].append(place)
-    behind = [0.0] * len(graph)
-    for place in reversed(range(len(graph))):
-        chains = (behind[one] for one in next_ones[place])
-        behind[place] = graph[place].seconds + max(chains, default=0.0)
-    ready = [(-behind[place], place) for place, left in enumerate(missing) if not left]
-    heapq.heapify(ready)
-    running: list[tuple[float, int]] = []
-    now = 0.0
-    while ready or running:
-        while ready and len(running) < gpus:
-            _, place = heapq.heappop(ready)
-            heapq.heappush(running, (now + graph[place].seconds, place))
-        now, place = heapq.heappop(running)
-        for one in next_ones[place]:
-            missing[one] -= 1
-            if not missing[one]:
-                heapq.heappush(ready, (-behind[one], one))
-    return now
+    shape = any_dag(tasks, 60, chance.getrandbits(32))
+    times = [chance.expovariate(1 / MILLISECOND) for _ in shape.before]
+    return graphs.describe(shape, on=ON, seconds=times)
 
 
 def busy(seconds: float) -> None:
@@ -346,11 +279,11 @@ def _graph(name: str, title: str, make: Callable[[random.Random], Graph]) -> Mea
     made = functools.cache(lambda seed: make(random.Random(seed)))
 
     def sample(graph: Graph, makespan: float) -> Sample:
-        work = sum(node.seconds for node in graph)
+        work = sum(task.seconds for task in graph)
         return Sample(
             {
                 MAKESPAN: makespan / MILLISECOND,
-                ABOVE: makespan / bound(graph, GPUS),
+                ABOVE: makespan / graphs.bounds(graph, SITE).makespan,
                 UTILISATION: work / (GPUS * makespan),
             }
         )
@@ -364,7 +297,7 @@ def _graph(name: str, title: str, make: Callable[[random.Random], Graph]) -> Mea
 
     def reference() -> Sample:
         graph = made(next(seeds))
-        return sample(graph, list_schedule(graph, GPUS))
+        return sample(graph, graphs.list_schedule(graph, SITE).makespan)
 
     params = {"graph": name, "devices": GPUS, "tasks": len(made(0))}
     return Measure(

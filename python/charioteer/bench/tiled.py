@@ -76,8 +76,8 @@ class Blas:
 
     def __init__(self) -> None:
         import cupy
-        from cupy.cuda import cublas, device
-        from cupy_backends.cuda.libs import cusolver
+        from cupy.cuda import device
+        from cupy_backends.cuda.libs import cublas, cusolver
 
         self._cupy, self._cublas, self._cusolver, self._device = cupy, cublas, cusolver, device
         self._one, self._minus = np.ones(1), -np.ones(1)

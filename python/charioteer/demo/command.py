@@ -35,6 +35,7 @@ from rich.table import Table
 from threadpoolctl import threadpool_limits
 
 import charioteer as ch
+from charioteer import cpu, gpu
 from charioteer.bench import records
 
 from . import gp, kernels, serial
@@ -123,6 +124,7 @@ def measure(
     compare: bool = False,
     factor_only: bool = False,
     bodies: Bodies = "python",
+    machine: ch.Machine | None = None,
     tick: Tick = lambda _: None,
 ) -> Report:
     """Run the job in rounds and check every run.
@@ -135,6 +137,8 @@ def measure(
         compare: whether to run on one worker too, and with the other kind of bodies.
         factor_only: whether to time and run the factorization alone.
         bodies: whether the tasks of the factorization call their kernel in Python or are native.
+        machine: on whose GPUs the tasks of the factorization may run as well, if their bodies are
+            in Python; unless said, all run on cores.
         tick: called now and then with the part that is done, from 0 to 1.
 
     Raises:
@@ -167,12 +171,12 @@ def measure(
             expected_weights = work.solution()
         elif kind == "empty":
             hollow: Bodies | Literal["empty"] = "empty" if bodies == "native" else "python"
-            seconds, _, _ = _graph(work, report.workers, factor_only, _EMPTY, hollow)
+            seconds, _, _ = _graph(work, report.workers, machine, factor_only, _EMPTY, hollow)
         else:
             taking = 1 if kind == "one" else report.workers
             which = _OTHER[bodies] if kind == "other" else bodies
             seconds, labels, report.tasks = _graph(
-                work, taking, factor_only, kernels, which, within
+                work, taking, machine, factor_only, kernels, which, within
             )
             report.worst("factor_error", _factor_error(work, reference))
             if not factor_only:
@@ -230,6 +234,7 @@ def _serial(work: gp.Workspace, factor_only: bool) -> tuple[float, Labels]:
 def _graph(
     work: gp.Workspace,
     workers: int,
+    machine: ch.Machine | None,
     factor_only: bool,
     op: Any,
     bodies: Bodies | Literal["empty"],
@@ -237,14 +242,15 @@ def _graph(
 ) -> tuple[float, Labels, int]:
     """One run of the graph: its makespan, the labels and the number of tasks."""
     spaces, steps = gp.Spaces(), len(work.matrix)
-    with ch.Runtime(workers=workers):
+    placement = [gpu, cpu] if machine is not None else cpu
+    with ch.Runtime(machine, workers=workers):
         if factor_only:
             gp.spawn_kernel(work, spaces, op)
             spaces.kernel.result()
             built = len(spaces)
             start = time.perf_counter()
             if bodies == "python":
-                gp.spawn_cholesky(work, spaces, op)
+                gp.spawn_cholesky(work, spaces, op, placement)
             else:
                 gp.spawn_cholesky_native(work, spaces, empty=bodies == "empty")
             last = spaces.potrf[steps - 1]
@@ -252,7 +258,7 @@ def _graph(
         else:
             built = 0
             start = time.perf_counter()
-            answers = gp.spawn_graph(work, spaces, op, bodies)
+            answers = gp.spawn_graph(work, spaces, op, bodies, placement)
             last = spaces.backward[0]
         if op is kernels:
             # Three quarters of the work that is left when half of the columns are done are done.
@@ -278,6 +284,12 @@ def run(argv: Sequence[str]) -> int:
         _check_memory(parser, options.size)
         problem = gp.synthetic(options.size)
     tile = options.tile or (128 if options.size is None else 256)
+    machine = None
+    if options.machine is not None:
+        try:
+            machine = ch.Machine.load(options.machine)
+        except ch.MachineError as error:
+            parser.error(str(error))
     with _progress() as tick:
         report = measure(
             problem,
@@ -287,6 +299,7 @@ def run(argv: Sequence[str]) -> int:
             compare=options.compare,
             factor_only=options.factor_only,
             bodies=options.bodies,
+            machine=machine,
             tick=tick,
         )
     _print(report, problem, options.factor_only)
@@ -339,6 +352,11 @@ def _parser() -> argparse.ArgumentParser:
         "--factor-only",
         action="store_true",
         help="time the Cholesky factorization alone; the matrix is built before the clock starts",
+    )
+    parser.add_argument(
+        "--machine",
+        metavar="M",
+        help="let the factorization run on GPUs too: virtual:4, or the file of a machine",
     )
     parser.add_argument("--json", metavar="FILE", help="write the results as records to FILE")
     return parser

@@ -498,6 +498,7 @@ impl<D: Domain> Index<D> {
         };
         self.sweep_lines(gone);
         sweep_shadows(&mut self.shadows, gone);
+        let left = left + self.lines.len() + self.shadows.len();
         self.patience = PATIENCE.max(4 * left);
     }
 

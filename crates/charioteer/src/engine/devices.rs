@@ -262,6 +262,8 @@ impl<D: Domain> Devices<D> {
                 Capacity {
                     id: info.id,
                     memory: info.memory,
+                    // By the rules of CUDA a kernel that fails takes its context along.
+                    fails_whole: machine.as_virtual().is_none(),
                 }
             })
             .collect();

@@ -15,6 +15,18 @@
 //! [`Pinning::Spread`] deals places out to the nodes in turns. Where there are more places than
 //! processors it begins anew.
 //!
+//! # Workers that are not pinned
+//!
+//! A thread that wakes up may be put on a processor where another one computes, since Linux does not look
+//! far for an idle one where most were busy lately. Two that never block then share it until the system
+//! evens them out, which it tries less often the more processors there are: on 16 cores it took 25 ms,
+//! with a core idle beside them. So workers are kept [`Apart`]. Each starts from a processor of its own;
+//! and before a task it looks where it is, and if another worker computes there, it moves to a processor
+//! where none does. From there the system may move it on. Who is where is known as of the last task of
+//! each, and says nothing of other threads: a move may be wrong, and costs speed then, nothing else.
+//! Workers whose sessions exclude each other are left alone: they block all the time, and the system puts
+//! each one anew.
+//!
 //! # Threads
 //!
 //! A worker is pinned to the processors of what it is granted, when that changes: to one as long as it
@@ -25,11 +37,13 @@
 //! A new thread inherits the mask of the one that starts it. So whoever starts one on behalf of the
 //! runtime does it [`unpinned`].
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+
+use crate::sync::{AtomicBool, Ordering};
 
 /// Where Linux tells of processors.
 pub const SYSTEM: &str = "/sys/devices/system";
@@ -298,6 +312,101 @@ impl Pins {
     }
 }
 
+/// No processor.
+pub(crate) const NOWHERE: u32 = u32::MAX;
+
+/// Where workers that are not pinned compute, so that no two do on one processor; see the module.
+#[derive(Debug)]
+pub(crate) struct Apart {
+    /// All that the process could use when it opened, from the one behind that of the opening thread.
+    cpus: Vec<u32>,
+    /// By their numbers, whether a worker is there.
+    taken: Box<[AtomicBool]>,
+    /// No worker was kept from moving yet.
+    obeyed: AtomicBool,
+}
+
+fn here() -> u32 {
+    // SAFETY: the call takes nothing and has no effect.
+    let cpu = unsafe { libc::sched_getcpu() };
+    u32::try_from(cpu).unwrap_or(NOWHERE)
+}
+
+impl Apart {
+    /// For so many workers, if there are several and a processor for each.
+    pub(crate) fn new(workers: usize) -> Option<Self> {
+        let mut cpus = usable().ok()?;
+        if workers < 2 || workers > cpus.len() {
+            return None;
+        }
+        let here = here();
+        let behind = cpus.iter().take_while(|&&cpu| cpu <= here).count();
+        let most = *cpus.last()?;
+        let count = cpus.len();
+        cpus.rotate_left(behind % count);
+        Some(Self {
+            cpus,
+            taken: (0..=most).map(|_| AtomicBool::new(false)).collect(),
+            obeyed: AtomicBool::new(true),
+        })
+    }
+
+    /// Brings the calling thread, the worker of this number, to a processor of its own, to start from.
+    pub(crate) fn start(&self, slot: usize) {
+        if let Some(&cpu) = self.cpus.get(slot) {
+            self.visit(cpu);
+        }
+    }
+
+    /// Moves the calling thread to a processor, from which the system may move it on.
+    fn visit(&self, cpu: u32) {
+        let moved = Mask::of_thread().is_ok_and(|mask| {
+            let there = mask.cpus().contains(&cpu) && Mask::of(&[cpu]).hold().is_ok();
+            there && here() == cpu && mask.hold().is_ok()
+        });
+        if !moved {
+            self.obeyed.store(false, Ordering::Relaxed);
+        }
+    }
+
+    fn take(&self, cpu: u32) -> bool {
+        self.taken
+            .get(cpu as usize)
+            .is_some_and(|taken| !taken.swap(true, Ordering::Relaxed))
+    }
+
+    /// The calling thread, a worker, is about to compute, and was at the processor `seat` before.
+    #[inline]
+    pub(crate) fn sit(&self, seat: &Cell<u32>) {
+        let here = here();
+        if here != seat.get() {
+            self.sit_at(here, seat);
+        }
+    }
+
+    #[cold]
+    fn sit_at(&self, here: u32, seat: &Cell<u32>) {
+        self.stand_up(seat);
+        if !self.obeyed.load(Ordering::Relaxed) {
+            return;
+        }
+        if self.take(here) {
+            seat.set(here);
+        } else if let Some(&cpu) = self.cpus.iter().find(|&&cpu| self.take(cpu)) {
+            seat.set(cpu);
+            self.visit(cpu);
+        }
+    }
+
+    /// The calling thread computes no more for now.
+    #[inline]
+    pub(crate) fn stand_up(&self, seat: &Cell<u32>) {
+        if let Some(taken) = self.taken.get(seat.replace(NOWHERE) as usize) {
+            taken.store(false, Ordering::Relaxed);
+        }
+    }
+}
+
 /// Calls `start`, which starts a thread, with the calling thread pinned to nothing: the new one inherits
 /// that.
 pub fn unpinned<R>(start: impl FnOnce() -> R) -> R {
@@ -487,5 +596,52 @@ mod tests {
             assert_eq!(usable().unwrap(), all);
         };
         std::thread::spawn(work).join().unwrap();
+    }
+
+    #[test]
+    fn who_comes_where_another_computes_moves_on() {
+        let usable = usable().unwrap();
+        assert!(Apart::new(1).is_none(), "nobody to keep apart");
+        assert!(
+            Apart::new(usable.len() + 1).is_none(),
+            "no processor for each"
+        );
+        let Some(apart) = Apart::new(2) else {
+            assert_eq!(usable.len(), 1);
+            return;
+        };
+        let taken = |cpu: u32| apart.taken[cpu as usize].load(Ordering::Relaxed);
+        for &cpu in &usable {
+            apart.visit(cpu);
+            assert!(usable.iter().all(|&cpu| !taken(cpu)), "nobody computes");
+            let (first, second) = (Cell::new(NOWHERE), Cell::new(NOWHERE));
+            apart.sit_at(cpu, &first);
+            assert_eq!(first.get(), cpu);
+            apart.sit_at(cpu, &second);
+            assert_ne!(second.get(), cpu);
+            assert!(taken(cpu) && taken(second.get()));
+            apart.stand_up(&first);
+            apart.stand_up(&second);
+        }
+        assert!(apart.obeyed.load(Ordering::Relaxed));
+        assert_eq!(super::usable().unwrap(), usable, "nobody stays pinned");
+    }
+
+    #[test]
+    fn who_may_not_move_stays() {
+        let usable = usable().unwrap();
+        let Some(apart) = Apart::new(2) else { return };
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                Mask::of(&usable[..1]).hold().unwrap();
+                let (first, second) = (Cell::new(NOWHERE), Cell::new(NOWHERE));
+                apart.sit(&first);
+                apart.sit(&second);
+                assert_eq!(super::usable().unwrap(), usable[..1]);
+                apart.stand_up(&second);
+                apart.sit(&second);
+                assert_eq!(second.get(), NOWHERE, "it is asked no more");
+            });
+        });
     }
 }

@@ -25,9 +25,19 @@ use smallvec::SmallVec;
 pub use span::Span;
 
 /// A set of indices of an array: a product of spans, one an axis. See the module.
-#[derive(Clone, PartialEq, Eq, Hash)]
+#[derive(PartialEq, Eq, Hash)]
 pub struct Region {
     spans: SmallVec<[Span; 4]>,
+}
+
+impl Clone for Region {
+    #[inline]
+    fn clone(&self) -> Self {
+        // All at once, where the derived one goes from span to span.
+        Self {
+            spans: SmallVec::from_slice(&self.spans),
+        }
+    }
 }
 
 /// What is left of a region.

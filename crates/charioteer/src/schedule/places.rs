@@ -313,6 +313,11 @@ impl<D: Domain> Places<D> {
         self.free.load(Ordering::Relaxed) != 0 && self.searching.load(Ordering::Relaxed) == 0
     }
 
+    /// Whether somebody takes the next ordinary task that becomes ready, or may be woken for it.
+    pub(crate) fn has_takers(&self) -> bool {
+        self.free.load(Ordering::Relaxed) != 0 || self.searching.load(Ordering::Relaxed) != 0
+    }
+
     /// How many places are free for the next ordinary task, at this moment.
     #[inline]
     pub(crate) fn free(&self) -> usize {
@@ -584,6 +589,11 @@ impl<D: Domain> Places<D> {
     /// The searcher found a task.
     pub(crate) fn found(&self) {
         self.searching.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// A worker that found tasks, and has none left, searches for more.
+    pub(crate) fn seek(&self) {
+        self.searching.fetch_add(1, Ordering::SeqCst);
     }
 
     /// Gives `grant` back and parks thread `slot`, whose next [`Places::assignment`] tells it what

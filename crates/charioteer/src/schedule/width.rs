@@ -112,6 +112,16 @@ impl Width {
         self.width
     }
 
+    /// What was measured now says nothing, and nothing of the trial that is under way: others take part
+    /// that are not in sessions. Gives the width from now on, which is the one before the trial.
+    pub fn disturbed(&mut self) -> usize {
+        if let Some(trial) = self.trial.take() {
+            self.width = trial.from;
+        }
+        self.level = None;
+        self.width
+    }
+
     /// Takes a measurement, and gives the width from now on. `rate`: seconds of processor time in a
     /// second; `inside`: the least and the most threads that were seen inside meanwhile.
     pub fn measured(&mut self, rate: f64, inside: (usize, usize)) -> usize {
@@ -347,6 +357,20 @@ mod tests {
             assert!(part > 0.95, "{name}: {part:.3} of the best");
             assert!(changes < 240, "{name}: {changes} changes");
         }
+    }
+
+    #[test]
+    fn a_trial_that_is_disturbed_is_taken_back_and_may_be_made_again() {
+        let mut width = Width::new(16);
+        for _ in 0..3 {
+            assert!(width.measured(8.0, (16, 16)) < 16, "a trial");
+            assert_eq!(width.disturbed(), 16);
+            assert_eq!(width.disturbed(), 16);
+        }
+        // What was found before stays.
+        let found = width.measured(8.0, (16, 16));
+        assert!(width.measured(8.0, (found, found)) <= found);
+        assert!(width.disturbed() <= found);
     }
 
     #[test]

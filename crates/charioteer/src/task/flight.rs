@@ -48,6 +48,9 @@ pub(crate) struct Flight<D: Domain> {
     outcome: Option<Outcome<D>>,
 }
 
+/// Tasks that were let go, and whether they inherit a failure.
+type LetAhead<D> = Vec<(TaskRef<D>, bool)>;
+
 /// What came of a part that is complete.
 pub(crate) enum Landed {
     /// Nothing yet.
@@ -126,7 +129,7 @@ impl<D: Domain> Task<D> {
     pub(crate) fn let_ahead(
         self: &Arc<Self>,
         chosen: impl Fn(&TaskRef<D>) -> bool,
-    ) -> (SmallVec<[Event; 2]>, Vec<(TaskRef<D>, bool)>) {
+    ) -> (SmallVec<[Event; 2]>, LetAhead<D>) {
         let mut links = self.links.lock();
         let flight = links.rare.as_ref().and_then(|rare| rare.flight.as_ref());
         let events = match flight {

@@ -16,6 +16,9 @@
 //! they only read, and who has looked in vain parks or blocks by the protocol of [`Places`] or of the
 //! latch, as if it had not looked. So no wake-up can be lost by that.
 //!
+//! Workers that are not pinned keep [`Apart`] while they compute: each looks where it is before a task,
+//! except in sessions that exclude each other.
+//!
 //! A thread has at most one [`Worker`], found through a thread-local pointer, so that what is called
 //! from a body (a spawn, a wait) finds the queue and the grant of its thread. A body that waits for
 //! a task without a time limit runs it on the spot if it is ready, and nothing else, so that no wait
@@ -30,12 +33,14 @@
 //! wait for tasks, which are nudged for it, or by the next spawn.
 //!
 //! [`Places`]: crate::schedule::places::Places
+//! [`Apart`]: crate::machine::cpus::Apart
 
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::engine::{Answer, Engine, Running, WaitError, is_on_devices};
+use crate::machine::cpus::NOWHERE;
 use crate::schedule::map::DISTURBED;
 use crate::schedule::places::{Assignment, Grant};
 use crate::schedule::queues::{Lane, Own};
@@ -103,6 +108,8 @@ pub(crate) struct Worker<D: Domain> {
     grant: RefCell<Grant>,
     /// Whether it counts among the sessions of its engine.
     inside: Cell<bool>,
+    /// The processor that it computes on, where workers are kept apart.
+    seat: Cell<u32>,
     running: Cell<*const TaskRef<D>>,
     depth: Cell<u32>,
     frames: RefCell<Vec<Frame<D>>>,
@@ -120,12 +127,16 @@ impl<D: Domain> Worker<D> {
             own,
             grant: RefCell::default(),
             inside: Cell::new(false),
+            seat: Cell::new(NOWHERE),
             running: Cell::new(std::ptr::null()),
             depth: Cell::new(0),
             frames: RefCell::default(),
             returning: RefCell::default(),
         };
         let abort = AbortOnUnwind;
+        if let Some(apart) = &worker.engine.apart {
+            apart.start(slot);
+        }
         worker.enter(|| {
             loop {
                 match worker.engine.places.assignment(slot) {
@@ -166,6 +177,7 @@ impl<D: Domain> Worker<D> {
                 part: None,
             }),
             inside: Cell::new(false),
+            seat: Cell::new(NOWHERE),
             running: Cell::new(std::ptr::null()),
             depth: Cell::new(0),
             frames: RefCell::default(),
@@ -239,10 +251,31 @@ impl<D: Domain> Worker<D> {
         let mut yielded = false;
         while !yielded && self.look() {
             yielded = self.take_outside(&mut searching) || self.take_inside(&mut searching);
+            if !yielded && !searching {
+                // Whoever makes something ready now need wake nobody: this thread is awake, and looks.
+                searching = true;
+                self.engine.places.seek();
+            }
             // Now, and not only when it has looked for more.
             self.engine.went_quiet();
         }
+        self.stand_up();
         self.retire(slot, searching);
+    }
+
+    /// Keeps apart from the other workers, to compute.
+    #[inline]
+    fn sit_down(&self) {
+        if let Some(apart) = &self.engine.apart {
+            apart.sit(&self.seat);
+        }
+    }
+
+    /// Its processor is no longer its own.
+    fn stand_up(&self) {
+        if let Some(apart) = &self.engine.apart {
+            apart.stand_up(&self.seat);
+        }
     }
 
     /// Runs some of the tasks that need no session. True if the place is to be given up.
@@ -252,6 +285,7 @@ impl<D: Domain> Worker<D> {
             let Some(task) = queues.pop(&self.own, Lane::Outside) else {
                 return false;
             };
+            self.sit_down();
             if self.take(task, searching) {
                 return true;
             }
@@ -268,10 +302,17 @@ impl<D: Domain> Worker<D> {
         if !queues.has_work_in(Lane::Inside) || !sessions.enter() {
             return false;
         }
+        let excluded = self.engine.domain.sessions_exclude();
+        if excluded {
+            self.stand_up();
+        }
         let mut yielded = false;
         self.in_session(|| {
             let mut turns = 0;
             while let Some(task) = queues.pop(&self.own, Lane::Inside) {
+                if !excluded {
+                    self.sit_down();
+                }
                 yielded = self.take(task, searching);
                 turns += 1;
                 let others = (turns >= TURN && queues.has_work_in(Lane::Outside))
@@ -644,6 +685,7 @@ impl<D: Domain> Worker<D> {
         let inside = self.inside.get();
         engine.domain.blocking(&mut || {
             if replaced {
+                self.stand_up();
                 // Its session is another's, as long as it waits.
                 if inside {
                     engine.sessions.leave();

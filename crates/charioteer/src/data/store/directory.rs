@@ -70,7 +70,11 @@ pub(super) struct Frame {
     pub(super) neighbours: Vec<u32>,
     /// The piece that was last found for it.
     piece: u32,
+    /// The next frame with the same digest.
+    next: u32,
 }
+
+const NONE: u32 = u32::MAX;
 
 impl Frame {
     #[inline]
@@ -93,7 +97,8 @@ pub(super) struct Directory {
     pub(super) pieces: Slab<Piece>,
     tree: Tree<u32>,
     pub(super) frames: Slab<Frame>,
-    names: HashMap<Region, u32, BuildHasherDefault<Quick>>,
+    /// The first frame of each digest.
+    names: HashMap<u64, u32, BuildHasherDefault<Quick>>,
     frame_tree: Tree<u32>,
 }
 
@@ -248,6 +253,14 @@ impl Directory {
         self.remember(frame, number);
     }
 
+    /// The piece that makes up the region of a want, if it is the one that was last found.
+    #[inline]
+    pub(super) fn exact(&self, frame: u32, region: Option<&Region>) -> Option<(u32, &Piece)> {
+        let frame = &self.frames[frame];
+        let piece = self.pieces.get(frame.piece)?;
+        (piece.region == *region.unwrap_or(&frame.region)).then_some((frame.piece, piece))
+    }
+
     /// Makes one piece without holders of the region. Whoever held it calls `gone` for each of theirs.
     pub(super) fn claim(
         &mut self,
@@ -298,7 +311,17 @@ impl Directory {
     /// The frame of a box, if there is one.
     #[inline]
     pub(super) fn find(&self, region: &Region) -> Option<u32> {
-        self.names.get(region).copied()
+        let mut frame = *self.names.get(&digest(region))?;
+        loop {
+            let known = &self.frames[frame];
+            if known.region == *region {
+                return Some(frame);
+            }
+            frame = known.next;
+            if frame == NONE {
+                return None;
+            }
+        }
     }
 
     /// The frame of a box.
@@ -319,13 +342,16 @@ impl Directory {
             instances: SmallVec::new(),
             wanted: VecDeque::new(),
             neighbours: neighbours.clone(),
-            piece: u32::MAX,
+            piece: NONE,
+            next: NONE,
         });
         for neighbour in neighbours {
             self.frames[neighbour].neighbours.push(frame);
         }
         self.frame_tree.insert(bounds, frame);
-        self.names.insert(region.clone(), frame);
+        if let Some(next) = self.names.insert(digest(region), frame) {
+            self.frames[frame].next = next;
+        }
         frame
     }
 
@@ -356,7 +382,18 @@ impl Directory {
         let bounds = self.bounds(&known.region);
         let mut taken = Vec::new();
         (self.frame_tree).extract(Some(&bounds), &mut |it| *it == frame, &mut taken);
-        self.names.remove(&known.region);
+        let name = digest(&known.region);
+        match self.names.get(&name) {
+            Some(&first) if first != frame => {
+                let mut before = first;
+                while self.frames[before].next != frame {
+                    before = self.frames[before].next;
+                }
+                self.frames[before].next = known.next;
+            }
+            _ if known.next != NONE => drop(self.names.insert(name, known.next)),
+            _ => drop(self.names.remove(&name)),
+        }
     }
 
     /// The number of the task that wants any of the frame's elements next.
@@ -421,7 +458,21 @@ fn append(first: &Region, second: &Region, axis: usize) -> Option<Region> {
     Some(Region::new(spans))
 }
 
-/// Hashes words quickly: regions are not chosen by anybody who wants them to collide.
+/// Tells most boxes apart.
+fn digest(region: &Region) -> u64 {
+    let spans = region.spans().iter();
+    spans.fold(0, |digest, span| {
+        mix(mix(digest, span.start()), span.count())
+    })
+}
+
+fn mix(digest: u64, word: u64) -> u64 {
+    (digest ^ word)
+        .wrapping_mul(0x9E37_79B9_7F4A_7C15)
+        .rotate_left(23)
+}
+
+/// Hashes a word quickly: neither numbers nor boxes are chosen by anybody who wants them to collide.
 #[derive(Default)]
 pub(super) struct Quick(u64);
 
@@ -434,14 +485,7 @@ impl Hasher for Quick {
 
     #[inline]
     fn write_u64(&mut self, word: u64) {
-        self.0 = (self.0 ^ word)
-            .wrapping_mul(0x9E37_79B9_7F4A_7C15)
-            .rotate_left(23);
-    }
-
-    #[inline]
-    fn write_usize(&mut self, word: usize) {
-        self.write_u64(word as u64);
+        self.0 = mix(self.0, word);
     }
 
     #[inline]

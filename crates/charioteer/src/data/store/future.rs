@@ -4,6 +4,8 @@
 //! are planned or given up. So the store knows for each box which task wants it next, and what that
 //! is farthest for goes first when room is needed.
 
+use smallvec::SmallVec;
+
 use super::State;
 
 impl State {
@@ -17,7 +19,11 @@ impl State {
             },
             _ => wanted.len(),
         };
-        wanted.insert(at, number);
+        if at == wanted.len() {
+            wanted.push_back(number);
+        } else {
+            wanted.insert(at, number);
+        }
         if at == 0 {
             self.rerank_frame(directory, frame);
         }
@@ -35,7 +41,11 @@ impl State {
                 Err(_) => return,
             },
         };
-        wanted.remove(at);
+        if at == 0 {
+            wanted.pop_front();
+        } else {
+            wanted.remove(at);
+        }
         if at == 0 {
             self.rerank_frame(directory, frame);
         }
@@ -50,7 +60,7 @@ impl State {
         let own = known[frame].instances.iter().map(|(_, at)| *at);
         let neighbours = known[frame].neighbours.iter();
         let others = neighbours.flat_map(|other| known[*other].instances.iter().map(|(_, at)| *at));
-        let all: Vec<u32> = own.chain(others).collect();
+        let all: SmallVec<[u32; 8]> = own.chain(others).collect();
         for at in all {
             self.rerank(at);
         }

@@ -127,7 +127,7 @@ pub struct Want<'a> {
 
 /// Where the elements of a want are: the one at the index `i` is `sum((i - origin) * strides)` bytes
 /// behind the pointer.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq)]
 pub struct View {
     /// Where the element at `origin` is. An empty want has the address 0.
     pub pointer: DevicePointer,
@@ -137,25 +137,39 @@ pub struct View {
     pub origin: SmallVec<[u64; 4]>,
 }
 
+impl Clone for View {
+    #[inline]
+    fn clone(&self) -> Self {
+        Self {
+            pointer: self.pointer,
+            strides: SmallVec::from_slice(&self.strides),
+            origin: SmallVec::from_slice(&self.origin),
+        }
+    }
+}
+
 /// Instances on one device that stay where they are for a task, from its plan to its launch. It is given
 /// back by [`Store::launched`] or [`Store::abandon`].
 #[must_use = "what is held stays pinned until it is given back"]
-pub struct Held {
+pub struct Held(Box<Hold>);
+
+struct Hold {
     device: DeviceId,
     /// On which the task will run.
     stream: Option<Stream>,
-    views: SmallVec<[View; 4]>,
-    wants: SmallVec<[Pinned; 4]>,
+    memory: u64,
+    views: SmallVec<[View; 3]>,
+    wants: SmallVec<[Pinned; 3]>,
     /// The instances, each once.
     pins: SmallVec<[u32; 4]>,
-    memory: u64,
 }
 
 /// A want that is held, and has bytes.
 struct Pinned {
     /// Keeps it alive.
     storage: Arc<Storage>,
-    region: Region,
+    /// None if it is the box of the frame.
+    region: Option<Box<Region>>,
     touch: Touch,
     directory: u32,
     frame: u32,
@@ -166,24 +180,24 @@ impl Held {
     /// On which device.
     #[must_use]
     pub fn device(&self) -> DeviceId {
-        self.device
+        self.0.device
     }
 
     /// Where each want is, in the order in which they were given.
     #[must_use]
     pub fn views(&self) -> &[View] {
-        &self.views
+        &self.0.views
     }
 }
 
 impl fmt::Debug for Held {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let wants = self.wants.iter();
-        let wants = wants.map(|it| (it.touch, &it.storage.label, &it.region));
+        let wants = self.0.wants.iter();
+        let wants = wants.map(|it| (it.touch, &it.storage.label));
         f.debug_struct("Held")
-            .field("device", &self.device)
+            .field("device", &self.0.device)
             .field("wants", &wants.collect::<Vec<_>>())
-            .field("memory", &self.memory)
+            .field("memory", &self.0.memory)
             .finish_non_exhaustive()
     }
 }
@@ -407,7 +421,7 @@ impl Store {
                 state.unwant(number, want.directory, want.frame);
             }
             match ready {
-                Ok(()) => Ok(held),
+                Ok(()) => Ok(Held(held)),
                 Err(error) => {
                     state.release(&mut held);
                     Err(error)
@@ -437,17 +451,17 @@ impl Store {
             let mut written: SmallVec<[(u32, u32); 4]> = SmallVec::new();
             for (held, event) in &mut members {
                 let before = written.len();
-                for want in &held.wants {
+                for want in &held.0.wants {
                     state.used(machine, want, *event, before, &mut written);
                 }
-                state.release(held);
+                state.release(&mut held.0);
             }
         });
     }
 
     /// A task's body never began.
     pub fn abandon(&self, mut held: Held) {
-        self.change(|state, _| state.release(&mut held));
+        self.change(|state, _| state.release(&mut held.0));
     }
 
     /// Brings home what a task of the host wants, whose predecessors are complete. It may begin when the
@@ -499,8 +513,7 @@ impl Store {
             let mut behind = Events::new();
             let brought = held.wants.iter().try_for_each(|want| {
                 let frame = Some(want.frame);
-                let (directory, region) = (want.directory, &want.region);
-                state.bring(machine, directory, frame, region, want.at, &mut behind)
+                state.bring(machine, want.directory, frame, region, want.at, &mut behind)
             });
             state.release(&mut held);
             brought?;
@@ -672,16 +685,16 @@ impl State {
         wants: &[Want<'_>],
         memory: u64,
         graves: &Arc<Graves>,
-    ) -> Result<Held, DeviceError> {
+    ) -> Result<Box<Hold>, DeviceError> {
         let wants::Groups { groups, of } = group(wants);
-        let mut held = Held {
+        let mut held = Box::new(Hold {
             device,
             stream: None,
+            memory: 0,
             views: SmallVec::new(),
             wants: SmallVec::new(),
             pins: SmallVec::new(),
-            memory: 0,
-        };
+        });
         let mut places: SmallVec<[(u32, u32, Option<u32>); 4]> = SmallVec::new();
         let mut need = memory;
         let mut sizes: SmallVec<[u64; 4]> = SmallVec::new();
@@ -727,7 +740,8 @@ impl State {
             held.views.push(self.instances[at].view.clone());
             held.wants.push(Pinned {
                 storage: Arc::clone(want.storage),
-                region: want.region.clone(),
+                region: (*groups[group as usize].hull != *want.region)
+                    .then(|| Box::new(want.region.clone())),
                 touch: want.touch,
                 directory,
                 frame,
@@ -748,7 +762,7 @@ impl State {
         memory: u64,
         mut sizes: SmallVec<[u64; 4]>,
         places: &mut [(u32, u32, Option<u32>)],
-        held: &mut Held,
+        held: &mut Hold,
     ) -> Result<(), DeviceError> {
         let mut spare = SmallVec::new();
         let mut result = self.make_room(machine, device, need, &mut sizes, &mut spare);
@@ -776,12 +790,37 @@ impl State {
         result
     }
 
+    fn region_of<'a>(&'a self, want: &'a Pinned) -> &'a Region {
+        let frames = &self.directories[want.directory].frames;
+        want.region
+            .as_deref()
+            .unwrap_or_else(|| &frames[want.frame].region)
+    }
+
+    /// Whether what a want needs is there, and no copy is under way that it had to wait for.
+    #[inline]
+    fn is_ready(&self, want: &Pinned) -> bool {
+        let directory = &self.directories[want.directory];
+        let Some((_, piece)) = directory.exact(want.frame, want.region.as_deref()) else {
+            return false;
+        };
+        let is_copy = |event: Event| self.lanes.owns(event.stream);
+        let instance = &self.instances[want.at];
+        let is_there = match piece.holder(want.at) {
+            Some(holder) => !holder.ready.iter().any(is_copy),
+            None => !want.touch.reads(),
+        };
+        is_there
+            && instance.born.is_empty()
+            && !(want.touch.writes() && instance.uses.iter().any(is_copy))
+    }
+
     /// Brings what is read, and has the stream wait for what it has to.
     fn ready(
         &mut self,
         machine: &Machine,
         stream: Stream,
-        held: &mut Held,
+        held: &mut Hold,
     ) -> Result<(), DeviceError> {
         held.stream = Some(stream);
         for want in held.wants.iter().filter(|want| want.touch.writes()) {
@@ -789,10 +828,14 @@ impl State {
         }
         let (mut copies, mut users) = (Events::new(), Events::new());
         for want in &held.wants {
+            if self.is_ready(want) {
+                continue;
+            }
             let Pinned { directory, at, .. } = *want;
             let frame = Some(want.frame);
+            let region = self.region_of(want).clone();
             if want.touch.reads() {
-                self.bring(machine, directory, frame, &want.region, at, &mut copies)?;
+                self.bring(machine, directory, frame, &region, at, &mut copies)?;
             }
             let instance = &mut self.instances[at];
             if !instance.born.is_empty() {
@@ -806,7 +849,7 @@ impl State {
                 uses.filter(|event| lanes.owns(event.stream))
                     .for_each(|event| users.add(event));
                 let directory = &mut self.directories[directory];
-                let numbers = directory.cover(&want.region, frame, &mut self.instances);
+                let numbers = directory.cover(&region, frame, &mut self.instances);
                 for number in numbers {
                     if let Some(holder) = directory.pieces[number].holder(at) {
                         let ready = holder.ready.iter();
@@ -849,21 +892,40 @@ impl State {
             }
             return;
         }
+        let known = &mut self.directories[directory];
+        let exact = known.exact(want.frame, want.region.as_deref());
+        let exact = exact.map(|(piece, _)| piece);
+        let frames = &known.frames;
+        let region = want.region.as_deref();
+        let region = region.unwrap_or_else(|| &frames[want.frame].region);
+        // What is written later may have cut it, but then it is not equal.
+        let equal = written[..others].iter().copied().find(|(of, piece)| {
+            let piece = known.pieces.get(*piece);
+            *of == directory && piece.is_some_and(|piece| piece.region == *region)
+        });
         let holder = Holder {
             at,
             ready: Events::of(event),
         };
-        let known = &mut self.directories[directory];
-        let equal = written[..others].iter().find(|(of, piece)| {
-            let piece = known.pieces.get(*piece);
-            *of == directory && piece.is_some_and(|piece| piece.region == want.region)
-        });
-        if let Some(&(_, piece)) = equal {
-            known.pieces[piece].holders.push(holder);
-            self.instances[at].valid += 1;
-            return;
+        match (equal, exact) {
+            // Another member wrote the same.
+            (Some((_, piece)), _) => {
+                known.pieces[piece].holders.push(holder);
+                self.instances[at].valid += 1;
+            }
+            // It was there alone before.
+            (None, Some(piece)) if matches!(&*known.pieces[piece].holders, [own] if own.at == at) =>
+            {
+                let own = &mut known.pieces[piece].holders[0];
+                let before = std::mem::replace(own, holder);
+                self.instances[at].uses.join(&before.ready);
+                written.push((directory, piece));
+            }
+            _ => {
+                let region = self.region_of(want).clone();
+                self.write(directory, Some(want.frame), &region, holder, written);
+            }
         }
-        self.write(directory, Some(want.frame), &want.region, holder, written);
     }
 
     /// A region is valid with this holder alone.
@@ -898,7 +960,7 @@ impl State {
 
     /// Gives back what is held.
     #[inline]
-    fn release(&mut self, held: &mut Held) {
+    fn release(&mut self, held: &mut Hold) {
         if let Some(stream) = held.stream {
             for want in held.wants.iter().filter(|want| want.touch.writes()) {
                 let writers = &mut self.instances[want.at].writers;

@@ -13,7 +13,7 @@
 //! the same size, which inherits what it has to be behind, or is given back on a stream of its own that is
 //! behind the same. Nobody waits on the host.
 
-use std::collections::BTreeSet;
+use std::collections::BinaryHeap;
 use std::time::Instant;
 
 use smallvec::SmallVec;
@@ -21,6 +21,7 @@ use smallvec::SmallVec;
 use super::directory::Numbers;
 use super::events::{Events, is_pending};
 use super::instance::{HOME, Instance, Rank};
+use super::slab::Slab;
 use super::storage::strides;
 use super::{Moved, State, View};
 use crate::machine::{DeviceError, DeviceId, DevicePointer, HOST, Machine, Stream};
@@ -40,8 +41,9 @@ pub(super) struct Room {
     pub(super) written_back: u64,
     /// Whether it was ever full.
     pressed: bool,
-    /// Who may go, in this order from the end.
-    ranks: BTreeSet<(Rank, u32)>,
+    /// Who may go, the first one on top. An entry counts if it is what its instance says of itself: others
+    /// are left behind by what happened since.
+    ranks: BinaryHeap<(Rank, u32)>,
     /// Memory is taken and given back here.
     stream: Option<Stream>,
     pub(super) lost: bool,
@@ -59,23 +61,16 @@ impl Room {
             evictions: 0,
             written_back: 0,
             pressed: false,
-            ranks: BTreeSet::new(),
+            ranks: BinaryHeap::new(),
             stream: None,
             lost: false,
         }
     }
+}
 
-    fn victim(&self) -> Option<u32> {
-        let (last, at) = self.ranks.last()?;
-        if last.next >= Rank::UNKNOWN {
-            return Some(*at);
-        }
-        let few = 1 + (self.ranks.len() / 32).min(3);
-        let candidates = self.ranks.iter().rev().take(few);
-        candidates
-            .max_by_key(|(rank, _)| rank.age)
-            .map(|(_, at)| *at)
-    }
+/// Whether an entry of the ranks is what its instance says.
+fn counts(instances: &Slab<Instance>, (rank, at): &(Rank, u32)) -> bool {
+    instances.get(*at).is_some_and(|it| it.rank == Some(*rank))
 }
 
 /// Memory that an instance left behind.
@@ -117,13 +112,43 @@ impl State {
         if rank == instance.rank {
             return;
         }
-        if let Some(old) = instance.rank {
-            room.ranks.remove(&(old, at));
-        }
-        if let Some(new) = rank {
-            room.ranks.insert((new, at));
-        }
         instance.rank = rank;
+        if let Some(rank) = rank {
+            room.ranks.push((rank, at));
+            if room.ranks.len() > 64 && room.ranks.len() > 4 * self.instances.len() {
+                let mut ranks = std::mem::take(&mut room.ranks).into_vec();
+                ranks.retain(|entry| counts(&self.instances, entry));
+                ranks.sort_unstable();
+                ranks.dedup();
+                room.ranks = ranks.into();
+            }
+        }
+    }
+
+    /// Who goes next, of those that nobody has pinned.
+    fn victim(&mut self, device: DeviceId) -> Option<u32> {
+        let room = &mut self.rooms[usize::from(device.index())];
+        let mut few: SmallVec<[(Rank, u32); 4]> = SmallVec::new();
+        while let Some(entry) = room.ranks.pop() {
+            if !counts(&self.instances, &entry) || few.contains(&entry) {
+                continue;
+            }
+            few.push(entry);
+            let most = 1 + (room.ranks.len() / 32).min(3);
+            if entry.0.next >= Rank::UNKNOWN || few.len() >= most {
+                break;
+            }
+        }
+        // What nobody wants is no choice: it is the first one or behind those that somebody wants.
+        let first = *few.first()?;
+        let chosen = if first.0.next >= Rank::UNKNOWN {
+            first
+        } else {
+            let candidates = few.iter().copied();
+            candidates.max_by_key(|(rank, _)| rank.age)?
+        };
+        room.ranks.extend(few);
+        Some(chosen.1)
     }
 
     /// The device is full for the first time: from now on it is known who goes first.
@@ -211,7 +236,7 @@ impl State {
         if !self.room(device).pressed {
             self.press(device);
         }
-        let Some(at) = self.room(device).victim() else {
+        let Some(at) = self.victim(device) else {
             return Ok(None);
         };
         let (block, written) = self.evict(machine, at)?;
@@ -291,11 +316,7 @@ impl State {
         let frame = &mut directory.frames[instance.frame];
         frame.instances.retain(|(_, other)| *other != at);
         directory.tidy(instance.frame);
-        let room = self.room(instance.device);
-        room.resident -= instance.bytes;
-        if let Some(rank) = instance.rank {
-            room.ranks.remove(&(rank, at));
-        }
+        self.room(instance.device).resident -= instance.bytes;
         Block {
             pointer: instance.pointer(),
             bytes: instance.bytes,

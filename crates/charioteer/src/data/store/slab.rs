@@ -33,6 +33,11 @@ impl<T> Slab<T> {
         value.expect("it is there")
     }
 
+    /// How many there are.
+    pub(super) fn len(&self) -> usize {
+        self.places.len() - self.free.len()
+    }
+
     #[inline]
     pub(super) fn get(&self, number: u32) -> Option<&T> {
         self.places.get(number as usize)?.as_ref()

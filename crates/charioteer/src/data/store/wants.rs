@@ -1,5 +1,6 @@
 //! What one task wants on one device, by the instances that serve it.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use smallvec::SmallVec;
@@ -12,7 +13,7 @@ use crate::region::Region;
 pub(super) struct Group<'a> {
     pub(super) storage: &'a Arc<Storage>,
     /// The box of the instance.
-    pub(super) hull: Region,
+    pub(super) hull: Cow<'a, Region>,
 }
 
 impl Group<'_> {
@@ -28,11 +29,11 @@ pub(super) struct Groups<'a> {
 }
 
 /// The box around a region.
-fn hull(region: &Region) -> Region {
+fn hull(region: &Region) -> Cow<'_, Region> {
     if region.spans().iter().all(|span| span.step() == 1) {
-        region.clone()
+        Cow::Borrowed(region)
     } else {
-        region.hull(region)
+        Cow::Owned(region.hull(region))
     }
 }
 
@@ -56,7 +57,7 @@ pub(super) fn group<'a>(wants: &[Want<'a>]) -> Groups<'a> {
             Arc::ptr_eq(group.storage, own.storage) && group.hull.overlaps(&own.hull)
         }) {
             if groups[other].hull != own.hull {
-                own.hull = groups[other].hull.hull(&own.hull);
+                own.hull = Cow::Owned(groups[other].hull.hull(&own.hull));
             }
             let last = groups.len() - 1;
             groups.swap_remove(other);

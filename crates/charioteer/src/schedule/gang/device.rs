@@ -115,6 +115,8 @@ pub(super) struct Taken {
 pub(super) struct Book {
     pub(super) id: DeviceId,
     pub(super) lost: bool,
+    /// See [`Capacity::fails_whole`].
+    fails_whole: bool,
     /// All its memory, and what of it paused bodies keep.
     memory: u64,
     kept: u64,
@@ -146,6 +148,7 @@ impl Book {
         Self {
             id: capacity.id,
             lost: false,
+            fails_whole: capacity.fails_whole,
             memory: capacity.memory,
             kept: 0,
             rest: Amount {
@@ -316,8 +319,9 @@ impl Book {
     }
 
     /// Takes what fits, and a stream: that of a preferred event if there is one, else one that rests.
-    /// Not that of a task whose share it takes over, though it waits for that anyway: a stream whose
-    /// work fails fails all that is behind it there, and the two have nothing to do with each other.
+    /// That of a task whose share it takes over, for which it waits anyway, only where a failure is the
+    /// whole device's: elsewhere a stream whose work fails fails all that is behind it there, and the two
+    /// have nothing to do with each other.
     pub(super) fn take(&mut self, wanted: Amount, prefer: &[Event], runahead: u32) -> Taken {
         let may_follow = self.may_follow(wanted, runahead);
         let preferred = prefer
@@ -327,7 +331,13 @@ impl Book {
             .find_map(|&event| self.takeover(event))
             .filter(|&track| may_follow || self.tracks[track].rests());
         let flights = self.take_amount(wanted, preferred);
-        let stream = preferred.or_else(|| self.take_resting());
+        let followed = || {
+            let last = flights.iter().rev().filter(|_| self.fails_whole);
+            last.map(|&(track, position)| self.event(track, position))
+                .find_map(|event| self.takeover(event))
+        };
+        let stream = preferred.or_else(followed);
+        let stream = stream.or_else(|| self.take_resting());
         if let Some(track) = stream {
             validate(
                 !self.tracks[track].lent,

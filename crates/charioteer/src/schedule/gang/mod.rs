@@ -32,7 +32,9 @@
 //! *Streams.* A stream is lent to one body at a time. A task gets the stream of a predecessor, if
 //! no other work came behind the predecessor's; else one at rest; else a new one. So a chain uses one
 //! stream and no events, and tasks that have nothing to do with each other have no stream in common
-//! while work of both is pending: a failure fails what is behind it on its stream.
+//! while work of both is pending: a failure fails what is behind it on its stream. Of a device that
+//! [fails as a whole](Capacity::fails_whole) a task rather gets the stream of one that it has to wait for
+//! since it takes its share, so that tasks that take the whole device one after the other use one.
 //!
 //! *Pauses.* A paused body gives its share back like one that returned and keeps streams and
 //! memory. When its wait is over it comes before all waiting tasks: what it needs is held for it.

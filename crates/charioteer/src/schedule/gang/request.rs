@@ -21,6 +21,9 @@ pub struct Capacity {
     pub id: DeviceId,
     /// Its memory in bytes.
     pub memory: u64,
+    /// Whether a failure of work on it is the whole device's end, so that who is behind it on its
+    /// stream loses nothing by that.
+    pub fails_whole: bool,
 }
 
 /// One member of a device set.

@@ -420,6 +420,34 @@ fn elements_between_are_left_alone() {
 }
 
 #[test]
+fn arrays_without_axes_or_elements_are_arrays() {
+    let bench = Bench::new(1, 64, true);
+    let (point, nothing) = (array(&[], 8, vec![1; 8]), array(&[0, 3], 4, Vec::new()));
+    let (one, none) = (Region::whole(&[]), Region::whole(&[0, 3]));
+    let wants = [
+        want(&point, &one, Touch::Update),
+        want(&nothing, &none, Touch::Update),
+    ];
+    assert_eq!(bench.store.footprint(&wants), 8);
+    assert!(!bench.store.missing(&wants, ONE).is_zero());
+    let stream = bench.stream(ONE);
+    let held = bench.store.ensure(0, stream, &wants, 0).unwrap();
+    let [view, empty] = held.views() else {
+        panic!("a view for each want")
+    };
+    assert_eq!((empty.pointer.address, empty.strides.len()), (0, 2));
+    operate(&bench.machine, stream, view, 8, |bytes| bytes[0] += 1);
+    bench.launch(held);
+    let events = bench
+        .store
+        .ensure_host(&[want(&point, &one, Touch::Read)])
+        .unwrap();
+    assert_eq!(events.len(), 1);
+    finish(&bench.machine);
+    assert_eq!(bytes(&point), [2, 1, 1, 1, 1, 1, 1, 1]);
+}
+
+#[test]
 fn a_writer_of_the_host_waits_for_copies_that_read_there() {
     let bench = Bench::new(1, 64, true);
     let part = range(0, 32);

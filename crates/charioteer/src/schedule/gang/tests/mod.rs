@@ -16,6 +16,7 @@ fn gpus(count: u16, memory: u64) -> Vec<Capacity> {
     let gpu = |index| Capacity {
         id: DeviceId::gpu(index),
         memory,
+        fails_whole: false,
     };
     (0..count).map(gpu).collect()
 }

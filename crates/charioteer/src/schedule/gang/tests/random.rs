@@ -40,6 +40,7 @@ enum Action {
 #[derive(Clone, Debug)]
 struct Program {
     devices: u16,
+    fails_whole: bool,
     limits: Limits,
     requests: Vec<Vec<Alternative>>,
     actions: Vec<Action>,
@@ -104,16 +105,20 @@ fn program() -> impl Strategy<Value = Program> {
         );
         (
             Just(devices),
+            any::<bool>(),
             limits,
             prop::collection::vec(request, 1..5),
             actions,
         )
-            .prop_map(|(devices, limits, requests, actions)| Program {
-                devices,
-                limits,
-                requests,
-                actions,
-            })
+            .prop_map(
+                |(devices, fails_whole, limits, requests, actions)| Program {
+                    devices,
+                    fails_whole,
+                    limits,
+                    requests,
+                    actions,
+                },
+            )
     })
 }
 
@@ -200,6 +205,7 @@ impl Checker {
             .map(|index| Capacity {
                 id: DeviceId::gpu(index),
                 memory: MEMORY,
+                fails_whole: program.fails_whole,
             })
             .collect();
         Self {

@@ -124,6 +124,7 @@ fn what_no_machine_can_serve_is_told_by_alternative() {
         Capacity {
             id: HOST,
             memory: 500,
+            fails_whole: false,
         },
         machine[0].clone(),
     ];
@@ -245,6 +246,42 @@ fn what_is_at_rest_comes_before_what_is_in_flight_and_the_oldest_flight_first() 
         "that is at rest now"
     );
     assert!(e.lent[0].waits.is_empty());
+}
+
+#[test]
+fn where_a_failure_is_the_whole_devices_one_stream_does() {
+    let mut device = gpus(1, 0);
+    device[0].fails_whole = true;
+    let mut gang = Gang::new(&device, LIMITS);
+    let launch = |gang: &mut Gang<_>, position| {
+        gang.submit("whole", part(WHOLE, 0)).unwrap();
+        let (_, grant) = start(gang);
+        gang.launched(grant.id, &[Some(event(0, 1, position))]);
+        grant
+    };
+    assert_eq!(launch(&mut gang, 1).lent[0].stream, None);
+    for position in 2..4 {
+        let lent = &launch(&mut gang, position).lent[0];
+        assert_eq!(lent.stream, Some(event(0, 1, 0).stream));
+        assert!(lent.waits.is_empty(), "the order is the stream's");
+    }
+    // Who waits for one stream of two follows that one.
+    gang.completed(event(0, 1, 3));
+    for stream in [1, 2] {
+        gang.submit("half", part(WHOLE / 2, 0)).unwrap();
+        let (_, grant) = start(&mut gang);
+        gang.launched(grant.id, &[Some(event(0, stream, 10))]);
+    }
+    gang.submit("half", part(WHOLE / 2, 0)).unwrap();
+    let (_, grant) = start(&mut gang);
+    let lent = &grant.lent[0];
+    assert_eq!(
+        (lent.stream, lent.waits.len()),
+        (Some(event(0, 1, 0).stream), 0)
+    );
+    gang.submit("half", part(WHOLE / 2, 0)).unwrap();
+    let (_, grant) = start(&mut gang);
+    assert_eq!(grant.lent[0].stream, Some(event(0, 2, 0).stream));
 }
 
 #[test]

@@ -1,0 +1,381 @@
+"""How each runtime runs a task graph whose tasks all have one body.
+
+A *runner* runs a :class:`~charioteer.graphs.Shape` on one runtime and returns the seconds from the
+first spawn until every task is complete and the runtime has let go of its workers, which are
+started before the clock is.
+
+Each runner is what a user of that runtime would write. ``ThreadPoolExecutor`` knows no
+dependencies, so a task that ends submits those that it was the last to hold up; joblib knows none
+and has no futures either, so it runs one level of the graph after the other.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from time import perf_counter, sleep
+from typing import Any
+
+import charioteer as ch
+from charioteer.bench.harness import Missing
+from charioteer.bench.peers import THREAD_POOL, load, started_ray
+from charioteer.graphs import Shape, sized
+
+__all__ = ["PEERS", "SHAPES", "Outcome", "Peer", "gil_waited"]
+
+
+SHAPES: Mapping[str, Callable[[int], Shape]] = {
+    "independent": lambda tasks: sized("independent", tasks, tasks),
+    "cholesky": lambda tasks: sized("cholesky", tasks, 1),
+    "steps": lambda tasks: sized("stencil", tasks, 32),
+}
+"""The shapes of the GIL study, of about so many tasks."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a graph ran: its seconds, and those that charioteer's threads waited for the GIL."""
+
+    seconds: float
+    waited: float | None = None
+
+
+Body = Callable[[], object]
+
+
+def charioteer(graph: Shape, body: Body, workers: int, width: int | None = None) -> Outcome:
+    """Run it on charioteer; ``width`` fixes how many workers compete for the GIL."""
+    with ch.Runtime(workers=workers, gil=width or "auto") as runtime:
+        waited = gil_waited(runtime)
+        start = perf_counter()
+        if graph.edges:
+            space = ch.TaskSpace(graph.name)
+            for index, before in enumerate(graph.before):
+                ch.spawn(space[index], dependencies=[space[at] for at in before])(body)
+        else:
+            for _ in graph.before:
+                ch.spawn(body)
+    return Outcome(perf_counter() - start, gil_waited(runtime) - waited)
+
+
+def native(graph: Shape, seconds: float, workers: int) -> Outcome:
+    """Run it on charioteer with a body in C that knows nothing of Python."""
+    spin = ch.native(ch._core.spin_address(), ("f8",), name="spin")
+    with ch.Runtime(workers=workers) as runtime:
+        waited = gil_waited(runtime)
+        start = perf_counter()
+        if graph.edges:
+            space = ch.TaskSpace(graph.name)
+            for index, before in enumerate(graph.before):
+                needs = [space[at] for at in before]
+                spin.options(space[index], dependencies=needs)(seconds)
+        else:
+            for _ in graph.before:
+                spin(seconds)
+    return Outcome(perf_counter() - start, gil_waited(runtime) - waited)
+
+
+def thread_pool(graph: Shape, body: Body, workers: int) -> Outcome:
+    """Run it on the standard library's thread pool."""
+    with ThreadPoolExecutor(workers) as executor:
+        _start_threads(executor, workers)
+        start = perf_counter()
+        if graph.edges:
+            _submit_in_order(executor, graph, body)
+        else:
+            for _ in graph.before:
+                executor.submit(body)
+    return Outcome(perf_counter() - start)
+
+
+def _start_threads(executor: ThreadPoolExecutor, workers: int) -> None:
+    meeting = threading.Barrier(workers)
+    for future in [executor.submit(meeting.wait) for _ in range(workers)]:
+        future.result()
+
+
+def _submit_in_order(executor: ThreadPoolExecutor, graph: Shape, body: Body) -> None:
+    """Submit each task once what it depends on is complete; returns when all are."""
+    after: list[list[int]] = [[] for _ in graph.before]
+    for index, before in enumerate(graph.before):
+        for at in before:
+            after[at].append(index)
+    held_up = [len(before) for before in graph.before]
+    left = len(graph)
+    lock = threading.Lock()
+    complete = threading.Event()
+
+    def submit(index: int) -> None:
+        executor.submit(body).add_done_callback(lambda future: ended(index, future))
+
+    def ended(index: int, future: Future[object]) -> None:
+        nonlocal left
+        future.result()
+        ready = []
+        with lock:
+            left -= 1
+            for later in after[index]:
+                held_up[later] -= 1
+                if not held_up[later]:
+                    ready.append(later)
+            if not left:
+                complete.set()
+        for later in ready:
+            submit(later)
+
+    for index, before in enumerate(graph.before):
+        if not before:
+            submit(index)
+    complete.wait()
+
+
+def bare_threads(graph: Shape, body: Body, workers: int) -> Outcome:
+    """Run tasks without dependencies on threads that take them from a queue: no runtime at all."""
+    tasks = deque(graph.before)
+    gate = threading.Barrier(workers + 1)
+
+    def run() -> None:
+        gate.wait()
+        while True:
+            try:
+                tasks.popleft()
+            except IndexError:
+                return
+            body()
+
+    threads = [threading.Thread(target=run) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
+    while gate.n_waiting < workers:
+        sleep(1e-3)
+    start = perf_counter()
+    gate.wait()
+    for thread in threads:
+        thread.join()
+    return Outcome(perf_counter() - start)
+
+
+def bare_spins(graph: Shape, seconds: float, workers: int) -> Outcome:
+    """The same in C, with threads that know nothing of Python."""
+    return Outcome(ch._core.spin_threads(seconds, len(graph), workers))
+
+
+def dask(graph: Shape, body: Body, workers: int) -> Outcome:
+    """Run it on Dask's threads, as a graph of its own making: ``delayed`` costs thrice as much."""
+    load("dask")
+    threaded = load("dask.threaded")
+
+    def call(*_: object) -> None:
+        body()
+
+    # A pool of its own: Dask never ends the threads of those that it makes.
+    with ThreadPoolExecutor(workers) as executor:
+        _start_threads(executor, workers)
+        start = perf_counter()
+        tasks = {index: (call, *before) for index, before in enumerate(graph.before)}
+        threaded.get(tasks, list(tasks), pool=executor)
+    return Outcome(perf_counter() - start)
+
+
+def distributed(graph: Shape, body: Body, workers: int) -> Outcome:
+    """Run it on Dask's distributed scheduler: one worker process with threads would share nothing
+    with its scheduler, but what passes between them costs more than the GIL that they share
+    here."""
+    config = load("dask").config
+    module = load("distributed")
+
+    def call(*_: object) -> None:
+        body()
+
+    with (
+        config.set({"distributed.scheduler.work-stealing": False}),
+        module.Client(
+            processes=False,
+            n_workers=1,
+            threads_per_worker=workers,
+            dashboard_address=None,
+            silence_logs=50,
+        ) as client,
+    ):
+        client.submit(call, pure=False).result()
+        start = perf_counter()
+        tasks = {
+            f"task-{index}": (call, *(f"task-{at}" for at in before))
+            for index, before in enumerate(graph.before)
+        }
+        client.get(tasks, list(tasks))
+        return Outcome(perf_counter() - start)
+
+
+def parsl(graph: Shape, body: Body, workers: int) -> Outcome:
+    """Run it on Parsl's threads."""
+    module = load("parsl")
+    executors = load("parsl.executors")
+    with tempfile.TemporaryDirectory() as folder:
+        module.load(
+            module.Config(
+                executors=[executors.ThreadPoolExecutor(max_threads=workers)],
+                run_dir=folder,
+                strategy="none",
+                initialize_logging=False,
+            )
+        )
+        try:
+
+            def call(*_: object) -> None:
+                body()
+
+            task = module.python_app(call)
+            for future in [task() for _ in range(10 * workers)]:
+                future.result()
+            start = perf_counter()
+            tasks: list[Any] = []
+            for before in graph.before:
+                tasks.append(task(*(tasks[at] for at in before)))
+            for future in tasks:
+                future.result()
+            return Outcome(perf_counter() - start)
+        finally:
+            module.dfk().cleanup()
+            module.clear()
+
+
+def joblib(graph: Shape, body: Body, workers: int) -> Outcome:
+    """Run it on joblib's threads, level by level."""
+    module = load("joblib")
+    with module.Parallel(n_jobs=workers, backend="threading") as parallel:
+        start = perf_counter()
+        for level in graph.levels:
+            parallel(module.delayed(body)() for _ in level)
+    return Outcome(perf_counter() - start)
+
+
+def ray(graph: Shape, body: Body, workers: int) -> Outcome:
+    """Run it on Ray, whose workers are processes with a GIL each."""
+    with started_ray(workers) as module:
+
+        def task(*_: object) -> None:
+            body()
+
+        remote = module.remote(task)
+        # Ray starts a worker process at the first task that needs one.
+        module.get([remote.remote() for _ in range(10 * workers)])
+        start = perf_counter()
+        tasks: list[Any] = []
+        for before in graph.before:
+            tasks.append(remote.remote(*(tasks[at] for at in before)))
+        module.get(tasks)
+        return Outcome(perf_counter() - start)
+
+
+def parla(graph: Shape, body: Body, workers: int, version: str) -> Outcome:
+    """Run it on Parla of the given version, ``"0.2"`` or ``"0.3"``.
+
+    Raises:
+        Missing: that version is not installed, or cannot run on so many workers.
+    """
+    module = load("parla")
+    # The pure-Python predecessor alone has a module for each kind of device.
+    found = "0.2" if importlib.util.find_spec("parla.cpu") is not None else "0.3"
+    if found != version:
+        raise Missing(f"parla is installed as {found}")
+    options: dict[str, Any] = {}
+    if version == "0.2":
+        if workers != (os.cpu_count() or 1):
+            raise Missing("Parla 0.2 always runs on every core")
+        place = load("parla.cpu").cpu
+    else:
+        place = load("parla.devices").cpu
+        options["n_workers"] = workers
+    tasks_module = load("parla.tasks")
+    spawn: Callable[..., Callable[[Any], Any]] = tasks_module.spawn
+    space = tasks_module.TaskSpace("graph")
+    seconds = 0.0
+
+    def program() -> None:
+        @spawn(placement=place, vcus=0)
+        async def top() -> None:
+            nonlocal seconds
+            start = perf_counter()
+            for index, before in enumerate(graph.before):
+
+                @spawn(space[index], [space[at] for at in before], placement=place, vcus=0)
+                def task() -> None:
+                    body()
+
+            for index in range(len(graph)):
+                await space[index]
+            seconds = perf_counter() - start
+
+    with module.Parla(**options):
+        program()
+    return Outcome(seconds)
+
+
+def in_rust(graph: Shape, seconds: float, workers: int) -> Outcome:
+    """Run it on the core without Python: spawned in Rust, with bodies in Rust."""
+    return Outcome(ch._core.spin_graph(graph.before, seconds, workers))
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another runtime that runs graphs.
+
+    Attributes:
+        runtime: what results call it.
+        run: runs a graph.
+        tuning: how it is run, so that it is at its best.
+    """
+
+    runtime: str
+    run: Callable[[Shape, Body, int], Outcome]
+    tuning: str
+
+
+PEERS: Mapping[str, Peer] = {
+    "threadpool": Peer(
+        THREAD_POOL,
+        thread_pool,
+        "knows no dependencies: who ends submits those that it was the last to hold up",
+    ),
+    "joblib": Peer(
+        "joblib threads",
+        joblib,
+        "threads, which share the bodies; knows no dependencies: one level after the other, in one"
+        " pool, its batches sized by itself",
+    ),
+    "dask": Peer("Dask threads", dask, "a graph of its own making instead of delayed calls"),
+    "distributed": Peer(
+        "Dask distributed",
+        distributed,
+        "scheduler and threads in one process, the graph handed over at once, no work stealing, no"
+        " dashboard",
+    ),
+    "ray": Peer(
+        "Ray",
+        ray,
+        "worker processes started before, results passed as references, a small object store, no"
+        " dashboard",
+    ),
+    "parsl": Peer(
+        "Parsl threads",
+        parsl,
+        "threads instead of processes, no scaling strategy, no memoization, no log",
+    ),
+}
+"""The runtimes that are measured beside charioteer where they are installed, by what chooses
+them."""
+
+
+def gil_waited(runtime: ch.Runtime) -> float:
+    """Seconds that threads of this process have waited for the interpreter.
+
+    The sites of the gateway count for the whole process, so a run is the difference of two.
+    """
+    return float(sum(site["waited"] for site in runtime.stats()["gateway"].values()))
