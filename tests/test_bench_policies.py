@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import pytest
 
+import charioteer as ch
 from charioteer import graphs
-from charioteer.bench import policies
+from charioteer.bench import movement, policies
 from charioteer.graphs import Graph, Site
 
 
@@ -109,4 +110,33 @@ def test_every_bar_is_held() -> None:
         ("mix", mix.format(128), "utilisation"): "≥ 0.95",
         ("mix", mix.format(128), "overtaken by at most"): "≤ 128",
     }
-    assert [measure.name for measure in policies.measures()] == list(policies.NAMES)
+    assert [measure.name for measure in policies.measures()] == list(policies.STILL)
+
+
+def test_data_that_move_find_their_machine_shrunk() -> None:
+    machine = movement.load(movement.default_machine())
+    host, peer = machine.links.host, machine.links.peer
+    assert peer is not None
+    assert host.bandwidth == 25e9 / movement.SHRUNK and host.latency == 8e-6
+    assert peer.bandwidth == 200e9 / movement.SHRUNK
+    assert [gpu.memory for gpu in machine.gpus] == [64 << 20] * 4
+    with pytest.raises(ValueError, match="cannot be shrunk"):
+        ch.Machine.virtual(memory=1000).shrunk(1001)
+
+
+def test_more_data_than_memory_moves_what_belady_moves() -> None:
+    machine = movement.load(movement.default_machine())
+    sample = movement.evict(movement.cyclic(6, writes=True), machine, 4)
+    # Each turn but the first finds three of six tiles at most, and what goes is written home.
+    assert sample.values["bytes / Belady"] == 1.0
+    assert sample.values["moved"] > 2 * 6 * movement.TILE * movement.SHRUNK / 1e9
+
+
+def test_graphs_whose_data_move_run_under_every_policy() -> None:
+    machine = movement.load(movement.default_machine())
+    graph = movement.stencil(4, 3, 1, True, random.Random(1))
+    assert len(graph.jobs) == 16
+    for policy in policies.POLICIES.values():
+        outcome = movement.run_graph(graph, machine, policy)
+        assert outcome.makespan * 4 >= graph.work
+        assert outcome.moved >= outcome.busiest >= 0

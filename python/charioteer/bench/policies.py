@@ -9,8 +9,8 @@ work over the number of devices. How near one gets shows the *list schedule*, a 
 scheduler would do that knows all run times beforehand and decides only when a device is free: of
 the ready tasks it takes the one with the longest chain behind it.
 
-Data does not move in any of this: every body finds its input everywhere. Policies that look at
-where data is gain nothing by it here.
+In these graphs data does not move: every body finds its input everywhere. Those of
+:mod:`charioteer.bench.movement` have managed arrays.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import charioteer as ch
 from charioteer import graphs
+from charioteer.bench import movement
 from charioteer.bench.command import (
     OptionError,
     add_outcome_arguments,
@@ -48,11 +50,12 @@ SUMMARY = "how good the schedules of each policy are, in simulated time"
 
 DESCRIPTION = """\
 Run task graphs under each policy on virtual devices, in simulated time, and hold the makespans
-against bounds and oracles. The figures are the same on every machine. Data does not move yet:
-transfers are no part of it, so what a policy knows of places gains nothing here.
+against bounds and oracles. The figures are the same on every machine. Data moves in the measures
+movement, halos and eviction, on the machine that a file describes.
 """
 
-NAMES = ("cholesky", "stencil", "reduction", "random", "variants", "mix")
+STILL = ("cholesky", "stencil", "reduction", "random", "variants", "mix")
+NAMES = (*STILL, *movement.NAMES)
 
 GPUS = 4
 """The devices of all but the mix."""
@@ -91,6 +94,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only", metavar="A,B", help=f"measures to make, of {', '.join(NAMES)} (default: all)"
     )
+    parser.add_argument(
+        "--machine",
+        metavar="FILE",
+        help="the machine on which data move, in virtual time (default: the repository's"
+        " benchmarks/machines/movement.yaml)",
+    )
     add_outcome_arguments(parser)
 
 
@@ -105,11 +114,14 @@ def run(options: argparse.Namespace) -> int:
     """
     names = choice("measure", options.only, NAMES) or NAMES
     runs = options.runs or (1 if options.quick else 5)
-    return carry_out(BENCHMARK, measures(names), runs, options)
+    machine = Path(options.machine) if options.machine else movement.default_machine()
+    moving = [name for name in names if name in movement.NAMES]
+    made = measures(names) + movement.measures(moving, machine, POLICIES)
+    return carry_out(BENCHMARK, made, runs, options)
 
 
-def measures(names: Sequence[str] = NAMES) -> list[Measure]:
-    """The measures of those names."""
+def measures(names: Sequence[str] = STILL) -> list[Measure]:
+    """The measures of those names, of those whose data do not move."""
     made: dict[str, Callable[[], Measure]] = {
         "cholesky": lambda: _graph(
             "cholesky",
@@ -134,7 +146,7 @@ def measures(names: Sequence[str] = NAMES) -> list[Measure]:
         "variants": lambda: _variants(400),
         "mix": lambda: _mix(10_000),
     }
-    return [made[name]() for name in NAMES if name in names]
+    return [made[name]() for name in STILL if name in names]
 
 
 # ---- policies -----------------------------------------------------------------------------------
