@@ -97,16 +97,17 @@ test-tsan: ## The core's tests under ThreadSanitizer; not part of `make test`
 		--skip spawning_races_with_closing --skip cancelling_races_with_a_named_spawn
 
 ##@ Measure
-.PHONY: bench bench-rust bench-taskflow bench-overhead bench-gil bench-devices bench-policies bench-metg bench-ft
-bench: bench-rust bench-taskflow bench-overhead bench-gil bench-devices bench-policies bench-metg bench-ft ## All benchmarks below
+.PHONY: bench bench-rust bench-peers bench-overhead bench-gil bench-devices bench-policies bench-metg bench-graphs bench-ft study
+bench: bench-rust bench-peers bench-overhead bench-gil bench-devices bench-policies bench-metg bench-graphs bench-ft ## All benchmarks below
 
 bench-rust: build ## Criterion benchmarks of the core
 	@mkdir -p benchmarks/results
 	.venv/bin/python benchmarks/core.py $(CARGO_FLAGS) --json benchmarks/results/core.json
 
-bench-taskflow: build ## The core's peer, if its headers are installed
+bench-peers: build ## The core's peers, Taskflow and StarPU, as far as they are installed
 	@mkdir -p benchmarks/results
 	.venv/bin/python benchmarks/peers/taskflow/run.py --json benchmarks/results/taskflow.json
+	.venv/bin/python benchmarks/peers/starpu/run.py --json benchmarks/results/starpu.json
 
 bench-overhead: build .venv/stamps/bench ## What a task costs, beside other runtimes
 	@mkdir -p benchmarks/results
@@ -124,6 +125,13 @@ bench-devices: build .venv/stamps/bench ## What a task over several devices cost
 bench-metg: build .venv/stamps/bench ## The smallest tasks that run efficiently, beside other runtimes
 	@mkdir -p benchmarks/results
 	.venv/bin/charioteer bench metg --json benchmarks/results/metg.json
+
+bench-graphs: build ## Runs of every pattern of task graph, proved right
+	@mkdir -p benchmarks/results
+	.venv/bin/charioteer bench graphs --json benchmarks/results/graphs.json
+
+study: build .venv/stamps/bench ## Every benchmark, and one report of them, in target/study
+	.venv/bin/charioteer study --out target/study
 
 bench-policies: build .venv/stamps/bench ## How good the schedules of each policy are, in simulated time
 	@mkdir -p benchmarks/results

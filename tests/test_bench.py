@@ -36,7 +36,7 @@ pytestmark = pytest.mark.surface
 ROOT = Path(__file__).resolve().parent.parent
 FIELDS = [
     *("benchmark", "runtime", "case", "params", "metric", "unit"),
-    *("median", "min", "max", "runs", "machine", "python", "commit"),
+    *("median", "min", "max", "runs", "values", "bar", "met", "machine", "python", "commit"),
 ]
 
 
@@ -347,6 +347,11 @@ def test_the_native_body_lasts_about_as_long_as_asked() -> None:
             "time per round",
         ),
         ("peer", {"peer": "threadpool", "workers": 1, "tasks": 10}, "time per task"),
+        (
+            "metg",
+            {"runtime": "threadpool", "pattern": "fft", "workers": 1, "seconds": 1e-3},
+            "METG(50%)",
+        ),
     ],
 )
 def test_probes_answer(probe: str, params: dict[str, object], metric: str) -> None:
@@ -423,15 +428,35 @@ def taskflow() -> ModuleType:
     return load(ROOT / "benchmarks" / "peers" / "taskflow" / "run.py")
 
 
-def test_taskflow_without_a_compiler_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = taskflow()
-    monkeypatch.delenv("CXX", raising=False)
+@pytest.mark.parametrize(("name", "language"), [("Taskflow", "C++"), ("StarPU", "C")])
+def test_a_peer_without_a_compiler_is_missing(
+    name: str, language: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = load(ROOT / "benchmarks" / "peers" / name.lower() / "run.py")
+    for variable in ("CC", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("PATH", "")
     entries = runner.collect(None, 2, 100, 3)
     assert len(entries) == 3
     for entry in entries:
-        assert (entry.runtime, entry.median, entry.runs) == ("Taskflow", None, 0)
-        assert entry.params["missing"] == "no C++ compiler is installed"
+        assert (entry.runtime, entry.median, entry.runs) == (name, None, 0)
+        assert entry.params["missing"] == f"no {language} compiler is installed"
+
+
+def test_starpu_that_does_not_link_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler is installed")
+    runner = load(ROOT / "benchmarks" / "peers" / "starpu" / "run.py")
+    monkeypatch.setattr(runner, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(runner, "found", lambda: ([], []))
+    (tmp_path / "starpu.h").write_text("#error broken\n")
+    with pytest.raises(runner.Missing, match="headers"):
+        runner.build(str(tmp_path / "nowhere"))
+    with pytest.raises(runner.Missing, match="headers"):
+        runner.build(str(tmp_path))
+    (tmp_path / "starpu.h").write_text("\n")
+    with pytest.raises(runner.BuildError, match="starpu_task"):
+        runner.build(str(tmp_path))
 
 
 def test_taskflow_harness_builds_and_reports(

@@ -18,11 +18,12 @@ import pytest
 
 import charioteer as ch
 from charioteer import _core
-from charioteer.bench import bodies, gil, gil_report, gil_runs, graphs, records
+from charioteer.bench import bodies, gil, gil_report, gil_runs, pages, records, runners
 from charioteer.bench.gil_runs import LIMIT, LOOP, NATIVE, NATIVE_LIMIT
 from charioteer.bench.harness import OURS, Key, Missing, Series
 from charioteer.bench.peers import THREAD_POOL
 from charioteer.cli import main
+from charioteer.graphs import Shape
 
 pytestmark = pytest.mark.surface
 
@@ -139,20 +140,22 @@ def test_bytecode_is_calibrated() -> None:
 
 
 def test_shapes() -> None:
-    assert graphs.independent(5).before == ((),) * 5
-    # Three tiles: potrf 0, trsm 1 2, syrk 3 4, gemm 5 between them; and so on.
-    assert graphs.cholesky(19).before == (
+    shapes = runners.SHAPES
+    assert shapes["independent"](5).before == ((),) * 5
+    # Three tiles: potrf 0, trsm 1 2, syrk 3, gemm 4 between it and syrk 5; and so on.
+    assert shapes["cholesky"](19).before == (
         *((), (0,), (0,)),
-        *((1,), (2,), (2, 1)),
-        *((3,), (5, 6), (4, 7), (8,)),
+        *((1,), (2, 1), (2,)),
+        *((3,), (4, 6), (5, 7), (8,)),
     )
-    assert graphs.steps(6, width=3).before == ((), (), (), (0, 1), (0, 1, 2), (1, 2))
+    assert len(shapes["steps"](64)) == 64
+    assert shapes["steps"](64).before[32:35] == ((0, 1), (0, 1, 2), (1, 2, 3))
 
 
-@pytest.mark.parametrize("shape", graphs.SHAPES)
+@pytest.mark.parametrize("shape", runners.SHAPES)
 @pytest.mark.parametrize("tasks", [1, 10, 100, 1000])
 def test_graphs_have_about_as_many_tasks_each_after_earlier_ones(shape: str, tasks: int) -> None:
-    graph = graphs.make(shape, tasks)
+    graph = runners.SHAPES[shape](tasks)
     assert tasks / 2 <= len(graph) <= tasks
     assert all(at < index for index, before in enumerate(graph.before) for at in before)
     assert sorted(index for level in graph.levels for index in level) == list(range(len(graph)))
@@ -160,32 +163,32 @@ def test_graphs_have_about_as_many_tasks_each_after_earlier_ones(shape: str, tas
 
 def test_a_cholesky_factorization_of_n_tiles_has_a_chain_of_three_n_less_two() -> None:
     for tiles in (1, 2, 5, 8):
-        graph = graphs.cholesky(tiles * (tiles + 1) * (tiles + 2) // 6)
+        graph = runners.SHAPES["cholesky"](tiles * (tiles + 1) * (tiles + 2) // 6)
         assert len(graph) == tiles * (tiles + 1) * (tiles + 2) // 6
         assert len(graph.levels) == 3 * tiles - 2
 
 
 def test_the_ideal_is_the_largest_bound() -> None:
-    graph = graphs.independent(1_000)
+    graph = runners.SHAPES["independent"](1_000)
     assert graph.ideal(1e-3, 0.0, 16) == pytest.approx(0.0625)
     assert graph.ideal(1e-3, 0.2, 16) == pytest.approx(0.2)
     assert graph.ideal(1e-3, 0.2, 16, gil=False) == pytest.approx(0.0625)
-    assert graphs.cholesky(10).ideal(1.0, 0.0, 100) == 7.0
+    assert runners.SHAPES["cholesky"](10).ideal(1.0, 0.0, 100) == 7.0
 
 
-RUNNERS: dict[str, Callable[..., graphs.Outcome]] = {
-    OURS: graphs.charioteer,
-    THREAD_POOL: graphs.thread_pool,
-    "dask": graphs.dask,
-    "joblib": graphs.joblib,
+RUNNERS: dict[str, Callable[..., runners.Outcome]] = {
+    OURS: runners.charioteer,
+    THREAD_POOL: runners.thread_pool,
+    "dask": runners.dask,
+    "joblib": runners.joblib,
 }
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("shape", graphs.SHAPES)
+@pytest.mark.parametrize("shape", runners.SHAPES)
 @pytest.mark.parametrize("name", RUNNERS)
 def test_runners_run_every_task_once(name: str, shape: str, workers: int) -> None:
-    graph = graphs.make(shape, 40)
+    graph = runners.SHAPES[shape](40)
     ran: list[int] = []
     outcome = RUNNERS[name](graph, lambda: ran.append(1), workers)
     assert len(ran) == len(graph)
@@ -195,19 +198,21 @@ def test_runners_run_every_task_once(name: str, shape: str, workers: int) -> Non
 @pytest.mark.parametrize("workers", [1, 3])
 def test_bare_threads_run_every_task_once(workers: int) -> None:
     ran: list[int] = []
-    outcome = graphs.bare_threads(graphs.independent(40), lambda: ran.append(1), workers)
+    outcome = runners.bare_threads(
+        runners.SHAPES["independent"](40), lambda: ran.append(1), workers
+    )
     assert len(ran) == 40
     assert outcome.seconds > 0
 
 
 def test_bare_threads_in_c_spin_as_often_as_asked() -> None:
-    assert graphs.bare_spins(graphs.independent(10), 1e-3, 1).seconds >= 0.0099
-    assert graphs.bare_spins(graphs.independent(11), 1e-3, 2).seconds >= 0.0059
+    assert runners.bare_spins(runners.SHAPES["independent"](10), 1e-3, 1).seconds >= 0.0099
+    assert runners.bare_spins(runners.SHAPES["independent"](11), 1e-3, 2).seconds >= 0.0059
 
 
 @pytest.mark.parametrize("name", RUNNERS)
 def test_runners_keep_the_order_of_a_chain(name: str) -> None:
-    chain = graphs.Graph("chain", ((), *((index,) for index in range(30))))
+    chain = Shape("chain", ((), *((index,) for index in range(30))))
     at_once = 0
     most = [0]
     lock = threading.Lock()
@@ -230,19 +235,20 @@ def test_a_failing_body_is_no_success() -> None:
         raise ValueError("thirteen")
 
     with pytest.raises(ExceptionGroup):
-        graphs.charioteer(graphs.independent(1), body, 1)
+        runners.charioteer(runners.SHAPES["independent"](1), body, 1)
 
 
 def test_what_is_not_there_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    graph = graphs.independent(1)
-    for module in ("dask", "joblib", "ray", "parla"):
+    graph = runners.SHAPES["independent"](1)
+    for module in ("dask", "distributed", "joblib", "ray", "parla", "parsl"):
         monkeypatch.setitem(sys.modules, module, None)
-    peers: list[Callable[..., graphs.Outcome]] = [graphs.dask, graphs.joblib, graphs.ray]
-    for peer in peers:
+    peers = [name for name in runners.PEERS if name != "threadpool"]
+    assert len(peers) == 5
+    for name in peers:
         with pytest.raises(Missing, match="is not installed"):
-            peer(graph, int, 1)
+            runners.PEERS[name].run(graph, int, 1)
     with pytest.raises(Missing, match="parla is not installed"):
-        graphs.parla(graph, int, 1, "0.3")
+        runners.parla(graph, int, 1, "0.3")
 
 
 PARLA = """
@@ -284,40 +290,54 @@ def test_parla_gets_every_task_with_its_dependencies(
     (package / "tasks.py").write_text(PARLA)
     (package / ("cpu.py" if version == "0.2" else "devices.py")).write_text("cpu = 'cpu'\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(graphs.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(runners.os, "cpu_count", lambda: 4)
     try:
-        graph = graphs.steps(40, width=4)
+        graph = runners.SHAPES["steps"](64)
         ran: list[int] = []
-        assert graphs.parla(graph, lambda: ran.append(1), 4, version).seconds > 0
-        assert len(ran) == 40
+        assert runners.parla(graph, lambda: ran.append(1), 4, version).seconds > 0
+        assert len(ran) == 64
         given = sys.modules["parla"].given
         assert given == [{} if version == "0.2" else {"n_workers": 4}]
         other = {"0.2": "0.3", "0.3": "0.2"}[version]
         with pytest.raises(Missing, match=f"installed as {version}"):
-            graphs.parla(graph, int, 4, other)
+            runners.parla(graph, int, 4, other)
         if version == "0.2":
             with pytest.raises(Missing, match="every core"):
-                graphs.parla(graph, int, 2, version)
+                runners.parla(graph, int, 2, version)
     finally:
         for name in [name for name in sys.modules if name.partition(".")[0] == "parla"]:
             del sys.modules[name]
 
 
 def test_native_bodies_run() -> None:
-    for shape in graphs.SHAPES:
-        assert graphs.native(graphs.make(shape, 10), 1e-4, 2).seconds > 5e-4
+    for shape in runners.SHAPES:
+        assert runners.native(runners.SHAPES[shape](10), 1e-4, 2).seconds > 5e-4
+
+
+def test_graphs_run_in_rust() -> None:
+    for shape in runners.SHAPES:
+        assert runners.in_rust(runners.SHAPES[shape](10), 1e-4, 2).seconds > 5e-4
+    chain = [[index - 1] if index else [] for index in range(20)]
+    assert _core.spin_graph(chain, 1e-4, 4) >= 2e-3
+    for arguments, words in (
+        (([[0]], 0.0, 1), "task 0 comes after 0"),
+        (([[]], -1.0, 1), "seconds"),
+        (([[]], 0.0, 0), "workers"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            _core.spin_graph(*arguments)
 
 
 def test_the_wait_for_the_gil_is_the_sum_of_all_sites() -> None:
     sites = {"worker": {"waited": 1.0, "visits": 3}, "main": {"waited": 0.5}}
     runtime = types.SimpleNamespace(stats=lambda: {"gateway": sites})
-    assert graphs.gil_waited(runtime) == 1.5  # type: ignore[arg-type]
+    assert runners.gil_waited(runtime) == 1.5  # type: ignore[arg-type]
 
 
 def test_the_wait_is_that_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     # The counts are the process's: what others waited before is not this run's.
     readings = iter([5.0, 5.25])
-    monkeypatch.setattr(graphs, "gil_waited", lambda _: next(readings))
+    monkeypatch.setattr(runners, "gil_waited", lambda _: next(readings))
     values = gil_runs.cell(OURS, "independent", 2, 1e-5, 0.0, 1, 1)
     assert values["waited for the GIL"] == 250.0
 
@@ -599,7 +619,7 @@ def test_the_report_shows_the_best_of_every_column() -> None:
     assert columns[OURS].speedup == pytest.approx(4.0)
 
 
-@pytest.mark.parametrize("suffix", gil_report.SUFFIXES)
+@pytest.mark.parametrize("suffix", pages.SUFFIXES)
 def test_reports_are_written(tmp_path: Path, suffix: str) -> None:
     entries = [
         *sweep(OURS, 0.9, 0.2, workers=4),
@@ -614,27 +634,11 @@ def test_reports_are_written(tmp_path: Path, suffix: str) -> None:
     for words in ("0.900", "0.600 @2", "side by side", "4 workers", "CPython 3 free-threaded"):
         assert words in text
     plots = text.count("<svg") if suffix == ".html" else len(list(tmp_path.glob("*.svg")))
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError:
-        assert plots == 0
-        assert "matplotlib is not installed" in text
-    else:
-        assert plots >= 3
+    assert plots >= 3
     if suffix == ".html":
         assert "Ray: &lt;no&gt;" in text
         ids = re.findall(r' id="([^"]+)"', text)
         assert len(ids) == len(set(ids))
-
-
-def test_without_matplotlib_the_report_has_tables(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    path = tmp_path / "report.md"
-    gil_report.write(str(path), sweep(OURS, 0.9, 0.2))
-    assert "matplotlib is not installed" in path.read_text()
-    assert "0.900" in path.read_text()
 
 
 # The command

@@ -8,8 +8,10 @@ from collections.abc import Callable
 
 import pytest
 
-from charioteer.bench import policies
-from charioteer.bench.policies import Graph, Node
+import charioteer as ch
+from charioteer import graphs
+from charioteer.bench import movement, policies
+from charioteer.graphs import Graph, Site
 
 
 def made(name: str) -> Graph:
@@ -41,21 +43,10 @@ def test_graphs_are_what_they_are_called() -> None:
     [last] = [place for place, node in enumerate(made("cholesky")) if node.kind == "potrf"][4:]
     assert last == 34  # and nothing else is without a successor
     assert {one for node in made("cholesky") for one in node.after} == set(range(34))
-    assert made("stencil")[9].after == (4, 5, 6)
-    assert made("stencil")[8].after == (4, 5)
+    assert made("stencil").tasks[9].after == (4, 5, 6)
+    assert made("stencil").tasks[8].after == (4, 5)
     # In a tree everything but the root has one successor.
     assert sorted(one for node in made("reduction") for one in node.after) == list(range(40))
-
-
-def test_bounds_and_the_list_schedule_of_small_graphs() -> None:
-    chain = [Node("", 1.0, ()), Node("", 2.0, (0,)), Node("", 3.0, (1,))]
-    assert policies.bound(chain, 4) == policies.list_schedule(chain, 4) == 6.0
-    wide = [Node("", 1.0, ())] * 8
-    assert policies.bound(wide, 4) == policies.list_schedule(wide, 4) == 2.0
-    # The chain goes first, or it would end at 4.
-    mixed = [Node("", 1.0, ()), Node("", 1.0, ()), Node("", 1.0, ()), Node("", 2.0, (2,))]
-    assert policies.bound(mixed, 2) == policies.list_schedule(mixed, 2) == 3.0
-    assert policies.list_schedule([Node("", 1.0, ())] * 3, 2) == 2.0
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -65,9 +56,13 @@ def test_no_schedule_comes_below_the_bound(name: str, policy: str) -> None:
     makespan = policies.run_graph(graph, 3, policies.POLICIES[policy])
     work = sum(node.seconds for node in graph)
     # The clock counts whole nanoseconds.
-    assert policies.bound(graph, 3) - 1e-6 <= makespan <= work + 1e-6
+    assert graphs.bounds(graph, Site(0, 3)).makespan - 1e-6 <= makespan <= work + 1e-6
     assert policies.run_graph(graph, 3, policies.POLICIES[policy]) == makespan
-    assert policies.bound(graph, 3) <= policies.list_schedule(graph, 3) <= work
+    assert (
+        graphs.bounds(graph, Site(0, 3)).makespan
+        <= graphs.list_schedule(graph, Site(0, 3)).makespan
+        <= work
+    )
 
 
 def test_the_default_policy_finds_the_fastest_sets() -> None:
@@ -115,4 +110,33 @@ def test_every_bar_is_held() -> None:
         ("mix", mix.format(128), "utilisation"): "≥ 0.95",
         ("mix", mix.format(128), "overtaken by at most"): "≤ 128",
     }
-    assert [measure.name for measure in policies.measures()] == list(policies.NAMES)
+    assert [measure.name for measure in policies.measures()] == list(policies.STILL)
+
+
+def test_data_that_move_find_their_machine_shrunk() -> None:
+    machine = movement.load(movement.default_machine())
+    host, peer = machine.links.host, machine.links.peer
+    assert peer is not None
+    assert host.bandwidth == 25e9 / movement.SHRUNK and host.latency == 8e-6
+    assert peer.bandwidth == 200e9 / movement.SHRUNK
+    assert [gpu.memory for gpu in machine.gpus] == [64 << 20] * 4
+    with pytest.raises(ValueError, match="cannot be shrunk"):
+        ch.Machine.virtual(memory=1000).shrunk(1001)
+
+
+def test_more_data_than_memory_moves_what_belady_moves() -> None:
+    machine = movement.load(movement.default_machine())
+    sample = movement.evict(movement.cyclic(6, writes=True), machine, 4)
+    # Each turn but the first finds three of six tiles at most, and what goes is written home.
+    assert sample.values["bytes / Belady"] == 1.0
+    assert sample.values["moved"] > 2 * 6 * movement.TILE * movement.SHRUNK / 1e9
+
+
+def test_graphs_whose_data_move_run_under_every_policy() -> None:
+    machine = movement.load(movement.default_machine())
+    graph = movement.stencil(4, 3, 1, True, random.Random(1))
+    assert len(graph.jobs) == 16
+    for policy in policies.POLICIES.values():
+        outcome = movement.run_graph(graph, machine, policy)
+        assert outcome.makespan * 4 >= graph.work
+        assert outcome.moved >= outcome.busiest >= 0

@@ -612,17 +612,29 @@ def test_bench_multi_device_end_to_end(tmp_path: Path) -> None:
 def test_bench_metg_end_to_end(tmp_path: Path) -> None:
     path = tmp_path / "metg.json"
     done = charioteer(
-        *("bench", "metg", "--quick", "--runs", "1", "--seconds", "0.001"),
-        *("--patterns", "stencil", "--json", str(path)),
+        *(
+            "bench",
+            "metg",
+            "--runs",
+            "1",
+            "--seconds",
+            "0.001",
+            "--workers",
+            "1",
+            "--peers",
+            "none",
+        ),
+        *("--patterns", "stencil", "--json", str(path), "--report", str(tmp_path / "page.html")),
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+    assert (tmp_path / "page.html").read_text().count("<svg") == 1
     measured = {
         (entry["runtime"], entry["metric"]): entry["median"]
         for entry in json.loads(path.read_text())
-        if entry["unit"] == "µs" and not entry["metric"].endswith("bodies")
+        if entry["unit"] == "µs" and "," not in entry["metric"]
     }
-    runtimes = ("charioteer", "charioteer, native bodies", "ThreadPoolExecutor")
+    runtimes = ("charioteer", "charioteer, native bodies", "charioteer in Rust")
     levels = ("METG(50%)", "METG(90%)")
     assert set(measured) == {(name, level) for name in runtimes for level in levels}
     for name in runtimes:

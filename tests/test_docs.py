@@ -37,7 +37,7 @@ def libraries(name: str) -> list[tuple[str, str]]:
 
 
 LIBRARIES = libraries("docs/guide.md")
-EXAMPLES = [*examples("README.md"), *examples("docs/guide.md")]
+EXAMPLES = [*examples("README.md"), *examples("docs/guide.md"), *examples("docs/graphs.md")]
 
 
 def build(path: Path, source: str) -> None:
@@ -53,7 +53,8 @@ def test_there_are_examples() -> None:
     assert [name for name, _ in LIBRARIES] == ["total"]
     assert any("libtotal.so" in program for _, program in EXAMPLES)
     assert len(EXAMPLES) >= 10
-    assert {where.partition(":")[0] for where, _ in EXAMPLES} == {"README.md", "docs/guide.md"}
+    documents = {where.partition(":")[0] for where, _ in EXAMPLES}
+    assert documents == {"README.md", "docs/guide.md", "docs/graphs.md"}
 
 
 @pytest.mark.timeout(LIMIT + 30)

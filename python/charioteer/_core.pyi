@@ -90,6 +90,7 @@ __all__ = [
     "spawn",
     "spawn_many",
     "spin_address",
+    "spin_graph",
     "spin_threads",
     "submit",
     "task",
@@ -907,6 +908,7 @@ def finish_elsewhere(
 # Bodies of a known duration, for benchmarks.
 
 def spin_address() -> int: ...
+def spin_graph(before: Sequence[Sequence[int]], seconds: float, workers: int) -> float: ...
 def spin_threads(seconds: float, spins: int, threads: int) -> float: ...
 def work(seconds: float, held: float = 0.0, slices: int = 1) -> None: ...
 

@@ -77,8 +77,7 @@ class OrderCheck(NamedTuple):
 
 
 def check_order(path: str | PathLike[str]) -> OrderCheck:
-    """Prove from a trace that tasks used managed arrays in the order in which they were spawned,
-    and had their data where they ran.
+    """Prove from a trace that managed arrays were used in spawn order, and were where tasks ran.
 
     Of every two accesses to one array that overlap, of which one writes at least, the one that was
     spawned first has to have ended before the other began. Who reads on a device, or on the host,

@@ -440,6 +440,40 @@ class Machine(Value):
             Path(path).write_text(text, encoding="utf-8")
         return text
 
+    def shrunk(self, by: int) -> Self:
+        """The same machine for data that are ``by`` times smaller.
+
+        Memories and bandwidths are divided by it, latencies stay. So a tile takes as long on a
+        link, and as many of them fit, as with one ``by`` times larger on this machine: what is
+        simulated in virtual time with large arrays needs small ones only.
+
+        Args:
+            by: a whole number, at least 1.
+
+        Raises:
+            TypeError: not a whole number.
+            ValueError: less than 1, or so large that a GPU has less than a byte left.
+        """
+        by = read_count(by, "by", 1, most=1 << 40)
+
+        def memory(size: int) -> int:
+            if size < by:
+                raise ValueError(f"{show_bytes(size)} cannot be shrunk by {by}")
+            return size // by
+
+        def link(link: Link) -> Link:
+            return Link(link.bandwidth / by, link.latency)
+
+        gpus = [Gpu(memory(one.memory), one.name, one.capability) for one in self.gpus]
+        links = Links(
+            link(self.links.host),
+            None if self.links.peer is None else link(self.links.peer),
+            link(self.links.local),
+            {ends: link(one) for ends, one in self.links.pairs},
+        )
+        host = Host(self.host.cores, None if self.host.memory is None else memory(self.host.memory))
+        return type(self)(host, gpus, links=links, time=self.time, name=f"{self.name} / {by}")
+
     def open(self) -> OpenMachine:
         """Makes the devices, for use without a runtime: ``with machine.open() as devices:``.
 

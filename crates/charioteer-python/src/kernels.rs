@@ -1,4 +1,4 @@
-//! Bodies of a known duration, for the study of the GIL.
+//! Bodies of a known duration, for the study of the GIL and of the smallest tasks.
 //!
 //! What a kernel does is spin until a monotonic clock has moved on, so that its duration is elapsed
 //! time and does not depend on the processor. The clock of a part starts when the part does: the
@@ -9,12 +9,15 @@
 //! stays attached, and where nothing is to be done attached it detaches once. [`charioteer_spin`]
 //! is the same spin for callers that know nothing of Python, such as native bodies. [`spin_threads`]
 //! has threads of the system do nothing else: what they reach is the machine's limit for native bodies.
+//! [`spin_graph`] has
+//! neither bodies nor spawns in Python: what a program in Rust would do, from an installed package.
 
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use pyo3::exceptions::PyValueError;
+use charioteer::native::{Runtime, Task};
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 
 use crate::gateway::{self, Site};
@@ -98,4 +101,54 @@ pub fn work(py: Python<'_>, seconds: f64, held: f64, slices: u32) -> PyResult<()
         }
     }
     Ok(())
+}
+
+/// Runs a graph of tasks that spin for `seconds` each on a runtime of so many workers, opened for it,
+/// without Python. Task `i` comes after the tasks `before[i]`, all of them earlier.
+///
+/// Gives the seconds from the first spawn until the runtime is closed, as the other runs of a graph
+/// are timed. The calling thread spawns.
+#[pyfunction]
+pub fn spin_graph(
+    py: Python<'_>,
+    before: Vec<Vec<usize>>,
+    seconds: f64,
+    workers: usize,
+) -> PyResult<f64> {
+    if !(0.0..=LONGEST).contains(&seconds) {
+        return Err(PyValueError::new_err(format!(
+            "seconds is from 0 to {LONGEST}, not {seconds}"
+        )));
+    }
+    if workers == 0 {
+        return Err(PyValueError::new_err("workers is at least 1, not 0"));
+    }
+    for (here, needs) in before.iter().enumerate() {
+        if let Some(at) = needs.iter().find(|at| **at >= here) {
+            return Err(PyValueError::new_err(format!(
+                "task {here} comes after {at}, which is not before it"
+            )));
+        }
+    }
+    let time = Duration::from_secs_f64(seconds);
+    gateway::detach(py, Site::Kernel, || spawn_graph(&before, time, workers))
+        .map_err(PyRuntimeError::new_err)
+}
+
+fn spawn_graph(before: &[Vec<usize>], time: Duration, workers: usize) -> Result<f64, String> {
+    let runtime = Runtime::new(workers).map_err(|error| error.to_string())?;
+    let mut tasks: Vec<Task<()>> = Vec::with_capacity(before.len());
+    let start = Instant::now();
+    for needs in before {
+        let mut task = runtime.task();
+        for at in needs {
+            task = task.after(&tasks[*at]);
+        }
+        let spawned = task.spawn(move || spin(time));
+        tasks.push(spawned.map_err(|error| error.to_string())?);
+    }
+    runtime
+        .close()
+        .map_err(|_| "a body that spins failed".to_owned())?;
+    Ok(start.elapsed().as_secs_f64())
 }

@@ -74,7 +74,7 @@ mod _core {
     #[pymodule_export]
     use super::interp::{leave_native_step, limits_changed};
     #[pymodule_export]
-    use super::kernels::{spin_address, spin_threads, work};
+    use super::kernels::{spin_address, spin_graph, spin_threads, work};
     #[pymodule_export]
     use super::launches::{KernelLaunch, PyKernel};
     #[pymodule_export]

@@ -231,11 +231,18 @@ impl Plan {
             .collect();
         wide.dedup();
         let only = choices.len() == 1;
+        let is_open = |choice: &Choice| match &choice.on {
+            On::Cores(_) => false,
+            On::Devices(set) => set.members.contains(&Member::Any(Kind::Gpu)),
+        };
+        let several =
+            choices.iter().any(is_open) && engine.machine().is_some_and(|it| it.gpus() > 1);
         let way = match &choices[0].on {
             On::Cores(need) if only => Way::Cores(*need, None),
-            // By default the ledger takes the device that is free first; another policy says which one
-            // it is, and hears of each task where its predecessors ran.
-            On::Devices(set) if only && !engine.domain().maps_all => {
+            // By default the ledger takes the device on which the task is done first, which takes
+            // estimates if there are several; another policy says which one it is, and hears of each
+            // task where its predecessors ran.
+            On::Devices(set) if only && !engine.domain().maps_all && !several => {
                 Way::Devices([set.clone()].into())
             }
             _ => {

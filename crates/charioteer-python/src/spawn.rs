@@ -118,6 +118,7 @@ fn hold<'py>(
 }
 
 /// The body of one call.
+#[expect(clippy::too_many_arguments, reason = "what one body depends on")]
 fn body_of(
     py: Python<'_>,
     engine: &Core,

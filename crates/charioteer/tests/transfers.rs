@@ -566,12 +566,7 @@ fn what_was_on_a_lost_device_alone_is_lost_by_name() {
                 Some(sets) => task.on(sets),
                 None => task,
             };
-            let error = task
-                .spawn(|| ())
-                .unwrap()
-                .result()
-                .map(|()| ())
-                .unwrap_err();
+            let error = task.spawn(|| ()).unwrap().result().unwrap_err();
             let TaskError::Device(DeviceError::Lost(device, why)) = &error else {
                 panic!("{error}");
             };

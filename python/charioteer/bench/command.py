@@ -20,6 +20,7 @@ __all__ = [
     "Conduct",
     "OptionError",
     "add_outcome_arguments",
+    "carried_out",
     "carry_out",
     "check_other_python",
     "check_writable",
@@ -196,6 +197,18 @@ def carry_out(
     Raises:
         OptionError: the file for the records cannot be written.
     """
+    status, _ = carried_out(benchmark, chosen, runs, options)
+    return status
+
+
+def carried_out(
+    benchmark: str, chosen: Sequence[Measure], runs: int, options: argparse.Namespace
+) -> tuple[int, Conduct]:
+    """As :func:`carry_out`, with what came of the measures.
+
+    Raises:
+        OptionError: the file for the records cannot be written.
+    """
     # Here and not above: the command line loads this module only to parse its options.
     from rich.console import Console
 
@@ -207,4 +220,4 @@ def carry_out(
     print_machine(console, benchmark)
     conduct = Conduct(benchmark, runs, options.json)
     conduct.run(chosen, functools.partial(report.print_measure, console))
-    return conduct.end(console, check=options.check)
+    return conduct.end(console, check=options.check), conduct

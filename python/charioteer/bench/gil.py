@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from charioteer.bench import bodies, gil_runs, graphs, probes, records
+from charioteer.bench import bodies, gil_runs, pages, probes, records, runners
 from charioteer.bench.command import (
     Conduct,
     OptionError,
@@ -112,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"who runs beside charioteer: all, none, or some of {', '.join(PEERS)}",
     )
     sweep = parser.add_argument_group("the sweep", "lists of values, separated by commas")
-    sweep.add_argument("--graphs", metavar="A,B", help=f"some of {', '.join(graphs.SHAPES)}")
+    sweep.add_argument("--graphs", metavar="A,B", help=f"some of {', '.join(runners.SHAPES)}")
     sweep.add_argument("--times", metavar="MS,MS", help="task times in milliseconds")
     sweep.add_argument(
         "--shares", metavar="X,X", help="parts of the time that hold the GIL, 0 to 1"
@@ -161,7 +161,7 @@ def run(options: argparse.Namespace) -> int:
     console = Console(highlight=False)
     for path in filter(None, (options.json, options.report)):
         check_writable(path)
-    if options.report is not None and Path(options.report).suffix not in gil_report.SUFFIXES:
+    if options.report is not None and Path(options.report).suffix not in pages.SUFFIXES:
         raise OptionError(f"a report ends in .html or .md, not as {options.report}")
     if options.sources:
         if options.report is None:
@@ -261,7 +261,7 @@ class Settings:
         self.quick, self.full = quick, full
         self.runs = runs or (2 if quick else 3)
         self.peers = tuple(peers if peers is not None else ["threadpool"] if quick else PEERS)
-        self.shapes = tuple(shapes or (graphs.SHAPES if full else ["independent"]))
+        self.shapes = tuple(shapes or (runners.SHAPES if full else ["independent"]))
         self.times = tuple(
             times or ([5e-5, 2.5e-4, 1e-3, 4e-3, 1.6e-2, 6.4e-2] if full else [1e-3])
         )
@@ -295,7 +295,7 @@ class Settings:
             full=options.full,
             runs=options.runs,
             peers=choice("peer", options.peers, tuple(PEERS)),
-            shapes=choice("graph", options.graphs, tuple(graphs.SHAPES)),
+            shapes=choice("graph", options.graphs, tuple(runners.SHAPES)),
             times=None if times is None else [1e-3 * time for time in times],
             shares=_numbers("--shares", options.shares, float, 0, 1),
             slices=_numbers("--slices", options.slices, int, 1, 10_000),
@@ -441,7 +441,7 @@ def _cell(
     settings: Settings, shape: str, seconds: float, held: float, slices: int, workers: int
 ) -> Measure:
     tasks = settings.count(seconds)
-    graph = graphs.make(shape, tasks)
+    graph = runners.SHAPES[shape](tasks)
     text = f"{shape}, {1e3 * seconds:g} ms, {held:.0%} held, {slices} slice{'s' * (slices > 1)}"
     given = {
         "shape": shape,

@@ -1,24 +1,20 @@
 """Tables of the GIL study for a terminal, and its report with plots.
 
 A report is made of records alone, so that those of several machines can be reported anywhere:
-``.html`` is one file with its plots inside, ``.md`` has them in files beside it. Plots need
-matplotlib; without it the report has tables only, and says so.
+see :mod:`charioteer.bench.pages`.
 """
 
 from __future__ import annotations
 
-import html
-import io
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
 
-from charioteer.bench import graphs
+from charioteer.bench import pages, runners
 from charioteer.bench.gil_runs import (
     DASK,
     JOBLIB,
@@ -30,13 +26,13 @@ from charioteer.bench.gil_runs import (
     PARLA_3,
     RAY,
 )
-from charioteer.bench.harness import OURS, Key, Measure, Missing, Result
-from charioteer.bench.peers import THREAD_POOL, load
+from charioteer.bench.harness import OURS, Key, Measure, Result
+from charioteer.bench.pages import Block, Grid, Heading, Plot, Words
+from charioteer.bench.peers import THREAD_POOL
+from charioteer.bench.plots import IDEAL, Panel, plot
 from charioteer.bench.report import quantity
 
-__all__ = ["SUFFIXES", "CellTable", "write"]
-
-SUFFIXES = (".html", ".md")
+__all__ = ["CellTable", "write"]
 
 FIXED = f"{OURS}, gil="
 COLUMNS = {
@@ -115,34 +111,6 @@ def _shown(measure: Measure, result: Result, case: str, name: str) -> str:
 # The report: blocks of text, tables and plots, written as one of two formats.
 
 
-class Heading(NamedTuple):
-    """A heading; level 1 is the title."""
-
-    text: str
-    level: int = 2
-
-
-class Words(NamedTuple):
-    """A paragraph."""
-
-    text: str
-
-
-class Grid(NamedTuple):
-    """A table; the first column is text, the others are numbers."""
-
-    heads: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
-class Plot(NamedTuple):
-    """An SVG image with what it shows."""
-
-    svg: str
-    caption: str
-
-
-Block = Heading | Words | Grid | Plot
 Entry = dict[str, Any]
 
 
@@ -176,11 +144,8 @@ class Best:
 
 
 def write(path: str, entries: Sequence[Entry]) -> None:
-    """Write the report of these records to a file that ends in one of :data:`SUFFIXES`."""
-    blocks = _blocks(entries)
-    target = Path(path)
-    text = _as_html(blocks) if target.suffix == ".html" else _as_markdown(blocks, target)
-    target.write_text(text, encoding="utf-8")
+    """Write the report of these records to a file, HTML or Markdown by its suffix."""
+    pages.write(path, "What the GIL costs", _blocks(entries))
 
 
 def _blocks(entries: Sequence[Entry]) -> list[Block]:
@@ -228,7 +193,7 @@ def cells(entries: Sequence[Entry]) -> dict[Cell, dict[str, Best]]:
         runs.setdefault(key, {})[entry["metric"]] = entry["median"]
     found: dict[Cell, dict[str, Best]] = {}
     for (cell, runtime, workers), metrics in runs.items():
-        serial = 1e3 * cell.seconds * len(graphs.make(cell.shape, tasks[cell]))
+        serial = 1e3 * cell.seconds * len(runners.SHAPES[cell.shape](tasks[cell]))
         this = Best(
             metrics["efficiency"],
             serial / metrics["time"],
@@ -402,7 +367,6 @@ def _on(text: str, params: dict[str, Any]) -> str:
 
 # Plots.
 
-IDEAL = "ideal"
 STYLES = {
     OURS: "#0b6e4f",
     FIXED: "#73c2a5",
@@ -416,8 +380,6 @@ STYLES = {
     PARLA_2: "#8d8d8d",
     PARLA_3: "#4a4a4a",
 }
-
-Panel = tuple[str, dict[str, dict[Any, float]]]
 
 
 def _plots(name: str, found: dict[Cell, dict[str, Best]], columns: Sequence[str]) -> list[Block]:
@@ -470,120 +432,6 @@ def _plots(name: str, found: dict[Cell, dict[str, Best]], columns: Sequence[str]
 
 
 def _draw(caption: str, panels: Sequence[Panel], *, across: str, up: str) -> list[Block]:
-    """Lines over numbers, or bars in groups where the places are words; nothing to draw with is
-    a word instead."""
-    try:
-        load("matplotlib")
-    except Missing as reason:
-        return [Words(f"(No plot of {caption}: {reason}.)")]
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    wide = min(3, len(panels))
-    high = -(-len(panels) // wide)
-    size = (9.0, 4.0) if len(panels) == 1 else (3.4 * wide, 2.8 * high)
-    figure = Figure(figsize=size, layout="constrained")
-    axes = list(figure.subplots(high, wide, squeeze=False).flat)
+    """Lines over numbers, or bars in groups where the places are words."""
     colours = {head: STYLES[key] for key, (head, _) in COLUMNS.items()}
-    for axis, (title, lines) in zip(axes, panels, strict=False):
-        places = list(dict.fromkeys(place for line in lines.values() for place in line))
-        numbers = all(isinstance(place, int | float) for place in places)
-        for index, (head, line) in enumerate(lines.items()):
-            colour = colours.get(head)
-            if numbers:
-                xs = sorted(line)
-                style, colour = (":", "#000000") if head == IDEAL else ("o-", colour)
-                axis.plot(xs, [line[x] for x in xs], style, label=head, color=colour, ms=3)
-            else:
-                width = 0.8 / len(lines)
-                middle = (index - (len(lines) - 1) / 2) * width
-                xs = [places.index(place) + middle for place in line]
-                axis.bar(xs, list(line.values()), width, label=head, color=colour)
-        if numbers:
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(places, [f"{place:g}" for place in places])
-            axis.minorticks_off()
-        else:
-            axis.set_xticks(range(len(places)), places)
-        axis.set_ylim(bottom=0)
-        axis.grid(axis="y", alpha=0.3)
-        axis.set_axisbelow(True)
-        axis.set_title(title, fontsize=9)
-        axis.set_xlabel(across)
-        axis.set_ylabel(up)
-        axis.tick_params(labelsize=8)
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
-    # Not every panel has every line.
-    handles: dict[str, Any] = {}
-    for axis in figure.axes:
-        for handle, head in zip(*axis.get_legend_handles_labels(), strict=True):
-            handles.setdefault(head, handle)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=8)
-    stream = io.StringIO()
-    # The same records give the same file.
-    with matplotlib.rc_context({"svg.hashsalt": caption, "svg.fonttype": "none"}):
-        figure.savefig(stream, format="svg", metadata={"Date": None})
-    text = stream.getvalue()
-    return [Plot(text[text.index("<svg") :], caption)]
-
-
-# Formats.
-
-_STYLE = """\
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em }
-table { border-collapse: collapse; font-size: 13px; margin: 1em 0 }
-th, td { padding: 2px 10px; text-align: right; border-bottom: 1px solid #ddd }
-th:first-child, td:first-child { text-align: left }
-figure { margin: 1.5em 0 } svg { max-width: 100%; height: auto }
-figcaption { font-size: 13px; color: #555 }
-"""
-
-
-def _as_html(blocks: Sequence[Block]) -> str:
-    parts = [
-        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>",
-        f"<title>What the GIL costs</title>\n<style>\n{_STYLE}</style></head><body>",
-    ]
-    for block in blocks:
-        match block:
-            case Heading(text, level):
-                parts.append(f"<h{level}>{html.escape(text)}</h{level}>")
-            case Words(text):
-                parts.append(f"<p>{html.escape(text)}</p>")
-            case Grid(heads, rows):
-                lines = [_html_row("th", heads), *(_html_row("td", row) for row in rows)]
-                parts.append("<table>\n" + "\n".join(lines) + "\n</table>")
-            case Plot(svg, caption):
-                # Ids must differ between the images of one page.
-                tag = f"p{len(parts)}-"
-                svg = svg.replace('id="', f'id="{tag}').replace("url(#", f"url(#{tag}")
-                svg = svg.replace('href="#', f'href="#{tag}')
-                words = f"<figcaption>{html.escape(caption)}</figcaption>"
-                parts.append(f"<figure>{svg}{words}</figure>")
-    return "\n".join([*parts, "</body></html>\n"])
-
-
-def _html_row(tag: str, values: Sequence[str]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{html.escape(value)}</{tag}>" for value in values) + "</tr>"
-
-
-def _as_markdown(blocks: Sequence[Block], target: Path) -> str:
-    parts = []
-    plots = 0
-    for block in blocks:
-        match block:
-            case Heading(text, level):
-                parts.append(f"{'#' * level} {text}")
-            case Words(text):
-                parts.append(text)
-            case Grid(heads, rows):
-                rule = ["---", *("---:" for _ in heads[1:])]
-                lines = [f"| {' | '.join(row)} |" for row in (heads, rule, *rows)]
-                parts.append("\n".join(lines))
-            case Plot(svg, caption):
-                plots += 1
-                beside = target.with_name(f"{target.stem}-{plots}.svg")
-                beside.write_text(svg, encoding="utf-8")
-                parts.append(f"![{caption}]({beside.name})")
-    return "\n\n".join(parts) + "\n"
+    return [Plot(plot(panels, across=across, up=up, colours=colours), caption)]

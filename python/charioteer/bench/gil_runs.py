@@ -19,9 +19,10 @@ from typing import Any
 
 import charioteer as ch
 from charioteer import _core
-from charioteer.bench import bodies, graphs
+from charioteer.bench import bodies, runners
 from charioteer.bench.harness import OURS
 from charioteer.bench.peers import THREAD_POOL
+from charioteer.graphs import Shape
 
 __all__ = [
     "BARE",
@@ -72,36 +73,36 @@ def cell(
         cores: how many the ideal has, if not as many.
         width: how many workers compete for the GIL, for charioteer.
     """
-    graph = graphs.make(shape, tasks)
+    graph = runners.SHAPES[shape](tasks)
     body = bodies.spinning(seconds, held, slices)
     if runtime == NATIVE:
-        outcome = graphs.native(graph, seconds, workers)
+        outcome = runners.native(graph, seconds, workers)
     elif runtime == NATIVE_LIMIT:
-        outcome = graphs.bare_spins(graph, seconds, workers)
+        outcome = runners.bare_spins(graph, seconds, workers)
     else:
         outcome = _outcome(runtime, graph, body, workers, width)
     return _metrics(outcome, graph, seconds, held, cores or workers)
 
 
 def _outcome(
-    runtime: str, graph: graphs.Graph, body: Callable[[], None], workers: int, width: int | None
-) -> graphs.Outcome:
+    runtime: str, graph: Shape, body: Callable[[], None], workers: int, width: int | None
+) -> runners.Outcome:
     if runtime == OURS:
-        return graphs.charioteer(graph, body, workers, width)
+        return runners.charioteer(graph, body, workers, width)
     if runtime in (PARLA_2, PARLA_3):
-        return graphs.parla(graph, body, workers, runtime.split()[-1])
-    peers: dict[str, Callable[..., graphs.Outcome]] = {
-        LIMIT: graphs.bare_threads,
-        THREAD_POOL: graphs.thread_pool,
-        DASK: graphs.dask,
-        JOBLIB: graphs.joblib,
-        RAY: graphs.ray,
+        return runners.parla(graph, body, workers, runtime.split()[-1])
+    peers: dict[str, Callable[..., runners.Outcome]] = {
+        LIMIT: runners.bare_threads,
+        THREAD_POOL: runners.thread_pool,
+        DASK: runners.dask,
+        JOBLIB: runners.joblib,
+        RAY: runners.ray,
     }
     return peers[runtime](graph, body, workers)
 
 
 def _metrics(
-    outcome: graphs.Outcome, graph: graphs.Graph, seconds: float, held: float, cores: int
+    outcome: runners.Outcome, graph: Shape, seconds: float, held: float, cores: int
 ) -> dict[str, float]:
     values = {
         "time": 1e3 * outcome.seconds,
@@ -123,7 +124,7 @@ def pure(
         for _ in range(tasks):
             body()
         return {"time": 1e3 * (perf_counter() - start)}
-    outcome = _outcome(runtime, graphs.independent(tasks), body, workers, width)
+    outcome = _outcome(runtime, runners.SHAPES["independent"](tasks), body, workers, width)
     return {"time": 1e3 * outcome.seconds}
 
 

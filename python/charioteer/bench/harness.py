@@ -61,10 +61,17 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """The outcome of one run: one value a metric, and the interpreter if it was another one."""
+    """The outcome of one run.
+
+    Attributes:
+        values: one value a metric.
+        python: the interpreter, if it was another one.
+        curve: the points that the values were read off, where it was a curve.
+    """
 
     values: Mapping[str, float]
     python: str | None = None
+    curve: Sequence[tuple[float, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,7 @@ class Series:
     missing: str | None = None
     failure: str | None = None
     python: str | None = None
+    curves: list[Sequence[tuple[float, float]]] = field(default_factory=list)
 
     @property
     def problem(self) -> str | None:
@@ -207,10 +215,13 @@ class Measure:
             params = _params(contestant.workers, contestant.params)
             if series.problem is not None:
                 params["missing"] = series.missing or series.failure
+            if series.curves:
+                params["curves"] = series.curves
             for metric, unit in self.units.items():
                 values = series.values.get(metric, [])
                 if not values and series.problem is None:
                     continue  # This contestant has no such metric.
+                bar = self.bar_on(contestant, metric)
                 entries.append(
                     records.record(
                         benchmark,
@@ -221,6 +232,8 @@ class Measure:
                         unit,
                         values,
                         python=series.python,
+                        bar=None if bar is None else bar.text,
+                        met=None if bar is None else Verdict(bar, values).met,
                     )
                 )
         for verdict in self.verdicts(result):
@@ -232,7 +245,15 @@ class Measure:
                 params["missing"] = f"needs {bar.lacking}"
             entries.append(
                 records.record(
-                    benchmark, OURS, bar.case, params, bar.metric, bar.unit, verdict.values
+                    benchmark,
+                    OURS,
+                    bar.case,
+                    params,
+                    bar.metric,
+                    bar.unit,
+                    verdict.values,
+                    bar=bar.text,
+                    met=verdict.met,
                 )
             )
         return entries
@@ -331,12 +352,16 @@ def _run_once(contestant: Contestant, series: Series, *, counted: bool) -> None:
     except Missing as reason:
         series.missing = str(reason)
         series.values.clear()
+        series.curves.clear()
     except Exception as error:
         words = str(error).strip().splitlines()
         series.failure = f"{type(error).__name__}: {words[0]}" if words else type(error).__name__
         series.values.clear()
+        series.curves.clear()
     else:
         series.python = sample.python
         if counted:
             for metric, value in sample.values.items():
                 series.values.setdefault(metric, []).append(value)
+            if sample.curve:
+                series.curves.append(sample.curve)

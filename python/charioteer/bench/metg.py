@@ -5,33 +5,43 @@ time goes into tasks (Slaughter et al., *Task Bench*, SC 2020). Unlike the time 
 does not depend on what one calls overhead, and says what a user wants to know: how fine a program
 may be cut on this machine, with dependencies of this pattern.
 
-Method. A run takes one pattern and one runtime through task times that double: from a millisecond
-up, as far as it takes to be efficient, and from there down until it is not. The number of tasks
-grows as they shrink, so that every point takes about as long. *Efficiency* is the tasks' own time
-over that of all workers. Where it crosses a level, the task time is found between the two points
-around it, on a logarithmic scale.
+Every run is a process of its own; what it does is told in :mod:`charioteer.bench.metg_runs`. Where
+the curve crosses a level, the task time is found between the two points around it, on a logarithmic
+scale.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
 
-from charioteer.bench import graphs, records
-from charioteer.bench.bodies import spinning
+from charioteer.bench import pages, probes, records
 from charioteer.bench.command import (
     OptionError,
     add_outcome_arguments,
-    carry_out,
+    carried_out,
+    check_writable,
     choice,
     positive,
 )
-from charioteer.bench.graphs import Graph, Outcome
-from charioteer.bench.harness import OURS, Bar, Contestant, Key, Measure, Sample, ratio, values_of
+from charioteer.bench.harness import (
+    OURS,
+    Bar,
+    Contestant,
+    Key,
+    Measure,
+    Result,
+    values_of,
+)
+from charioteer.bench.metg_runs import LEVELS, LONGEST, NATIVE, RUST, WIDTH, metric
+from charioteer.bench.plots import Panel, plot
+from charioteer.bench.runners import PEERS
+from charioteer.graphs import PATTERNS
 
-__all__ = ["DESCRIPTION", "SUMMARY", "OptionError", "add_arguments", "crossing", "measures", "run"]
+__all__ = ["DESCRIPTION", "SUMMARY", "OptionError", "add_arguments", "curves", "measures", "run"]
 
 BENCHMARK = "metg"
 
@@ -41,37 +51,18 @@ DESCRIPTION = """\
 Find the minimum effective task granularity: the task time at which 50 % (and 90 %) of the workers'
 time goes into tasks, for patterns of dependence between them.
 
-Tasks spin without the GIL. Charioteer runs them as bodies in Python and as native bodies. Where
-tasks of 16 ms do not reach a level, 16,000 µs stand for that and more.
+Tasks spin without the GIL. Charioteer runs them as bodies in Python, as native bodies, and in Rust,
+without Python. Where tasks of 16 ms do not reach a level, 16,000 µs stand for that and more.
 """
 
-NATIVE = f"{OURS}, native bodies"
-POOL = "ThreadPoolExecutor"
-PEERS: Mapping[str, tuple[str, Callable[[Graph, Callable[[], object], int], Outcome]]] = {
-    "threadpool": (POOL, graphs.thread_pool),
-    "dask": ("Dask threads", graphs.dask),
-    "joblib": ("joblib threads", graphs.joblib),
-    "ray": ("Ray", graphs.ray),
-}
-"""What results call each, and how it runs a graph."""
-
-LEVELS = (0.5, 0.9)
-LEAST_STEPS = 8
-DEFAULT_PATTERNS = ("trivial", "stencil", "fft", "tree", "random")
-FIRST = 1e-3
-"""Seconds of the tasks that a run begins with."""
-LONGEST = 16e-3
-"""Seconds of the longest tasks; what is not efficient with those is given as so many, and more."""
-SHORTEST = 0.5e-6
-"""Seconds below which the spinning itself is not exact."""
-LIMITS = {OURS: 8.0, NATIVE: 3.0}
+DEFAULT_PATTERNS = ("independent", "stencil", "fft", "tree", "random")
+LIMITS = {RUST: 1.0, NATIVE: 3.0, OURS: 8.0}
 """Microseconds that METG(50 %) may be for the patterns in ``LIMITED``."""
 LIMITED = ("stencil", "fft")
 PART = 0.25
 """What part of the best peer's METG(50 %) that of Python bodies may be, for those patterns."""
-WIDTH = 8
-"""Tasks of a step to each worker."""
-UNITS = {f"METG({level:.0%})": "µs" for level in LEVELS}
+UNITS = {metric(level): "µs" for level in LEVELS}
+HALF = metric(min(LEVELS))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,13 +82,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--patterns",
         metavar="A,B",
-        help=f"all, or some of {', '.join(graphs.PATTERNS)} "
-        f"(default: {','.join(DEFAULT_PATTERNS)})",
+        help=f"all, or some of {', '.join(PATTERNS)} (default: {','.join(DEFAULT_PATTERNS)})",
     )
     parser.add_argument(
         "--peers",
         metavar="A,B",
         help=f"who runs beside charioteer: all, none, or some of {', '.join(PEERS)}",
+    )
+    parser.add_argument(
+        "--report",
+        metavar="FILE",
+        help="write the efficiency curves to FILE, a page (.html) or Markdown with images (.md)",
     )
     add_outcome_arguments(parser)
 
@@ -115,9 +110,7 @@ def run(options: argparse.Namespace) -> int:
         raise OptionError("--seconds is above 0 and at most 60")
     everything = options.patterns == "all"
     patterns = (
-        tuple(graphs.PATTERNS)
-        if everything
-        else choice("pattern", options.patterns, tuple(graphs.PATTERNS))
+        tuple(PATTERNS) if everything else choice("pattern", options.patterns, tuple(PATTERNS))
     )
     if patterns is None:
         patterns = LIMITED if options.quick else DEFAULT_PATTERNS
@@ -125,8 +118,15 @@ def run(options: argparse.Namespace) -> int:
     if peers is None:
         peers = ("threadpool",) if options.quick else tuple(PEERS)
     runs = options.runs or (2 if options.quick else 5)
+    if options.report is not None:
+        if Path(options.report).suffix not in pages.SUFFIXES:
+            raise OptionError(f"--report ends in {' or '.join(pages.SUFFIXES)}")
+        check_writable(options.report)
     chosen = measures(patterns, peers, options.workers, options.seconds)
-    return carry_out(BENCHMARK, chosen, runs, options)
+    status, conduct = carried_out(BENCHMARK, chosen, runs, options)
+    if options.report is not None:
+        pages.write(options.report, "The smallest tasks", _page(conduct.entries))
+    return status
 
 
 def measures(
@@ -136,113 +136,86 @@ def measures(
     return [_measure(pattern, peers, workers, seconds) for pattern in patterns]
 
 
-def crossing(curve: Sequence[tuple[float, float]], level: float) -> float | None:
-    """The task time at which a curve of (task time, efficiency) falls below a level.
-
-    Args:
-        curve: from long tasks to short ones, each time above zero.
-        level: between 0 and 1.
-
-    Returns:
-        The time, on a logarithmic scale between the two points around it; the shortest one if
-        the curve stays above the level, ``None`` if it begins below.
-    """
-    if not curve or curve[0][1] < level:
-        return None
-    above = curve[0]
-    for point in curve[1:]:
-        if point[1] < level:
-            part = (above[1] - level) / (above[1] - point[1])
-            return math.exp(math.log(above[0]) + part * (math.log(point[0]) - math.log(above[0])))
-        above = point
-    return above[0]
+def curves(entries: Sequence[records.Record]) -> list[Panel]:
+    """The efficiency curves in records of this benchmark, a panel a pattern: the median of the
+    rounds at each task time, in microseconds."""
+    panels: dict[str, dict[str, dict[float, float]]] = {}
+    for entry in entries:
+        found = entry.params.get("curves")
+        if entry.benchmark != BENCHMARK or not found or entry.metric != HALF:
+            continue
+        points: dict[float, list[float]] = {}
+        for curve in found:
+            for time, efficiency in curve:
+                points.setdefault(time, []).append(efficiency)
+        lines = panels.setdefault(entry.case, {})
+        lines[entry.runtime] = {time: median(points[time]) for time in sorted(points)}
+    return list(panels.items())
 
 
-def _sample(
-    pattern: str,
-    workers: int,
-    seconds: float,
-    take: Callable[[Graph, float], Outcome],
-) -> Sample:
-    """One run: the curve from long tasks to short ones, and where it crosses the levels."""
-    width = WIDTH * workers
-    curve: list[tuple[float, float]] = []
-
-    def measure(time: float) -> float:
-        steps = max(LEAST_STEPS, round(seconds / (time * width)))
-        graph = graphs.pattern(pattern, width, steps)
-        elapsed = take(graph, time).seconds
-        efficiency = len(graph) * time / (workers * elapsed)
-        curve.append((time, efficiency))
-        return efficiency
-
-    time = FIRST
-    while measure(time) < max(LEVELS) and time < LONGEST:
-        time *= 2
-    curve.reverse()
-    time = FIRST / 2
-    if curve[-1][1] >= min(LEVELS):
-        while measure(time) >= min(LEVELS) and time > SHORTEST:
-            time /= 2
-    values = {}
-    for level in LEVELS:
-        at = crossing(curve, level)
-        values[f"METG({level:.0%})"] = 1e6 * (LONGEST if at is None else at)
-    return Sample(values)
+def _page(entries: Sequence[records.Record]) -> list[pages.Block]:
+    panels = curves(entries)
+    blocks: list[pages.Block] = [pages.Heading("The smallest tasks that run efficiently", 1)]
+    if not panels:
+        return [*blocks, pages.Words("Nothing was measured.")]
+    image = plot(panels, across="task time, µs", up="efficiency", most=1.0)
+    return [*blocks, pages.Plot(image, "Efficiency by the time of a task")]
 
 
 def _measure(pattern: str, peers: Sequence[str], workers: int, seconds: float) -> Measure:
-    def python_body(
-        run: Callable[[Graph, Callable[[], object], int], Outcome],
-    ) -> Callable[[Graph, float], Outcome]:
-        return lambda graph, time: run(graph, spinning(time, 0.0, 1), workers)
-
-    runtimes: dict[str, Callable[[Graph, float], Outcome]] = {
-        OURS: python_body(graphs.charioteer),
-        NATIVE: lambda graph, time: graphs.native(graph, time, workers),
-    }
-    for name in peers:
-        runtime, runner = PEERS[name]
-        runtimes[runtime] = python_body(runner)
+    runtimes = [(runtime, runtime) for runtime in (OURS, NATIVE, RUST)]
+    runtimes += [(name, PEERS[name].runtime) for name in peers]
     contestants = [
         Contestant(
             runtime,
             pattern,
-            functools.partial(_sample, pattern, workers, seconds, take),
+            functools.partial(
+                probes.call,
+                "metg",
+                runtime=name,
+                pattern=pattern,
+                workers=workers,
+                seconds=seconds,
+            ),
             workers,
-            {"width": WIDTH * workers, "seconds": seconds},
+            {
+                "width": WIDTH * workers,
+                "seconds": seconds,
+                **({"tuning": PEERS[name].tuning} if name in PEERS else {}),
+            },
         )
-        for runtime, take in runtimes.items()
+        for name, runtime in runtimes
     ]
-    half = next(iter(UNITS))
     bars = []
     if pattern in LIMITED:
         bars = [
             Bar(
                 case=pattern,
-                metric=f"{half}, {what}",
+                metric=f"{HALF}, {what}",
                 unit="µs",
-                values=values_of(Key(runtime, pattern, workers), half),
+                values=values_of(Key(runtime, pattern, workers), HALF),
                 limit=LIMITS[runtime],
                 workers=workers,
                 lacking="a run without failure",
             )
-            for runtime, what in ((OURS, "Python bodies"), (NATIVE, "native bodies"))
+            for runtime, what in (
+                (OURS, "Python bodies"),
+                (NATIVE, "native bodies"),
+                (RUST, "in Rust"),
+            )
         ]
-        bars += [
+        others = [Key(PEERS[name].runtime, pattern, workers) for name in peers]
+        bars.append(
             Bar(
                 case=pattern,
-                metric=f"{OURS} / {PEERS[name][0]}",
+                metric=f"{OURS} / best peer",
                 unit="x",
-                values=ratio(
-                    Key(OURS, pattern, workers), Key(PEERS[name][0], pattern, workers), half
-                ),
+                values=_over_best(Key(OURS, pattern, workers), others),
                 limit=PART,
                 workers=workers,
-                lacking=PEERS[name][0],
+                lacking="a peer",
             )
-            for name in peers
-        ]
+        )
     return Measure(
         name=pattern,
         title=f"Minimum effective task granularity: {pattern}",
@@ -252,5 +225,17 @@ def _measure(pattern: str, peers: Sequence[str], workers: int, seconds: float) -
         # The long tasks that a run begins with warm up for those that matter.
         warmup=0,
         note=f"{WIDTH * workers} tasks a step on {workers} of {records.usable_cores()} cores. "
-        "The thread that spawns is one more.",
+        f"The thread that spawns is one more. {1e6 * LONGEST:,.0f} µs stand for that and more.",
     )
+
+
+def _over_best(ours: Key, others: Sequence[Key]) -> Callable[[Result], Sequence[float]]:
+    """Round by round our value over the least of the others."""
+
+    def values(result: Result) -> Sequence[float]:
+        mine = result[ours].values.get(HALF, [])
+        rounds = [result[key].values.get(HALF, []) for key in others]
+        best = [min(found) for found in zip(*filter(None, rounds), strict=False)]
+        return [value / least for value, least in zip(mine, best, strict=False)]
+
+    return values

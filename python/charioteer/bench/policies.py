@@ -9,21 +9,24 @@ work over the number of devices. How near one gets shows the *list schedule*, a 
 scheduler would do that knows all run times beforehand and decides only when a device is free: of
 the ready tasks it takes the one with the longest chain behind it.
 
-Data does not move in any of this: every body finds its input everywhere. Policies that look at
-where data is gain nothing by it here.
+In these graphs data does not move: every body finds its input everywhere. Those of
+:mod:`charioteer.bench.movement` have managed arrays.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import heapq
 import random
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import count
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import charioteer as ch
+from charioteer import graphs
+from charioteer.bench import movement
 from charioteer.bench.command import (
     OptionError,
     add_outcome_arguments,
@@ -32,6 +35,8 @@ from charioteer.bench.command import (
     positive,
 )
 from charioteer.bench.harness import OURS, Contestant, Measure, Sample, absolute
+from charioteer.graphs import Graph
+from charioteer.graphs.shapes import any_dag
 
 if TYPE_CHECKING:
     from charioteer.devices import DeviceSet, Kind
@@ -45,14 +50,17 @@ SUMMARY = "how good the schedules of each policy are, in simulated time"
 
 DESCRIPTION = """\
 Run task graphs under each policy on virtual devices, in simulated time, and hold the makespans
-against bounds and oracles. The figures are the same on every machine. Data does not move yet:
-transfers are no part of it, so what a policy knows of places gains nothing here.
+against bounds and oracles. The figures are the same on every machine. Data moves in the measures
+movement, halos and eviction, on the machine that a file describes.
 """
 
-NAMES = ("cholesky", "stencil", "reduction", "random", "variants", "mix")
+STILL = ("cholesky", "stencil", "reduction", "random", "variants", "mix")
+NAMES = (*STILL, *movement.NAMES)
 
 GPUS = 4
 """The devices of all but the mix."""
+ON = ("gpu",)
+SITE = graphs.Site(cores=0, gpus=GPUS)
 MIX_GPUS = 8
 WIDTHS = (1, 2, 4, 8)
 """How many devices a task of the mix takes."""
@@ -77,21 +85,6 @@ MIX_BARS = {32: 0.88, 128: 0.95}
 """What part of the devices' time is to be used, by how much tasks may be overtaken."""
 
 
-class Node(NamedTuple):
-    """A task of a graph."""
-
-    kind: str
-    """Its function."""
-    seconds: float
-    after: tuple[int, ...]
-    """The tasks before it, by their places in the graph."""
-    priority: int = 0
-
-
-Graph = list[Node]
-"""In the order in which they are spawned: dependencies come first."""
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the benchmark's options."""
     parser.add_argument(
@@ -100,6 +93,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="a look: one round")
     parser.add_argument(
         "--only", metavar="A,B", help=f"measures to make, of {', '.join(NAMES)} (default: all)"
+    )
+    parser.add_argument(
+        "--machine",
+        metavar="FILE",
+        help="the machine on which data move, in virtual time (default: the repository's"
+        " benchmarks/machines/movement.yaml)",
     )
     add_outcome_arguments(parser)
 
@@ -115,11 +114,14 @@ def run(options: argparse.Namespace) -> int:
     """
     names = choice("measure", options.only, NAMES) or NAMES
     runs = options.runs or (1 if options.quick else 5)
-    return carry_out(BENCHMARK, measures(names), runs, options)
+    machine = Path(options.machine) if options.machine else movement.default_machine()
+    moving = [name for name in names if name in movement.NAMES]
+    made = measures(names) + movement.measures(moving, machine, POLICIES)
+    return carry_out(BENCHMARK, made, runs, options)
 
 
-def measures(names: Sequence[str] = NAMES) -> list[Measure]:
-    """The measures of those names."""
+def measures(names: Sequence[str] = STILL) -> list[Measure]:
+    """The measures of those names, of those whose data do not move."""
     made: dict[str, Callable[[], Measure]] = {
         "cholesky": lambda: _graph(
             "cholesky",
@@ -144,7 +146,7 @@ def measures(names: Sequence[str] = NAMES) -> list[Measure]:
         "variants": lambda: _variants(400),
         "mix": lambda: _mix(10_000),
     }
-    return [made[name]() for name in NAMES if name in names]
+    return [made[name]() for name in STILL if name in names]
 
 
 # ---- policies -----------------------------------------------------------------------------------
@@ -195,95 +197,38 @@ def cholesky(tiles: int, chance: random.Random) -> Graph:
     are fast and factorizations are not.
     """
     seconds = {"potrf": 1.4, "trsm": 0.9, "syrk": 0.7, "gemm": 1.1}
-    graph: Graph = []
-    places: dict[tuple[int, ...], int] = {}
-
-    def add(kind: str, name: tuple[int, ...], column: int, *after: tuple[int, ...]) -> None:
-        places[name] = len(graph)
-        before = tuple(places[one] for one in after if one in places)
-        time = seconds[kind] * MILLISECOND * chance.uniform(0.9, 1.1)
-        graph.append(Node(kind, time, before, tiles - column))
-
-    # A task is called by the tile that it writes and the step: (row, column, step).
-    for k in range(tiles):
-        add("potrf", (k, k, k), k, (k, k, k - 1))
-        for i in range(k + 1, tiles):
-            add("trsm", (i, k, k), k, (k, k, k), (i, k, k - 1))
-        for i in range(k + 1, tiles):
-            for j in range(k + 1, i):
-                add("gemm", (i, j, k), j, (i, k, k), (j, k, k), (i, j, k - 1))
-            add("syrk", (i, i, k), i, (i, k, k), (i, i, k - 1))
-    return graph
+    shape = graphs.make("cholesky", tiles)
+    times = [seconds[kind] * MILLISECOND * chance.uniform(0.9, 1.1) for kind in shape.kinds]
+    graph = graphs.describe(shape, on=ON, seconds=times)
+    # A task is called by the tile that it writes, row and column, and the step.
+    urgent = [
+        replace(task, priority=tiles - name[1])
+        for task, name in zip(graph, shape.names, strict=True)
+    ]
+    return Graph(graph.name, tuple(urgent))
 
 
 def stencil(blocks: int, steps: int, chance: random.Random) -> Graph:
     """A row of blocks over time, each after itself and its neighbours in the step before."""
-    graph: Graph = []
-    for step in range(steps):
-        first = (step - 1) * blocks
-        for block in range(blocks):
-            near = range(max(0, block - 1), min(blocks, block + 2)) if step else ()
-            after = tuple(first + other for other in near)
-            graph.append(Node("step", MILLISECOND * chance.uniform(0.9, 1.1), after))
-    return graph
+    shape = graphs.make("stencil", blocks, steps)
+    times = [MILLISECOND * chance.uniform(0.9, 1.1) for _ in shape.before]
+    return graphs.describe(shape, on=ON, seconds=times)
 
 
 def reduction(blocks: int, chance: random.Random) -> Graph:
     """Blocks of unequal work whose results are added in pairs."""
-    graph = [Node("block", MILLISECOND * chance.uniform(0.5, 1.5), ()) for _ in range(blocks)]
-    level = list(range(blocks))
-    while len(level) > 1:
-        odd = level[len(level) & ~1 :]
-        pairs = list(zip(level[::2], level[1::2], strict=False))
-        level = [*range(len(graph), len(graph) + len(pairs)), *odd]
-        graph += [Node("add", 0.5 * MILLISECOND, pair) for pair in pairs]
-    return graph
+    shape = graphs.make("reduction", blocks)
+    times = [
+        MILLISECOND * (chance.uniform(0.5, 1.5) if kind == "block" else 0.5) for kind in shape.kinds
+    ]
+    return graphs.describe(shape, on=ON, seconds=times)
 
 
 def any_graph(tasks: int, chance: random.Random) -> Graph:
     """Tasks with up to three of the last sixty before them, and exponential run times."""
-    graph: Graph = []
-    for task in range(tasks):
-        near = range(max(0, task - 60), task)
-        after = {chance.choice(near) for _ in range(chance.randrange(4))} if near else set()
-        seconds = chance.expovariate(1 / MILLISECOND)
-        graph.append(Node("node", seconds, tuple(sorted(after))))
-    return graph
-
-
-def bound(graph: Graph, gpus: int) -> float:
-    """Seconds below which no schedule comes."""
-    ends: list[float] = []
-    for node in graph:
-        ends.append(node.seconds + max((ends[one] for one in node.after), default=0.0))
-    return max(max(ends), sum(node.seconds for node in graph) / gpus)
-
-
-def list_schedule(graph: Graph, gpus: int) -> float:
-    """The makespan, in seconds, if who has the longest chain behind it goes first."""
-    next_ones: list[list[int]] = [[] for _ in graph]
-    missing = [len(node.after) for node in graph]
-    for place, node in enumerate(graph):
-        for one in node.after:
-            next_ones[one].append(place)
-    behind = [0.0] * len(graph)
-    for place in reversed(range(len(graph))):
-        chains = (behind[one] for one in next_ones[place])
-        behind[place] = graph[place].seconds + max(chains, default=0.0)
-    ready = [(-behind[place], place) for place, left in enumerate(missing) if not left]
-    heapq.heapify(ready)
-    running: list[tuple[float, int]] = []
-    now = 0.0
-    while ready or running:
-        while ready and len(running) < gpus:
-            _, place = heapq.heappop(ready)
-            heapq.heappush(running, (now + graph[place].seconds, place))
-        now, place = heapq.heappop(running)
-        for one in next_ones[place]:
-            missing[one] -= 1
-            if not missing[one]:
-                heapq.heappush(ready, (-behind[one], one))
-    return now
+    shape = any_dag(tasks, 60, chance.getrandbits(32))
+    times = [chance.expovariate(1 / MILLISECOND) for _ in shape.before]
+    return graphs.describe(shape, on=ON, seconds=times)
 
 
 def busy(seconds: float) -> None:
@@ -334,11 +279,11 @@ def _graph(name: str, title: str, make: Callable[[random.Random], Graph]) -> Mea
     made = functools.cache(lambda seed: make(random.Random(seed)))
 
     def sample(graph: Graph, makespan: float) -> Sample:
-        work = sum(node.seconds for node in graph)
+        work = sum(task.seconds for task in graph)
         return Sample(
             {
                 MAKESPAN: makespan / MILLISECOND,
-                ABOVE: makespan / bound(graph, GPUS),
+                ABOVE: makespan / graphs.bounds(graph, SITE).makespan,
                 UTILISATION: work / (GPUS * makespan),
             }
         )
@@ -352,7 +297,7 @@ def _graph(name: str, title: str, make: Callable[[random.Random], Graph]) -> Mea
 
     def reference() -> Sample:
         graph = made(next(seeds))
-        return sample(graph, list_schedule(graph, GPUS))
+        return sample(graph, graphs.list_schedule(graph, SITE).makespan)
 
     params = {"graph": name, "devices": GPUS, "tasks": len(made(0))}
     return Measure(

@@ -3,7 +3,8 @@
 Memory and processor time are those of a process, an import happens once in a process, and peers
 with their own schedulers must not live on beside other runs. Each of these is a *probe*: a
 function here, run as ``python -m charioteer.bench.probes NAME PARAMS`` with the parameters as
-JSON, which prints one line of JSON: ``{"values": {...}, "python": ...}`` or ``{"missing": ...}``.
+JSON, which prints one line of JSON: ``{"values": {...}, "curve": [...], "python": ...}`` or
+``{"missing": ...}``.
 :func:`call` starts one, possibly under another interpreter, and reads that line.
 """
 
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import charioteer as ch
-from charioteer.bench import gil_runs, peers, records, workloads
+from charioteer.bench import gil_runs, metg_runs, peers, records, workloads
 from charioteer.bench.harness import Missing, Sample
 
 __all__ = ["PROBES", "ProbeError", "call", "gil_enabled", "import_time"]
@@ -52,7 +53,8 @@ def call(name: str, *, python: str | None = None, timeout: float = 600.0, **para
     answer = json.loads(_last_line(command, timeout))
     if "missing" in answer:
         raise Missing(answer["missing"])
-    return Sample(answer["values"], answer["python"])
+    curve = [(time, efficiency) for time, efficiency in answer["curve"]]
+    return Sample(answer["values"], answer["python"], curve)
 
 
 def import_time(module: str) -> Sample:
@@ -233,11 +235,12 @@ def _resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-PROBES: dict[str, Callable[..., dict[str, float]]] = {
+PROBES: dict[str, Callable[..., dict[str, float] | Sample]] = {
     "anonymous": _anonymous,
     "empty": _empty,
     "gil": _gil,
     "idle": _idle,
+    "metg": metg_runs.sample,
     "cholesky": _cholesky,
     "multi_device": _multi_device,
     "peer": _peer,
@@ -248,8 +251,11 @@ PROBES: dict[str, Callable[..., dict[str, float]]] = {
 
 def _main(name: str, params: str) -> None:
     try:
+        found = PROBES[name](**json.loads(params))
+        made = found if isinstance(found, Sample) else Sample(found)
         answer: dict[str, Any] = {
-            "values": PROBES[name](**json.loads(params)),
+            "values": made.values,
+            "curve": list(made.curve),
             "python": records.python_version(),
         }
     except Missing as reason:

@@ -37,7 +37,9 @@ class Record:
     """One metric of one runtime at one case.
 
     ``median``, ``min`` and ``max`` are in ``unit`` and ``None`` when nothing was measured; ``runs``
-    counts the values behind them.
+    counts the values behind them, which are ``values``, in the order of the runs. ``bar`` is the
+    limit that the median has to meet, such as ``≤ 1.5 x``, and ``met`` whether it does; both are
+    ``None`` where there is none, and ``met`` also where nothing was measured.
     """
 
     benchmark: str
@@ -50,6 +52,9 @@ class Record:
     min: float | None
     max: float | None
     runs: int
+    values: Sequence[float]
+    bar: str | None
+    met: bool | None
     machine: str
     python: str
     commit: str
@@ -65,12 +70,16 @@ def record(
     values: Sequence[float],
     *,
     python: str | None = None,
+    bar: str | None = None,
+    met: bool | None = None,
 ) -> Record:
     """Summarise ``values`` as a record of this machine.
 
     Args:
         values: one value a run, in ``unit``; empty if nothing was measured.
         python: the interpreter that ran it; this one if left out.
+        bar: the limit that the median has to meet, in words.
+        met: whether it does.
     """
     return Record(
         benchmark=benchmark,
@@ -83,6 +92,9 @@ def record(
         min=min(values) if values else None,
         max=max(values) if values else None,
         runs=len(values),
+        values=tuple(values),
+        bar=bar,
+        met=met,
         machine=machine(),
         python=python_version() if python is None else python,
         commit=commit(),

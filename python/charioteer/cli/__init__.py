@@ -1,4 +1,5 @@
-"""The command line: ``charioteer info``, ``run``, ``check``, ``demo`` and ``bench``.
+"""The command line: ``charioteer info``, ``run``, ``check``, ``demo``, ``graph``, ``bench`` and
+``study``.
 
 Protocol. :func:`main` parses, calls one command and returns its exit status; it never calls
 ``sys.exit`` itself except through ``argparse``. A command that meets a mistake of its user (a file
@@ -40,8 +41,10 @@ examples:
   charioteer run --stats script.py 100   run a script and count what the runtime did
   charioteer check FILE                  prove from the trace of a run that its order was kept
   charioteer demo                        a real job: Gaussian-process classification of digits
+  charioteer graph generate fft          a task graph; graph run runs one, and proves it right
   charioteer bench overhead --quick      what a task costs here, beside other runtimes
   charioteer bench gil --quick           what the GIL costs tasks here
+  charioteer study --quick               all benchmarks, and one report of them
 
 environment:
   CHARIOTEER_MACHINE   machine of a runtime that names none: virtual:N or a YAML file
@@ -115,6 +118,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             from charioteer.cli import check
 
             return check.run(options)
+        if command == "study":
+            from charioteer.cli import study
+
+            return study.run(options)
+        if command == "graph":
+            from charioteer.cli import graph
+
+            return graph.run(options)
         from charioteer.cli import bench
 
         return bench.run(options)
@@ -249,9 +260,11 @@ def _parser() -> argparse.ArgumentParser:
         add_help=False,
     )
 
-    from charioteer.cli import bench
+    from charioteer.cli import bench, graph, study
 
+    graph.add_parser(commands)
     bench.add_parser(commands)
+    study.add_parser(commands)
     return parser
 
 

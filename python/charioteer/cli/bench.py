@@ -23,6 +23,7 @@ BENCHMARKS = {
     "gil": "charioteer.bench.gil",
     "multi-device": "charioteer.bench.multi_device",
     "metg": "charioteer.bench.metg",
+    "graphs": "charioteer.bench.graph_runs",
     "policies": "charioteer.bench.policies",
     "gpu": "charioteer.bench.gpu",
 }

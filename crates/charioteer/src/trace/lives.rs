@@ -125,9 +125,6 @@ impl Lives {
                 part.end = part.end.min(limit);
                 part.before < limit
             });
-            for part in &mut life.parts {
-                part.clock = evidence.clock((part.track, part.before + 1)).cloned();
-            }
         }
         lives
             .of
@@ -184,6 +181,10 @@ impl Lives {
                     life.cores.clone_from(&open.cores);
                     for stream in &open.streams {
                         let track = self.evidence.track(*stream);
+                        let before = self.evidence.last(track);
+                        // As of now: a wait that is told later is a later one, whatever its position.
+                        // A body that enqueues nothing, or what nobody was told of, takes none.
+                        let clock = self.evidence.clock((track, before + 1)).cloned();
                         let member = open.list.iter().find(|it| it.0 == stream.device);
                         life.parts.push(Part {
                             device: stream.device,
@@ -192,8 +193,8 @@ impl Lives {
                             track,
                             begun: record.time,
                             returned: u64::MAX,
-                            before: self.evidence.last(track),
-                            clock: None,
+                            before,
+                            clock,
                             end: u64::MAX,
                         });
                     }

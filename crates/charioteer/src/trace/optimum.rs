@@ -12,6 +12,7 @@
 //! Data is known by the boxes that tasks use, so that the figure is exact where boxes are equal or disjoint,
 //! as tiles of one grid are. Who writes a part of another box makes all of that old.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::rc::Rc;
 
@@ -266,8 +267,8 @@ impl Schedule {
                 }
             }
             for touch in &touches {
-                if !memory.there.contains_key(&touch.thing) {
-                    memory.there.insert(touch.thing, (0, false));
+                if let Entry::Vacant(new) = memory.there.entry(touch.thing) {
+                    new.insert((0, false));
                     memory.used += self.things[touch.thing].bytes;
                 }
             }

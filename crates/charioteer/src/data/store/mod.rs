@@ -893,21 +893,29 @@ impl State {
             return;
         }
         let known = &mut self.directories[directory];
-        let exact = known
-            .exact(want.frame, want.region.as_deref())
-            .map(|it| it.0);
+        let exact = known.exact(want.frame, want.region.as_deref());
+        let exact = exact.map(|(piece, _)| piece);
+        let frames = &known.frames;
+        let region = want.region.as_deref();
+        let region = region.unwrap_or_else(|| &frames[want.frame].region);
+        // What is written later may have cut it, but then it is not equal.
+        let equal = written[..others].iter().copied().find(|(of, piece)| {
+            let piece = known.pieces.get(*piece);
+            *of == directory && piece.is_some_and(|piece| piece.region == *region)
+        });
         let holder = Holder {
             at,
             ready: Events::of(event),
         };
-        match exact {
+        match (equal, exact) {
             // Another member wrote the same.
-            Some(piece) if written[..others].contains(&(directory, piece)) => {
+            (Some((_, piece)), _) => {
                 known.pieces[piece].holders.push(holder);
                 self.instances[at].valid += 1;
             }
             // It was there alone before.
-            Some(piece) if matches!(&*known.pieces[piece].holders, [own] if own.at == at) => {
+            (None, Some(piece)) if matches!(&*known.pieces[piece].holders, [own] if own.at == at) =>
+            {
                 let own = &mut known.pieces[piece].holders[0];
                 let before = std::mem::replace(own, holder);
                 self.instances[at].uses.join(&before.ready);

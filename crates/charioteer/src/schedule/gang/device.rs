@@ -65,6 +65,14 @@ pub(super) struct Load {
     pub(super) nanoseconds: u64,
 }
 
+/// A place on a device's timeline: when it is reached, as estimated, in nanoseconds of a clock that all
+/// devices share, and how many tasks the device was granted up to there.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Due {
+    pub(super) nanoseconds: u64,
+    pub(super) tasks: u64,
+}
+
 /// What was given back behind an event and nobody has taken over yet.
 #[derive(Debug)]
 struct Flight {
@@ -85,8 +93,8 @@ struct Track {
     listed: bool,
     /// Work on it failed: what is put on it fails too.
     failed: bool,
-    /// The launched tasks that are not complete, in order of their positions.
-    launched: VecDeque<(u64, Load)>,
+    /// The launched tasks that are not complete, in order of their positions, and their places.
+    launched: VecDeque<(u64, Load, Due)>,
 }
 
 impl Track {
@@ -124,6 +132,10 @@ pub(super) struct Book {
     aside: u32,
     /// The estimated run times of both.
     pub(super) ahead: u64,
+    /// When all that was granted is complete, as estimated.
+    end: u64,
+    /// Up to where tasks are complete.
+    pub(super) past: Due,
     /// The last grant, by number.
     pub(super) tail: u64,
     tracks: Vec<Track>,
@@ -148,6 +160,8 @@ impl Book {
             unfinished: 0,
             aside: 0,
             ahead: 0,
+            end: 0,
+            past: Due::default(),
             tail: 0,
             tracks: Vec::new(),
             resting: Vec::new(),
@@ -162,10 +176,23 @@ impl Book {
         self.resting.clear();
     }
 
-    /// Whether the work up to the event is not known to be complete.
-    pub(super) fn is_in_flight(&self, event: Event) -> bool {
-        let track = self.track(event.stream);
-        track.is_some_and(|track| self.tracks[track].done < event.position)
+    /// What is before the end of the work up to the event, as estimated; none if it is known to be complete.
+    /// `now` is the clock's time.
+    pub(super) fn due(&self, event: Event, now: u64) -> Option<(u64, u32)> {
+        let track = &self.tracks[self.track(event.stream)?];
+        if track.done >= event.position {
+            return None;
+        }
+        let mut launched = track.launched.iter();
+        let due = launched.find(|launched| launched.0 >= event.position);
+        let Some((_, _, due)) = due else {
+            return Some((self.ahead, self.unfinished()));
+        };
+        let tasks = due.tasks.saturating_sub(self.past.tasks);
+        Some((
+            due.nanoseconds.saturating_sub(now),
+            u32::try_from(tasks).unwrap_or(u32::MAX),
+        ))
     }
 
     pub(super) fn unfinished(&self) -> u32 {
@@ -222,7 +249,7 @@ impl Book {
     /// A body that was paused goes on.
     pub(super) fn resume(&mut self, memory: u64, load: Load) {
         self.kept -= memory;
-        self.count(load);
+        self.count(load, 0);
     }
 
     fn both(&self) -> Amount {
@@ -260,17 +287,29 @@ impl Book {
             .then_some(index)
     }
 
-    /// Counts a task that was granted.
-    pub(super) fn count(&mut self, load: Load) {
+    /// When the device is free, in nanoseconds from `now`: its timeline may have gaps, in which it waits for
+    /// data, and who runs may take longer than estimated.
+    pub(super) fn free(&self, now: u64) -> u64 {
+        self.end.saturating_sub(now).max(self.ahead)
+    }
+
+    /// Counts a task that was granted and does not begin before that time, and says where it ends.
+    pub(super) fn count(&mut self, load: Load, begin: u64) -> Due {
+        self.end = self.end.max(begin) + load.nanoseconds;
         self.ahead += load.nanoseconds;
         if load.shares {
             self.unfinished += 1;
         } else {
             self.aside += 1;
         }
+        Due {
+            nanoseconds: self.end,
+            tasks: self.past.tasks + u64::from(self.unfinished()),
+        }
     }
 
     fn discount(&mut self, load: Load) {
+        self.past.tasks += 1;
         self.ahead -= load.nanoseconds;
         if load.shares {
             self.unfinished -= 1;
@@ -433,13 +472,14 @@ impl Book {
     }
 
     /// The body returned: its stream is free, and the task is complete once the position is.
-    pub(super) fn launch(&mut self, stream: usize, position: u64, load: Load) {
+    pub(super) fn launch(&mut self, stream: usize, position: u64, load: Load, due: Due) {
         let track = &mut self.tracks[stream];
         track.lent = false;
         track.last = track.last.max(position);
         if track.done < position {
-            track.launched.push_back((position, load));
+            track.launched.push_back((position, load, due));
         } else {
+            self.past.nanoseconds = self.past.nanoseconds.max(due.nanoseconds);
             self.discount(load);
             self.list_if_resting(stream);
         }
@@ -471,11 +511,12 @@ impl Book {
             return;
         }
         track.done = event.position;
-        while let Some(&(position, load)) = self.tracks[index].launched.front() {
+        while let Some(&(position, load, due)) = self.tracks[index].launched.front() {
             if position > event.position {
                 break;
             }
             self.tracks[index].launched.pop_front();
+            self.past.nanoseconds = self.past.nanoseconds.max(due.nanoseconds);
             self.discount(load);
         }
         let (rest, flying) = (&mut self.rest, &mut self.flying);

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use smallvec::{SmallVec, smallvec};
 
-use super::device::{Amount, Book, Load};
+use super::device::{Amount, Book, Due, Load};
 use super::queue::{Queue, Shape, Waiting};
 use super::request::{Capacity, MOST_DEVICES, Plan, Request, bit, ones};
 use crate::machine::{DeviceId, Event, Stream};
@@ -63,6 +63,8 @@ struct Part {
     book: usize,
     /// The stream's index, once it is known.
     stream: Option<usize>,
+    /// Where it ends on the device's timeline.
+    due: Due,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -90,8 +92,9 @@ struct Choice {
     plan: usize,
     /// The books, in the order of the alternative's members.
     books: SmallVec<[usize; 8]>,
-    /// The estimated run time in nanoseconds.
+    /// The estimated run time in nanoseconds, and when it begins, by the clock of estimates.
     estimate: u64,
+    begin: u64,
 }
 
 /// The ledger of the devices and the tasks that wait for them. `T` stands for a task.
@@ -296,11 +299,12 @@ impl<T> Gang<T> {
         for &index in &choice.books {
             let book = &mut self.books[index];
             let taken = book.take(amount, &task.prefer, runahead);
-            book.count(load);
+            let due = book.count(load, choice.begin);
             book.tail = self.grants;
             parts.push(Part {
                 book: index,
                 stream: taken.stream,
+                due,
             });
             lent.push(Lent {
                 device: book.id,
@@ -443,7 +447,7 @@ impl<T> Gang<T> {
                 Some(event) => {
                     let stream = book.arrive(part.stream, event);
                     book.give_back(running.amount, Some((stream, event.position)));
-                    book.launch(stream, event.position, running.load);
+                    book.launch(stream, event.position, running.load, part.due);
                 }
                 None => {
                     book.give_back(running.amount, None);
@@ -663,6 +667,7 @@ fn choose<T>(books: &[Book], homed: &[Homed], shape: &Shape<T>, rules: &Rules<'_
                 plan: place,
                 books: books_of_it,
                 estimate,
+                begin: costs.now + free.unwrap_or(0),
             };
             best = Some((finish, choice));
         }
@@ -678,6 +683,9 @@ fn choose<T>(books: &[Book], homed: &[Homed], shape: &Shape<T>, rules: &Rules<'_
 /// are there, where run times are not known.
 pub(super) const PATIENCE: u32 = 2;
 
+/// A transfer holds others up for so large a part of its time, as is reckoned.
+const CONTENTION: u64 = 4;
+
 /// What counts of a task where devices are compared.
 struct Costs<'a, T> {
     books: &'a [Book],
@@ -688,6 +696,9 @@ struct Costs<'a, T> {
     /// When the predecessors that are in flight are complete, at the latest: by the estimated run times,
     /// and by how many tasks are unfinished there.
     ready: (u64, u32),
+    /// The time of the clock by which run times are estimated: when the last one of those tasks was due that
+    /// are complete.
+    now: u64,
 }
 
 /// Which device is better: the least.
@@ -696,6 +707,8 @@ type Rank = (u64, u64, bool, u64, u64);
 impl<'a, T> Costs<'a, T> {
     fn new(books: &'a [Book], homed: &'a [Homed], head: &'a Waiting<T>) -> Self {
         let (mut preferred, mut ready) = (0, (0, 0));
+        let past = books.iter().map(|book| book.past.nanoseconds);
+        let now = past.max().unwrap_or(0);
         for &event in &head.prefer {
             let device = event.stream.device;
             let Some(index) = books.iter().position(|book| book.id == device) else {
@@ -705,8 +718,10 @@ impl<'a, T> Costs<'a, T> {
             if book.takeover(event).is_some() {
                 preferred |= bit(index);
             }
-            if !head.transfers.is_empty() && book.is_in_flight(event) {
-                ready = (book.ahead.max(ready.0), book.unfinished().max(ready.1));
+            if !head.transfers.is_empty()
+                && let Some((time, tasks)) = book.due(event, now)
+            {
+                ready = (time.max(ready.0), tasks.max(ready.1));
             }
         }
         Self {
@@ -715,6 +730,7 @@ impl<'a, T> Costs<'a, T> {
             head,
             preferred,
             ready,
+            now,
         }
     }
 
@@ -742,9 +758,11 @@ impl<'a, T> Costs<'a, T> {
 
     /// When a device is free for the task, and has its data, in nanoseconds from now.
     fn free(&self, index: usize, plan: &Plan) -> u64 {
-        let free = self.books[index].ahead.max(self.ready.0);
-        free.saturating_add(self.others(index).nanoseconds)
-            .saturating_add(self.transfer(index, plan))
+        let transfer = self.transfer(index, plan);
+        let free = self.books[index].free(self.now) + self.others(index).nanoseconds;
+        // Data come while the device has others to do, and links are shared.
+        let there = self.ready.0.saturating_add(transfer);
+        free.max(there).saturating_add(transfer / CONTENTION)
     }
 
     /// How many tasks a device has before it that the task would not wait for anyway.
@@ -795,7 +813,9 @@ impl<'a, T> Costs<'a, T> {
             return (0, 0, other, ahead, unfinished);
         }
         if known {
-            return (self.free(index, plan), 0, other, ahead, unfinished);
+            let free = self.free(index, plan);
+            let gap = free.saturating_sub(book.free(self.now));
+            return (free, gap, other, ahead, unfinished);
         }
         let (tasks, transfer) = (self.tasks(index), self.transfer(index, plan));
         if tasks <= least + PATIENCE {

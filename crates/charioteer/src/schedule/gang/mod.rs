@@ -80,10 +80,12 @@
 //! busy, though a slower one fits. Then devices are held for it like for any task that does not fit. It
 //! declines so for as many grants as it may be overtaken by device-times, and then takes what fits.
 //!
-//! *Data.* The time that it takes to bring a task's data to a device counts like a run time: a device
-//! finishes it when it is free, plus the transfer, plus the run time. No device is free for a task before the
-//! last of its predecessors in flight is complete, whose device's timeline is taken for that: so a
-//! successor stays where its data are, however much its predecessors are before it there. Where a task's run
+//! *Data.* Each device has an estimated timeline, on a clock that all share: it is past whatever time those
+//! tasks were due that are complete. A task begins on a device when that is free and the data are there, which
+//! come as soon as the last of its predecessors in flight is due; a transfer also counts for a part of its time
+//! (a quarter), since links are shared. Of equals the device goes first that idles least before it. What
+//! a device waits for is part of its timeline, since what was granted runs in that order: so a device that
+//! idles before a task is not taken for free. Where a task's run
 //! time is not known devices are compared by tasks instead: it goes where the transfer is shortest, among
 //! the devices that have at most `PATIENCE` (2) more tasks before them than the one with
 //! the fewest; so tasks that have nothing to do with each other spread, though their data are in one place.

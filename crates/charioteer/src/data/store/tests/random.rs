@@ -813,7 +813,9 @@ fn programs_leave_what_they_would_have_left_on_plain_arrays() {
     };
     let first = asked("CHARIOTEER_SEED");
     let count = asked("CHARIOTEER_CASES").unwrap_or(if first.is_some() { 1 } else { 100 });
-    for seed in (first.unwrap_or(0)..).take(count as usize) {
+    // One in which two wants of each member share an instance, and both are written by all members.
+    let shared = [100_916];
+    for seed in (first.unwrap_or(0)..).take(count as usize).chain(shared) {
         let result = std::panic::catch_unwind(|| play(seed));
         if let Err(panic) = result {
             eprintln!("CHARIOTEER_SEED={seed}");

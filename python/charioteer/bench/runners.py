@@ -1,9 +1,8 @@
-"""Task graphs of the GIL study and of METG, and how each runtime runs one.
+"""How each runtime runs a task graph whose tasks all have one body.
 
-A :class:`Graph` is a list of tasks in the order in which a program would spawn them, each with the
-earlier tasks that it depends on. Its body is the same for all tasks. A *runner* runs a graph on one
-runtime and returns the seconds from the first spawn until every task is complete and the runtime
-has let go of its workers, which are started before the clock is.
+A *runner* runs a :class:`~charioteer.graphs.Shape` on one runtime and returns the seconds from the
+first spawn until every task is complete and the runtime has let go of its workers, which are
+started before the clock is.
 
 Each runner is what a user of that runtime would write. ``ThreadPoolExecutor`` knows no
 dependencies, so a task that ends submits those that it was the last to hold up; joblib knows none
@@ -14,202 +13,29 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
-from random import Random
 from time import perf_counter, sleep
 from typing import Any
 
 import charioteer as ch
 from charioteer.bench.harness import Missing
-from charioteer.bench.peers import load, started_ray
+from charioteer.bench.peers import THREAD_POOL, load, started_ray
+from charioteer.graphs import Shape, sized
 
-__all__ = [
-    "PATTERNS",
-    "SHAPES",
-    "Graph",
-    "Outcome",
-    "cholesky",
-    "gil_waited",
-    "independent",
-    "make",
-    "pattern",
-    "steps",
-]
+__all__ = ["PEERS", "SHAPES", "Outcome", "Peer", "gil_waited"]
 
 
-@dataclass(frozen=True)
-class Graph:
-    """Tasks in the order of their spawning; ``before[i]`` are the tasks that ``i`` depends on."""
-
-    name: str
-    before: tuple[tuple[int, ...], ...]
-
-    def __len__(self) -> int:
-        return len(self.before)
-
-    @cached_property
-    def edges(self) -> int:
-        """How many dependencies there are."""
-        return sum(map(len, self.before))
-
-    @cached_property
-    def levels(self) -> list[list[int]]:
-        """The tasks by the length of the longest chain that ends in them."""
-        level: list[int] = []
-        for before in self.before:
-            level.append(1 + max((level[index] for index in before), default=-1))
-        levels: list[list[int]] = [[] for _ in range(max(level, default=-1) + 1)]
-        for index, at in enumerate(level):
-            levels[at].append(index)
-        return levels
-
-    def ideal(self, seconds: float, held: float, workers: int, *, gil: bool = True) -> float:
-        """The least seconds it can take with tasks of ``seconds``, the part ``held`` attached.
-
-        No machine does more than ``workers`` tasks at once, no interpreter with a GIL more than
-        one attached part, and no order ends before the longest chain has.
-        """
-        serial = len(self) * seconds
-        bounds = [serial / workers, len(self.levels) * seconds]
-        if gil:
-            bounds.append(serial * held)
-        return max(bounds)
-
-
-def independent(tasks: int) -> Graph:
-    """So many tasks without dependencies."""
-    return Graph("independent", ((),) * tasks)
-
-
-def cholesky(tasks: int) -> Graph:
-    """The tiled Cholesky factorization with the most tiles that has at most so many tasks."""
-    tiles = 1
-    while (tiles + 1) * (tiles + 2) * (tiles + 3) // 6 <= tasks:
-        tiles += 1
-    before: list[tuple[int, ...]] = []
-    # The task that wrote a tile last; tiles are (row, column) of the lower triangle.
-    wrote: dict[tuple[int, int], int] = {}
-
-    def add(target: tuple[int, int], *read: tuple[int, int]) -> None:
-        before.append(tuple(dict.fromkeys(wrote[at] for at in (target, *read) if at in wrote)))
-        wrote[target] = len(before) - 1
-
-    for k in range(tiles):
-        add((k, k))
-        for row in range(k + 1, tiles):
-            add((row, k), (k, k))
-        for row in range(k + 1, tiles):
-            add((row, row), (row, k))
-            for column in range(k + 1, row):
-                add((row, column), (row, k), (column, k))
-    return Graph("cholesky", tuple(before))
-
-
-def steps(tasks: int, width: int = 32) -> Graph:
-    """A stencil over time: every point of a step after its neighbours in the step before."""
-    width = min(width, tasks)
-    before: list[tuple[int, ...]] = []
-    for step in range(max(1, tasks // width)):
-        for x in range(width):
-            near = range(max(0, x - 1), min(width, x + 2)) if step else ()
-            before.append(tuple((step - 1) * width + at for at in near))
-    return Graph("steps", tuple(before))
-
-
-def _no_comm(step: int, x: int, width: int) -> set[int]:
-    return {x}
-
-
-def _stencil(step: int, x: int, width: int) -> set[int]:
-    return {x - 1, x, x + 1}
-
-
-def _sweep(step: int, x: int, width: int) -> set[int]:
-    return {x - 1, x}
-
-
-def _fft(step: int, x: int, width: int) -> set[int]:
-    apart = 1 << (step - 1) % max(1, (width - 1).bit_length())
-    return {x - apart, x, x + apart}
-
-
-def _tree(step: int, x: int, width: int) -> set[int]:
-    # It fans out until it is as wide as the graph, and keeps to its columns from there on.
-    return {x // 2} if 1 << (step - 1) < width else {x}
-
-
-def _nearest(step: int, x: int, width: int) -> set[int]:
-    return set(range(x - RADIX // 2, x + (RADIX + 1) // 2))
-
-
-def _spread(step: int, x: int, width: int) -> set[int]:
-    return {(x + step + at * width // RADIX) % width for at in range(RADIX)}
-
-
-def _random(step: int, x: int, width: int) -> set[int]:
-    chosen = Random(step * width + x)
-    return {x, *(at for at in _nearest(step, x, width) if chosen.random() < 0.5)}
-
-
-def _all_to_all(step: int, x: int, width: int) -> set[int]:
-    return set(range(width))
-
-
-RADIX = 5
-"""On how many tasks one depends in the patterns ``nearest`` and ``spread``."""
-
-PATTERNS: Mapping[str, Callable[[int, int, int], set[int]] | None] = {
-    "trivial": None,
-    "no_comm": _no_comm,
-    "stencil": _stencil,
-    "sweep": _sweep,
-    "fft": _fft,
-    "tree": _tree,
-    "nearest": _nearest,
-    "spread": _spread,
-    "random": _random,
-    "all_to_all": _all_to_all,
+SHAPES: Mapping[str, Callable[[int], Shape]] = {
+    "independent": lambda tasks: sized("independent", tasks, tasks),
+    "cholesky": lambda tasks: sized("cholesky", tasks, 1),
+    "steps": lambda tasks: sized("stencil", tasks, 32),
 }
-"""Patterns of dependence: the columns of the step before that a task of a step depends on.
-
-They are those of Task Bench (Slaughter et al., *Task Bench: A Parameterized Benchmark for
-Evaluating Parallel Runtime Performance*, SC 2020), with columns that are not there left out.
-"""
-
-
-def pattern(name: str, width: int, steps: int) -> Graph:
-    """``steps`` steps of ``width`` tasks, of which each depends on tasks of the step before."""
-    needs = PATTERNS[name]
-    widths = [min(width, 1 << step) if name == "tree" else width for step in range(steps)]
-    before: list[tuple[int, ...]] = []
-    first = 0
-    for step, here in enumerate(widths):
-        for x in range(here):
-            if step == 0 or needs is None:
-                before.append(())
-                continue
-            last = widths[step - 1]
-            columns = sorted(at for at in needs(step, x, width) if 0 <= at < last)
-            before.append(tuple(first - last + at for at in columns))
-        first += here
-    return Graph(name, tuple(before))
-
-
-SHAPES: Mapping[str, Callable[[int], Graph]] = {
-    "independent": independent,
-    "cholesky": cholesky,
-    "steps": steps,
-}
-
-
-def make(shape: str, tasks: int) -> Graph:
-    """The graph of that shape with about so many tasks."""
-    return SHAPES[shape](tasks)
+"""The shapes of the GIL study, of about so many tasks."""
 
 
 @dataclass(frozen=True)
@@ -223,7 +49,7 @@ class Outcome:
 Body = Callable[[], object]
 
 
-def charioteer(graph: Graph, body: Body, workers: int, width: int | None = None) -> Outcome:
+def charioteer(graph: Shape, body: Body, workers: int, width: int | None = None) -> Outcome:
     """Run it on charioteer; ``width`` fixes how many workers compete for the GIL."""
     with ch.Runtime(workers=workers, gil=width or "auto") as runtime:
         waited = gil_waited(runtime)
@@ -238,7 +64,7 @@ def charioteer(graph: Graph, body: Body, workers: int, width: int | None = None)
     return Outcome(perf_counter() - start, gil_waited(runtime) - waited)
 
 
-def native(graph: Graph, seconds: float, workers: int) -> Outcome:
+def native(graph: Shape, seconds: float, workers: int) -> Outcome:
     """Run it on charioteer with a body in C that knows nothing of Python."""
     spin = ch.native(ch._core.spin_address(), ("f8",), name="spin")
     with ch.Runtime(workers=workers) as runtime:
@@ -255,7 +81,7 @@ def native(graph: Graph, seconds: float, workers: int) -> Outcome:
     return Outcome(perf_counter() - start, gil_waited(runtime) - waited)
 
 
-def thread_pool(graph: Graph, body: Body, workers: int) -> Outcome:
+def thread_pool(graph: Shape, body: Body, workers: int) -> Outcome:
     """Run it on the standard library's thread pool."""
     with ThreadPoolExecutor(workers) as executor:
         _start_threads(executor, workers)
@@ -274,7 +100,7 @@ def _start_threads(executor: ThreadPoolExecutor, workers: int) -> None:
         future.result()
 
 
-def _submit_in_order(executor: ThreadPoolExecutor, graph: Graph, body: Body) -> None:
+def _submit_in_order(executor: ThreadPoolExecutor, graph: Shape, body: Body) -> None:
     """Submit each task once what it depends on is complete; returns when all are."""
     after: list[list[int]] = [[] for _ in graph.before]
     for index, before in enumerate(graph.before):
@@ -309,7 +135,7 @@ def _submit_in_order(executor: ThreadPoolExecutor, graph: Graph, body: Body) -> 
     complete.wait()
 
 
-def bare_threads(graph: Graph, body: Body, workers: int) -> Outcome:
+def bare_threads(graph: Shape, body: Body, workers: int) -> Outcome:
     """Run tasks without dependencies on threads that take them from a queue: no runtime at all."""
     tasks = deque(graph.before)
     gate = threading.Barrier(workers + 1)
@@ -335,27 +161,92 @@ def bare_threads(graph: Graph, body: Body, workers: int) -> Outcome:
     return Outcome(perf_counter() - start)
 
 
-def bare_spins(graph: Graph, seconds: float, workers: int) -> Outcome:
+def bare_spins(graph: Shape, seconds: float, workers: int) -> Outcome:
     """The same in C, with threads that know nothing of Python."""
     return Outcome(ch._core.spin_threads(seconds, len(graph), workers))
 
 
-def dask(graph: Graph, body: Body, workers: int) -> Outcome:
-    """Run it on Dask's threads."""
-    module = load("dask")
-    delayed = module.delayed(lambda *_: body(), pure=False)
+def dask(graph: Shape, body: Body, workers: int) -> Outcome:
+    """Run it on Dask's threads, as a graph of its own making: ``delayed`` costs thrice as much."""
+    load("dask")
+    threaded = load("dask.threaded")
+
+    def call(*_: object) -> None:
+        body()
+
     # A pool of its own: Dask never ends the threads of those that it makes.
     with ThreadPoolExecutor(workers) as executor:
         _start_threads(executor, workers)
         start = perf_counter()
-        tasks: list[Any] = []
-        for before in graph.before:
-            tasks.append(delayed(*(tasks[at] for at in before)))
-        module.compute(*tasks, scheduler="threads", pool=executor, optimize_graph=False)
+        tasks = {index: (call, *before) for index, before in enumerate(graph.before)}
+        threaded.get(tasks, list(tasks), pool=executor)
     return Outcome(perf_counter() - start)
 
 
-def joblib(graph: Graph, body: Body, workers: int) -> Outcome:
+def distributed(graph: Shape, body: Body, workers: int) -> Outcome:
+    """Run it on Dask's distributed scheduler: one worker process with threads would share nothing
+    with its scheduler, but what passes between them costs more than the GIL that they share
+    here."""
+    config = load("dask").config
+    module = load("distributed")
+
+    def call(*_: object) -> None:
+        body()
+
+    with (
+        config.set({"distributed.scheduler.work-stealing": False}),
+        module.Client(
+            processes=False,
+            n_workers=1,
+            threads_per_worker=workers,
+            dashboard_address=None,
+            silence_logs=50,
+        ) as client,
+    ):
+        client.submit(call, pure=False).result()
+        start = perf_counter()
+        tasks = {
+            f"task-{index}": (call, *(f"task-{at}" for at in before))
+            for index, before in enumerate(graph.before)
+        }
+        client.get(tasks, list(tasks))
+        return Outcome(perf_counter() - start)
+
+
+def parsl(graph: Shape, body: Body, workers: int) -> Outcome:
+    """Run it on Parsl's threads."""
+    module = load("parsl")
+    executors = load("parsl.executors")
+    with tempfile.TemporaryDirectory() as folder:
+        module.load(
+            module.Config(
+                executors=[executors.ThreadPoolExecutor(max_threads=workers)],
+                run_dir=folder,
+                strategy="none",
+                initialize_logging=False,
+            )
+        )
+        try:
+
+            def call(*_: object) -> None:
+                body()
+
+            task = module.python_app(call)
+            for future in [task() for _ in range(10 * workers)]:
+                future.result()
+            start = perf_counter()
+            tasks: list[Any] = []
+            for before in graph.before:
+                tasks.append(task(*(tasks[at] for at in before)))
+            for future in tasks:
+                future.result()
+            return Outcome(perf_counter() - start)
+        finally:
+            module.dfk().cleanup()
+            module.clear()
+
+
+def joblib(graph: Shape, body: Body, workers: int) -> Outcome:
     """Run it on joblib's threads, level by level."""
     module = load("joblib")
     with module.Parallel(n_jobs=workers, backend="threading") as parallel:
@@ -365,7 +256,7 @@ def joblib(graph: Graph, body: Body, workers: int) -> Outcome:
     return Outcome(perf_counter() - start)
 
 
-def ray(graph: Graph, body: Body, workers: int) -> Outcome:
+def ray(graph: Shape, body: Body, workers: int) -> Outcome:
     """Run it on Ray, whose workers are processes with a GIL each."""
     with started_ray(workers) as module:
 
@@ -383,7 +274,7 @@ def ray(graph: Graph, body: Body, workers: int) -> Outcome:
         return Outcome(perf_counter() - start)
 
 
-def parla(graph: Graph, body: Body, workers: int, version: str) -> Outcome:
+def parla(graph: Shape, body: Body, workers: int, version: str) -> Outcome:
     """Run it on Parla of the given version, ``"0.2"`` or ``"0.3"``.
 
     Raises:
@@ -425,6 +316,61 @@ def parla(graph: Graph, body: Body, workers: int, version: str) -> Outcome:
     with module.Parla(**options):
         program()
     return Outcome(seconds)
+
+
+def in_rust(graph: Shape, seconds: float, workers: int) -> Outcome:
+    """Run it on the core without Python: spawned in Rust, with bodies in Rust."""
+    return Outcome(ch._core.spin_graph(graph.before, seconds, workers))
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another runtime that runs graphs.
+
+    Attributes:
+        runtime: what results call it.
+        run: runs a graph.
+        tuning: how it is run, so that it is at its best.
+    """
+
+    runtime: str
+    run: Callable[[Shape, Body, int], Outcome]
+    tuning: str
+
+
+PEERS: Mapping[str, Peer] = {
+    "threadpool": Peer(
+        THREAD_POOL,
+        thread_pool,
+        "knows no dependencies: who ends submits those that it was the last to hold up",
+    ),
+    "joblib": Peer(
+        "joblib threads",
+        joblib,
+        "threads, which share the bodies; knows no dependencies: one level after the other, in one"
+        " pool, its batches sized by itself",
+    ),
+    "dask": Peer("Dask threads", dask, "a graph of its own making instead of delayed calls"),
+    "distributed": Peer(
+        "Dask distributed",
+        distributed,
+        "scheduler and threads in one process, the graph handed over at once, no work stealing, no"
+        " dashboard",
+    ),
+    "ray": Peer(
+        "Ray",
+        ray,
+        "worker processes started before, results passed as references, a small object store, no"
+        " dashboard",
+    ),
+    "parsl": Peer(
+        "Parsl threads",
+        parsl,
+        "threads instead of processes, no scaling strategy, no memoization, no log",
+    ),
+}
+"""The runtimes that are measured beside charioteer where they are installed, by what chooses
+them."""
 
 
 def gil_waited(runtime: ch.Runtime) -> float:

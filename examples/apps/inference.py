@@ -1,0 +1,178 @@
+"""Inference in stages over devices, with dynamic batches.
+
+Requests come one after the other, and want so many tokens each. A model is a chain of stages, each
+on a device of its own that keeps its weights. A batch goes through all stages for one token of each
+of its requests; who has all its tokens leaves it, and who waits takes its place before the next
+token. As many batches are under way as there are stages, so that every device has one. What a
+request gets does not depend on whom it shares a batch with: the model computes with whole numbers.
+
+    pip install charioteer
+    python examples/apps/inference.py                 # on cores
+    python examples/apps/inference.py --gpus 4        # on virtual GPUs
+
+The exit status is 1 if a request got other tokens than it gets alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import charioteer as ch
+
+Ints = npt.NDArray[np.int64]
+
+SIZES = {"small": (24, 64, 4), "medium": (128, 256, 8), "large": (512, 512, 16)}
+"""Requests, width of the model, requests of a batch at most."""
+STAGES = 4
+PRIME = 8191
+WORDS = 1000
+
+
+@dataclass
+class Request:
+    """What is asked, how many tokens it wants, and those that it has."""
+
+    state: Ints
+    wanted: int
+    tokens: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Problem:
+    """Weights of the stages, requests, and how many share a batch at most."""
+
+    weights: list[Ints]
+    prompts: list[Ints]
+    wanted: list[int]
+    most: int
+
+    def requests(self) -> list[Request]:
+        """The requests, as they come in."""
+        return [Request(p.copy(), n) for p, n in zip(self.prompts, self.wanted, strict=True)]
+
+
+def problem(requests: int, width: int, most: int) -> Problem:
+    """A model at random, and requests of up to a dozen tokens."""
+    chance = np.random.default_rng(11)
+    return Problem(
+        [chance.integers(0, PRIME, (width, width)) for _ in range(STAGES)],
+        [chance.integers(0, PRIME, width) for _ in range(requests)],
+        [int(n) for n in chance.integers(1, 13, requests)],
+        most,
+    )
+
+
+def layer(states: Any, weights: Any) -> Any:
+    """What a stage makes of the states of a batch, a row a request."""
+    mixed = (states @ weights) % PRIME
+    return (mixed * mixed + states) % PRIME
+
+
+@ch.task
+def stage(states: Any, at: int, given: Problem) -> Any:
+    """A stage of the model, on its device, where its weights stay."""
+    context = ch.current()
+    xp = context.xp
+    if context.device.kind == ch.cpu:
+        return layer(states, given.weights[at])
+    store = context.store
+    if ("weights", at) not in store:
+        store["weights", at] = xp.asarray(given.weights[at])
+        context.record(f"weights {at}")
+    context.wait(f"weights {at}")
+    if isinstance(states, np.ndarray):
+        here = xp.asarray(states)
+    else:
+        here = xp.empty(states.shape, np.int64)
+        here[...] = states
+    return layer(here, store["weights", at])
+
+
+@ch.task
+def sample(states: Any, batch: list[Request]) -> None:
+    """On a core: a token for each request of a batch."""
+    rows = states if isinstance(states, np.ndarray) else states.get()
+    for request, row in zip(batch, rows, strict=True):
+        request.state = row
+        request.tokens.append(int(row.sum() % WORDS))
+
+
+async def lane(given: Problem, waiting: deque[Request], gpus: int) -> int:
+    """One batch under way, until nobody waits; gives the tokens that were made one at a time."""
+    batch: list[Request] = []
+    passes = 0
+    while True:
+        batch = [request for request in batch if len(request.tokens) < request.wanted]
+        while waiting and len(batch) < given.most:
+            batch.append(waiting.popleft())
+        if not batch:
+            return passes
+        passes += 1
+        states: Any = np.stack([request.state for request in batch])
+        for at in range(STAGES):
+            on = ch.gpu(at % gpus) if gpus else ch.cpu
+            states = stage.options(placement=on)(states, at, given)
+        await sample.options(placement=ch.cpu, priority=1)(states, list(batch))
+
+
+def tasks(given: Problem, gpus: int = 0) -> list[list[int]]:
+    """The tokens of all requests."""
+    requests = given.requests()
+    waiting = deque(requests)
+
+    async def all_lanes() -> None:
+        await asyncio.gather(*(lane(given, waiting, gpus) for _ in range(STAGES)))
+
+    asyncio.run(all_lanes())
+    return [request.tokens for request in requests]
+
+
+def serially(given: Problem) -> list[list[int]]:
+    """One request after the other, each alone."""
+    requests = given.requests()
+    for request in requests:
+        for _ in range(request.wanted):
+            states: Any = request.state[None, :]
+            for weights in given.weights:
+                states = layer(states, weights)
+            sample.fn(states, [request])
+    return [request.tokens for request in requests]
+
+
+def error(found: list[list[int]], given: Problem) -> float:
+    """How many requests got other tokens than alone."""
+    return float(sum(a != b for a, b in zip(found, serially(given), strict=True)))
+
+
+LIMIT = 0.0
+"""What that may be."""
+CORE: Sequence[Callable[..., object]] = (stage.fn, sample.fn, lane, tasks)
+"""What a user writes: bodies and the program that spawns them."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve the requests, and compare."""
+    parser = argparse.ArgumentParser(description="Inference in stages with dynamic batches")
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--gpus", type=int, default=0, help="virtual GPUs; 0 for cores")
+    options = parser.parse_args(arguments)
+    given = problem(*SIZES[options.size])
+    machine = ch.Machine.virtual(gpus=options.gpus) if options.gpus else None
+    with ch.Runtime(machine):
+        found = tasks(given, options.gpus)
+    wrong = error(found, given)
+    print(f"{len(found)} requests, {sum(given.wanted)} tokens: {wrong:.0f} wrong requests")
+    return 0 if wrong <= LIMIT else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

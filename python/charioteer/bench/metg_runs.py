@@ -1,0 +1,126 @@
+"""One run of METG: the curve of a runtime for a pattern, and where it crosses the levels.
+
+A run takes one pattern and one runtime through task times that double: from a millisecond up, as
+far as it takes to be efficient, and from there down until it is not. The number of tasks grows as
+they shrink, so that every point takes about as long. *Efficiency* is the tasks' own time over that
+of all workers. A point is the best of some repetitions, since what disturbs one only makes it
+longer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from charioteer.bench import runners
+from charioteer.bench.bodies import spinning
+from charioteer.bench.harness import OURS, Sample
+from charioteer.bench.runners import PEERS, Outcome
+from charioteer.graphs import Shape, sized
+
+__all__ = ["FIRST", "LEVELS", "LONGEST", "NATIVE", "RUST", "WIDTH", "crossing", "metric", "sample"]
+
+NATIVE = f"{OURS}, native bodies"
+RUST = f"{OURS} in Rust"
+
+LEVELS = (0.5, 0.9)
+LEAST_STEPS = 8
+REPEATS = 20
+LONG = 3.0
+"""How many times the seconds of a point it may take before it is not repeated."""
+FIRST = 1e-3
+"""Seconds of the tasks that a run begins with."""
+LONGEST = 16e-3
+"""Seconds of the longest tasks; what is not efficient with those is given as so many, and more."""
+SHORTEST = 0.5e-6
+"""Seconds below which the spinning itself is not exact."""
+WIDTH = 8
+"""Tasks of a step to each worker."""
+
+
+def metric(level: float) -> str:
+    """What the metric of a level is called."""
+    return f"METG({level:.0%})"
+
+
+def crossing(curve: Sequence[tuple[float, float]], level: float) -> float | None:
+    """The least task time at which a curve of (task time, efficiency) still reaches a level.
+
+    Args:
+        curve: from long tasks to short ones, each time above zero.
+        level: between 0 and 1.
+
+    Returns:
+        The time, on a logarithmic scale between the shortest point that reaches the level and the
+        next; the shortest one if that reaches it, ``None`` if none does. A longer one that does
+        not was disturbed.
+    """
+    reached = [index for index, (_, efficiency) in enumerate(curve) if efficiency >= level]
+    if not reached:
+        return None
+    above = curve[reached[-1]]
+    if reached[-1] == len(curve) - 1:
+        return above[0]
+    below = curve[reached[-1] + 1]
+    part = (above[1] - level) / (above[1] - below[1])
+    return math.exp(math.log(above[0]) + part * (math.log(below[0]) - math.log(above[0])))
+
+
+def sample(runtime: str, pattern: str, workers: int, seconds: float) -> Sample:
+    """One run.
+
+    Args:
+        runtime: whose: charioteer, with bodies in Python or native ones or all in Rust, or the
+            name of a peer in :data:`charioteer.bench.runners.PEERS`.
+        pattern: of :data:`charioteer.graphs.PATTERNS`.
+        workers: on how many.
+        seconds: of task time that each point has, over all workers.
+
+    Raises:
+        Missing: the peer is not installed.
+    """
+    take = _taker(runtime, workers)
+    width = WIDTH * workers
+    curve: list[tuple[float, float]] = []
+
+    def measure(time: float) -> float:
+        steps = max(LEAST_STEPS, round(seconds / (REPEATS * time * width)))
+        graph = sized(pattern, steps * width, width)
+        best = total = 0.0
+        for _ in range(REPEATS):
+            elapsed = take(graph, time).seconds
+            total += elapsed
+            best = max(best, len(graph) * time / (workers * elapsed))
+            if best >= max(LEVELS) or total > LONG * seconds:
+                break
+        curve.append((time, best))
+        return best
+
+    time = FIRST
+    while measure(time) < max(LEVELS) and time < LONGEST:
+        time *= 2
+    curve.reverse()
+    time = FIRST / 2
+    if curve[-1][1] >= min(LEVELS):
+        # Two in a row: one may be disturbed.
+        failed = 0
+        while failed < 2:
+            failed = 0 if measure(time) >= min(LEVELS) else failed + 1
+            if time <= SHORTEST:
+                break
+            time /= 2
+    values = {}
+    for level in LEVELS:
+        at = crossing(curve, level)
+        values[metric(level)] = 1e6 * (LONGEST if at is None else at)
+    return Sample(values, curve=[(1e6 * time, efficiency) for time, efficiency in curve])
+
+
+def _taker(runtime: str, workers: int) -> Callable[[Shape, float], Outcome]:
+    """Runs a graph with tasks of so many seconds."""
+    if runtime == NATIVE:
+        return lambda graph, time: runners.native(graph, time, workers)
+    if runtime == RUST:
+        return lambda graph, time: runners.in_rust(graph, time, workers)
+    run = runners.charioteer if runtime == OURS else PEERS[runtime].run
+    return lambda graph, time: run(graph, spinning(time, 0.0, 1), workers)
