@@ -38,7 +38,7 @@
 //! into a partial result that is the domain's business. The first access of another kind closes the group:
 //! before it is registered, a task is spawned that depends on all members and combines.
 //!
-//! **Where data are.** A datum with bytes has a [`Storage`](store::Storage), of which devices may have copies:
+//! **Where data are.** A datum with bytes has a [`Storage`], of which devices may have copies:
 //! see [`store`], which knows no tasks, and `uses` for what tasks keep of their accesses for it.
 //!
 //! What is taken out of an index is dropped when no lock is held: it could be the last reference to a

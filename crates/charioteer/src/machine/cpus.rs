@@ -20,7 +20,7 @@
 //! A thread that wakes up may be put on a processor where another one computes, since Linux does not look
 //! far for an idle one where most were busy lately. Two that never block then share it until the system
 //! evens them out, which it tries less often the more processors there are: on 16 cores it took 25 ms,
-//! with a core idle beside them. So workers are kept [`Apart`]. Each starts from a processor of its own;
+//! with a core idle beside them. So workers are kept `Apart`. Each starts from a processor of its own;
 //! and before a task it looks where it is, and if another worker computes there, it moves to a processor
 //! where none does. From there the system may move it on. Who is where is known as of the last task of
 //! each, and says nothing of other threads: a move may be wrong, and costs speed then, nothing else.
