@@ -119,7 +119,7 @@ pub fn accesses<'a>(claims: &'a [Claim<'_>]) -> SmallVec<[data::Access<'a, Inter
 }
 
 /// Whether this is a region, or a list that begins with one.
-fn is_data(thing: &Bound<'_, PyAny>) -> bool {
+pub fn is_data(thing: &Bound<'_, PyAny>) -> bool {
     let one = |thing: &Bound<'_, PyAny>| {
         thing.is_exact_instance_of::<Unordered>() || part(thing).is_some()
     };

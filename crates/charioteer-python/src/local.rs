@@ -149,7 +149,8 @@ impl Placed {
         let gathers = gathers.unwrap_or_else(|| match &deferral.gathers {
             Gathers::Always(gathers) => *gathers,
             Gathers::Chosen(choices) => {
-                let choice = running.choice().expect("a task that runs was mapped");
+                // One that was not mapped has but one choice.
+                let choice = running.choice().unwrap_or(0);
                 choices.list()[choice].variant & SET != 0
             }
         });

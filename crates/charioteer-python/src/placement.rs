@@ -122,6 +122,9 @@ pub struct Plan {
     pub variants: usize,
     /// How many members the largest set with a device has; 0 if there are cores alone.
     pub width: usize,
+    /// Of a way that is mapped for the sake of data: the set of devices of a call that has none, and for
+    /// which there is nothing to estimate.
+    pub without_data: Option<Arc<[Alternative]>>,
     /// Of a way to devices without a choice: whether the body is for a set.
     gathers: bool,
     /// Which bodies are for sets of several members, by their places in `bodies`.
@@ -237,6 +240,12 @@ impl Plan {
         };
         let several =
             choices.iter().any(is_open) && engine.machine().is_some_and(|it| it.gpus() > 1);
+        let without_data = match &choices[0].on {
+            On::Devices(set) if only && !engine.domain().maps_all && bodies.len() == 1 => {
+                Some(Arc::from([set.clone()]))
+            }
+            _ => None,
+        };
         let way = match &choices[0].on {
             On::Cores(need) if only => Way::Cores(*need, None),
             // By default the ledger takes the device on which the task is done first, which takes
@@ -261,6 +270,7 @@ impl Plan {
             bodies: bodies.into(),
             variants: variants.map_or(0, |(_, count)| count),
             width,
+            without_data,
             gathers,
             wide,
         }))

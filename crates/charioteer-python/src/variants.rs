@@ -22,7 +22,7 @@ use pyo3::types::{
 };
 use smallvec::SmallVec;
 
-use crate::access::Shards;
+use crate::access::{self, Shards};
 use crate::attached::Attached;
 use crate::callable::{self, Callable, Modes, Prepared};
 use crate::data::Region;
@@ -457,6 +457,13 @@ impl Recipe {
         if let (Some(options), Some(plan)) = (&mut options, &self.plan)
             && let Way::Mapped(choices) = &plan.way
         {
+            if let (Some(set), None) = (&plan.without_data, &said.data)
+                && !arguments.have_data()
+            {
+                options.need = Need::Devices;
+                options.devices = Some(Arc::clone(set));
+                return Ok(Some(std::mem::take(options)));
+            }
             let size = match &said.size {
                 None => arguments.footprint()?,
                 Some(Said::Fixed(size)) => *size,
@@ -634,6 +641,13 @@ impl<'py> Given<'_, 'py> {
         callable
             .call(positional, self.keyword)
             .map_err(|error| noted(py, error, what, function))
+    }
+
+    /// Whether one of the arguments is managed, or one of what it lists.
+    fn have_data(&self) -> bool {
+        let positional = self.positional.iter().flat_map(|it| it.iter());
+        let keyword = self.keyword.iter().flat_map(|it| it.values());
+        positional.chain(keyword).any(|it| access::is_data(&it))
     }
 
     /// The bytes of the arrays among the arguments, also one level deep. Handles count for nothing,
