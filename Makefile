@@ -37,7 +37,7 @@ VALIDATING := $(ROOT)/target/validating
 FREE_THREADED := $(ROOT)/target/free-threaded
 
 RUST := Cargo.toml $(wildcard Cargo.lock) $(shell find crates -name '*.rs' -o -name Cargo.toml)
-PACKAGE := pyproject.toml $(shell find python -name '*.py' -o -name '*.pyi' -o -name py.typed)
+PACKAGE := pyproject.toml $(shell find python -name '*.py' -o -name '*.pyi' -o -name '*.yaml' -o -name py.typed)
 CORE_TESTS := --workspace --exclude charioteer-python
 
 ##@ Use

@@ -94,9 +94,8 @@ class Graph(NamedTuple):
 
 
 def default_machine() -> Path:
-    """The description that the repository has for it."""
-    root = Path(__file__).resolve().parents[3]
-    return root / "benchmarks" / "machines" / "movement.yaml"
+    """The description that the package has for it."""
+    return Path(__file__).with_name("movement.yaml")
 
 
 def load(path: Path) -> ch.Machine:

@@ -98,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--machine",
         metavar="FILE",
         help="the machine on which data move, in virtual time (default: the repository's"
-        " benchmarks/machines/movement.yaml)",
+        " movement.yaml beside this benchmark's code)",
     )
     add_outcome_arguments(parser)
 
