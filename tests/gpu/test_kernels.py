@@ -368,8 +368,8 @@ def test_independent_kernels_share_a_stream(rt: ch.Runtime, cp: Any, counters: A
     axpy = _axpy()
     x, y = cp.ones(N), cp.zeros(N)
     _ready(cp)
-    # Each takes the whole GPU where the arrays are, so that they follow each other: a stream for each is
-    # of no use.
+    # Each takes the whole GPU where the arrays are, so that they follow each other: a stream for
+    # each is of no use.
     launch = axpy[4, 256].options(placement=gpu(0))
     ch.wait([launch(y, x, 1.0, N) for _ in range(500)])
     assert (cp.asnumpy(y) == 500).all()

@@ -97,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--machine",
         metavar="FILE",
-        help="the machine on which data move, in virtual time (default: the repository's"
+        help="the machine on which data move, in virtual time (default:"
         " movement.yaml beside this benchmark's code)",
     )
     add_outcome_arguments(parser)
