@@ -21,27 +21,8 @@ use charioteer::region::{Region, Span};
 use charioteer::trace::{self, Event, Rule, TraceFile};
 use proptest::prelude::*;
 
+use common::parts::{ELEMENTS, Gridded, SHAPE, Use, exclude_each_other, place};
 use common::{check_trace, prove, take_trace, trace_path, within_on};
-
-const SHAPE: [u64; 2] = [12, 10];
-const ELEMENTS: usize = 120;
-const TILES: [[u64; 2]; 2] = [[4, 5], [3, 3]];
-
-#[derive(Clone, Debug)]
-enum Where {
-    Whole,
-    /// Of which grid, and which tile.
-    Tile(usize, [u64; 2]),
-    Spans([Span; 2]),
-}
-
-#[derive(Clone, Debug)]
-struct Use {
-    array: usize,
-    at: Where,
-    mode: Mode,
-    ordered: bool,
-}
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Twist {
@@ -57,32 +38,6 @@ enum Twist {
 struct Plan {
     workers: usize,
     tasks: Vec<(Vec<Use>, Twist)>,
-}
-
-fn span(extent: u64) -> impl Strategy<Value = Span> {
-    (0..extent, 1..4_u64, 0..7_u64).prop_map(move |(start, step, count)| {
-        Span::new(start, step, count.min((extent - 1 - start) / step + 1))
-    })
-}
-
-/// `kinds`: which sorts of parts there are, so that some programs have tiles of one grid alone.
-fn place(kinds: u32) -> impl Strategy<Value = Where> {
-    (0..4_u32, 0..4_u64, 0..4_u64, span(SHAPE[0]), span(SHAPE[1])).prop_map(
-        move |(kind, i, j, rows, columns)| {
-            let tile = |grid: usize| {
-                let [height, width] = TILES[grid];
-                let count = [SHAPE[0].div_ceil(height), SHAPE[1].div_ceil(width)];
-                Where::Tile(grid, [i % count[0], j % count[1]])
-            };
-            match kind % kinds {
-                0 => tile(0),
-                1 if i == 0 && j < 2 => Where::Whole,
-                1 => tile(0),
-                2 => tile(1),
-                _ => Where::Spans([rows, columns]),
-            }
-        },
-    )
 }
 
 fn plan() -> impl Strategy<Value = Plan> {
@@ -179,45 +134,6 @@ fn act(
     }
 }
 
-struct Data {
-    datum: Arc<Datum>,
-    grids: [charioteer::native::Grid; 2],
-}
-
-impl Data {
-    fn new(label: &str) -> Self {
-        let datum = Datum::new(label, &SHAPE);
-        let grids = TILES.map(|tile| datum.grid(&tile));
-        Self { datum, grids }
-    }
-
-    fn part(&self, at: &Where) -> Part {
-        match at {
-            Where::Whole => self.datum.whole(),
-            Where::Tile(grid, index) => self.grids[*grid].tile(index),
-            Where::Spans(spans) => self.datum.part(Region::new(*spans)),
-        }
-    }
-}
-
-fn exclude_each_other(accesses: &[(Mode, usize, Vec<usize>)]) -> bool {
-    let sets: Vec<BTreeSet<_>> = accesses
-        .iter()
-        .map(|(_, array, elements)| elements.iter().map(|&element| (*array, element)).collect())
-        .collect();
-    (0..accesses.len()).any(|first| {
-        (first + 1..accesses.len()).any(|second| {
-            let modes = (accesses[first].0, accesses[second].0);
-            let fine = matches!(
-                modes,
-                (Mode::In, Mode::In | Mode::Out | Mode::InOut)
-                    | (Mode::Out | Mode::InOut, Mode::In)
-            );
-            !fine && !sets[first].is_disjoint(&sets[second])
-        })
-    })
-}
-
 fn run(plan: &Plan) -> TraceFile {
     let path = trace_path();
     let runtime = Runtime::builder()
@@ -225,7 +141,7 @@ fn run(plan: &Plan) -> TraceFile {
         .trace(&path)
         .open()
         .unwrap();
-    let data = [Data::new("A"), Data::new("B")];
+    let data = ["A", "B"].map(|label| Gridded::new(Datum::new(label, &SHAPE)));
     let cells = || (0..ELEMENTS).map(|_| AtomicU64::new(0)).collect::<Vec<_>>();
     let storage: Store = Arc::new([cells(), cells()]);
     // Of each task: what it was spawned with, and whether it was cancelled.
@@ -267,7 +183,8 @@ fn run(plan: &Plan) -> TraceFile {
                 accesses.push((one.mode, one.array, elements(part.region())));
             }
         }
-        let excluded = exclude_each_other(&accesses);
+        let listed = accesses.iter();
+        let excluded = exclude_each_other(listed.map(|(mode, array, at)| (*mode, *array, &at[..])));
         let (twist, spawn, store) = (*twist, runtime.handle(), Arc::clone(&storage));
         let body = move || {
             if twist == Twist::Spawns {

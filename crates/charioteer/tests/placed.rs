@@ -27,31 +27,13 @@ use charioteer::region::{Region, Span};
 use charioteer::task::Need;
 use proptest::prelude::*;
 
+use common::parts::{ELEMENTS, Gridded, SHAPE, Use, exclude_each_other, place};
 use common::{prove, take_trace, trace_path, within_on};
 
-const SHAPE: [u64; 2] = [12, 10];
-const ELEMENTS: usize = 120;
-const TILES: [[u64; 2]; 2] = [[4, 5], [3, 3]];
 const CORE: Member = Member::Any(Kind::Cpu);
 const GPU: Member = Member::Any(Kind::Gpu);
 /// Stands for the host's failure to have what was lost.
 const LOST: usize = usize::MAX;
-
-#[derive(Clone, Debug)]
-enum Where {
-    Whole,
-    /// Of which grid, and which tile.
-    Tile(usize, [u64; 2]),
-    Spans([Span; 2]),
-}
-
-#[derive(Clone, Debug)]
-struct Use {
-    array: usize,
-    at: Where,
-    mode: Mode,
-    ordered: bool,
-}
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum On_ {
@@ -103,31 +85,6 @@ struct Plan {
     runahead: u32,
     mishap: Mishap,
     tasks: Vec<(Vec<Use>, On_, Twist, u64)>,
-}
-
-fn span(extent: u64) -> impl Strategy<Value = Span> {
-    (0..extent, 1..4_u64, 0..7_u64).prop_map(move |(start, step, count)| {
-        Span::new(start, step, count.min((extent - 1 - start) / step + 1))
-    })
-}
-
-fn place(kinds: u32) -> impl Strategy<Value = Where> {
-    (0..4_u32, 0..4_u64, 0..4_u64, span(SHAPE[0]), span(SHAPE[1])).prop_map(
-        move |(kind, i, j, rows, columns)| {
-            let tile = |grid: usize| {
-                let [height, width] = TILES[grid];
-                let count = [SHAPE[0].div_ceil(height), SHAPE[1].div_ceil(width)];
-                Where::Tile(grid, [i % count[0], j % count[1]])
-            };
-            match kind % kinds {
-                0 => tile(0),
-                1 if i == 0 && j < 2 => Where::Whole,
-                1 => tile(0),
-                2 => tile(1),
-                _ => Where::Spans([rows, columns]),
-            }
-        },
-    )
 }
 
 fn on() -> impl Strategy<Value = On_> {
@@ -279,8 +236,7 @@ fn act(
 }
 
 struct Array {
-    datum: Arc<Datum>,
-    grids: [charioteer::native::Grid; 2],
+    parts: Gridded,
     elements: Arc<[AtomicU64]>,
 }
 
@@ -290,39 +246,9 @@ impl Array {
         let address = elements.as_ptr() as usize;
         let keep = Box::new(Arc::clone(&elements));
         let datum = Datum::stored(label, &SHAPE, 8, address, keep);
-        let grids = TILES.map(|tile| datum.grid(&tile));
-        Self {
-            datum,
-            grids,
-            elements,
-        }
+        let parts = Gridded::new(datum);
+        Self { parts, elements }
     }
-
-    fn part(&self, at: &Where) -> Part {
-        match at {
-            Where::Whole => self.datum.whole(),
-            Where::Tile(grid, index) => self.grids[*grid].tile(index),
-            Where::Spans(spans) => self.datum.part(Region::new(*spans)),
-        }
-    }
-}
-
-fn exclude_each_other(accesses: &[Touched]) -> bool {
-    let sets: Vec<BTreeSet<_>> = accesses
-        .iter()
-        .map(|it| it.elements.iter().map(|&at| (it.array, at)).collect())
-        .collect();
-    (0..accesses.len()).any(|first| {
-        (first + 1..accesses.len()).any(|second| {
-            let modes = (accesses[first].mode, accesses[second].mode);
-            let fine = matches!(
-                modes,
-                (Mode::In, Mode::In | Mode::Out | Mode::InOut)
-                    | (Mode::Out | Mode::InOut, Mode::In)
-            );
-            !fine && !sets[first].is_disjoint(&sets[second])
-        })
-    })
 }
 
 /// The rows that a member has, as NumPy's `array_split` has them.
@@ -495,7 +421,7 @@ fn run(plan: &Plan) {
     for (index, (uses, on, twist, pause)) in plan.tasks.iter().enumerate() {
         let parts: Vec<Part> = uses
             .iter()
-            .map(|one| data[one.array].part(&one.at))
+            .map(|one| data[one.array].parts.part(&one.at))
             .collect();
         let device = |gpu: u16| match gpu {
             gpu if gpu < plan.gpus => DeviceId::gpu(gpu),
@@ -585,7 +511,8 @@ fn run(plan: &Plan) {
                 elements: indices(region),
             });
         }
-        let excluded = exclude_each_other(&all);
+        let listed = all.iter();
+        let excluded = exclude_each_other(listed.map(|it| (it.mode, it.array, &it.elements[..])));
         let members = members(on, &all, &rows);
         // What a second attempt would read has to be there still.
         let updates = uses
