@@ -449,6 +449,56 @@ fn the_host_sees_what_devices_wrote_and_they_what_it_wrote() {
     });
 }
 
+/// Small copies on real time are often over before anybody asks.
+#[test]
+fn a_copy_that_fails_fails_who_wants_it_however_soon() {
+    within(60, || {
+        let machine = machine(1, MEMORY, Time::Real);
+        let runtime = builder(&machine, 1).open().unwrap();
+        let gpu = machine.as_virtual().unwrap().gpu(DeviceId::gpu(0));
+        for turn in 0..200_u64 {
+            let array = Array::new("A", 4);
+            let part = array.datum.whole();
+            let fill = |mode| {
+                let machine = Arc::clone(&machine);
+                let task = runtime.task().on(set(&[GPU]));
+                let task = task.accesses(Access::new(&part, mode));
+                task.spawn(move || {
+                    enqueue(&machine, 0, &[4], move |row| {
+                        row.fill(turn);
+                        Ok(())
+                    });
+                })
+                .unwrap()
+            };
+            gpu.fail_copy(1);
+            let starved = fill(Mode::InOut);
+            assert!(
+                matches!(starved.result(), Err(TaskError::Device(_))),
+                "turn {turn}: a task has what never came"
+            );
+            fill(Mode::Out).result().unwrap();
+            gpu.fail_copy(1);
+            let moved = runtime.prefetch(&part, HOST).unwrap();
+            assert!(
+                matches!(moved.result(), Err(TaskError::Device(_))),
+                "turn {turn}: what never came is prefetched"
+            );
+            gpu.fail_copy(1);
+            let refused = runtime.host(&[Access::new(&part, Mode::In)]);
+            let Err(HostError::Failed(why)) = refused else {
+                panic!("turn {turn}: the host has what never came");
+            };
+            drop(why);
+            // The device has it still.
+            let access = runtime.host(&[Access::new(&part, Mode::In)]).unwrap();
+            assert_eq!(array.values(), [turn; 4]);
+            access.leave();
+        }
+        let _failures = runtime.close();
+    });
+}
+
 #[test]
 fn what_is_prefetched_is_there_and_what_is_evicted_is_not() {
     within(60, || {

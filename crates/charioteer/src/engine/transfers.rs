@@ -285,7 +285,8 @@ impl<D: Domain> Engine<D> {
                 engine.release(&task, 1);
             });
         }
-        task.release(1)
+        // They may all be there by now, and one may have failed.
+        task.release(1) && self.is_at_home(task, worklist)
     }
 
     /// As [`is_at_home`](Self::is_at_home), of a task that is ready, and is sent on to cores when it may

@@ -195,18 +195,29 @@ impl State {
         behind: &mut Events,
     ) -> Result<(), DeviceError> {
         let numbers = self.directories[directory].cover(region, frame, &mut self.instances);
-        let mut moved = false;
-        while !self.is_there(machine, directory, &numbers, to, behind) {
-            match self.fetch(machine, directory, region, &numbers, to) {
-                Ok(()) => moved = true,
-                Err(error) if self.is_overcome(&error, self.device_of(to)) => {}
-                Err(error) => return Err(error),
+        if self.is_there(machine, directory, &numbers, to, behind) {
+            return Ok(());
+        }
+        while let Err(error) = self.fetch(machine, directory, region, &numbers, to) {
+            if !self.is_overcome(&error, self.device_of(to)) {
+                return Err(error);
             }
         }
-        if moved {
-            self.directories[directory].merge(region, &numbers, frame, &mut self.instances);
+        // Not looked at again: one of these copies that failed by now fails who wants it, as it would
+        // a moment later.
+        for &number in &numbers {
+            let holder = self.directories[directory].pieces[number].holder(to);
+            self.copies(holder.expect("it was fetched"))
+                .for_each(|event| behind.add(event));
         }
+        self.directories[directory].merge(region, &numbers, frame, &mut self.instances);
         Ok(())
+    }
+
+    /// Of what a holder is behind, the copies.
+    fn copies<'a>(&'a self, holder: &'a Holder) -> impl Iterator<Item = Event> + 'a {
+        let ready = holder.ready.iter();
+        ready.filter(|event| self.lanes.owns(event.stream))
     }
 
     /// Whether all pieces are held there, or on their way.
@@ -223,9 +234,7 @@ impl State {
         for &number in numbers {
             let ready = |state: &Self| {
                 let holder = state.directories[directory].pieces[number].holder(to)?;
-                let ready = holder.ready.iter();
-                let copies = ready.filter(|event| state.lanes.owns(event.stream));
-                Some(copies.collect::<SmallVec<[Event; 2]>>())
+                Some(state.copies(holder).collect::<SmallVec<[Event; 2]>>())
             };
             match ready(self) {
                 Some(copies) if copies.is_empty() => {}

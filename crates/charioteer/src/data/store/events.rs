@@ -51,7 +51,13 @@ impl Events {
         self.retain(|event| is_pending(machine, event));
     }
 
-    pub(super) fn into_inner(self) -> SmallVec<[Event; 2]> {
+    /// Those that are not complete. One that failed is among them: whoever wants what is behind it hears of
+    /// that when they wait.
+    pub(super) fn unmet(mut self, machine: &Machine) -> SmallVec<[Event; 2]> {
+        self.retain(|event| {
+            let device = machine.device(event.stream.device);
+            device.is_complete(event) != Ok(true)
+        });
         self.0
     }
 }

@@ -482,8 +482,7 @@ impl Store {
             for want in wants.filter(|want| want.touch.writes()) {
                 state.write_home(machine, want, &mut behind);
             }
-            behind.prune(machine);
-            Ok(behind.into_inner())
+            Ok(behind.unmet(machine))
         })
     }
 
@@ -517,8 +516,7 @@ impl Store {
             });
             state.release(&mut held);
             brought?;
-            behind.prune(machine);
-            Ok(behind.into_inner())
+            Ok(behind.unmet(machine))
         })
     }
 
@@ -547,8 +545,7 @@ impl Store {
                     state.drop_instance(machine, at, &mut homeward)?;
                 }
             }
-            homeward.prune(machine);
-            Ok(homeward.into_inner())
+            Ok(homeward.unmet(machine))
         })
     }
 
