@@ -54,18 +54,19 @@ test-rust: ## Rust tests, doctests and examples, state validator on; again under
 	cargo test $(CARGO_FLAGS) $(CORE_TESTS)
 	CHARIOTEER_PERTURB=$(SEED) cargo test $(CARGO_FLAGS) $(CORE_TESTS) --lib --tests
 
-# Models run far too long unoptimized. They live in modules with loom in their name: other tests are
-# compiled too and would pass for models. Where no test is chosen Cargo is content, so it is asked.
+# Models run far too long unoptimized. They live in the library, in modules with loom in their name:
+# other tests are compiled too and would pass for models. Where no test is chosen Cargo is content, so
+# it is asked.
 test-loom: export RUSTFLAGS := --cfg loom
 test-loom: export LOOM_MAX_PREEMPTIONS ?= 3
-test-loom: LOOM := cargo test $(CARGO_FLAGS) -p charioteer --lib --tests --profile validate \
+test-loom: LOOM := cargo test $(CARGO_FLAGS) -p charioteer --lib --profile validate \
 	--target-dir target/loom
 test-loom: ## loom's models of the runtime's protocols
 	$(LOOM) loom -- --list | grep 'loom.*: test$$' >/dev/null || { echo 'test-loom: there is no model'; exit 1; }
 	$(LOOM) loom
 
 test-python: .venv/stamps/validating .venv/stamps/test ## The Python suite on a validating build
-	PYTHONPATH=$(VALIDATING)/site $(LIMITED) .venv/bin/python $(PYTEST)
+	PYTHONPATH=$(VALIDATING)/site $(LIMITED) .venv/bin/python $(PYTEST) -m 'not surface'
 
 test-perturb: .venv/stamps/validating .venv/stamps/test ## The same under random yields (SEED=), and with one worker
 	CHARIOTEER_PERTURB=$(SEED) PYTHONPATH=$(VALIDATING)/site \

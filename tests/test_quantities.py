@@ -79,4 +79,5 @@ def test_rates_and_times_are_shown_exactly(value: float) -> None:
     if value != float("inf"):
         assert read_seconds(show_seconds(value), "x") == value
     assert show_bandwidth(25e9) == "25GB/s"
+    assert show_bandwidth(2_407_152e6) == "2407.152GB/s"
     assert show_seconds(8e-6) == "8us"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Iterator
 from typing import Any
 
 _MOST_BYTES = 2**63 - 1
@@ -135,8 +136,7 @@ def show_bytes(size: int) -> str:
 def show_bandwidth(rate: float) -> str | float:
     """The bandwidth as :func:`read_bandwidth` reads it, exactly."""
     for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        said = f"{rate / unit:.6g}"
-        if rate >= unit and _PLAIN.fullmatch(said):
+        for said in _digits(rate / unit) if rate >= unit else ():
             if read_bandwidth(f"{said}{letter}B/s", "") == rate:
                 return f"{said}{letter}B/s"
     return rate
@@ -145,11 +145,16 @@ def show_bandwidth(rate: float) -> str | float:
 def show_seconds(seconds: float) -> str | float:
     """The time as :func:`read_seconds` reads it, exactly."""
     for unit, name in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns")):
-        said = f"{seconds / unit:.6g}"
-        if seconds >= unit and _PLAIN.fullmatch(said):
+        for said in _digits(seconds / unit) if seconds >= unit else ():
             if read_seconds(f"{said}{name}", "") == seconds:
                 return f"{said}{name}"
     return seconds
+
+
+def _digits(number: float) -> Iterator[str]:
+    """The number without an exponent, at 6 digits and at as many as it may take."""
+    said = (f"{number:.{digits}g}" for digits in (6, 9, 12, 15))
+    return (one for one in said if _PLAIN.fullmatch(one))
 
 
 def _integer(value: Any, wanted: str) -> int:
