@@ -66,8 +66,9 @@ class Runtime:
             else every core of the machine. Zero runs bodies in the thread that spawns them, in a
             deterministic order, for a debugger; a machine whose time is virtual takes no others.
         runahead: how many tasks may have work in flight on a device, their bodies done and their
-            work not, while more are started behind it. With zero a task starts when those that it
-            depends on are complete.
+            work not, while more are started behind it. Where run times are known, 4 tasks and 2 ms
+            of them are enough: more would only be in the way of what becomes ready meanwhile. With
+            zero a task starts when those that it depends on are complete.
         pin: keeps workers on cores of the host. ``"none"``, the default, leaves them to the system,
             but a worker that comes to a core where another computes moves on; ``"compact"`` gives
             them the cores of one NUMA node after the other, ``"spread"`` those of all nodes in

@@ -805,7 +805,7 @@ impl<D: Domain> Engine<D> {
         let width = set.members.len() as u64;
         let ahead = |id: DeviceId| {
             let index = usize::from(id.index());
-            let transfer = transfers.get(index).map_or(0, |it| it.time(width));
+            let transfer = transfers.get(index).map_or(0, |it| it.of(width).time);
             let ahead = devices.gauges[index].ahead.load(Ordering::Relaxed);
             ahead.saturating_add(transfer)
         };

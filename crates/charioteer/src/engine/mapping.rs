@@ -104,7 +104,10 @@ impl Transfers {
     fn to(&self, devices: &[DeviceId], members: usize) -> u64 {
         let to = |id: &DeviceId| self.devices.get(usize::from(id.index()));
         let times = devices.iter().filter_map(to);
-        times.map(|it| it.time(members as u64)).max().unwrap_or(0)
+        times
+            .map(|it| it.of(members as u64).time)
+            .max()
+            .unwrap_or(0)
     }
 }
 

@@ -45,7 +45,7 @@ use super::{Engine, Handle, Moving, Settled, SpawnError};
 use crate::data::store::{Held, Store, Touch, View, Want};
 use crate::data::{Access, Holding, Mode, Move, Part, Uses, Views, check_spread};
 use crate::machine::{DeviceError, DeviceId, Event, HOST};
-use crate::schedule::gang::{self, Alternative, Capacity, Grant, Member, Reason, Transfer};
+use crate::schedule::gang::{self, Alternative, Capacity, Coming, Grant, Member, Reason, Transfer};
 use crate::schedule::map::Sets;
 use crate::sync::{AtomicU64, AtomicUsize, Ordering, fence};
 use crate::task::state::{AHEAD, HOST as BODYLESS, ORDERED, USES};
@@ -540,15 +540,21 @@ impl<D: Domain> Engine<D> {
             return Box::default();
         };
         let store = self.store();
-        let time = |wants: &[Want<'_>], device| match wants {
-            [] => 0,
-            _ => nanoseconds(store.missing(wants, device)),
+        let coming = |wants: &[Want<'_>], device| {
+            if wants.is_empty() {
+                return Coming::default();
+            }
+            let (time, from_host) = store.missing(wants, device);
+            Coming {
+                time: nanoseconds(time),
+                from_host: nanoseconds(from_host),
+            }
         };
         let capacities = self.devices().capacities.iter();
         uses.with_parts(|whole, split| {
             let transfer = |capacity: &Capacity| Transfer {
-                whole: time(whole, capacity.id),
-                split: time(split, capacity.id),
+                whole: coming(whole, capacity.id),
+                split: coming(split, capacity.id),
             };
             capacities.map(transfer).collect()
         })
@@ -559,7 +565,7 @@ impl<D: Domain> Engine<D> {
         let uses = task.uses().filter(|uses| uses.is_scattered());
         uses.map_or(0, |uses| {
             let missing = uses.with_all(|wants| self.store().missing(wants, HOST));
-            nanoseconds(missing)
+            nanoseconds(missing.0)
         })
     }
 

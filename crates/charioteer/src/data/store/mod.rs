@@ -339,9 +339,10 @@ impl Store {
         bytes.fold(0, u64::saturating_add)
     }
 
-    /// How long it takes to bring what is not there; what comes over different links comes side by side.
+    /// How long it takes to bring what is not there, and that of it which the host has; what comes over
+    /// different links comes side by side.
     #[must_use]
-    pub fn missing(&self, wants: &[Want<'_>], device: DeviceId) -> Duration {
+    pub fn missing(&self, wants: &[Want<'_>], device: DeviceId) -> (Duration, Duration) {
         let mut sources: SmallVec<[(DeviceId, u64); 4]> = SmallVec::new();
         let mut add = |from, bytes| match sources.iter_mut().find(|it| it.0 == from) {
             Some((_, sum)) => *sum += bytes,
@@ -366,7 +367,11 @@ impl Store {
                 .filter_map(|(from, to)| description.transfer_time(*from, *to, bytes))
                 .sum(),
         };
-        sources.into_iter().map(time).max().unwrap_or_default()
+        let longest = |from_host: bool| {
+            let sources = sources.iter().filter(|it| !from_host || it.0 == HOST);
+            sources.copied().map(time).max().unwrap_or_default()
+        };
+        (longest(false), longest(true))
     }
 
     /// A task that will want this was spawned, as number so many.

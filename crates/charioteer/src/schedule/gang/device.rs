@@ -4,9 +4,15 @@ use std::collections::VecDeque;
 
 use smallvec::SmallVec;
 
-use super::request::{Capacity, WHOLE};
+use super::request::{Capacity, Coming, WHOLE};
 use crate::machine::{DeviceId, Event, Stream};
 use crate::task::state::validate;
+
+/// How many tasks run ahead however long they take, and which run times are enough beside that, in
+/// nanoseconds: what the host needs to launch the next ones is far less. More would only decide too early,
+/// before it is known who becomes ready meanwhile.
+const TASKS_AHEAD: u32 = 4;
+const AHEAD: u64 = 2_000_000;
 
 /// Compute and memory of one device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -134,6 +140,8 @@ pub(super) struct Book {
     pub(super) ahead: u64,
     /// When all that was granted is complete, as estimated.
     end: u64,
+    /// When the host's link to it is free, as estimated.
+    inbound: u64,
     /// Up to where tasks are complete.
     pub(super) past: Due,
     /// The last grant, by number.
@@ -161,6 +169,7 @@ impl Book {
             aside: 0,
             ahead: 0,
             end: 0,
+            inbound: 0,
             past: Due::default(),
             tail: 0,
             tracks: Vec::new(),
@@ -215,12 +224,12 @@ impl Book {
 
     /// Whether a task may take what is in flight.
     fn may_follow(&self, wanted: Amount, runahead: u32) -> bool {
-        let ahead = if wanted.share == 0 {
-            self.aside
-        } else {
-            self.unfinished
+        let Some(side_by_side) = WHOLE.checked_div(wanted.share) else {
+            return runahead > self.aside;
         };
-        runahead > ahead
+        runahead > self.unfinished
+            && (self.unfinished / side_by_side < TASKS_AHEAD
+                || self.ahead / u64::from(side_by_side) < AHEAD)
     }
 
     /// The same for a body that wants its share back: it was counted when it started.
@@ -291,6 +300,25 @@ impl Book {
     /// data, and who runs may take longer than estimated.
     pub(super) fn free(&self, now: u64) -> u64 {
         self.end.saturating_sub(now).max(self.ahead)
+    }
+
+    /// When the data of a task are there that can be copied from then on, in nanoseconds from `now`: over the
+    /// host's link those of the tasks that were granted before come first.
+    pub(super) fn arrival(&self, now: u64, ready: u64, data: Coming) -> u64 {
+        let there = ready.saturating_add(data.time);
+        if data.from_host == 0 {
+            return there;
+        }
+        let first = self.inbound.saturating_sub(now);
+        there.max(first.max(ready).saturating_add(data.from_host))
+    }
+
+    /// Counts the data of a task that was granted.
+    pub(super) fn expect(&mut self, now: u64, ready: u64, data: Coming) {
+        if data.from_host > 0 {
+            let begin = self.inbound.max(now.saturating_add(ready));
+            self.inbound = begin.saturating_add(data.from_host);
+        }
     }
 
     /// Counts a task that was granted and does not begin before that time, and says where it ends.

@@ -5,8 +5,8 @@ use std::collections::VecDeque;
 use smallvec::{SmallVec, smallvec};
 
 use super::device::{Amount, Book, Due, Load};
-use super::queue::{Queue, Shape, Waiting};
-use super::request::{Capacity, MOST_DEVICES, Plan, Request, bit, ones};
+use super::queue::{Order, Queue, Shape, Waiting};
+use super::request::{Capacity, Coming, MOST_DEVICES, Plan, Request, bit, ones};
 use crate::machine::{DeviceId, Event, Stream};
 
 /// What bounds the ledger's freedom.
@@ -95,6 +95,18 @@ struct Choice {
     /// The estimated run time in nanoseconds, and when it begins, by the clock of estimates.
     estimate: u64,
     begin: u64,
+    /// How long one of its devices idles before it, in nanoseconds, as estimated.
+    idle: u64,
+    /// The clock's time, and when its data can be copied, in nanoseconds from then.
+    now: u64,
+    ready: u64,
+}
+
+impl Choice {
+    /// Whether a device would idle for more than a small part of the run time.
+    fn idles(&self) -> bool {
+        self.idle > self.estimate / 16
+    }
 }
 
 /// The ledger of the devices and the tasks that wait for them. `T` stands for a task.
@@ -235,6 +247,12 @@ impl<T> Gang<T> {
                 !matches!(choose(books, homed, shape, &rules), Chosen::Nothing)
             })
         };
+        if let Some(shape) = self.filler(&order)
+            && let budget = self.queue.budget(shape, limit)
+            && let Some(step) = self.start(shape, budget, Held::BySweep)
+        {
+            return Some(step);
+        }
         for &shape in &order.sweep {
             let budget = self.queue.budget(shape, limit);
             if let Some(step) = self.start(shape, budget, Held::BySweep) {
@@ -254,6 +272,37 @@ impl<T> Gang<T> {
             }
         }
         None
+    }
+
+    /// Who of equal priority and size goes first on a device that would idle before the one whose turn it
+    /// is, since its data have still to come.
+    fn filler(&self, order: &Order) -> Option<usize> {
+        let chosen = |shape: usize| {
+            let rules = Rules {
+                held: &self.held_by_sweep,
+                budget: self.queue.budget(shape, self.limits.overtaking),
+                runahead: self.limits.runahead,
+                waits: true,
+            };
+            match choose(&self.books, &self.homed, self.queue.shape(shape), &rules) {
+                Chosen::Now(choice) => Some(choice),
+                _ => None,
+            }
+        };
+        let &first = order.sweep.first()?;
+        let late = chosen(first).filter(Choice::idles)?;
+        let size = self.queue.shape(first).size;
+        let beside = order
+            .others
+            .iter()
+            .filter(|(_, same_priority)| *same_priority);
+        let beside = beside.map(|(shape, _)| *shape);
+        let mut others = order.sweep[1..].iter().copied().chain(beside);
+        others.find(|&shape| {
+            let is_equal = self.queue.shape(shape).size == size;
+            let on_it = |choice: &Choice| choice.books.iter().any(|book| late.books.contains(book));
+            is_equal && chosen(shape).is_some_and(|choice| !choice.idles() && on_it(&choice))
+        })
     }
 
     /// Starts the first task of a shape, if it fits.
@@ -297,8 +346,10 @@ impl<T> Gang<T> {
         let mut lent = SmallVec::new();
         self.grants += 1;
         for &index in &choice.books {
+            let data = task.transfer(index, choice.books.len());
             let book = &mut self.books[index];
             let taken = book.take(amount, &task.prefer, runahead);
+            book.expect(choice.now, choice.ready, data);
             let due = book.count(load, choice.begin);
             book.tail = self.grants;
             parts.push(Part {
@@ -663,11 +714,21 @@ fn choose<T>(books: &[Book], homed: &[Homed], shape: &Shape<T>, rules: &Rules<'_
         let free = books_of_it.iter().map(free).max();
         let finish = free.unwrap_or(0).saturating_add(estimate);
         if best.as_ref().is_none_or(|(least, _)| finish < *least) {
+            let idle = match known {
+                Some(_) if costs.has_data() => {
+                    let idle = |&index: &usize| costs.idle(index, plan);
+                    books_of_it.iter().map(idle).max()
+                }
+                _ => None,
+            };
             let choice = Choice {
                 plan: place,
+                idle: idle.unwrap_or(0),
                 books: books_of_it,
                 estimate,
                 begin: costs.now + free.unwrap_or(0),
+                now: costs.now,
+                ready: costs.ready.0,
             };
             best = Some((finish, choice));
         }
@@ -739,8 +800,7 @@ impl<'a, T> Costs<'a, T> {
     }
 
     fn transfer(&self, index: usize, plan: &Plan) -> u64 {
-        let transfer = self.head.transfers.get(index);
-        transfer.map_or(0, |transfer| transfer.time(plan.width()))
+        self.head.transfer(index, plan.members.len()).time
     }
 
     /// What others have to do on a device who wait for it, since their data are there.
@@ -758,11 +818,24 @@ impl<'a, T> Costs<'a, T> {
 
     /// When a device is free for the task, and has its data, in nanoseconds from now.
     fn free(&self, index: usize, plan: &Plan) -> u64 {
-        let transfer = self.transfer(index, plan);
+        let data = self.head.transfer(index, plan.members.len());
         let free = self.books[index].free(self.now) + self.others(index).nanoseconds;
-        // Data come while the device has others to do, and links are shared.
-        let there = self.ready.0.saturating_add(transfer);
-        free.max(there).saturating_add(transfer / CONTENTION)
+        // Data come while the device has others to do, and links between devices are shared.
+        let shared = if data.from_host == 0 { data.time } else { 0 };
+        free.max(self.there(index, data))
+            .saturating_add(shared / CONTENTION)
+    }
+
+    /// When a device has the task's data, in nanoseconds from now.
+    fn there(&self, index: usize, data: Coming) -> u64 {
+        self.books[index].arrival(self.now, self.ready.0, data)
+    }
+
+    /// How long a device idles until the task's data are there.
+    fn idle(&self, index: usize, plan: &Plan) -> u64 {
+        let data = self.head.transfer(index, plan.members.len());
+        let there = self.there(index, data);
+        there.saturating_sub(self.books[index].free(self.now))
     }
 
     /// How many tasks a device has before it that the task would not wait for anyway.

@@ -24,7 +24,10 @@
 //! flight.
 //!
 //! *Run-ahead.* What is in flight is taken only while fewer than [`Limits::runahead`] tasks of that
-//! device are granted and not complete; what is at rest always. Tasks without a share are counted
+//! device are granted and not complete; what is at rest always. Run times that are known bound it
+//! further: beyond 4 tasks and 2 ms of them nobody runs ahead. The host needs far less to launch the next
+//! ones, and whoever is granted has its place on the timeline for good, though somebody more urgent, or with
+//! data that are there, may become ready meanwhile. Tasks without a share are counted
 //! apart and bounded in the same way, by one if `runahead` is 0, so that they wait for nobody but
 //! each other. A set runs ahead only behind its own predecessors or behind one task that all its
 //! devices ran last: elsewhere its devices would become free one by one and idle until the last is.
@@ -82,10 +85,14 @@
 //!
 //! *Data.* Each device has an estimated timeline, on a clock that all share: it is past whatever time those
 //! tasks were due that are complete. A task begins on a device when that is free and the data are there, which
-//! come as soon as the last of its predecessors in flight is due; a transfer also counts for a part of its time
-//! (a quarter), since links are shared. Of equals the device goes first that idles least before it. What
+//! come as soon as the last of its predecessors in flight is due. What comes from the host comes over a link
+//! of the device's own, one transfer after the other: the time when that link is free is kept as well. A
+//! transfer from another device also counts for a part of its time (a quarter), since those links are
+//! shared. Of equals the device goes first that idles least before it. What
 //! a device waits for is part of its timeline, since what was granted runs in that order: so a device that
-//! idles before a task is not taken for free. Where a task's run
+//! idles before a task is not taken for free. If a device would idle before the task whose turn it is, since
+//! its data have still to come, one of equal priority and size goes first there that finds its data, as far as
+//! the bound allows. Where a task's run
 //! time is not known devices are compared by tasks instead: it goes where the transfer is shortest, among
 //! the devices that have at most `PATIENCE` (2) more tasks before them than the one with
 //! the fewest; so tasks that have nothing to do with each other spread, though their data are in one place.
@@ -104,7 +111,7 @@ mod request;
 
 pub use ledger::{Gang, Grant, GrantId, Lent, Limits, Step};
 pub use request::{
-    Alternative, Capacity, MOST_DEVICES, Member, Reason, Request, Transfer, WHOLE, check,
+    Alternative, Capacity, Coming, MOST_DEVICES, Member, Reason, Request, Transfer, WHOLE, check,
 };
 
 #[cfg(all(test, not(loom)))]

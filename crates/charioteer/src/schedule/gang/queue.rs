@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use smallvec::SmallVec;
 
-use super::request::{Alternative, Capacity, Plan, Request, Transfer};
+use super::request::{Alternative, Capacity, Coming, Plan, Request, Transfer};
 use crate::machine::Event;
 use crate::task::state::validate;
 
@@ -30,7 +30,7 @@ pub(super) struct Waiting<T> {
 
 /// The one device to which a task's data come soonest.
 fn home(transfers: &[Transfer]) -> Option<usize> {
-    let time = |index: &usize| transfers[*index].time(1);
+    let time = |index: &usize| transfers[*index].of(1).time;
     let best = (0..transfers.len()).min_by_key(time)?;
     let others = (0..transfers.len()).filter(|index| *index != best);
     (time(&best) < others.map(|index| time(&index)).min()?).then_some(best)
@@ -45,6 +45,12 @@ impl<T> Waiting<T> {
     pub(super) fn least(&self) -> u64 {
         let known = self.estimates.iter().flatten().copied();
         known.map(nanoseconds).min().unwrap_or(0)
+    }
+
+    /// How long its data take to come to one of so many devices.
+    pub(super) fn transfer(&self, index: usize, devices: usize) -> Coming {
+        let transfer = self.transfers.get(index);
+        transfer.map_or_else(Coming::default, |transfer| transfer.of(devices as u64))
     }
 
     /// How long an alternative takes in nanoseconds, if that is known.

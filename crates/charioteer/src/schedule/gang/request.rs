@@ -85,20 +85,33 @@ pub struct Request {
     pub transfers: Box<[Transfer]>,
 }
 
-/// How long it takes to bring a task's data to a device, in nanoseconds.
+/// How long it takes to bring data to a device, in nanoseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Coming {
+    /// All of them; what comes over different links comes side by side.
+    pub time: u64,
+    /// Those of them that the host has.
+    pub from_host: u64,
+}
+
+/// How long it takes to bring a task's data to a device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Transfer {
     /// What each member of a set has as a whole.
-    pub whole: u64,
+    pub whole: Coming,
     /// What is divided among the members.
-    pub split: u64,
+    pub split: Coming,
 }
 
 impl Transfer {
     /// For one of so many members.
     #[must_use]
-    pub fn time(self, members: u64) -> u64 {
-        self.whole.saturating_add(self.split / members.max(1))
+    pub fn of(self, members: u64) -> Coming {
+        let part = |whole: u64, split: u64| whole.saturating_add(split / members.max(1));
+        Coming {
+            time: part(self.whole.time, self.split.time),
+            from_host: part(self.whole.from_host, self.split.from_host),
+        }
     }
 }
 

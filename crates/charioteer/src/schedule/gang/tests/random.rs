@@ -13,8 +13,8 @@ use proptest::prelude::*;
 
 use crate::machine::{DeviceId, Event, Kind, Stream};
 use crate::schedule::gang::{
-    Alternative, Capacity, Gang, Grant, GrantId, Limits, Member, Request, Step, Transfer, WHOLE,
-    check,
+    Alternative, Capacity, Coming, Gang, Grant, GrantId, Limits, Member, Request, Step, Transfer,
+    WHOLE, check,
 };
 
 const MEMORY: u64 = 8;
@@ -295,8 +295,14 @@ impl Checker {
                     // Of some the data are here or there.
                     transfers: (0..self.left().len() as u64 * u64::from(follows))
                         .map(|index| Transfer {
-                            whole: (index * 7 + request as u64) % 3 * 1_000_000,
-                            split: index % 2 * 1_000_000,
+                            whole: Coming {
+                                time: (index * 7 + request as u64) % 3 * 1_000_000,
+                                from_host: index % 3 * 500_000,
+                            },
+                            split: Coming {
+                                time: index % 2 * 1_000_000,
+                                from_host: 0,
+                            },
                         })
                         .collect(),
                 };

@@ -8,8 +8,8 @@ use smallvec::{SmallVec, smallvec};
 use super::{any, gpus, request};
 use crate::machine::{DeviceId, Event, HOST, Kind, Stream};
 use crate::schedule::gang::{
-    Alternative, Capacity, Gang, Grant, Limits, Member, Reason, Request, Step, Transfer, WHOLE,
-    check,
+    Alternative, Capacity, Coming, Gang, Grant, Limits, Member, Reason, Request, Step, Transfer,
+    WHOLE, check,
 };
 
 const LIMITS: Limits = Limits {
@@ -673,11 +673,14 @@ fn who_keeps_memory_is_found_out_beside_a_lost_device() {
     assert_eq!(gang.give_up(|_| true), Some("starves"));
 }
 
-/// A task whose data come to each device in so many milliseconds.
+/// A task whose data come to each device from another one in so many microseconds.
 fn with_data(transfers: &[u64]) -> Request {
     let transfer = |&time: &u64| Transfer {
-        whole: time * 1_000_000,
-        split: 0,
+        whole: Coming {
+            time: time * 1_000,
+            from_host: 0,
+        },
+        ..Transfer::default()
     };
     Request {
         transfers: transfers.iter().map(transfer).collect(),
@@ -685,9 +688,9 @@ fn with_data(transfers: &[u64]) -> Request {
     }
 }
 
-fn that_takes(milliseconds: u64, request: Request) -> Request {
+fn that_takes(microseconds: u64, request: Request) -> Request {
     Request {
-        estimates: smallvec![Some(Duration::from_millis(milliseconds))],
+        estimates: smallvec![Some(Duration::from_micros(microseconds))],
         ..request
     }
 }
@@ -732,6 +735,71 @@ fn tasks_that_have_nothing_to_do_with_each_other_spread_from_one_place() {
             gang.launched(grant.id, &[Some(event(device, number, 1))]);
         }
         assert_eq!(on_first, most, "run {run:?}, transfer {transfer}");
+    }
+}
+
+#[test]
+fn long_tasks_run_ahead_by_few_and_short_ones_by_their_time() {
+    let ahead = |task: &dyn Fn() -> Request| {
+        let mut gang = Gang::new(&gpus(1, 0), LIMITS);
+        let mut granted = 0;
+        loop {
+            gang.submit("task", task()).unwrap();
+            let Some(step) = gang.next(|_| true) else {
+                return granted;
+            };
+            let Step::Start(_, grant) = step else {
+                panic!("a task starts, not {step:?}");
+            };
+            granted += 1;
+            gang.launched(grant.id, &[Some(event(0, granted, 1))]);
+        }
+    };
+    assert_eq!(ahead(&|| one(any(1))), LIMITS.runahead);
+    assert_eq!(ahead(&|| that_takes(10_000, one(any(1)))), 4);
+    assert_eq!(ahead(&|| that_takes(500, one(any(1)))), 4);
+    assert_eq!(ahead(&|| that_takes(100, one(any(1)))), 20);
+    assert_eq!(ahead(&|| that_takes(10, one(any(1)))), LIMITS.runahead);
+    // A quarter of them run at the same time.
+    assert_eq!(ahead(&|| that_takes(1_000, part(WHOLE / 4, 0))), 16);
+}
+
+#[test]
+fn who_has_its_data_goes_first_where_the_device_would_idle() {
+    let from_host = |microseconds: u64| Request {
+        transfers: [Transfer {
+            whole: Coming {
+                time: microseconds * 1_000,
+                from_host: microseconds * 1_000,
+            },
+            ..Transfer::default()
+        }]
+        .into(),
+        ..one(any(1))
+    };
+    for (apart, order) in [
+        (250, ["near", "first", "second"]),
+        (50, ["first", "second", "near"]),
+    ] {
+        let mut gang = Gang::new(&gpus(1, 0), LIMITS);
+        gang.submit("busy", that_takes(200, one(any(1)))).unwrap();
+        for token in ["first", "second"] {
+            gang.submit(token, that_takes(100, from_host(apart)))
+                .unwrap();
+        }
+        let near = Request {
+            transfers: [Transfer::default()].into(),
+            ..one(named(&[0]))
+        };
+        gang.submit("near", that_takes(50, near)).unwrap();
+        let mut tokens = Vec::new();
+        for number in 0..4 {
+            let (token, grant) = start(&mut gang);
+            gang.launched(grant.id, &[Some(event(0, number, 1))]);
+            tokens.push(token);
+        }
+        assert_eq!(tokens[0], "busy");
+        assert_eq!(tokens[1..], order, "{apart} us apart");
     }
 }
 
