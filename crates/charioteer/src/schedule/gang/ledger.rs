@@ -290,6 +290,10 @@ impl<T> Gang<T> {
             }
         };
         let &first = order.sweep.first()?;
+        let has_data = |head: &Waiting<T>| !head.transfers.is_empty();
+        if !self.queue.shape(first).head().is_some_and(has_data) {
+            return None;
+        }
         let late = chosen(first).filter(Choice::idles)?;
         let size = self.queue.shape(first).size;
         let beside = order
