@@ -544,10 +544,11 @@ impl<D: Domain> Engine<D> {
             if wants.is_empty() {
                 return Coming::default();
             }
-            let (time, from_host) = store.missing(wants, device);
+            let missing = store.missing(wants, device);
             Coming {
-                time: nanoseconds(time),
-                from_host: nanoseconds(from_host),
+                time: nanoseconds(missing.time),
+                from_host: nanoseconds(missing.from_host),
+                links: nanoseconds(missing.links),
             }
         };
         let capacities = self.devices().capacities.iter();
@@ -565,7 +566,7 @@ impl<D: Domain> Engine<D> {
         let uses = task.uses().filter(|uses| uses.is_scattered());
         uses.map_or(0, |uses| {
             let missing = uses.with_all(|wants| self.store().missing(wants, HOST));
-            nanoseconds(missing.0)
+            nanoseconds(missing.time)
         })
     }
 

@@ -226,6 +226,17 @@ pub struct Moved {
     pub at: Instant,
 }
 
+/// How long it takes to bring data to where they are wanted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Missing {
+    /// All of them. What comes over different links comes side by side.
+    pub time: Duration,
+    /// Those that the host has.
+    pub from_host: Duration,
+    /// How long links are busy with it, in sum.
+    pub links: Duration,
+}
+
 /// What a store has on a device, and did there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Counters {
@@ -339,10 +350,9 @@ impl Store {
         bytes.fold(0, u64::saturating_add)
     }
 
-    /// How long it takes to bring what is not there, and that of it which the host has; what comes over
-    /// different links comes side by side.
+    /// How long it takes to bring what is not there.
     #[must_use]
-    pub fn missing(&self, wants: &[Want<'_>], device: DeviceId) -> (Duration, Duration) {
+    pub fn missing(&self, wants: &[Want<'_>], device: DeviceId) -> Missing {
         let mut sources: SmallVec<[(DeviceId, u64); 4]> = SmallVec::new();
         let mut add = |from, bytes| match sources.iter_mut().find(|it| it.0 == from) {
             Some((_, sum)) => *sum += bytes,
@@ -367,11 +377,16 @@ impl Store {
                 .filter_map(|(from, to)| description.transfer_time(*from, *to, bytes))
                 .sum(),
         };
-        let longest = |from_host: bool| {
-            let sources = sources.iter().filter(|it| !from_host || it.0 == HOST);
-            sources.copied().map(time).max().unwrap_or_default()
-        };
-        (longest(false), longest(true))
+        let mut missing = Missing::default();
+        for source in sources {
+            let took = time(source);
+            missing.time = missing.time.max(took);
+            missing.links += took;
+            if source.0 == HOST {
+                missing.from_host += took;
+            }
+        }
+        missing
     }
 
     /// A task that will want this was spawned, as number so many.

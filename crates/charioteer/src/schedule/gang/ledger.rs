@@ -825,7 +825,7 @@ impl<'a, T> Costs<'a, T> {
         let data = self.head.transfer(index, plan.members.len());
         let free = self.books[index].free(self.now) + self.others(index).nanoseconds;
         // Data come while the device has others to do, and links between devices are shared.
-        let shared = if data.from_host == 0 { data.time } else { 0 };
+        let shared = data.links.saturating_sub(data.from_host);
         free.max(self.there(index, data))
             .saturating_add(shared / CONTENTION)
     }

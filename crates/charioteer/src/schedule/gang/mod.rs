@@ -87,7 +87,7 @@
 //! tasks were due that are complete. A task begins on a device when that is free and the data are there, which
 //! come as soon as the last of its predecessors in flight is due. What comes from the host comes over a link
 //! of the device's own, one transfer after the other: the time when that link is free is kept as well. A
-//! transfer from another device also counts for a part of its time (a quarter), since those links are
+//! transfer from another device also counts for a part of the time of its links (a quarter), since those are
 //! shared. Of equals the device goes first that idles least before it. What
 //! a device waits for is part of its timeline, since what was granted runs in that order: so a device that
 //! idles before a task is not taken for free. If a device would idle before the task whose turn it is, since

@@ -92,6 +92,8 @@ pub struct Coming {
     pub time: u64,
     /// Those of them that the host has.
     pub from_host: u64,
+    /// How long links are busy with them, in sum.
+    pub links: u64,
 }
 
 /// How long it takes to bring a task's data to a device.
@@ -111,6 +113,7 @@ impl Transfer {
         Coming {
             time: part(self.whole.time, self.split.time),
             from_host: part(self.whole.from_host, self.split.from_host),
+            links: part(self.whole.links, self.split.links),
         }
     }
 }

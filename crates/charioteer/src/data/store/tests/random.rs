@@ -483,7 +483,7 @@ impl Play {
             self.hear();
             let brought = self.model.copies != before;
             // Evictions copy, too; but what was missing was brought.
-            assert!(missing.0.is_zero() || brought, "{missing:?} for nothing");
+            assert!(missing.time.is_zero() || brought, "{missing:?} for nothing");
         }
         if task.announced {
             self.store

@@ -86,16 +86,20 @@ fn what_was_never_on_a_device_is_at_home() {
     assert!(bench.home(&range(0, 64), Touch::Update).unwrap().is_empty());
     let first = range(0, 10);
     let wants = [want(&bench.array, &first, Touch::Read)];
-    assert_eq!(bench.store.missing(&wants, HOST).0, Duration::ZERO);
+    assert_eq!(bench.store.missing(&wants, HOST).time, Duration::ZERO);
     assert_eq!(
         bench.store.missing(&wants, ONE),
-        (Duration::from_nanos(10_010), Duration::from_nanos(10_010))
+        Missing {
+            time: Duration::from_nanos(10_010),
+            from_host: Duration::from_nanos(10_010),
+            links: Duration::from_nanos(10_010),
+        }
     );
     let written = [want(&bench.array, &first, Touch::Write)];
-    assert_eq!(bench.store.missing(&written, ONE).0, Duration::ZERO);
+    assert_eq!(bench.store.missing(&written, ONE).time, Duration::ZERO);
     bench.read(ONE, &first);
     assert!(bench.array.is_scattered());
-    assert_eq!(bench.store.missing(&wants, ONE).0, Duration::ZERO);
+    assert_eq!(bench.store.missing(&wants, ONE).time, Duration::ZERO);
 }
 
 #[test]
@@ -195,7 +199,7 @@ fn what_is_wanted_later_goes_first() {
     let gone = |at| {
         let region = part(at);
         let wants = [want(&bench.array, &region, Touch::Read)];
-        !bench.store.missing(&wants, ONE).0.is_zero()
+        !bench.store.missing(&wants, ONE).time.is_zero()
     };
     assert_eq!([0, 1, 2, 3].map(gone), [false, true, false, false]);
     // Of what nobody is known to want the last one used is not the first to go, but goes before.
@@ -429,7 +433,7 @@ fn arrays_without_axes_or_elements_are_arrays() {
         want(&nothing, &none, Touch::Update),
     ];
     assert_eq!(bench.store.footprint(&wants), 8);
-    assert!(!bench.store.missing(&wants, ONE).0.is_zero());
+    assert!(!bench.store.missing(&wants, ONE).time.is_zero());
     let stream = bench.stream(ONE);
     let held = bench.store.ensure(0, stream, &wants, 0).unwrap();
     let [view, empty] = held.views() else {

@@ -298,10 +298,12 @@ impl Checker {
                             whole: Coming {
                                 time: (index * 7 + request as u64) % 3 * 1_000_000,
                                 from_host: index % 3 * 500_000,
+                                links: (index * 7 + request as u64) % 3 * 1_500_000,
                             },
                             split: Coming {
                                 time: index % 2 * 1_000_000,
                                 from_host: 0,
+                                links: index % 2 * 1_000_000,
                             },
                         })
                         .collect(),

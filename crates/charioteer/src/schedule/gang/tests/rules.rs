@@ -679,6 +679,7 @@ fn with_data(transfers: &[u64]) -> Request {
         whole: Coming {
             time: time * 1_000,
             from_host: 0,
+            links: time * 1_000,
         },
         ..Transfer::default()
     };
@@ -771,6 +772,7 @@ fn who_has_its_data_goes_first_where_the_device_would_idle() {
             whole: Coming {
                 time: microseconds * 1_000,
                 from_host: microseconds * 1_000,
+                links: microseconds * 1_000,
             },
             ..Transfer::default()
         }]
