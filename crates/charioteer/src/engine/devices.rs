@@ -1254,7 +1254,13 @@ impl<D: Domain> Engine<D> {
     ) {
         match landed {
             Landed::Free => self.let_go(task, worklist),
-            Landed::Past => self.turn_has_come(&task, worklist),
+            Landed::Past => {
+                // It was cancelled while its data were planned, when it had no loan yet.
+                if is_on_devices(&task) {
+                    self.return_loan(&task);
+                }
+                self.turn_has_come(&task, worklist);
+            }
             Landed::Nothing | Landed::Done => {}
         }
     }
