@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use smallvec::SmallVec;
 
-use super::directory::{Holder, Numbers, coalesce};
+use super::directory::{Holder, Lost, Numbers, coalesce};
 use super::events::{Events, is_pending};
 use super::instance::HOME;
 use super::{Moved, State};
@@ -119,12 +119,12 @@ impl State {
     }
 
     /// Forgets what of a piece's events is complete, and holders to whom the copy failed.
-    pub(super) fn settle(&mut self, machine: &Machine, directory: u32, piece: u32) {
-        let piece = &mut self.directories[directory].pieces[piece];
+    pub(super) fn settle(&mut self, machine: &Machine, directory: u32, number: u32) {
+        let piece = &mut self.directories[directory].pieces[number];
         if piece.holders.iter().all(|holder| holder.ready.is_empty()) {
             return;
         }
-        let mut gone: SmallVec<[u32; 2]> = SmallVec::new();
+        let mut gone: SmallVec<[Holder; 2]> = SmallVec::new();
         let mut lost = None;
         piece.holders.retain(|holder| {
             let mut failed = false;
@@ -133,26 +133,37 @@ impl State {
                 match device.is_complete(event) {
                     Ok(complete) => !complete,
                     // What a task leaves behind that failed is whatever is there.
-                    Err(_) => {
+                    Err(error) => {
                         if self.lanes.owns(event.stream) {
                             failed = true;
-                            lost = Some(event.stream.device);
+                            lost = Some(match error {
+                                DeviceError::Lost(device, _) => Lost::Device(device),
+                                _ => Lost::Copy(event.stream.device),
+                            });
                         }
                         false
                     }
                 }
             });
-            if failed && holder.at != HOME {
-                gone.push(holder.at);
+            if failed {
+                gone.push(holder.clone());
             }
             !failed
         });
         if piece.holders.is_empty() {
             piece.lost = piece.lost.or(lost);
         }
-        for at in gone {
-            self.instances[at].valid -= 1;
-            self.rerank(at);
+        // Other copies on their way there still write to the memory.
+        for holder in gone {
+            if holder.at == HOME {
+                let piece = &mut self.directories[directory].pieces[number];
+                piece.home.join(&holder.ready);
+            } else {
+                let instance = &mut self.instances[holder.at];
+                instance.uses.join(&holder.ready);
+                instance.valid -= 1;
+                self.rerank(holder.at);
+            }
         }
     }
 
@@ -161,7 +172,12 @@ impl State {
         let directory = &self.directories[directory];
         let piece = &directory.pieces[piece];
         let what = format!("nobody has {}{} any more", directory.label, piece.region);
-        DeviceError::Lost(piece.lost.unwrap_or(HOST), what.into())
+        match piece.lost.expect("whoever has it last says why it goes") {
+            Lost::Device(device) => DeviceError::Lost(device, what.into()),
+            Lost::Copy(device) => {
+                DeviceError::Operation(device, format!("{what}: its copy failed").into())
+            }
+        }
     }
 
     /// Who gives a piece to a device soonest.
@@ -189,7 +205,7 @@ impl State {
         &mut self,
         machine: &Machine,
         directory: u32,
-        frame: Option<u32>,
+        mut frame: Option<u32>,
         region: &Region,
         to: u32,
         behind: &mut Events,
@@ -201,6 +217,10 @@ impl State {
         while let Err(error) = self.fetch(machine, directory, region, &numbers, to) {
             if !self.is_overcome(&error, self.device_of(to)) {
                 return Err(error);
+            }
+            // A device that was lost may have been the last to have the box. An instance keeps its own.
+            if to == HOME {
+                frame = self.directories[directory].find(region);
             }
         }
         // Not looked at again: one of these copies that failed by now fails who wants it, as it would
@@ -402,6 +422,14 @@ impl State {
         }
         let event = device.record(stream)?;
         self.lanes.note(source, target, event);
+        // Whoever is about to write where it is copied from has to be behind it, or it is no copy.
+        let copied = copied.and_then(|()| match self.instances.get(from) {
+            Some(instance) => {
+                let mut writers = instance.writers.iter().filter(|it| **it != stream);
+                writers.try_for_each(|&it| machine.device(it.device).follow(it, event))
+            }
+            None => Ok(()),
+        });
         for &number in numbers {
             let piece = &mut self.directories[directory].pieces[number];
             if from == HOME || (to == HOME && copied.is_err()) {
@@ -415,11 +443,7 @@ impl State {
             piece.holders.push(Holder { at: to, ready });
         }
         if from != HOME {
-            let source = &mut self.instances[from];
-            source.uses.add(event);
-            for &writer in source.writers.iter().filter(|writer| **writer != stream) {
-                machine.device(writer.device).follow(writer, event)?;
-            }
+            self.instances[from].uses.add(event);
         }
         if to != HOME {
             let instance = &mut self.instances[to];

@@ -41,8 +41,17 @@ pub(super) struct Piece {
     pub(super) holders: SmallVec<[Holder; 2]>,
     /// Copies from and to these elements of the host's buffer, other than those that it holds them behind.
     pub(super) home: Events,
-    /// Where they were last, if nobody holds them.
-    pub(super) lost: Option<DeviceId>,
+    /// Why nobody holds them, if nobody does.
+    pub(super) lost: Option<Lost>,
+}
+
+/// Why nobody has some elements any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lost {
+    /// The device was lost that had them alone.
+    Device(DeviceId),
+    /// The copy failed that was to have them alone. The device on whose stream it was is as it was.
+    Copy(DeviceId),
 }
 
 impl Piece {

@@ -54,12 +54,15 @@ impl Events {
     /// Those that are not complete. One that failed is among them: whoever wants what is behind it hears of
     /// that when they wait.
     pub(super) fn unmet(mut self, machine: &Machine) -> SmallVec<[Event; 2]> {
-        self.retain(|event| {
-            let device = machine.device(event.stream.device);
-            device.is_complete(event) != Ok(true)
-        });
+        self.retain(|event| !is_done(machine, event));
         self.0
     }
+}
+
+/// Whether the event is complete, and did not fail.
+pub(super) fn is_done(machine: &Machine, event: Event) -> bool {
+    let device = machine.device(event.stream.device);
+    device.is_complete(event) == Ok(true)
 }
 
 /// Whether the event is neither complete nor failed.

@@ -5,6 +5,7 @@ use smallvec::SmallVec;
 use super::View;
 use super::events::Events;
 use crate::machine::{DeviceId, DevicePointer, Stream};
+use crate::region::Region;
 
 /// The number of the instance that is always there: the host's buffer.
 pub(super) const HOME: u32 = u32::MAX;
@@ -31,8 +32,8 @@ pub(super) struct Instance {
     pub(super) tick: u64,
     /// Its place among those that may go, if it has one.
     pub(super) rank: Option<Rank>,
-    /// Its device is lost: it goes when nobody holds it.
-    pub(super) dead: bool,
+    /// Its device is lost: its box, since it has no frame any more. It goes when nobody holds it.
+    pub(super) dead: Option<Box<Region>>,
 }
 
 impl Instance {

@@ -76,8 +76,8 @@ use std::time::{Duration, Instant};
 use smallvec::SmallVec;
 
 use self::copies::Lanes;
-use self::directory::{Directory, Holder, Quick};
-use self::events::Events;
+use self::directory::{Directory, Holder, Lost, Quick};
+use self::events::{Events, is_done};
 use self::graves::{Graves, Mourned};
 use self::instance::{HOME, Instance};
 use self::room::Room;
@@ -896,7 +896,12 @@ impl State {
     ) {
         let Pinned { directory, at, .. } = *want;
         let instance = &mut self.instances[at];
-        if instance.dead {
+        if let Some(frame) = &instance.dead {
+            if want.touch.writes() && event.is_some_and(|it| is_done(machine, it)) {
+                let region = want.region.as_ref().unwrap_or(frame).clone();
+                let device = instance.device;
+                self.wrote_in_vain(directory, &region, device, &written[..others]);
+            }
             return;
         }
         if !want.touch.writes() {
@@ -945,6 +950,27 @@ impl State {
         }
     }
 
+    /// What a task wrote was lost with the device before the task was launched. It is none of those that fail
+    /// by that, so that what others have is out of date. But for the other members that wrote the same.
+    #[cold]
+    fn wrote_in_vain(
+        &mut self,
+        directory: u32,
+        region: &Region,
+        device: DeviceId,
+        others: &[(u32, u32)],
+    ) {
+        let pieces = &self.directories[directory].pieces;
+        let is_equal = |(of, piece): &(u32, u32)| {
+            let piece = pieces.get(*piece);
+            *of == directory && piece.is_some_and(|piece| piece.region == *region)
+        };
+        if !others.iter().any(is_equal) {
+            let piece = self.claim(directory, None, region);
+            self.directories[directory].pieces[piece].lost = Some(Lost::Device(device));
+        }
+    }
+
     /// A region is valid with this holder alone.
     fn write(
         &mut self,
@@ -954,6 +980,18 @@ impl State {
         holder: Holder,
         written: &mut SmallVec<[(u32, u32); 4]>,
     ) {
+        let piece = self.claim(directory, frame, region);
+        if holder.at != HOME {
+            self.instances[holder.at].valid += 1;
+        }
+        self.directories[directory].pieces[piece]
+            .holders
+            .push(holder);
+        written.push((directory, piece));
+    }
+
+    /// Makes one piece of a region, which nobody has.
+    fn claim(&mut self, directory: u32, frame: Option<u32>, region: &Region) -> u32 {
         let mut emptied: SmallVec<[u32; 4]> = SmallVec::new();
         let known = &mut self.directories[directory];
         let piece = known.claim(region, frame, &mut self.instances, |instances, holder| {
@@ -964,15 +1002,10 @@ impl State {
                 emptied.push(holder.at);
             }
         });
-        let at = holder.at;
-        known.pieces[piece].holders.push(holder);
-        written.push((directory, piece));
-        if at != HOME {
-            self.instances[at].valid += 1;
-        }
         if self.pressed {
             emptied.into_iter().for_each(|at| self.rerank(at));
         }
+        piece
     }
 
     /// Gives back what is held.
@@ -1051,8 +1084,9 @@ impl State {
         self.empty(device);
         let mut gone: Vec<u32> = Vec::new();
         for (at, instance) in self.instances.iter_mut() {
-            if instance.device == device && !instance.dead {
-                instance.dead = true;
+            if instance.device == device && instance.dead.is_none() {
+                let frame = &self.directories[instance.directory].frames[instance.frame];
+                instance.dead = Some(Box::new(frame.region.clone()));
                 instance.rank = None;
                 gone.push(at);
             }
@@ -1063,7 +1097,7 @@ impl State {
                 let here = |at: u32| at != HOME && self.instances[at].device == device;
                 piece.holders.retain(|holder| !here(holder.at));
                 if piece.holders.is_empty() && before > 0 {
-                    piece.lost = Some(device);
+                    piece.lost = Some(Lost::Device(device));
                 }
             }
         }

@@ -99,7 +99,7 @@ impl State {
         if !room.pressed {
             return;
         }
-        let rank = (instance.pins == 0 && !instance.dead).then(|| {
+        let rank = (instance.pins == 0 && instance.dead.is_none()).then(|| {
             let next = if instance.valid == 0 {
                 Rank::EMPTY
             } else {
@@ -180,7 +180,7 @@ impl State {
         instance.pins -= 1;
         instance.tick = self.tick;
         if instance.pins == 0 {
-            if instance.dead {
+            if instance.dead.is_some() {
                 self.instances.remove(at);
                 return;
             }
@@ -384,7 +384,7 @@ impl State {
             uses: Events::new(),
             tick: self.tick,
             rank: None,
-            dead: false,
+            dead: None,
         });
         let frame = &mut self.directories[directory].frames[frame];
         frame.instances.push((device, at));

@@ -3,6 +3,7 @@
 use std::sync::atomic::AtomicBool;
 
 use super::*;
+use crate::machine::{Enqueued, Observed, Observer};
 
 const ONE: DeviceId = DeviceId::gpu(0);
 const TWO: DeviceId = DeviceId::gpu(1);
@@ -263,6 +264,167 @@ fn what_failed_on_its_way_home_is_lost_if_its_source_is_gone() {
     assert!(bench.home(&range(40, 64), Touch::Update).is_ok());
     assert!(bench.home(&range(0, 32), Touch::Write).is_ok());
     assert!(bench.home(&range(10, 40), Touch::Read).is_ok());
+}
+
+/// Who hears that data are lost with a device gives that device up.
+#[test]
+fn a_copy_that_fails_takes_no_device_with_it() {
+    let bench = Bench::new(2, 64, true);
+    bench.set(ONE, &range(0, 32), 9);
+    bench.set(ONE, &range(32, 64), 7);
+    finish(&bench.machine);
+    gpu(&bench.machine, ONE).fail_copy(1);
+    drop(bench.store.evict(&bench.array, &range(0, 1), ONE).unwrap());
+    finish(&bench.machine);
+    for _ in 0..2 {
+        let lost = bench.plan(TWO, &range(0, 64), Touch::Read).unwrap_err();
+        assert!(matches!(lost, DeviceError::Operation(ONE, _)), "{lost}");
+        assert!(lost.to_string().contains("A[0:32]"), "{lost}");
+    }
+    // What else the device has is there still, and it takes more.
+    let resident = |device: DeviceId| {
+        let counters = bench.store.counters();
+        counters[usize::from(device.index())].resident
+    };
+    assert_eq!(resident(ONE), 32);
+    bench.read(TWO, &range(32, 64));
+    bench.set(ONE, &range(0, 32), 5);
+    bench.read(TWO, &range(0, 32));
+    drop(bench.store.come_home());
+    finish(&bench.machine);
+    assert_eq!(bytes(&bench.array), [[5; 32], [7; 32]].concat());
+    assert_eq!([ONE, TWO].map(resident), [0, 0]);
+}
+
+/// A copy of a copy is ready behind both. If the first one failed the second one runs all the same, into
+/// memory that has nothing then.
+#[test]
+fn a_copy_of_what_failed_is_over_before_its_target_is_used_again() {
+    let bench = Bench::new(2, 1 << 20, true);
+    // The way from one device to the other is taken for a while.
+    let large = array(&[500_000], 1, vec![0; 500_000]);
+    let all = range(0, 500_000);
+    let stream = bench.stream(ONE);
+    let wants = [want(&large, &all, Touch::Write)];
+    let held = bench.store.ensure(0, stream, &wants, 0).unwrap();
+    bench.store.launched([(held, None)]);
+    let stream = bench.machine.device(TWO).create_stream().unwrap();
+    let wants = [want(&large, &all, Touch::Read)];
+    let held = bench.store.ensure(0, stream, &wants, 0).unwrap();
+    bench.store.launched([(held, None)]);
+
+    let part = range(0, 64);
+    gpu(&bench.machine, ONE).fail_copy(1);
+    let first = bench.plan(ONE, &part, Touch::Read).unwrap();
+    let second = bench.plan(TWO, &part, Touch::Read).unwrap();
+    bench.store.abandon(second);
+    let failed = bench.launch(first);
+    let copies = [(ONE, TWO, 500_000), (HOST, ONE, 64), (ONE, TWO, 64)];
+    assert_eq!(bench.told(), copies);
+    while bench.machine.device(ONE).is_complete(failed) == Ok(false) {
+        assert!(bench.machine.as_virtual().unwrap().clock().advance());
+    }
+    // The second copy is under way. Another task adds one to what is there, on a stream that waited for nothing.
+    let stream = bench.machine.device(TWO).create_stream().unwrap();
+    let wants = [want(&bench.array, &part, Touch::Update)];
+    let held = bench.store.ensure(1, stream, &wants, 0).unwrap();
+    let view = held.views()[0].clone();
+    operate(&bench.machine, stream, &view, 64, |bytes| {
+        bytes.iter_mut().for_each(|byte| *byte += 1);
+    });
+    let event = bench.machine.device(TWO).record(stream).unwrap();
+    bench.store.launched([(held, Some(event))]);
+    drop(bench.store.come_home());
+    finish(&bench.machine);
+    assert_eq!(bytes(&bench.array), (1..65).collect::<Vec<u8>>());
+}
+
+/// Loses a device when a copy is enqueued, before anything else is.
+struct Unplug(Arc<VirtualGpu>, AtomicBool);
+
+impl Observer for Unplug {
+    fn observe(&self, observed: Observed) {
+        let is_copy = matches!(observed, Observed::Enqueued(_, Enqueued::Copy));
+        if is_copy && !self.1.swap(true, Ordering::Relaxed) {
+            // As by another thread.
+            std::thread::scope(|scope| {
+                scope.spawn(|| self.0.lose("a test"));
+            });
+        }
+    }
+}
+
+#[test]
+fn a_device_may_be_lost_in_the_middle_of_a_copy_from_it() {
+    let bench = Bench::new(2, 64, true);
+    let part = range(0, 32);
+    bench.read(ONE, &part);
+    finish(&bench.machine);
+    // It is to be written there by another member of the set.
+    let writer = bench.plan(ONE, &part, Touch::Update).unwrap();
+    let lost = Arc::clone(gpu(&bench.machine, ONE));
+    let unplug: Arc<dyn Observer> = Arc::new(Unplug(lost, AtomicBool::new(false)));
+    bench.machine.add_observer(Arc::clone(&unplug));
+    // It comes from home instead.
+    let reader = bench.plan(TWO, &part, Touch::Read).unwrap();
+    bench.machine.remove_observer(&unplug);
+    bench.store.abandon(writer);
+    let event = bench.launch(reader);
+    finish(&bench.machine);
+    assert_eq!(bench.machine.device(TWO).is_complete(event), Ok(true));
+    assert_eq!(bench.told()[1..], [(HOST, TWO, 32)]);
+    bench.set(TWO, &part, 6);
+    drop(bench.store.evict(&bench.array, &part, TWO).unwrap());
+    finish(&bench.machine);
+    assert_eq!(bytes(&bench.array)[..32], [6; 32]);
+}
+
+/// What is brought home has a box, which is forgotten with the device.
+#[test]
+fn what_comes_home_comes_from_elsewhere_if_its_device_is_lost() {
+    let bench = Bench::new(2, 64, true);
+    bench.set(TWO, &range(0, 64), 3);
+    bench.read(TWO, &range(0, 64));
+    let held = bench.plan(ONE, &range(0, 32), Touch::Read).unwrap();
+    bench.store.abandon(held);
+    drop(bench.home(&range(0, 16), Touch::Read).unwrap());
+    finish(&bench.machine);
+    gpu(&bench.machine, ONE).lose("a test");
+    drop(bench.home(&range(0, 32), Touch::Read).unwrap());
+    assert_eq!(bench.store.counters()[0].resident, 0, "it was asked first");
+    finish(&bench.machine);
+    assert_eq!(bytes(&bench.array)[..32], [3; 32]);
+    bench.read(TWO, &range(0, 32));
+}
+
+#[test]
+fn what_was_written_and_then_lost_is_nowhere() {
+    let bench = Bench::new(2, 64, true);
+    let parts = [range(0, 16), range(16, 32), range(32, 48)];
+    let held: Vec<Held> = parts
+        .iter()
+        .map(|part| bench.plan(ONE, part, Touch::Update).unwrap())
+        .collect();
+    // The last one wrote nothing, as far as anybody knows.
+    let stream = bench.stream(ONE);
+    let event = bench.machine.device(ONE).record(stream).unwrap();
+    let replica = bench.plan(TWO, &parts[1], Touch::Write).unwrap();
+    finish(&bench.machine);
+    gpu(&bench.machine, ONE).lose("a test");
+    bench.store.lose(ONE);
+    let [first, second, third] = <[Held; 3]>::try_from(held).unwrap();
+    bench.store.launched([(first, Some(event))]);
+    bench
+        .store
+        .launched([(replica, None), (second, Some(event))]);
+    bench.store.launched([(third, None)]);
+    let lost = bench.home(&parts[0], Touch::Read).unwrap_err();
+    assert!(matches!(lost, DeviceError::Lost(ONE, _)), "{lost}");
+    for part in &parts[1..] {
+        drop(bench.home(part, Touch::Read).unwrap());
+    }
+    assert!(bench.home(&parts[0], Touch::Write).unwrap().is_empty());
+    assert!(bench.home(&range(0, 64), Touch::Read).is_ok());
 }
 
 #[test]
