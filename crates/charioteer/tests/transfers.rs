@@ -9,12 +9,14 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
 use charioteer::gang::{Alternative, Member, WHOLE};
-use charioteer::machine::{Description, DeviceError, DeviceId, HOST, Kind, Machine, Time};
+use charioteer::machine::{
+    Description, DeviceError, DeviceId, Enqueued, HOST, Kind, Machine, Observed, Observer, Time,
+};
 use charioteer::mapping::policy::Mapper;
 use charioteer::mapping::{Choice, On};
 use charioteer::native::{
-    Access, AccessTrouble, Builder, Datum, HostError, Mode, Runtime, SpawnError, TaskError, View,
-    current,
+    Access, AccessTrouble, Builder, Datum, HostError, Mode, Runtime, SpawnError, Task, TaskError,
+    View, current,
 };
 use charioteer::region::{Region, Span};
 use charioteer::task::Need;
@@ -496,6 +498,125 @@ fn a_copy_that_fails_fails_who_wants_it_however_soon() {
             access.leave();
         }
         let _failures = runtime.close();
+    });
+}
+
+/// Who reads what is lost fails, and by no more than that a device goes.
+#[test]
+fn a_copy_home_that_fails_leaves_the_device_in_use() {
+    within(60, || {
+        let machine = machine(2, MEMORY, Time::Virtual);
+        let runtime = builder(&machine, 0).open().unwrap();
+        let (lost, kept) = (Array::new("gone", 4), Array::new("kept", 4));
+        for array in [&lost, &kept] {
+            let part = array.datum.whole();
+            let inner = Arc::clone(&machine);
+            let task = runtime.task().on(this(0)).writes(&part);
+            task.spawn_detached(move || {
+                enqueue(&inner, 0, &[4], |row| {
+                    row.fill(7);
+                    Ok(())
+                });
+            })
+            .unwrap();
+        }
+        let kept_part = kept.datum.whole();
+        let part = lost.datum.whole();
+        let gpu = machine.as_virtual().unwrap().gpu(DeviceId::gpu(0));
+        gpu.fail_copy(1);
+        let evicted = runtime.evict(&part, DeviceId::gpu(0)).unwrap();
+        let failed = evicted.result().unwrap_err();
+        assert!(
+            matches!(failed, TaskError::Device(DeviceError::Operation(..))),
+            "{failed}"
+        );
+        for on in [this(1), this(0)] {
+            let reads = runtime.task().on(on).reads(&part).spawn(|| ()).unwrap();
+            let error = reads.result().unwrap_err();
+            let TaskError::Device(DeviceError::Operation(device, why)) = &error else {
+                panic!("{error}");
+            };
+            assert_eq!(*device, DeviceId::gpu(0));
+            assert!(why.contains("gone"), "{why}");
+        }
+        // The device and what else it has are there.
+        let task = runtime.task().on(this(0)).updates(&kept_part);
+        let inner = Arc::clone(&machine);
+        task.spawn(move || {
+            enqueue(&inner, 0, &[4], |row| {
+                row.iter_mut().for_each(|it| *it += 1);
+                Ok(())
+            });
+        })
+        .unwrap()
+        .result()
+        .unwrap();
+        let _failures = runtime.close();
+        assert_eq!(kept.values(), [8; 4]);
+    });
+}
+
+/// When the second copy is enqueued, another thread cancels the task, and the copy takes a while.
+struct Interfere {
+    machine: Arc<Machine>,
+    copies: AtomicUsize,
+    task: Task<()>,
+}
+
+impl Observer for Interfere {
+    fn observe(&self, observed: Observed) {
+        if let Observed::Enqueued(event, Enqueued::Copy) = observed
+            && self.copies.fetch_add(1, Ordering::SeqCst) == 1
+        {
+            let gpu = self.machine.as_virtual().unwrap().gpu(event.stream.device);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    gpu.delay_event(Duration::from_millis(20));
+                    assert!(self.task.cancel());
+                });
+            });
+        }
+    }
+}
+
+#[test]
+fn who_is_cancelled_while_its_data_are_planned_gives_its_devices_back() {
+    within(60, || {
+        let machine = machine(2, MEMORY, Time::Real);
+        let runtime = builder(&machine, 2).open().unwrap();
+        let array = Array::new("A", 4);
+        let part = array.datum.whole();
+        let (open, wait) = gate();
+        let inner = Arc::clone(&machine);
+        let writer = runtime.task().on(this(1)).writes(&part).spawn(move || {
+            enqueue(&inner, 0, &[4], move |row| {
+                wait.lock().unwrap().recv().unwrap();
+                row.fill(5);
+                Ok(())
+            });
+        });
+        // Its data are copied to its device, and home for its core.
+        let both = set(&[Member::Any(Kind::Cpu), Member::Device(DeviceId::gpu(0))]);
+        let reader = runtime.task().on(both).reads(&part).spawn(|| ()).unwrap();
+        let interfere = Arc::new(Interfere {
+            machine: Arc::clone(&machine),
+            copies: AtomicUsize::new(0),
+            task: reader.clone(),
+        });
+        let observer: Arc<dyn Observer> = Arc::clone(&interfere) as Arc<dyn Observer>;
+        machine.add_observer(Arc::clone(&observer));
+        open.send(()).unwrap();
+        writer.unwrap().result().unwrap();
+        let cancelled = reader.result();
+        assert!(
+            matches!(cancelled, Err(TaskError::Cancelled)),
+            "{cancelled:?}"
+        );
+        machine.remove_observer(&observer);
+        let next = runtime.task().on(this(0)).spawn(|| ()).unwrap();
+        next.result().unwrap();
+        runtime.close().unwrap();
+        assert_eq!(array.values(), [5; 4]);
     });
 }
 
