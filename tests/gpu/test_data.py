@@ -150,6 +150,29 @@ def test_order_holds_while_kernels_are_late(rt: ch.Runtime, cp: Any, spin: Spin)
     assert B.numpy().tolist() == [sum(range(1, 8))] * 4
 
 
+@pytest.mark.parametrize("size", [16, MiB])
+def test_what_goes_home_may_come_back_at_once(
+    rt: ch.Runtime, cp: Any, spin: Spin, size: int
+) -> None:
+    """Also over memory of the host that is not pinned, since there is too little of it."""
+    A = ch.zeros(size, np.int64)
+
+    @ch.task(placement=gpu(0))
+    def write(a: ch.Out[Array], value: int) -> None:
+        spin(0.01)
+        a[...] = value
+
+    @ch.task(placement=gpu(0))
+    def add(a: ch.InOut[Array]) -> None:
+        a += 1
+
+    for value in range(1, 20):
+        write(A, value)
+        A.evict(gpu(0))
+        add(A)
+        assert (A.numpy() == value + 1).all()
+
+
 def test_torch_tensors(rt: ch.Runtime, torch: Any) -> None:
     a = np.arange(12.0, dtype=np.float32).reshape(3, 4)
     A, B = ch.array(a), ch.empty((4, 3), np.float32)

@@ -355,6 +355,7 @@ impl CudaGpu {
             Reached::Pending(recorded) => {
                 let lane = &timeline.lane;
                 self.answer(lane.context.wait(lane.stream, &recorded))?;
+                timeline.awaits(&recorded);
                 self.gpu().stream_waits.fetch_add(1, Ordering::Relaxed);
                 timeline.skip()
             }
@@ -470,11 +471,21 @@ impl CudaGpu {
         };
         let (load, unload) = (part.packed_to(), part.packed_from());
         let copied = if from.device == HOST {
-            // SAFETY: the caller's memory is valid; the buffer is as large and nobody else's.
-            unsafe { move_runs(&load, from.address as usize, staged) };
-            // SAFETY: the buffer is in use until the copy is done, by `put`.
-            let answer = unsafe { context.copy(middle, side(to), &unload, stream) };
-            self.copied(answer, to, bytes)
+            let source = from.address as usize;
+            // SAFETY: the caller's memory is valid until the copy is done; the buffer is as large and
+            // nobody else's until then, by `put`.
+            let take_in = move || unsafe { move_runs(&load, source, staged) };
+            let taken = if self.answer(timeline.is_caught_up())? {
+                take_in();
+                Ok(())
+            } else {
+                self.answer(context.call(stream, Box::new(take_in)))
+            };
+            taken.and_then(|()| {
+                // SAFETY: the buffer is in use until the copy is done, by `put`.
+                let answer = unsafe { context.copy(middle, side(to), &unload, stream) };
+                self.copied(answer, to, bytes)
+            })
         } else {
             // SAFETY: as above.
             let answer = unsafe { context.copy(side(from), middle, &load, stream) };
@@ -801,6 +812,9 @@ impl Device for CudaGpu {
         } else {
             // SAFETY: as the caller says.
             unsafe { self.copy_staged(&timeline, from, to, &shape) }?;
+        }
+        if to.device == HOST {
+            self.answer(timeline.awaits_itself())?;
         }
         self.count_copy(from.device, to.device, bytes);
         let event = Event {

@@ -2,8 +2,9 @@
 //!
 //! The copy engines reach pinned memory alone. Of a copy from or to other memory the driver makes
 //! several, with waits on the calling thread, and nothing here may wait for a device. So bytes go
-//! through buffers of ours: on the way to a device they are copied into one before the call returns; on
-//! the way back, from one, by a host function in stream order.
+//! through buffers of ours: on the way to a device they are copied into one before the call returns, if
+//! all is done that the stream was told to wait for, and else by a host function in stream order, since
+//! they may be on their way to the host still; on the way back, from one, by a host function.
 //!
 //! A buffer is in use until a position of a stream. Whoever needs one takes one whose position is done;
 //! nobody is told of that, and if there is none a new one is made.
