@@ -848,7 +848,11 @@ impl<D: Domain> Engine<D> {
             flight.loan = Some(grant);
             flight.paused = false;
         }
-        if events.is_empty() {
+        // Who cancelled it since it was granted may have found no loan. Whoever does so from here on gives it
+        // back.
+        if task.is_done() {
+            self.return_loan(&task);
+        } else if events.is_empty() {
             self.board(task);
         } else {
             self.hold_until(&task, events);
@@ -1254,13 +1258,7 @@ impl<D: Domain> Engine<D> {
     ) {
         match landed {
             Landed::Free => self.let_go(task, worklist),
-            Landed::Past => {
-                // It was cancelled while its data were planned, when it had no loan yet.
-                if is_on_devices(&task) {
-                    self.return_loan(&task);
-                }
-                self.turn_has_come(&task, worklist);
-            }
+            Landed::Past => self.turn_has_come(&task, worklist),
             Landed::Nothing | Landed::Done => {}
         }
     }

@@ -574,21 +574,29 @@ impl Store {
         self.change(|state, _| state.lose(device));
     }
 
-    /// Copies home what is elsewhere alone, and drops all instances. When the events are complete, or
-    /// failed, the host has all that could be had, and nothing of it is in use any more.
+    /// Copies home what is elsewhere alone, and drops all instances but those that are held by tasks that
+    /// come to nothing. When the events are complete, or failed, the host has all that could be had, and
+    /// nothing of it is in use any more.
     #[must_use]
     pub fn come_home(&self) -> Vec<Event> {
         self.change(|state, machine| {
             let mut events = Events::new();
-            let all: Vec<u32> = state.instances.iter().map(|(at, _)| at).collect();
-            for at in all {
+            let all = state.instances.iter().map(|(at, it)| (it.pins, at));
+            let mut all: Vec<(u32, u32)> = all.collect();
+            // What is held has to come home if whoever else has it is dropped.
+            all.sort_unstable();
+            for (_, at) in all {
                 // Its device may have been found lost meanwhile.
-                let Some(instance) = state.instances.get(at).filter(|it| it.pins == 0) else {
+                let Some(instance) = state.instances.get(at).filter(|it| it.dead.is_none()) else {
                     continue;
                 };
                 let device = instance.device;
+                let came = match instance.pins {
+                    0 => state.drop_instance(machine, at, &mut events),
+                    _ => state.bring_home_from(machine, at),
+                };
                 // What cannot be had is lost with its device.
-                if let Err(DeviceError::Lost(..)) = state.drop_instance(machine, at, &mut events) {
+                if let Err(DeviceError::Lost(..)) = came {
                     state.lose(device);
                 }
             }
@@ -1074,6 +1082,22 @@ impl State {
                     homeward.join(&holder.ready);
                 }
             }
+        }
+        Ok(())
+    }
+
+    /// Copies home what an instance has alone, which stays.
+    fn bring_home_from(&mut self, machine: &Machine, at: u32) -> Result<(), DeviceError> {
+        let directory = self.instances[at].directory;
+        let region = self.frame_of(directory, at).clone();
+        let mut alone = self.directories[directory].overlapping(&region);
+        alone.retain(|number| {
+            self.settle(machine, directory, *number);
+            let holders = &self.directories[directory].pieces[*number].holders;
+            matches!(&**holders, [own] if own.at == at)
+        });
+        if !alone.is_empty() {
+            self.carry(machine, directory, at, HOME, &alone, &region)?;
         }
         Ok(())
     }

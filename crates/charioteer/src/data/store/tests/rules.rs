@@ -458,6 +458,30 @@ fn a_lost_device_takes_what_it_had_alone() {
     assert_eq!(bench.store.counters()[0].resident, 0);
 }
 
+/// Of a task that was cancelled while it was planned.
+#[test]
+fn what_is_held_at_the_end_comes_home_too() {
+    let bench = Bench::new(2, 64, true);
+    bench.set(ONE, &range(0, 32), 9);
+    bench.set(ONE, &range(32, 64), 8);
+    bench.read(TWO, &range(32, 64));
+    let held = [
+        bench.plan(ONE, &range(0, 32), Touch::Update).unwrap(),
+        bench.plan(ONE, &range(32, 64), Touch::Read).unwrap(),
+    ];
+    for _ in 0..2 {
+        drop(bench.store.come_home());
+        finish(&bench.machine);
+        assert_eq!(bytes(&bench.array), [[9; 32], [8; 32]].concat());
+    }
+    for held in held {
+        bench.store.abandon(held);
+    }
+    assert_eq!(bench.store.counters()[0].resident, 64);
+    assert!(bench.store.come_home().is_empty());
+    assert_eq!(bench.store.counters()[0].resident, 0);
+}
+
 #[test]
 fn what_a_lost_device_had_is_not_waited_for_at_the_end() {
     let bench = Bench::new(2, 64, true);
