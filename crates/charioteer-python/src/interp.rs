@@ -863,6 +863,10 @@ impl Domain for Interp {
         Value::Plain(native::Plain::None)
     }
 
+    fn loss() -> Label {
+        Label::Function("loss")
+    }
+
     fn combine(&self, group: &Arc<Group<Self>>) -> (Label, Body) {
         (
             Label::Function("combine"),

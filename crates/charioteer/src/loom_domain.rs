@@ -53,6 +53,10 @@ impl Domain for Model {
     }
 
     fn nothing() {}
+
+    fn loss() -> &'static str {
+        "loss"
+    }
 }
 
 /// Explores `model`, with as many preemptions as the environment says, or three.

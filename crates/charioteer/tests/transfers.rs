@@ -765,6 +765,49 @@ fn what_was_on_a_lost_device_alone_is_lost_by_name() {
 }
 
 #[test]
+fn what_was_lost_stays_so_when_the_runtime_is_closed() {
+    within(60, || {
+        for device_goes in [true, false] {
+            let machine = machine(1, MEMORY, Time::Virtual);
+            let runtime = builder(&machine, 0).open().unwrap();
+            let array = Array::new("A", 8);
+            let part = |start, end| array.datum.part(Region::new([Span::range(start, end)]));
+            let inner = Arc::clone(&machine);
+            let (whole, lost, kept) = (array.datum.whole(), part(0, 4), part(4, 8));
+            let task = runtime.task().on(this(0)).writes(&lost).reads(&kept);
+            let task = task.spawn(move || {
+                enqueue(&inner, 0, &[4], |row| {
+                    row.fill(9);
+                    Ok(())
+                });
+            });
+            task.unwrap().result().unwrap();
+            let gpu = machine.as_virtual().unwrap().gpu(DeviceId::gpu(0));
+            if device_goes {
+                gpu.lose("unplugged");
+            } else {
+                gpu.fail_copy(1);
+            }
+            runtime.close().unwrap();
+            // Also for those who know of no devices.
+            let runtime = Runtime::builder().workers(1).open().unwrap();
+            let refused = runtime.host(&[Access::new(&whole, Mode::In)]).err();
+            let refused = refused.expect("what is there is out of date");
+            assert!(matches!(refused, HostError::Failed(_)), "{refused}");
+            assert!(refused.to_string().contains("A[0:4]"), "{refused}");
+            let access = runtime.host(&[Access::new(&kept, Mode::In)]).unwrap();
+            assert_eq!(array.values()[4..], [4, 5, 6, 7]);
+            access.leave();
+            let anew = runtime.task().writes(&lost).spawn(|| ()).unwrap();
+            anew.result().unwrap();
+            let access = runtime.host(&[Access::new(&whole, Mode::In)]).unwrap();
+            access.leave();
+            runtime.close().unwrap();
+        }
+    });
+}
+
+#[test]
 fn a_choice_between_cores_and_devices_counts_what_is_to_be_moved() {
     within(60, || {
         let machine = machine(1, MEMORY, Time::Virtual);

@@ -103,6 +103,8 @@ pub(crate) enum Move {
     Prefetch(DeviceId),
     /// Drops what is on this device.
     Evict(DeviceId),
+    /// Nothing: what it writes is lost, for the trouble that it has.
+    Lose,
 }
 
 impl<D: Domain> Default for Attached<D> {

@@ -104,7 +104,10 @@ impl<D: Domain> Datum<D> {
         let (id, label) = (crate::trace::next_id(), label.into());
         let (item, address) = (item as u64, address as u64);
         let storage = Storage::new(id, label.clone(), shape, item, address, keep);
-        Self::with(id, label, shape, Some(storage))
+        let datum = Self::with(id, label, shape, Some(Arc::clone(&storage)));
+        let weak = Arc::downgrade(&datum);
+        storage.belong(weak);
+        datum
     }
 
     fn with(id: u64, label: Box<str>, shape: &[u64], storage: Option<Arc<Storage>>) -> Arc<Self> {

@@ -33,7 +33,8 @@
 //!
 //! # The end
 //!
-//! When nothing is unfinished any more all data come home, before the runtime is closed.
+//! When nothing is unfinished any more all data come home, before the runtime is closed. What cannot come,
+//! since it was lost, is marked as what a failed task was to write.
 
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -42,13 +43,13 @@ use std::time::Duration;
 use smallvec::SmallVec;
 
 use super::{Engine, Handle, Moving, Settled, SpawnError};
-use crate::data::store::{Held, Store, Touch, View, Want};
-use crate::data::{Access, Holding, Mode, Move, Part, Uses, Views, check_spread};
+use crate::data::store::{Held, Loss, Store, Touch, View, Want};
+use crate::data::{Access, Datum, Holding, Mode, Move, Part, Uses, Views, check_spread};
 use crate::machine::{DeviceError, DeviceId, Event, HOST};
 use crate::schedule::gang::{self, Alternative, Capacity, Coming, Grant, Member, Reason, Transfer};
 use crate::schedule::map::Sets;
 use crate::sync::{AtomicU64, AtomicUsize, Ordering, fence};
-use crate::task::state::{AHEAD, HOST as BODYLESS, ORDERED, USES};
+use crate::task::state::{AHEAD, HOST as BODYLESS, ORDERED, TOLD, USES};
 use crate::task::{
     Content, Domain, Ending, Failure, Landed, Need, Options, Outcome, Phase, Task, TaskRef,
 };
@@ -654,10 +655,10 @@ impl<D: Domain> Engine<D> {
         }
         self.record_at(time, TraceEvent::Ready, task);
         self.record(TraceEvent::Carry, task);
-        let (uses, _) = task.take_uses();
-        let moved = match &uses {
-            Some(uses) => uses.with_all(|wants| self.move_data(wants, moves)),
-            None => Ok(Events::new()),
+        let moved = match task.take_uses() {
+            (_, Some(trouble)) => Err(trouble),
+            (Some(uses), None) => uses.with_all(|wants| self.move_data(wants, moves)),
+            (None, None) => Ok(Events::new()),
         };
         let (events, outcome) = match moved {
             Ok(events) => (events, Outcome::Value(D::nothing())),
@@ -694,7 +695,7 @@ impl<D: Domain> Engine<D> {
                 Move::Prefetch(device) => {
                     events.extend(store.prefetch(want.storage, want.region, device)?);
                 }
-                Move::Evict(HOST) => {}
+                Move::Evict(HOST) | Move::Lose => {}
                 Move::Evict(device) => {
                     events.extend(store.evict(want.storage, want.region, device)?);
                 }
@@ -720,7 +721,7 @@ impl<D: Domain> Engine<D> {
         let mut events = transfers.store.come_home();
         events.retain(|event| !devices.is_complete(*event));
         if events.is_empty() {
-            return true;
+            return !self.mark_losses();
         }
         // Not before all are counted.
         transfers.homing.store(events.len() + 1, Ordering::SeqCst);
@@ -729,6 +730,34 @@ impl<D: Domain> Engine<D> {
         }
         self.came_home();
         false
+    }
+
+    /// What is lost is marked by a task that was to write it and failed: who reads it after the end, or by
+    /// another runtime, hears of that. Whether there was any.
+    fn mark_losses(self: &Arc<Self>) -> bool {
+        let losses = self.store().take_losses();
+        let mut any = false;
+        for Loss { owner, region, why } in losses {
+            let datum = owner.upgrade().map(Arc::downcast::<Datum<D>>);
+            let Some(Ok(datum)) = datum else { continue };
+            any = true;
+            let part = datum.part(region);
+            self.shard().spawned.fetch_add(1, Ordering::SeqCst);
+            let content = Content::Nothing;
+            let task = Arc::new(Task::new(D::loss(), Phase::Waiting, content, None, 0));
+            {
+                let mut links = task.links.lock();
+                let data = links.data();
+                data.moves = Some(Move::Lose);
+                data.trouble = Some(why);
+            }
+            // Nobody who does not read it has to know.
+            task.state.set(ORDERED | BODYLESS | TOLD);
+            task.engine.store(self.id, Ordering::Relaxed);
+            // Of a datum that is closed nobody reads anything.
+            let _ = self.launch_ordered(&task, &[], &[Access::new(&part, Mode::Out)]);
+        }
+        any
     }
 
     fn came_home(&self) {

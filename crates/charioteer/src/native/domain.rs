@@ -297,4 +297,8 @@ impl Domain for Native {
     fn nothing() -> Value {
         Box::new(())
     }
+
+    fn loss() -> Label {
+        Label::Name("loss".into())
+    }
 }

@@ -198,6 +198,9 @@ pub trait Domain: Send + Sync + Sized + 'static {
 
     /// The value of a task without a body: an access of the host.
     fn nothing() -> Self::Value;
+
+    /// What the task is called that stands for elements that were lost.
+    fn loss() -> Self::Label;
 }
 
 /// What a call of [`Domain::run`] came to.

@@ -168,7 +168,7 @@ impl State {
     }
 
     /// That nobody has a piece any more.
-    fn lost(&self, directory: u32, piece: u32) -> DeviceError {
+    pub(super) fn lost(&self, directory: u32, piece: u32) -> DeviceError {
         let directory = &self.directories[directory];
         let piece = &directory.pieces[piece];
         let what = format!("nobody has {}{} any more", directory.label, piece.region);

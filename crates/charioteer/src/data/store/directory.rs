@@ -14,8 +14,10 @@
 //! was last asked for: as long as all accesses are to tiles of one grid, to find the frame is one hash
 //! look-up, and nothing else is searched.
 
+use std::any::Any;
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
+use std::sync::Weak;
 
 use smallvec::SmallVec;
 
@@ -96,6 +98,7 @@ impl Frame {
 /// See the module.
 pub(super) struct Directory {
     pub(super) storage: u64,
+    pub(super) owner: Option<Weak<dyn Any + Send + Sync>>,
     pub(super) label: Box<str>,
     pub(super) item: u64,
     /// Where the host's buffer begins, and how elements lie there.
@@ -116,6 +119,7 @@ impl Directory {
         let shape: SmallVec<[u64; 4]> = storage.whole.spans().iter().map(Span::count).collect();
         let mut directory = Self {
             storage: storage.id,
+            owner: storage.owner(),
             label: storage.label.clone(),
             item: storage.item,
             address: storage.address,

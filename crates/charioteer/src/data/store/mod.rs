@@ -67,10 +67,11 @@ mod storage;
 mod tests;
 mod wants;
 
+use std::any::Any;
 use std::collections::HashMap;
 use std::fmt;
 use std::hash::BuildHasherDefault;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use smallvec::SmallVec;
@@ -235,6 +236,14 @@ pub struct Missing {
     pub from_host: Duration,
     /// How long links are busy with it, in sum.
     pub links: Duration,
+}
+
+/// Elements that nobody has any more.
+pub(crate) struct Loss {
+    /// The datum whose they are.
+    pub(crate) owner: Weak<dyn Any + Send + Sync>,
+    pub(crate) region: Region,
+    pub(crate) why: DeviceError,
 }
 
 /// What a store has on a device, and did there.
@@ -618,6 +627,40 @@ impl Store {
                 }
             }
             events.iter().collect()
+        })
+    }
+
+    /// What nobody has any more when all came home: whose it was, and why it is lost. From then on the store
+    /// takes whatever the host has there for it: who knows of tasks sees to it that nobody reads it.
+    pub(crate) fn take_losses(&self) -> Vec<Loss> {
+        self.change(|state, machine| {
+            let mut losses = Vec::new();
+            let all: Vec<u32> = state.directories.iter().map(|(number, _)| number).collect();
+            for number in all {
+                let pieces = state.directories[number].pieces.iter();
+                let pieces: Vec<u32> = pieces.map(|(piece, _)| piece).collect();
+                for piece in pieces {
+                    state.settle(machine, number, piece);
+                    let known = &state.directories[number];
+                    if !known.pieces[piece].holders.is_empty() {
+                        continue;
+                    }
+                    if let Some(owner) = &known.owner {
+                        losses.push(Loss {
+                            owner: Weak::clone(owner),
+                            region: known.pieces[piece].region.clone(),
+                            why: state.lost(number, piece),
+                        });
+                    }
+                    let piece = &mut state.directories[number].pieces[piece];
+                    piece.lost = None;
+                    piece.holders.push(Holder {
+                        at: HOME,
+                        ready: Events::new(),
+                    });
+                }
+            }
+            losses
         })
     }
 

@@ -9,7 +9,7 @@ use smallvec::SmallVec;
 use super::graves::Graves;
 use crate::machine::Device;
 use crate::region::Region;
-use crate::sync::{AtomicBool, AtomicU32, Mutex, Ordering};
+use crate::sync::{AtomicBool, AtomicU32, Mutex, OnceLock, Ordering};
 
 /// The bytes of an array: a buffer of the host in C order, of which devices may have copies.
 pub struct Storage {
@@ -22,6 +22,8 @@ pub struct Storage {
     pub(super) strides: SmallVec<[u64; 4]>,
     /// Whether it has ever been anywhere but on the host.
     scattered: AtomicBool,
+    /// The datum whose bytes these are.
+    owner: OnceLock<Weak<dyn Any + Send + Sync>>,
     /// Where a store had its directory when it was last asked.
     pub(super) hint: AtomicU32,
     life: Mutex<Life>,
@@ -81,6 +83,7 @@ impl Storage {
             strides: strides(&whole, item),
             whole,
             scattered: AtomicBool::new(false),
+            owner: OnceLock::new(),
             hint: AtomicU32::new(u32::MAX),
             life: Mutex::new(Life {
                 buffer: Some(Buffer {
@@ -121,6 +124,17 @@ impl Storage {
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.whole.elements() * self.item
+    }
+
+    /// They are the bytes of this datum.
+    pub(crate) fn belong(&self, owner: Weak<dyn Any + Send + Sync>) {
+        let known = self.owner.set(owner);
+        debug_assert!(known.is_ok(), "bytes are of one datum");
+    }
+
+    /// Whose bytes they are, if that is known.
+    pub(super) fn owner(&self) -> Option<Weak<dyn Any + Send + Sync>> {
+        self.owner.get().cloned()
     }
 
     /// Whether any of it may be anywhere but on the host. While it is not, nothing else is to be asked.
