@@ -147,7 +147,10 @@ impl Uses {
                 place,
                 storage: Arc::clone(access.part.datum().storage()?),
                 region: access.part.region().clone(),
-                touch: access.mode.touch()?,
+                touch: match access.mode.touch()? {
+                    Touch::Read if !access.ordered => Touch::Peek,
+                    touch => touch,
+                },
                 spread: access.spread,
             })
         });

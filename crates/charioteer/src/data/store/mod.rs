@@ -27,7 +27,9 @@
 //! devices: planned one after the launch of the other, their streams one behind the other. The store orders
 //! what it adds: copies among each other and with tasks, and whoever gets memory behind whoever had it.
 //! Events of tasks are followed: whether their failure is somebody's own is decided by who
-//! orders tasks. Events of copies are waited for: a task whose copy failed fails.
+//! orders tasks. Events of copies are waited for: a task whose copy failed fails. Whom nothing orders with
+//! those who write ([`Touch::Peek`]) gets whatever is there, and what it takes from the host's buffer, where
+//! somebody may be writing, is forgotten.
 //!
 //! **On the host** a task runs when its predecessors are complete.
 //! [`ensure_host`](Store::ensure_host) gives the events for which it has to wait beyond that. A storage that was
@@ -95,6 +97,8 @@ pub use storage::Storage;
 pub enum Touch {
     /// It reads.
     Read,
+    /// It reads, and nothing orders it with those who write.
+    Peek,
     /// It writes every element, and reads none.
     Write,
     /// It reads and writes.
@@ -111,7 +115,7 @@ impl Touch {
     /// Whether it changes elements.
     #[must_use]
     pub const fn writes(self) -> bool {
-        !matches!(self, Self::Read)
+        matches!(self, Self::Write | Self::Update)
     }
 }
 
@@ -905,6 +909,9 @@ impl State {
             if want.touch.reads() {
                 self.bring(machine, directory, frame, &region, at, &mut copies)?;
             }
+            if want.touch == Touch::Peek {
+                self.doubt(directory, frame, &region, at);
+            }
             let instance = &mut self.instances[at];
             if !instance.born.is_empty() {
                 instance.born.prune(machine);
@@ -932,6 +939,24 @@ impl State {
             return Ok(());
         }
         self.put_behind(machine, stream, &copies, &users)
+    }
+
+    /// What was brought from home by somebody whom nothing orders with those who write there is good for nobody
+    /// else: a task of the host may be writing it. The host has it alone then.
+    #[cold]
+    fn doubt(&mut self, directory: u32, frame: Option<u32>, region: &Region, at: u32) {
+        let known = &mut self.directories[directory];
+        for number in known.cover(region, frame, &mut self.instances) {
+            let holders = &mut known.pieces[number].holders;
+            if holders.iter().all(|it| it.at == at || it.at == HOME)
+                && holders.iter().any(|it| it.at == HOME)
+                && let Some(place) = holders.iter().position(|it| it.at == at)
+            {
+                let holder = holders.remove(place);
+                self.instances[at].uses.join(&holder.ready);
+                self.instances[at].valid -= 1;
+            }
+        }
     }
 
     /// A task that held this has enqueued its work. `written`: what members of its set wrote, those of

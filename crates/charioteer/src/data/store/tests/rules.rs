@@ -398,6 +398,35 @@ fn what_comes_home_comes_from_elsewhere_if_its_device_is_lost() {
 }
 
 #[test]
+fn what_is_read_out_of_order_is_there_for_nobody_else() {
+    let bench = Bench::new(2, 64, true);
+    let (part, half) = (range(0, 32), range(0, 16));
+    bench.read(ONE, &half);
+    bench.set(TWO, &range(32, 64), 7);
+    finish(&bench.machine);
+    // A task of the host is about to write, and somebody reads meanwhile.
+    assert!(bench.home(&part, Touch::Write).unwrap().is_empty());
+    let held = bench.plan(ONE, &range(0, 64), Touch::Peek).unwrap();
+    bench.launch(held);
+    finish(&bench.machine);
+    drop(bench.told());
+    let first = std::ptr::with_exposed_provenance_mut::<u8>(bench.array.address() as usize);
+    // SAFETY: the bytes live as long as the array, and what is enqueued is done.
+    unsafe { std::slice::from_raw_parts_mut(first, 32) }.fill(6);
+    // What comes after both has what was written. What devices have is there as ever.
+    let held = bench.plan(ONE, &range(0, 64), Touch::Update).unwrap();
+    let (stream, view) = (bench.stream(ONE), held.views()[0].clone());
+    operate(&bench.machine, stream, &view, 64, |bytes| {
+        bytes.iter_mut().for_each(|byte| *byte += 1);
+    });
+    bench.launch(held);
+    assert_eq!(bench.told(), [(HOST, ONE, 32)]);
+    drop(bench.store.come_home());
+    finish(&bench.machine);
+    assert_eq!(bytes(&bench.array), [[7; 32], [8; 32]].concat());
+}
+
+#[test]
 fn what_was_written_and_then_lost_is_nowhere() {
     let bench = Bench::new(2, 64, true);
     let parts = [range(0, 16), range(16, 32), range(32, 48)];
