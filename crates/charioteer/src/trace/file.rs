@@ -1,9 +1,18 @@
 //! The trace file, written and read; the module has the format.
+//!
+//! # How it is read
+//!
+//! A file may be as large as a good part of the memory, so it is not held beside what is made of it. It is
+//! walked twice. The first walk reads what is in few or long records, and notes where the blocks of events are
+//! and whose they are. The second reads these thread by thread, since what one thread wrote is in order but
+//! for a few, and a merge of some long runs costs little: events of tasks on one thread, those of devices on
+//! another.
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{self, Read, Write};
-use std::path::{Path, PathBuf};
+use std::io::{self, BufReader, Read, Write};
+use std::panic::resume_unwind;
+use std::path::Path;
 
 use smallvec::SmallVec;
 
@@ -28,6 +37,10 @@ const ACCESSES: u32 = 5;
 const LABEL: u32 = 6;
 const MOVES: u32 = 7;
 const LAYOUT: u32 = 8;
+
+/// Bytes of an event of a task and of one of a device, and where in it the thread is.
+const TASK: (u64, u64) = (32, 24);
+const DEVICE: (u64, u64) = (56, 16);
 
 pub(super) fn write_header(file: &mut impl Write, wall: u64) -> io::Result<()> {
     file.write_all(MAGIC)?;
@@ -184,62 +197,159 @@ pub struct TraceFile {
     pub names: HashMap<u64, String>,
 }
 
-/// Reads a trace file.
+/// Reads a trace file, on two threads.
 ///
 /// # Errors
 /// [`io::ErrorKind::InvalidData`] with a sentence that says what is wrong, for a file that is no
-/// trace, has another version or was cut off; else what the system says.
+/// trace, has another version or was cut off; else what the system says, also of what is no file but a
+/// pipe.
 pub fn read(path: &Path) -> io::Result<TraceFile> {
-    let mut bytes = Vec::new();
-    File::open(path)?.read_to_end(&mut bytes)?;
-    let mut reader = Reader {
-        path: path.to_path_buf(),
-        left: &bytes,
-    };
+    let mut reader = Reader::open(path)?;
     let mut file = reader.header()?;
-    while reader.block(&mut file)? {}
-    file.records.sort_by_key(|record| record.time);
-    file.devices.sort_by_key(|record| record.time);
-    file.accesses
-        .sort_by_key(|record| (record.datum, record.number, record.task));
-    file.moves.sort_by_key(|record| record.time);
-    Ok(file)
+    let mut blocks = Blocks::default();
+    while reader.block(&mut file, &mut blocks)? {}
+    let Blocks { tasks, devices } = blocks;
+    std::thread::scope(|scope| {
+        let records = scope.spawn(|| {
+            let mut reader = Reader::open(path)?;
+            reader.events(tasks, Reader::task, |record| record.time)
+        });
+        file.devices = reader.events(devices, Reader::device, |record| record.time)?;
+        file.accesses
+            .sort_by_key(|record| (record.datum, record.number, record.task));
+        file.moves.sort_by_key(|record| record.time);
+        file.records = records
+            .join()
+            .unwrap_or_else(|panic| resume_unwind(panic))?;
+        Ok(file)
+    })
 }
 
+/// A block of events: where its records begin, how many they are, and whose the first one is.
+struct Block {
+    begin: u64,
+    count: u32,
+    thread: u32,
+}
+
+/// The blocks of events that the first walk passed.
+#[derive(Default)]
+struct Blocks {
+    tasks: Vec<Block>,
+    devices: Vec<Block>,
+}
+
+/// Bytes that are read at once.
+const BUFFER: usize = 1 << 15;
+
 struct Reader<'a> {
-    path: PathBuf,
-    left: &'a [u8],
+    path: &'a Path,
+    input: BufReader<File>,
+    /// How many bytes of the file were read or passed.
+    at: u64,
 }
 
 impl<'a> Reader<'a> {
+    fn open(path: &'a Path) -> io::Result<Self> {
+        Ok(Self {
+            path,
+            input: BufReader::with_capacity(BUFFER, File::open(path)?),
+            at: 0,
+        })
+    }
+
     fn bad(&self, what: &str) -> io::Error {
         let what = format!("{}: {what}", self.path.display());
         io::Error::new(io::ErrorKind::InvalidData, what)
     }
 
-    fn take(&mut self, count: usize) -> io::Result<&'a [u8]> {
-        let Some((head, tail)) = self.left.split_at_checked(count) else {
+    /// The next bytes, or as many as there are.
+    fn take(&mut self, count: u32) -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        let input = &mut self.input;
+        input.take(count.into()).read_to_end(&mut bytes)?;
+        self.at += bytes.len() as u64;
+        Ok(bytes)
+    }
+
+    fn text(&mut self, count: u32) -> io::Result<String> {
+        let bytes = self.take(count)?;
+        if bytes.len() < count as usize {
             return Err(self.bad("the trace was cut off"));
-        };
-        self.left = tail;
-        Ok(head)
+        }
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
     }
 
+    #[inline]
+    fn bytes<const COUNT: usize>(&mut self) -> io::Result<[u8; COUNT]> {
+        let mut bytes = [0; COUNT];
+        self.input
+            .read_exact(&mut bytes)
+            .map_err(|error| match error.kind() {
+                io::ErrorKind::UnexpectedEof => self.bad("the trace was cut off"),
+                _ => error,
+            })?;
+        self.at += COUNT as u64;
+        Ok(bytes)
+    }
+
+    #[inline]
     fn number32(&mut self) -> io::Result<u32> {
-        let bytes = self.take(4)?.try_into().expect("four bytes");
-        Ok(u32::from_le_bytes(bytes))
+        Ok(u32::from_le_bytes(self.bytes()?))
     }
 
+    #[inline]
     fn number64(&mut self) -> io::Result<u64> {
-        let bytes = self.take(8)?.try_into().expect("eight bytes");
-        Ok(u64::from_le_bytes(bytes))
+        Ok(u64::from_le_bytes(self.bytes()?))
+    }
+
+    /// Goes to a place of the file, maybe beyond its end.
+    fn go(&mut self, to: u64) -> io::Result<()> {
+        self.input.seek_relative(to.wrapping_sub(self.at) as i64)?; // a file has 63 bits
+        self.at = to;
+        Ok(())
+    }
+
+    /// Passes a block of events of that many bytes each, of which the thread is at an offset.
+    fn pass(&mut self, count: u32, (bytes, thread): (u64, u64)) -> io::Result<Block> {
+        let begin = self.at;
+        self.go(begin + thread)?;
+        let thread = if count == 0 { 0 } else { self.number32()? };
+        self.go(begin + u64::from(count) * bytes)?;
+        Ok(Block {
+            begin,
+            count,
+            thread,
+        })
+    }
+
+    /// The events of all blocks, ordered by time.
+    fn events<R>(
+        &mut self,
+        mut blocks: Vec<Block>,
+        decode: fn(&mut Self) -> io::Result<R>,
+        time: fn(&R) -> u64,
+    ) -> io::Result<Vec<R>> {
+        blocks.sort_by_key(|block| block.thread);
+        let all = blocks.iter().map(|block| block.count as usize).sum();
+        let mut records = Vec::with_capacity(all);
+        for block in blocks {
+            self.go(block.begin)?;
+            let begin = records.len();
+            for _ in 0..block.count {
+                records.push(decode(self)?);
+            }
+            // Some events of a thread bear a time before that of the one before.
+            records[begin..].sort_by_key(time);
+        }
+        records.sort_by_key(time);
+        Ok(records)
     }
 
     fn header(&mut self) -> io::Result<TraceFile> {
-        if !self.left.starts_with(MAGIC) {
+        if self.take(MAGIC.len() as u32)? != MAGIC {
             return Err(self.bad("not a Charioteer trace"));
         }
-        self.take(MAGIC.len())?;
         let version = self.number32()?;
         if !(OLDEST..=VERSION).contains(&version) {
             return Err(self.bad(&format!(
@@ -254,30 +364,18 @@ impl<'a> Reader<'a> {
         })
     }
 
-    /// Reads a block; false if it was the end.
-    fn block(&mut self, file: &mut TraceFile) -> io::Result<bool> {
+    /// Reads a block, or passes it if it is one of events; false if it was the end.
+    fn block(&mut self, file: &mut TraceFile, blocks: &mut Blocks) -> io::Result<bool> {
         let tag = self.number32()?;
         let count = self.number32()?;
         match tag {
-            TASKS => {
-                for _ in 0..count {
-                    let record = self.task()?;
-                    file.records.push(record);
-                }
-            }
+            TASKS => blocks.tasks.push(self.pass(count, TASK)?),
             NAME => {
                 let task = self.number64()?;
-                let name = self.take(count as usize)?;
-                file.names
-                    .insert(task, String::from_utf8_lossy(name).into_owned());
+                file.names.insert(task, self.text(count)?);
             }
             END => return Ok(false),
-            DEVICES if file.version >= 2 => {
-                for _ in 0..count {
-                    let record = self.device()?;
-                    file.devices.push(record);
-                }
-            }
+            DEVICES if file.version >= 2 => blocks.devices.push(self.pass(count, DEVICE)?),
             ACCESSES if file.version >= 3 => {
                 for _ in 0..count {
                     let record = self.access(file.version)?;
@@ -286,9 +384,7 @@ impl<'a> Reader<'a> {
             }
             LABEL if file.version >= 3 => {
                 let datum = self.number64()?;
-                let label = self.take(count as usize)?;
-                file.labels
-                    .insert(datum, String::from_utf8_lossy(label).into_owned());
+                file.labels.insert(datum, self.text(count)?);
             }
             MOVES if file.version >= 4 => {
                 for _ in 0..count {
@@ -405,7 +501,7 @@ impl<'a> Reader<'a> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{DeviceEvent, Trace};
+    use super::super::{DeviceEvent, Trace, thread_number};
     use super::*;
     use crate::machine::{DeviceId, Enqueued, Event as Position, Observed, Stream};
 
@@ -413,6 +509,11 @@ mod tests {
     fn a_trace_comes_back_as_it_was_written() {
         let path = std::env::temp_dir().join(format!("charioteer-trace-{}", std::process::id()));
         let trace = Trace::create(&path).unwrap();
+        // Its block is the last, and its time the first.
+        let other = std::thread::scope(|scope| {
+            let record = || trace.record(Event::Done, 9, 0);
+            scope.spawn(move || (record(), thread_number()).1).join()
+        });
         for task in 1..=3000 {
             trace.record(Event::Spawn, task, 0);
         }
@@ -431,15 +532,19 @@ mod tests {
         let file = read(&path).unwrap();
         assert_eq!(file.moves, moves);
         assert_eq!(file.version, 4);
-        assert_eq!(file.records.len(), 3000);
+        assert_eq!(file.records.len(), 3001);
         assert!(file.records.is_sorted_by_key(|record| record.time));
+        assert_eq!(file.records[0].thread as usize, other.unwrap());
+        let tasks = file.records[1..].iter().map(|record| record.task);
+        assert!(tasks.eq(1..=3000));
         assert_eq!(file.names[&7], "seven");
         let read_back: Vec<_> = file.devices.iter().map(|record| record.event).collect();
         assert_eq!(read_back, events.repeat(200));
         assert!(file.devices.is_sorted_by_key(|record| record.task));
 
         let bytes = std::fs::read(&path).unwrap();
-        for (cut, message) in [(5, "not a"), (20, "cut off"), (bytes.len() - 8, "cut off")] {
+        let cuts = [20, 28, 100, bytes.len() / 2, bytes.len() - 8].map(|cut| (cut, "cut off"));
+        for (cut, message) in [(5, "not a")].into_iter().chain(cuts) {
             std::fs::write(&path, &bytes[..cut]).unwrap();
             let error = read(&path).unwrap_err().to_string();
             assert!(error.contains(message), "{cut}: {error}");
