@@ -15,11 +15,15 @@
 //! which all is complete, and which it was at each moment is kept. Besides that, each stream has a *clock*
 //! for each wait: of other streams the positions that work from there on is behind. What the host has seen
 //! already is left out of clocks, so that they are as long as there are streams with work in flight. A clock
-//! without it is as good, since whoever asks later has seen that too.
+//! without it is as good, since whoever asks later has seen that too. The positions of all clocks lie one
+//! behind the other in one list, and a clock is its part of that.
 
 use std::collections::HashMap;
-use std::rc::Rc;
 
+use smallvec::SmallVec;
+
+use super::numbers::ByNumber;
+use super::record::stream_word;
 use crate::machine::{Event, Observed, Stream};
 use crate::trace::record::{DeviceEvent, DeviceRecord};
 
@@ -29,8 +33,27 @@ pub(super) type Track = u32;
 /// A position on a stream.
 pub(super) type Position = (Track, u64);
 
-/// Positions that something is behind, by stream.
-pub(super) type Clock = Rc<[Position]>;
+/// Where work ends on a stream, and from which moment on the host had seen that it is complete.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct End {
+    pub(super) at: Position,
+    seen: Option<u64>,
+}
+
+impl End {
+    /// Whether the host had seen by then that all up to it is complete.
+    #[inline]
+    pub(super) fn is_seen(&self, moment: u64) -> bool {
+        self.seen.is_some_and(|seen| seen <= moment)
+    }
+}
+
+/// Positions that something is behind, by stream: which ones of the list of all.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Clock {
+    begin: u32,
+    len: u32,
+}
 
 #[derive(Debug)]
 struct Line {
@@ -50,8 +73,9 @@ struct Line {
 /// What is known up to some record.
 #[derive(Debug, Default)]
 pub(super) struct Evidence {
-    numbers: HashMap<Stream, Track>,
+    numbers: ByNumber<Track>,
     lines: Vec<Line>,
+    positions: Vec<Position>,
 }
 
 impl Evidence {
@@ -83,7 +107,7 @@ impl Evidence {
 
     /// The number of a stream.
     pub(super) fn track(&mut self, stream: Stream) -> Track {
-        *self.numbers.entry(stream).or_insert_with(|| {
+        *self.numbers.entry(stream_word(stream)).or_insert_with(|| {
             self.lines.push(Line {
                 stream,
                 seen: Vec::new(),
@@ -98,7 +122,7 @@ impl Evidence {
 
     /// The number of a stream, if the trace names it.
     pub(super) fn known(&self, stream: Stream) -> Option<Track> {
-        self.numbers.get(&stream).copied()
+        self.numbers.get(&stream_word(stream)).copied()
     }
 
     pub(super) fn stream(&self, track: Track) -> Stream {
@@ -156,32 +180,34 @@ impl Evidence {
         if from > self.lines[track as usize].abandoned || track == other {
             return;
         }
-        let mut new = self
-            .clock((other, event.position))
-            .map_or_else(Vec::new, |clock| clock.to_vec());
-        new.push((other, event.position));
+        let event = (other, event.position);
+        let new = self.clock(event);
         let waits = &self.lines[track as usize].waits;
         // Threads that free memory make streams wait too, so that two may be told out of order.
-        let at = waits.partition_point(|&(position, _)| position <= from);
-        let before = at.checked_sub(1).map(|before| Rc::clone(&waits[before].1));
-        let clock = self.merged(before.as_deref().unwrap_or(&[]), &new, track);
-        let later: Vec<Clock> = self.lines[track as usize].waits[at..]
-            .iter()
-            .map(|(_, clock)| self.merged(clock, &new, track))
-            .collect();
-        let waits = &mut self.lines[track as usize].waits;
-        for ((_, clock), merged) in waits[at..].iter_mut().zip(later) {
-            *clock = merged;
+        let at = until(waits, from);
+        let before = at.checked_sub(1).map(|before| waits[before].1);
+        let clock = self.merged(before, new, event, track);
+        for later in at..self.lines[track as usize].waits.len() {
+            let (_, clock) = self.lines[track as usize].waits[later];
+            let merged = self.merged(Some(clock), new, event, track);
+            self.lines[track as usize].waits[later].1 = merged;
         }
-        waits.insert(at, (from, clock));
+        self.lines[track as usize].waits.insert(at, (from, clock));
     }
 
-    /// The later of two clocks for each stream, without what the host has seen, and without `own`.
-    fn merged(&self, one: &[Position], other: &[Position], own: Track) -> Clock {
-        let mut all: Vec<Position> = one
-            .iter()
-            .chain(other)
-            .copied()
+    /// The later of two clocks and an event for each stream, without what the host has seen, and without
+    /// `own`.
+    fn merged(
+        &mut self,
+        one: Option<Clock>,
+        other: Option<Clock>,
+        event: Position,
+        own: Track,
+    ) -> Clock {
+        let clocks = [one, other].into_iter().flatten();
+        let positions = clocks.flat_map(|clock| self.positions(clock)).copied();
+        let mut all: SmallVec<[Position; 32]> = positions
+            .chain([event])
             .filter(|&position| position.0 != own && !self.is_seen(position))
             .collect();
         all.sort_unstable();
@@ -189,31 +215,57 @@ impl Evidence {
         all.reverse();
         all.dedup_by_key(|position| position.0);
         all.reverse();
-        all.into()
+        let narrow = |number| u32::try_from(number).expect("fewer than 2^32 positions");
+        let clock = Clock {
+            begin: narrow(self.positions.len()),
+            len: narrow(all.len()),
+        };
+        self.positions.extend_from_slice(&all);
+        clock
+    }
+
+    fn positions(&self, clock: Clock) -> &[Position] {
+        &self.positions[clock.begin as usize..][..clock.len as usize]
+    }
+
+    /// The end at a position, when all is known.
+    pub(super) fn end(&self, at: Position) -> End {
+        let seen = self.seen(at);
+        End { at, seen }
     }
 
     /// What work at this position is behind on other streams, besides what the host has seen.
-    pub(super) fn clock(&self, (track, position): Position) -> Option<&Clock> {
+    pub(super) fn clock(&self, (track, position): Position) -> Option<Clock> {
         let waits = &self.lines[track as usize].waits;
-        let at = waits.partition_point(|&(from, _)| from <= position);
-        at.checked_sub(1).map(|at| &waits[at].1)
+        let at = until(waits, position);
+        at.checked_sub(1).map(|at| waits[at].1)
     }
 
     /// What work is behind that is enqueued on the stream from now on.
     pub(super) fn now(&self, track: Track) -> Option<Clock> {
         let (_, clock) = self.lines[track as usize].waits.last()?;
-        Some(Rc::clone(clock))
+        Some(*clock)
+    }
+
+    /// Whether a clock has the position.
+    pub(super) fn has(&self, clock: Option<Clock>, (track, position): Position) -> bool {
+        let Some(clock) = clock else { return false };
+        let positions = self.positions(clock);
+        positions
+            .binary_search_by_key(&track, |entry| entry.0)
+            .is_ok_and(|at| positions[at].1 >= position)
     }
 
     fn see(&mut self, event: Event, moment: u64) {
-        let track = self.track(event.stream);
-        if self.is_seen((track, event.position)) {
+        let end = (self.track(event.stream), event.position);
+        if self.is_seen(end) {
             return;
         }
-        let before = self.clock((track, event.position)).map(Rc::clone);
-        self.raise((track, event.position), moment);
-        for &position in before.iter().flat_map(|clock| clock.iter()) {
-            self.raise(position, moment);
+        self.raise(end, moment);
+        if let Some(Clock { begin, len }) = self.clock(end) {
+            for at in begin..begin + len {
+                self.raise(self.positions[at as usize], moment);
+            }
         }
     }
 
@@ -241,12 +293,16 @@ impl Evidence {
     }
 }
 
-/// Whether a clock has the position.
-pub(super) fn has(clock: Option<&Clock>, (track, position): Position) -> bool {
-    let Some(clock) = clock else { return false };
-    clock
-        .binary_search_by_key(&track, |entry| entry.0)
-        .is_ok_and(|at| clock[at].1 >= position)
+/// How many of the waits are at or before a position. Mostly it is that of late ones, so they are looked at
+/// from the end on.
+fn until(waits: &[(u64, Clock)], position: u64) -> usize {
+    let mut reach = 1;
+    while reach <= waits.len() && waits[waits.len() - reach].0 > position {
+        reach *= 2;
+    }
+    let begin = waits.len().saturating_sub(reach);
+    let end = waits.len() - reach / 2;
+    begin + waits[begin..end].partition_point(|&(from, _)| from <= position)
 }
 
 #[cfg(test)]
@@ -280,7 +336,7 @@ mod tests {
     fn behind(evidence: &mut Evidence, later: Event, earlier: Event) -> bool {
         let later = (evidence.track(later.stream), later.position);
         let earlier = (evidence.track(earlier.stream), earlier.position);
-        evidence.is_seen(earlier) || has(evidence.clock(later), earlier)
+        evidence.is_seen(earlier) || evidence.has(evidence.clock(later), earlier)
     }
 
     #[test]

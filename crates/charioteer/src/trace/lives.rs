@@ -14,12 +14,11 @@
 //! [began]: super::DeviceEvent::Begun
 //! [evidence]: super::evidence
 
-use std::collections::HashMap;
-
 use smallvec::SmallVec;
 
-use super::evidence::{Clock, Evidence, Position, Track, has};
+use super::evidence::{Clock, End, Evidence, Track};
 use super::file::TraceFile;
+use super::numbers::ByNumber;
 use super::record::{DeviceEvent, Event};
 use crate::machine::{DeviceId, HOST, Stream};
 
@@ -47,18 +46,21 @@ pub(super) struct Part {
     clock: Option<Clock>,
     /// The last position that is; one that was never given back has none.
     end: u64,
+    /// The same, when all is known.
+    over: Option<End>,
 }
 
 impl Part {
-    pub(super) fn end(&self) -> Position {
-        (self.track, self.end)
+    pub(super) fn end(&self) -> End {
+        self.over.expect("all is known")
     }
 
     /// Whether what ended at a position is before it.
-    pub(super) fn is_behind(&self, end: Position, evidence: &Evidence) -> bool {
-        (end.0 == self.track && end.1 <= self.before)
-            || has(self.clock.as_ref(), end)
-            || evidence.seen(end).is_some_and(|seen| seen <= self.begun)
+    pub(super) fn is_behind(&self, end: End, evidence: &Evidence) -> bool {
+        let (track, position) = end.at;
+        (track == self.track && position <= self.before)
+            || end.is_seen(self.begun)
+            || evidence.has(self.clock, end.at)
     }
 }
 
@@ -86,9 +88,8 @@ impl Life {
     }
 
     /// Whether all of it comes after a position on a stream.
-    pub(super) fn is_behind(&self, end: Position, evidence: &Evidence) -> bool {
-        self.host
-            .is_none_or(|stay| evidence.seen(end).is_some_and(|seen| seen <= stay.begin))
+    pub(super) fn is_behind(&self, end: End, evidence: &Evidence) -> bool {
+        self.host.is_none_or(|stay| end.is_seen(stay.begin))
             && self.parts.iter().all(|part| part.is_behind(end, evidence))
     }
 }
@@ -96,7 +97,7 @@ impl Life {
 /// The lives of the tasks of a trace that began, and the evidence of all of it.
 pub(super) struct Lives {
     pub(super) evidence: Evidence,
-    of: HashMap<u64, Life>,
+    of: ByNumber<Life>,
 }
 
 /// What is known of a task while the events of devices are read.
@@ -108,27 +109,29 @@ struct Open {
     cores: SmallVec<[u16; 2]>,
     members: u16,
     begun: bool,
+    /// Whether there was any grant of it, in any attempt, and one of cores.
+    granted: bool,
+    on_host: bool,
 }
 
 impl Lives {
     pub(super) fn new(trace: &TraceFile) -> Self {
         let mut lives = Self {
             evidence: Evidence::new(&trace.devices),
-            of: HashMap::with_capacity(trace.names.len()),
+            of: ByNumber::default(),
         };
-        let granted = lives.read_devices(trace);
-        lives.read_host(trace, &granted);
-        for life in lives.of.values_mut() {
-            let evidence = &lives.evidence;
+        let open = lives.read_devices(trace);
+        lives.read_host(trace, &open);
+        let evidence = &lives.evidence;
+        lives.of.retain(|_, life| {
             life.parts.retain(|part| {
                 let limit = evidence.limit(part.track);
                 part.end = part.end.min(limit);
+                part.over = Some(evidence.end((part.track, part.end)));
                 part.before < limit
             });
-        }
-        lives
-            .of
-            .retain(|_, life| life.host.is_some() || !life.parts.is_empty());
+            life.host.is_some() || !life.parts.is_empty()
+        });
         lives
     }
 
@@ -142,10 +145,9 @@ impl Lives {
         self.of.get(&task)
     }
 
-    /// The parts of tasks. Gives those with devices: whether they have cores too.
-    fn read_devices(&mut self, trace: &TraceFile) -> HashMap<u64, bool> {
-        let mut granted: HashMap<u64, bool> = HashMap::new();
-        let mut open: HashMap<u64, Open> = HashMap::new();
+    /// The parts of tasks. Gives what is known of those with devices.
+    fn read_devices(&mut self, trace: &TraceFile) -> ByNumber<Open> {
+        let mut open: ByNumber<Open> = ByNumber::default();
         for record in &trace.devices {
             let task = record.task;
             match record.event {
@@ -158,15 +160,19 @@ impl Lives {
                 } => {
                     let open = open.entry(task).or_default();
                     if member == 0 {
-                        *open = Open::default();
-                        open.members = members;
+                        *open = Open {
+                            members,
+                            on_host: open.on_host,
+                            ..Open::default()
+                        };
                     }
+                    open.granted = true;
+                    open.on_host |= device == HOST;
                     if device != HOST {
                         open.list.push((device, place));
                     } else {
                         open.cores.push(place);
                     }
-                    *granted.entry(task).or_default() |= device == HOST;
                 }
                 DeviceEvent::Lent(stream) if stream.device != HOST => {
                     open.entry(task).or_default().streams.push(stream);
@@ -184,7 +190,7 @@ impl Lives {
                         let before = self.evidence.last(track);
                         // As of now: a wait that is told later is a later one, whatever its position.
                         // A body that enqueues nothing, or what nobody was told of, takes none.
-                        let clock = self.evidence.clock((track, before + 1)).cloned();
+                        let clock = self.evidence.clock((track, before + 1));
                         let member = open.list.iter().find(|it| it.0 == stream.device);
                         life.parts.push(Part {
                             device: stream.device,
@@ -196,6 +202,7 @@ impl Lives {
                             before,
                             clock,
                             end: u64::MAX,
+                            over: None,
                         });
                     }
                 }
@@ -221,13 +228,16 @@ impl Lives {
                 | DeviceEvent::Resumed => {}
             }
         }
-        granted
+        open
     }
 
     /// The bodies on cores.
-    fn read_host(&mut self, trace: &TraceFile, granted: &HashMap<u64, bool>) {
+    fn read_host(&mut self, trace: &TraceFile, open: &ByNumber<Open>) {
         for record in &trace.records {
-            let on_host = || granted.get(&record.task).is_none_or(|has_cores| *has_cores);
+            let on_host = || {
+                let open = open.get(&record.task);
+                open.is_none_or(|open| open.on_host || !open.granted)
+            };
             match record.event {
                 Event::Start if on_host() => {
                     let life = self.of.entry(record.task).or_default();

@@ -24,16 +24,20 @@
 //! What a failed task was to write is undefined, and nobody may read it, so that nothing is claimed of it
 //! until it is written again. An array with accesses in no order has no last version: of that, bytes are
 //! counted and nothing is proved. A device that is lost has nothing from then on.
+//!
+//! Tasks and copies mostly use the same boxes again and again, so that what is known of a box is changed
+//! where it is, and only what cuts through others is taken out of the trees and put back.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::rc::Rc;
 
 use smallvec::SmallVec;
 
 use super::check::{NoEvidence, Rule, Violation};
-use super::evidence::{Clock, Position, has};
+use super::evidence::{Clock, End};
 use super::file::TraceFile;
 use super::lives::{Life, Lives, Part};
+use super::numbers::ByNumber;
 use super::record::{AccessRecord, DeviceEvent, Event, MoveRecord};
 use crate::data::{Mode, Spread};
 use crate::machine::{DeviceId, HOST, Observed};
@@ -85,27 +89,33 @@ struct Piece {
 }
 
 /// A copy from or to an instance, that its next writer is to be behind.
+#[derive(Clone)]
 struct Use {
     place: Place,
-    region: Region,
     copy: usize,
-    end: Position,
+    end: End,
+}
+
+/// The copies of one region that are in use; maybe none, if somebody wrote just that.
+struct Uses {
+    region: Region,
+    list: SmallVec<[Use; 2]>,
 }
 
 struct Array {
     axes: SmallVec<[usize; 3]>,
     whole: Rc<Region>,
-    pieces: Tree<Piece>,
+    pieces: Pieces,
     /// What was there before somebody began to write, with when that was launched at the latest.
     former: Tree<(Piece, u64)>,
-    uses: Tree<Use>,
+    uses: Tree<Uses>,
     /// Whether there are accesses in no order.
     loose: bool,
 }
 
 /// A copy with what it is behind.
 struct Carried {
-    end: Position,
+    end: End,
     clock: Option<Clock>,
     runs: bool,
 }
@@ -121,11 +131,18 @@ pub(super) struct Want<'a> {
 
 /// One moment of the replay.
 #[derive(Clone, Copy)]
-enum Step {
+enum Step<'a> {
     Move(usize),
-    /// A task begins, with the parts of one attempt from one place on, or on the host.
-    Begin(u64),
+    /// A task begins, with the parts of one attempt from one place on, or on the host: with its accesses.
+    Begin(&'a [&'a AccessRecord]),
     Lose(DeviceId),
+}
+
+/// The arrays that were ever used elsewhere than on the host.
+pub(super) struct Scattered<'a> {
+    data: HashSet<u64>,
+    /// The accesses to them by task, and those of a task by array.
+    accesses: Vec<&'a AccessRecord>,
 }
 
 /// Replays the copies of a trace; see the module for what that proves.
@@ -140,48 +157,59 @@ pub fn check_moves(trace: &TraceFile) -> Result<Moves, NoEvidence> {
         });
     }
     let lives = Lives::new(trace);
-    Ok(replay(trace, &lives))
+    let scattered = Scattered::new(trace, &lives);
+    Ok(replay(trace, &lives, &scattered))
 }
 
 /// The same, of a trace of version 4 with its lives.
-pub(super) fn replay(trace: &TraceFile, lives: &Lives) -> Moves {
-    let scattered = scattered(trace, lives);
-    let mut replay = Replay::new(trace, lives, &scattered);
-    for (time, step) in steps(trace, lives, &scattered) {
+pub(super) fn replay(trace: &TraceFile, lives: &Lives, scattered: &Scattered<'_>) -> Moves {
+    let mut replay = Replay::new(trace, lives, scattered);
+    for (time, step) in steps(trace, lives, scattered) {
         match step {
             Step::Move(at) => replay.moves(at),
-            Step::Begin(task) => replay.begins(task, time),
+            Step::Begin(accesses) => replay.begins(accesses, time),
             Step::Lose(device) => replay.loses(device),
         }
     }
     replay.found
 }
 
-/// The arrays that were ever used elsewhere than on the host.
-pub(super) fn scattered(trace: &TraceFile, lives: &Lives) -> HashSet<u64> {
-    let mut scattered: HashSet<u64> = trace.moves.iter().map(|record| record.datum).collect();
-    let on_devices = |task| lives.of(task).is_some_and(|life| !life.parts.is_empty());
-    if lives.any_parts() {
+impl<'a> Scattered<'a> {
+    pub(super) fn new(trace: &'a TraceFile, lives: &Lives) -> Self {
+        let mut data: HashSet<u64> = trace.moves.iter().map(|record| record.datum).collect();
+        let on_devices = |task| lives.of(task).is_some_and(|life| !life.parts.is_empty());
+        if lives.any_parts() {
+            let accesses = trace.accesses.iter();
+            let used = accesses.filter(|access| on_devices(access.task));
+            data.extend(used.map(|access| access.datum));
+        }
+        data.retain(|datum| trace.layouts.contains_key(datum));
         let accesses = trace.accesses.iter();
-        let used = accesses.filter(|access| on_devices(access.task));
-        scattered.extend(used.map(|access| access.datum));
+        let mut accesses: Vec<&AccessRecord> = accesses
+            .filter(|access| data.contains(&access.datum))
+            .collect();
+        accesses.sort_by_key(|access| access.task);
+        Self { data, accesses }
     }
-    scattered.retain(|datum| trace.layouts.contains_key(datum));
-    scattered
+
+    /// The accesses of each task.
+    pub(super) fn tasks(&self) -> impl Iterator<Item = &[&'a AccessRecord]> {
+        self.accesses.chunk_by(|a, b| a.task == b.task)
+    }
 }
 
 /// All that is replayed, in the order of its times.
-fn steps(trace: &TraceFile, lives: &Lives, scattered: &HashSet<u64>) -> Vec<(u64, Step)> {
-    let mut steps: Vec<(u64, Step)> = Vec::new();
+fn steps<'a>(
+    trace: &TraceFile,
+    lives: &Lives,
+    scattered: &'a Scattered<'_>,
+) -> Vec<(u64, Step<'a>)> {
+    let mut steps: Vec<(u64, Step<'_>)> = Vec::new();
     for (at, record) in trace.moves.iter().enumerate() {
         steps.push((record.time, Step::Move(at)));
     }
-    let mut seen = HashSet::new();
-    for access in &trace.accesses {
-        if !scattered.contains(&access.datum) || !seen.insert(access.task) {
-            continue;
-        }
-        let Some(life) = lives.of(access.task) else {
+    for accesses in scattered.tasks() {
+        let Some(life) = lives.of(accesses[0].task) else {
             continue;
         };
         let mut attempts: SmallVec<[u64; 2]> = life.parts.iter().map(|part| part.begun).collect();
@@ -190,7 +218,7 @@ fn steps(trace: &TraceFile, lives: &Lives, scattered: &HashSet<u64>) -> Vec<(u64
             attempts.push(stay.begin);
         }
         let begins = attempts.into_iter();
-        steps.extend(begins.map(|time| (time, Step::Begin(access.task))));
+        steps.extend(begins.map(|time| (time, Step::Begin(accesses))));
     }
     let mut lost = HashSet::new();
     for record in &trace.devices {
@@ -279,9 +307,7 @@ pub(super) fn wants<'a>(
 struct Replay<'a> {
     trace: &'a TraceFile,
     lives: &'a Lives,
-    arrays: HashMap<u64, Array>,
-    /// The accesses of each task to arrays, by array.
-    accesses: HashMap<u64, Vec<&'a AccessRecord>>,
+    arrays: ByNumber<Array>,
     failed: HashSet<u64>,
     copies: Vec<Carried>,
     found: Moves,
@@ -296,7 +322,7 @@ enum Who<'a> {
 }
 
 impl<'a> Replay<'a> {
-    fn new(trace: &'a TraceFile, lives: &'a Lives, scattered: &HashSet<u64>) -> Self {
+    fn new(trace: &'a TraceFile, lives: &'a Lives, scattered: &Scattered<'_>) -> Self {
         let evidence = &lives.evidence;
         let copies = trace.moves.iter().map(|record| {
             let known = record
@@ -305,23 +331,17 @@ impl<'a> Replay<'a> {
             // Of a stream that nobody told of nothing is known, and what was dropped is no copy.
             let end = known.unwrap_or((0, 0));
             Carried {
-                end,
-                clock: known.and_then(|end| evidence.clock(end).cloned()),
+                end: evidence.end(end),
+                clock: known.and_then(|end| evidence.clock(end)),
                 runs: known.is_some_and(|end| evidence.runs(end)),
             }
         });
-        let mut accesses: HashMap<u64, Vec<&AccessRecord>> = HashMap::new();
-        let mut loose = HashSet::new();
-        for access in &trace.accesses {
-            if !scattered.contains(&access.datum) {
-                continue;
-            }
-            if access.number == 0 && !access.region.is_empty() {
-                loose.insert(access.datum);
-            }
-            accesses.entry(access.task).or_default().push(access);
-        }
-        let arrays = scattered.iter().map(|datum| {
+        let accesses = scattered.accesses.iter();
+        let loose: HashSet<u64> = accesses
+            .filter(|access| access.number == 0 && !access.region.is_empty())
+            .map(|access| access.datum)
+            .collect();
+        let arrays = scattered.data.iter().map(|datum| {
             let shape = &trace.layouts[datum].shape;
             (*datum, Array::new(shape, loose.contains(datum)))
         });
@@ -329,7 +349,6 @@ impl<'a> Replay<'a> {
         let failed = failed.filter(|record| record.event == Event::Failed);
         Self {
             arrays: arrays.collect(),
-            accesses,
             failed: failed.map(|record| record.task).collect(),
             copies: copies.collect(),
             found: Moves::default(),
@@ -353,7 +372,8 @@ impl<'a> Replay<'a> {
             .map_or("a datum", String::as_str)
     }
 
-    fn position(&self, (track, position): Position) -> String {
+    fn position(&self, end: End) -> String {
+        let (track, position) = end.at;
         let stream = self.lives.evidence.stream(track);
         format!(
             "position {position} of stream {} of {}",
@@ -371,18 +391,17 @@ impl<'a> Replay<'a> {
     }
 
     /// Whether somebody comes after a position on a stream.
-    fn is_behind(&self, who: &Who<'_>, end: Position) -> bool {
+    fn is_behind(&self, who: &Who<'_>, end: End) -> bool {
         let evidence = &self.lives.evidence;
         match *who {
             Who::Part(part) => part.is_behind(end, evidence),
-            Who::Host(begin) => evidence.seen(end).is_some_and(|seen| seen <= begin),
+            Who::Host(begin) => end.is_seen(begin),
             Who::Copy(at) => {
                 let copy = &self.copies[at];
-                (end.0 == copy.end.0 && end.1 < copy.end.1)
-                    || has(copy.clock.as_ref(), end)
-                    || evidence
-                        .seen(end)
-                        .is_some_and(|seen| seen <= self.trace.moves[at].time)
+                let ((track, position), (own, last)) = (end.at, copy.end.at);
+                (track == own && position < last)
+                    || end.is_seen(self.trace.moves[at].time)
+                    || evidence.has(copy.clock, end.at)
             }
         }
     }
@@ -470,17 +489,22 @@ impl<'a> Replay<'a> {
         let end = self.copies[at].end;
         let who = Who::Copy(at);
         self.writes_to(&who, array, &target, &record.region, 0, record.datum);
-        for mut piece in array.cut(&record.region) {
+        let Array {
+            axes,
+            pieces,
+            former,
+            ..
+        } = array;
+        pieces.update(axes, &record.region, &mut |piece| {
             let here = |(place, _): &(Place, Since)| *place == source;
             if piece.sound
                 && !piece.holders.iter().any(here)
-                && array.copy_former(&piece.region, &source, &target, record.time, at)
+                && copy_former((former, axes), piece, (&source, &target), record.time, at)
             {
-                array.put(piece);
-                continue;
+                return;
             }
             if piece.sound {
-                self.takes_last(&who, record, &piece, &source);
+                self.takes_last(&who, record, piece, &source);
                 let there = |(place, _): &(Place, Since)| place.device == record.to;
                 if record.from != record.to && piece.holders.iter().any(there) {
                     let text = format!(
@@ -496,15 +520,10 @@ impl<'a> Replay<'a> {
             }
             piece.holders.retain(|(place, _)| *place != target);
             piece.holders.push((target.clone(), Since::Copy(at)));
-            array.put(piece);
-        }
+        });
         for place in [source, target] {
-            array.note_use(Use {
-                place,
-                region: record.region.clone(),
-                copy: at,
-                end,
-            });
+            let copy = at;
+            array.note_use(&record.region, Use { place, copy, end });
         }
     }
 
@@ -547,7 +566,7 @@ impl<'a> Replay<'a> {
         task: u64,
         datum: u64,
     ) {
-        for one in array.take_uses(place, region) {
+        for (part, one) in array.take_uses(place, region) {
             if self.is_behind(who, one.end) {
                 continue;
             }
@@ -562,7 +581,7 @@ impl<'a> Replay<'a> {
                 "{writer} writes to {}{} on {}, and nothing puts that behind the copy from {} to {}, \
                  which ends at {}",
                 self.label(datum),
-                one.region,
+                part,
                 place.device,
                 record.from,
                 record.to,
@@ -574,7 +593,7 @@ impl<'a> Replay<'a> {
 
     fn loses(&mut self, device: DeviceId) {
         for array in self.arrays.values_mut() {
-            array.pieces.visit_mut(&Bounds::ALL, &mut |piece| {
+            array.pieces.0.visit_mut(&Bounds::ALL, &mut |piece| {
                 piece.holders.retain(|(place, _)| place.device != device);
             });
         }
@@ -582,10 +601,9 @@ impl<'a> Replay<'a> {
 
     // ---- tasks ------------------------------------------------------------------------------
 
-    fn begins(&mut self, task: u64, time: u64) {
-        let lives = self.lives;
+    fn begins(&mut self, accesses: &[&'a AccessRecord], time: u64) {
+        let (lives, task) = (self.lives, accesses[0].task);
         let life = lives.of(task).expect("it began");
-        let accesses = std::mem::take(self.accesses.get_mut(&task).expect("it has accesses"));
         for of_array in accesses.chunk_by(|a, b| a.datum == b.datum) {
             let datum = of_array[0].datum;
             let mut array = self.arrays.remove(&datum).expect("it has a layout");
@@ -594,7 +612,6 @@ impl<'a> Replay<'a> {
             }
             self.arrays.insert(datum, array);
         }
-        self.accesses.insert(task, accesses);
     }
 
     fn begins_with(
@@ -658,13 +675,7 @@ impl<'a> Replay<'a> {
         let parts = life.parts.iter().filter(|part| part.begun == time);
         let launched = parts.map(|part| part.returned).max();
         for piece in written {
-            array.forget_former(&piece.region);
-            for old in array.cut(&piece.region) {
-                if let Some(launched) = launched.filter(|_| old.writer != task) {
-                    array.keep_former(old, launched);
-                }
-            }
-            array.put(piece);
+            array.write(piece, launched);
         }
     }
 
@@ -680,7 +691,7 @@ impl<'a> Replay<'a> {
         let mut broken: Vec<(u64, String)> = Vec::new();
         let mut reads = 0;
         let bounds = Bounds::of(&want.region, &array.axes);
-        array.pieces.visit(&bounds, &mut |piece| {
+        array.pieces.0.visit(&bounds, &mut |piece| {
             // What an attempt before it left is anybody's guess.
             if !piece.sound || piece.writer == task || !piece.region.overlaps(&want.region) {
                 return;
@@ -741,57 +752,164 @@ fn places(piece: &Piece) -> String {
     }
 }
 
-impl Array {
-    fn new(shape: &[u64], loose: bool) -> Self {
-        let whole = Region::whole(shape);
-        let mut array = Self {
-            axes: longest(shape),
-            pieces: Tree::new(),
-            former: Tree::new(),
-            uses: Tree::new(),
-            whole: Rc::new(whole.clone()),
-            loose,
-        };
-        if !whole.is_empty() {
-            let place = Place {
-                device: HOST,
-                instance: Rc::clone(&array.whole),
-            };
-            array.put(Piece {
-                region: whole,
-                writer: 0,
-                sound: true,
-                holders: SmallVec::from_iter([(place, Since::Ever)]),
-            });
-        }
-        array
+/// Disjoint pieces of an array.
+struct Pieces(Tree<Piece>);
+
+impl Pieces {
+    fn put(&mut self, axes: &[usize], piece: Piece) {
+        self.0.insert(Bounds::of(&piece.region, axes), piece);
     }
 
-    fn put(&mut self, piece: Piece) {
-        let bounds = Bounds::of(&piece.region, &self.axes);
-        self.pieces.insert(bounds, piece);
+    /// Calls `f` with the piece that has just this region, if there is one.
+    fn exact(&mut self, axes: &[usize], region: &Region, f: &mut impl FnMut(&mut Piece)) -> bool {
+        let mut found = false;
+        self.0.visit_mut(&Bounds::of(region, axes), &mut |piece| {
+            if piece.region == *region {
+                found = true;
+                f(piece);
+            }
+        });
+        found
     }
 
     /// Takes out the pieces within a region; what others have of it is cut off.
-    fn cut(&mut self, region: &Region) -> Vec<Piece> {
-        let bounds = Bounds::of(region, &self.axes);
+    fn cut(&mut self, axes: &[usize], region: &Region) -> Vec<Piece> {
+        let bounds = Bounds::of(region, axes);
         let mut taken = Vec::new();
         let overlaps = &mut |piece: &Piece| piece.region.overlaps(region);
-        self.pieces.extract(Some(&bounds), overlaps, &mut taken);
+        self.0.extract(Some(&bounds), overlaps, &mut taken);
         for piece in &mut taken {
             if region.contains(&piece.region) {
                 continue;
             }
             for rest in piece.region.difference(region) {
-                self.put(Piece {
+                let rest = Piece {
                     region: rest,
                     holders: piece.holders.clone(),
                     ..*piece
-                });
+                };
+                self.put(axes, rest);
             }
             piece.region = piece.region.intersection(region);
         }
         taken
+    }
+
+    /// Changes the pieces within a region; what others have of it becomes pieces.
+    fn update(&mut self, axes: &[usize], region: &Region, f: &mut impl FnMut(&mut Piece)) {
+        if !self.exact(axes, region, f) {
+            for mut piece in self.cut(axes, region) {
+                f(&mut piece);
+                self.put(axes, piece);
+            }
+        }
+    }
+
+    /// Puts a piece in the place of all that is there; gives that.
+    fn replace(&mut self, axes: &[usize], new: Piece) -> SmallVec<[Piece; 1]> {
+        let mut old = SmallVec::new();
+        let region = new.region.clone();
+        let mut new = Some(new);
+        self.exact(axes, &region, &mut |piece| {
+            old.extend(new.take().map(|new| std::mem::replace(piece, new)));
+        });
+        if let Some(new) = new {
+            old.extend(self.cut(axes, &region));
+            self.put(axes, new);
+        }
+        old
+    }
+}
+
+/// Copies what was there before somebody wrote who may not be launched at that time; false if all of it
+/// is not there.
+fn copy_former(
+    (former, axes): (&mut Tree<(Piece, u64)>, &[usize]),
+    last: &Piece,
+    (source, target): (&Place, &Place),
+    time: u64,
+    copy: usize,
+) -> bool {
+    let region = &last.region;
+    let bounds = Bounds::of(region, axes);
+    let mut found = 0;
+    let matches = |(piece, launched): &(Piece, u64)| {
+        let has = |(place, _): &(Place, Since)| place == source;
+        *launched >= time && piece.holders.iter().any(has) && piece.region.overlaps(region)
+    };
+    former.visit(&bounds, &mut |one| {
+        if matches(one) {
+            found += one.0.region.intersection(region).elements();
+        }
+    });
+    if found != region.elements() {
+        return false;
+    }
+    former.visit_mut(&bounds, &mut |one| {
+        if matches(one) {
+            one.0.holders.push((target.clone(), Since::Copy(copy)));
+        }
+    });
+    true
+}
+
+impl Array {
+    fn new(shape: &[u64], loose: bool) -> Self {
+        let axes = longest(shape);
+        let whole = Rc::new(Region::whole(shape));
+        let mut pieces = Pieces(Tree::new());
+        if !whole.is_empty() {
+            let place = Place {
+                device: HOST,
+                instance: Rc::clone(&whole),
+            };
+            let all = Piece {
+                region: Region::clone(&whole),
+                writer: 0,
+                sound: true,
+                holders: SmallVec::from_iter([(place, Since::Ever)]),
+            };
+            pieces.put(&axes, all);
+        }
+        Self {
+            axes,
+            whole,
+            pieces,
+            former: Tree::new(),
+            uses: Tree::new(),
+            loose,
+        }
+    }
+
+    /// Puts what somebody writes in the place of what is there. That is kept aside, unless it is that of an
+    /// attempt before, if it is known when the writer had been launched at the latest.
+    fn write(&mut self, new: Piece, launched: Option<u64>) {
+        let (region, writer) = (new.region.clone(), new.writer);
+        let mut old = self.pieces.replace(&self.axes, new);
+        old.retain(|piece| piece.writer != writer);
+        let Some(launched) = launched else {
+            return self.forget_former(&region);
+        };
+        if let [piece] = &mut old[..]
+            && piece.region == region
+        {
+            let mut found = false;
+            let bounds = Bounds::of(&region, &self.axes);
+            self.former.visit_mut(&bounds, &mut |(former, until)| {
+                if former.region == region {
+                    found = true;
+                    std::mem::swap(former, piece);
+                    *until = launched;
+                }
+            });
+            if found {
+                return;
+            }
+        }
+        self.forget_former(&region);
+        for piece in old {
+            self.keep_former(piece, launched);
+        }
     }
 
     /// Forgets what was there before the version that is written over now.
@@ -817,75 +935,67 @@ impl Array {
         self.former.insert(bounds, (piece, launched));
     }
 
-    /// Copies what was there before somebody wrote who may not be launched at that time; false if all of it
-    /// is not there.
-    fn copy_former(
-        &mut self,
-        region: &Region,
-        source: &Place,
-        target: &Place,
-        time: u64,
-        copy: usize,
-    ) -> bool {
-        let bounds = Bounds::of(region, &self.axes);
-        let mut found = 0;
-        let matches = |(piece, launched): &(Piece, u64)| {
-            let has = |(place, _): &(Place, Since)| place == source;
-            *launched >= time && piece.holders.iter().any(has) && piece.region.overlaps(region)
-        };
-        self.former.visit(&bounds, &mut |one| {
-            if matches(one) {
-                found += one.0.region.intersection(region).elements();
-            }
-        });
-        if found != region.elements() {
-            return false;
-        }
-        self.former.visit_mut(&bounds, &mut |one| {
-            if matches(one) {
-                one.0.holders.push((target.clone(), Since::Copy(copy)));
-            }
-        });
-        true
-    }
-
     fn drop_instance(&mut self, place: &Place) {
         let bounds = Bounds::of(&place.instance, &self.axes);
-        self.pieces.visit_mut(&bounds, &mut |piece| {
+        self.pieces.0.visit_mut(&bounds, &mut |piece| {
             piece.holders.retain(|(other, _)| other != place);
         });
         self.former.visit_mut(&bounds, &mut |(piece, _)| {
             piece.holders.retain(|(other, _)| other != place);
         });
-        let of_it = &mut |one: &Use| one.place == *place;
-        self.uses.extract(Some(&bounds), of_it, &mut Vec::new());
+        self.uses.visit_mut(&bounds, &mut |uses| {
+            uses.list.retain(|one| one.place != *place);
+        });
     }
 
     /// Takes note of a copy, instead of an earlier one like it on its stream.
-    fn note_use(&mut self, new: Use) {
-        let bounds = Bounds::of(&new.region, &self.axes);
-        let like = &mut |old: &Use| {
-            old.end.0 == new.end.0 && old.place == new.place && old.region == new.region
-        };
-        self.uses.extract(Some(&bounds), like, &mut Vec::new());
-        self.uses.insert(bounds, new);
+    fn note_use(&mut self, region: &Region, new: Use) {
+        let bounds = Bounds::of(region, &self.axes);
+        let mut new = Some(new);
+        self.uses.visit_mut(&bounds, &mut |uses| {
+            if uses.region == *region
+                && let Some(new) = new.take()
+            {
+                let like = |old: &&mut Use| old.end.at.0 == new.end.at.0 && old.place == new.place;
+                match uses.list.iter_mut().find(like) {
+                    Some(old) => *old = new,
+                    None => uses.list.push(new),
+                }
+            }
+        });
+        if let Some(new) = new {
+            let uses = Uses {
+                region: region.clone(),
+                list: SmallVec::from_iter([new]),
+            };
+            self.uses.insert(bounds, uses);
+        }
     }
 
     /// The copies that are in use where somebody writes, without those that no part is left of.
-    fn take_uses(&mut self, place: &Place, region: &Region) -> Vec<Use> {
+    fn take_uses(&mut self, place: &Place, region: &Region) -> SmallVec<[(Region, Use); 2]> {
         let bounds = Bounds::of(region, &self.axes);
-        let mut taken = Vec::new();
-        let meets = &mut |one: &Use| one.place == *place && one.region.overlaps(region);
-        self.uses.extract(Some(&bounds), meets, &mut taken);
-        for one in &taken {
-            for rest in one.region.difference(region) {
-                let bounds = Bounds::of(&rest, &self.axes);
-                let rest = Use {
-                    place: one.place.clone(),
-                    region: rest,
-                    ..*one
-                };
-                self.uses.insert(bounds, rest);
+        let mut taken: SmallVec<[(Region, Use); 2]> = SmallVec::new();
+        let mut emptied = false;
+        self.uses.visit_mut(&bounds, &mut |uses| {
+            if uses.region.overlaps(region) {
+                uses.list.retain(|one| {
+                    let goes = one.place == *place;
+                    if goes {
+                        taken.push((uses.region.clone(), one.clone()));
+                    }
+                    !goes
+                });
+                emptied |= uses.list.is_empty() && uses.region != *region;
+            }
+        });
+        if emptied {
+            let empty = &mut |uses: &Uses| uses.list.is_empty() && uses.region != *region;
+            self.uses.extract(Some(&bounds), empty, &mut Vec::new());
+        }
+        for (part, one) in taken.iter().filter(|(part, _)| part != region) {
+            for rest in part.difference(region) {
+                self.note_use(&rest, one.clone());
             }
         }
         taken

@@ -14,6 +14,7 @@
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::hash::BuildHasherDefault;
 use std::rc::Rc;
 
 use smallvec::SmallVec;
@@ -21,7 +22,8 @@ use smallvec::SmallVec;
 use super::check::NoEvidence;
 use super::file::TraceFile;
 use super::lives::Lives;
-use super::moves::{scattered, wants};
+use super::moves::{Scattered, wants};
+use super::numbers::{ByNumber, Near};
 use super::record::{AccessRecord, DeviceEvent};
 use crate::data::Mode;
 use crate::machine::{DeviceId, HOST};
@@ -91,25 +93,23 @@ pub fn optimum(trace: &TraceFile) -> Result<Optimum, NoEvidence> {
         });
     }
     let lives = Lives::new(trace);
-    Ok(best(trace, &lives))
+    let scattered = Scattered::new(trace, &lives);
+    Ok(best(trace, &lives, &scattered))
 }
 
 /// The same, of a trace of version 4 with its lives.
-pub(super) fn best(trace: &TraceFile, lives: &Lives) -> Optimum {
-    let scattered = scattered(trace, lives);
+pub(super) fn best(trace: &TraceFile, lives: &Lives, scattered: &Scattered<'_>) -> Optimum {
     let mut schedule = Schedule::default();
-    let mut tasks: HashMap<u64, Vec<&AccessRecord>> = HashMap::new();
-    for access in &trace.accesses {
-        if scattered.contains(&access.datum) {
-            tasks.entry(access.task).or_default().push(access);
-        }
-    }
-    let mut granted: HashMap<(u64, DeviceId), u64> = HashMap::new();
+    let mut granted: ByNumber<SmallVec<[(DeviceId, u64); 1]>> = ByNumber::default();
     let mut memories: HashMap<DeviceId, Memory> = HashMap::new();
     for record in &trace.devices {
         match record.event {
             DeviceEvent::Granted { device, memory, .. } => {
-                granted.insert((record.task, device), memory);
+                let members = granted.entry(record.task).or_default();
+                match members.iter_mut().find(|member| member.0 == device) {
+                    Some(member) => member.1 = memory,
+                    None => members.push((device, memory)),
+                }
             }
             DeviceEvent::Capacity { device, memory, .. } if device != HOST => {
                 let room = Memory {
@@ -121,19 +121,21 @@ pub(super) fn best(trace: &TraceFile, lives: &Lives) -> Optimum {
             _ => {}
         }
     }
-    let mut begins: Vec<(u64, u64)> = Vec::new();
-    for &task in tasks.keys() {
+    let mut begins: Vec<(u64, u64, &[&AccessRecord])> = Vec::new();
+    for accesses in scattered.tasks() {
+        let task = accesses[0].task;
         if let Some(life) = lives.of(task) {
-            begins.push((life.begin(), task));
+            begins.push((life.begin(), task, accesses));
         }
     }
-    begins.sort_unstable();
-    for (_, task) in begins {
+    begins.sort_unstable_by_key(|&(begin, task, _)| (begin, task));
+    for (_, task, accesses) in begins {
         let life = lives.of(task).expect("it began");
-        let accesses = &tasks[&task];
         let last = life.parts.iter().map(|part| part.begun).max();
         for part in life.parts.iter().filter(|part| Some(part.begun) == last) {
-            let memory = granted.get(&(task, part.device)).copied().unwrap_or(0);
+            let mut members = granted.get(&task).into_iter().flatten();
+            let memory = members.find(|member| member.0 == part.device);
+            let memory = memory.map_or(0, |member| member.1);
             let set = (part.member, part.members);
             schedule.add(trace, part.device, set, memory, accesses);
         }
@@ -156,7 +158,7 @@ pub(super) fn best(trace: &TraceFile, lives: &Lives) -> Optimum {
 struct Schedule {
     steps: Vec<Step>,
     things: Vec<Known>,
-    numbers: HashMap<u64, HashMap<Region, Thing>>,
+    numbers: ByNumber<HashMap<Region, Thing, BuildHasherDefault<Near>>>,
     trees: HashMap<u64, Tree<(Region, Thing)>>,
 }
 

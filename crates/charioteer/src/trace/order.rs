@@ -26,7 +26,7 @@ use std::collections::BTreeMap;
 use smallvec::SmallVec;
 
 use super::check::{NoEvidence, Rule, Violation};
-use super::evidence::Track;
+use super::evidence::End;
 use super::file::TraceFile;
 use super::lives::{Life, Lives};
 use super::record::AccessRecord;
@@ -49,7 +49,7 @@ pub struct Ordered {
 #[derive(Default)]
 struct Ends<'a> {
     host: Option<(u64, &'a AccessRecord)>,
-    streams: SmallVec<[(Track, u64, &'a AccessRecord); 1]>,
+    streams: SmallVec<[(End, &'a AccessRecord); 1]>,
 }
 
 impl<'a> Ends<'a> {
@@ -60,11 +60,13 @@ impl<'a> Ends<'a> {
             self.host = Some((stay.end, access));
         }
         for part in &life.parts {
-            let (track, end) = part.end();
-            match self.streams.iter_mut().find(|other| other.0 == track) {
-                Some(other) if other.1 > end => {}
-                Some(other) => *other = (track, end, access),
-                None => self.streams.push((track, end, access)),
+            let end = part.end();
+            let (track, position) = end.at;
+            let mut streams = self.streams.iter_mut();
+            match streams.find(|(other, _)| other.at.0 == track) {
+                Some((other, _)) if other.at.1 > position => {}
+                Some(other) => *other = (end, access),
+                None => self.streams.push((end, access)),
             }
         }
     }
@@ -207,12 +209,13 @@ impl<'a> Checker<'a> {
         {
             late.push((other, "it had ended on the host".into()));
         }
-        for &(track, end, other) in &ends.streams {
+        for &(end, other) in &ends.streams {
             let known = late.iter().any(|(known, _)| known.task == other.task);
-            if !known && !life.is_behind((track, end), evidence) {
+            if !known && !life.is_behind(end, evidence) {
+                let (track, position) = end.at;
                 let stream = evidence.stream(track);
                 let what = format!(
-                    "its work was over, which ends at position {end} of stream {} of {}: no order of \
+                    "its work was over, which ends at position {position} of stream {} of {}: no order of \
                      a stream, no wait, and the host had not seen it complete",
                     stream.number, stream.device
                 );

@@ -22,7 +22,7 @@ use std::collections::{HashMap, VecDeque};
 
 use smallvec::SmallVec;
 
-use crate::trace::evidence::{Clock, Evidence, Position, Track, has};
+use crate::trace::evidence::{Clock, Evidence, Position, Track};
 
 /// How many uses of a device may exceed it before it is no longer asked exactly by how much.
 const THOROUGH: usize = 64;
@@ -131,7 +131,7 @@ impl Book {
         let mut excess = Vec::new();
         let is_share = |using: usize| matches!(uses[using].needs, Needs::Share(_));
         for (capacity, shares) in [(self.share, true), (self.memory, false)] {
-            let mut pool = Pool::new(uses, capacity);
+            let mut pool = Pool::new(uses, evidence, capacity);
             for &entry in &self.entries {
                 let (Entry::Take(using) | Entry::Give(using)) = entry;
                 if is_share(using) != shares || uses[using].is_none(evidence) {
@@ -166,6 +166,7 @@ fn is_seen(one: &Use, other: &Use) -> bool {
 
 struct Pool<'a> {
     uses: &'a [Use],
+    evidence: &'a Evidence,
     /// What can be taken by everybody.
     rest: u64,
     /// The others, in the order in which they were given back.
@@ -180,9 +181,10 @@ struct Pool<'a> {
 }
 
 impl<'a> Pool<'a> {
-    fn new(uses: &'a [Use], capacity: u64) -> Self {
+    fn new(uses: &'a [Use], evidence: &'a Evidence, capacity: u64) -> Self {
         Self {
             uses,
+            evidence,
             rest: capacity,
             pieces: VecDeque::new(),
             held: VecDeque::new(),
@@ -202,7 +204,7 @@ impl<'a> Pool<'a> {
     fn is_before(&self, one: usize, other: usize) -> bool {
         let (end, other) = (self.end(one), &self.uses[other]);
         Some(end.0) == other.track
-            || has(other.clock.as_ref(), end)
+            || self.evidence.has(other.clock, end)
             || self.uses[one]
                 .seen
                 .is_some_and(|seen| Some(seen) <= other.begun)
@@ -235,7 +237,7 @@ impl<'a> Pool<'a> {
                 let may = if own {
                     Some(end.0) == taker.track
                 } else {
-                    has(taker.clock.as_ref(), end)
+                    self.evidence.has(taker.clock, end)
                 };
                 let part = left.min(wanted);
                 if may && part > 0 {

@@ -8,8 +8,9 @@ use super::capacity::{Book, Needs, Use};
 use super::{Checked, Rule, Violation};
 use crate::machine::{DeviceId, Enqueued, Event as DevicePosition, HOST, Observed, Stream};
 use crate::schedule::gang::WHOLE;
-use crate::trace::evidence::{Evidence, Position, Track, has};
+use crate::trace::evidence::{Evidence, Position, Track};
 use crate::trace::file::TraceFile;
+use crate::trace::numbers::ByNumber;
 use crate::trace::record::{DeviceEvent, DeviceRecord, Event, Record};
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -64,7 +65,7 @@ struct Grant {
 pub(super) struct Claims<'a> {
     trace: &'a TraceFile,
     evidence: Evidence,
-    tasks: HashMap<u64, Task>,
+    tasks: ByNumber<Task>,
     /// Tasks in the order in which they appear.
     order: Vec<u64>,
     grants: Vec<Grant>,
@@ -85,7 +86,7 @@ impl<'a> Claims<'a> {
         Self {
             evidence: Evidence::new(&trace.devices),
             trace,
-            tasks: HashMap::with_capacity(trace.names.len()),
+            tasks: ByNumber::default(),
             order: Vec::with_capacity(trace.names.len()),
             grants: Vec::new(),
             lent: HashMap::new(),
@@ -476,7 +477,7 @@ impl<'a> Claims<'a> {
                 if using.begun.is_none() {
                     using.begun = Some(self.records);
                     using.track = track;
-                    using.clock.clone_from(&clock);
+                    using.clock = clock;
                     if let Some(book) = self.books.get_mut(&device) {
                         book.take(index_of);
                     }
@@ -502,7 +503,7 @@ impl<'a> Claims<'a> {
                 let Some(track) = member.track else { continue };
                 let clock = self.evidence.now(track);
                 let unordered = before.ends.iter().filter(|&&end| {
-                    end.0 != track && !self.evidence.is_seen(end) && !has(clock.as_ref(), end)
+                    end.0 != track && !self.evidence.is_seen(end) && !self.evidence.has(clock, end)
                 });
                 member
                     .unordered
@@ -542,7 +543,7 @@ impl<'a> Claims<'a> {
         }
         for (dependency, end) in unordered {
             // The body may have waited by itself.
-            if has(self.evidence.clock(position), end) {
+            if self.evidence.has(self.evidence.clock(position), end) {
                 continue;
             }
             let text = format!(
