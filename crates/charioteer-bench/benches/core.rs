@@ -16,6 +16,7 @@
 //! allocator that makes them meet at a lock would be what is measured.
 
 use std::hint::black_box;
+use std::sync::{Arc, LazyLock};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -121,37 +122,42 @@ fn chained_in_a_space(runtime: &Runtime, tasks: u64) -> Duration {
 /// Each task reads what the one before it wrote, and writes.
 fn chained_by_data(runtime: &Runtime, tasks: u64) -> Duration {
     let (first, second) = (Datum::new("A", &[1]).whole(), Datum::new("B", &[1]).whole());
-    let writes = vec![second.clone(), first.clone()];
-    by_data(runtime, tasks, vec![first, second], writes)
+    let writes = [second.clone(), first.clone()];
+    by_data(runtime, tasks, &[first, second].into(), &writes.into())
 }
 
 /// Tiles of an array, each of which one task at a time uses.
 const TILES: u64 = 1 << 16;
 
-/// Each task reads a tile that nobody writes, and writes one that no other task uses meanwhile.
-fn independent_with_data(runtime: &Runtime, tasks: u64) -> Duration {
-    let tiles = |label: &str| -> Vec<Part> {
+/// The tiles of two arrays, made once: that takes longer than to run short batches of tasks on them.
+static ARRAYS: LazyLock<[Arc<[Part]>; 2]> = LazyLock::new(|| {
+    ["A", "B"].map(|label| {
         let grid = Datum::new(label, &[TILES]).grid(&[1]);
         (0..TILES).map(|tile| grid.tile(&[tile])).collect()
-    };
-    let (reads, writes) = (tiles("A"), tiles("B"));
+    })
+});
+
+/// Each task reads a tile that nobody writes, and writes one that no other task uses meanwhile.
+fn independent_with_data(runtime: &Runtime, tasks: u64) -> Duration {
+    let [reads, writes] = &*ARRAYS;
     let mut elapsed = Duration::ZERO;
     let mut left = tasks;
     while left > 0 {
         let next = left.min(TILES);
-        elapsed += by_data(runtime, next, reads.clone(), writes.clone());
+        elapsed += by_data(runtime, next, reads, writes);
         left -= next;
     }
     elapsed
 }
 
 /// Spawns tasks inside a task, each with one read and one write, of these parts in turn.
-fn by_data(runtime: &Runtime, tasks: u64, reads: Vec<Part>, writes: Vec<Part>) -> Duration {
+fn by_data(runtime: &Runtime, tasks: u64, reads: &Arc<[Part]>, writes: &Arc<[Part]>) -> Duration {
     let finished = runtime.counts().finished + tasks + 1;
     let spawn = runtime.handle();
+    let (reads, writes) = (Arc::clone(reads), Arc::clone(writes));
     let start = Instant::now();
     runtime.spawn_detached(move || {
-        let parts = reads.iter().zip(&writes).cycle();
+        let parts = reads.iter().zip(&*writes).cycle();
         for ((reads, writes), _) in parts.zip(0..tasks) {
             let task = spawn.task().reads(reads).writes(writes);
             task.spawn_detached(|| {})

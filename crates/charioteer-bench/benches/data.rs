@@ -6,8 +6,8 @@
 //! A task is held, and so many others wait for it, each with a part of one datum that it writes: so many
 //! accesses are live. Timed is the spawn of tasks that read one of these parts each, in random order, and
 //! so come after one writer: the whole spawn, of which the look-up is a part. *Tiles* are those of one
-//! grid; *boxes* have random places and sizes, and a datum that grows with their number, so that the
-//! readers meet equally many.
+//! grid; *boxes* have random places and sizes, and a datum that grows with their number. The readers of
+//! boxes are those away from the edges, so that they come after equally many: how many is said.
 //!
 //! # Order
 //!
@@ -22,8 +22,9 @@
 //! nobody waits for anything; the same where each is *announced* before; and where the device is *full*
 //! of tiles, so that it is known who would go first.
 
+use std::collections::{HashMap, HashSet};
 use std::hint::black_box;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
@@ -52,18 +53,26 @@ impl Random {
     }
 }
 
-fn tiles(live: u64) -> Vec<Part> {
+/// What is written, and which of that may be read.
+struct Parts {
+    written: Vec<Part>,
+    read: Vec<usize>,
+}
+
+fn tiles(live: u64) -> Parts {
     let grid = Datum::new("A", &[live * 8]).grid(&[8]);
-    (0..live).map(|tile| grid.tile(&[tile])).collect()
+    let written: Vec<Part> = (0..live).map(|tile| grid.tile(&[tile])).collect();
+    let read = (0..written.len()).collect();
+    Parts { written, read }
 }
 
 /// On a square, one box on each field of 16 by 16, of 1 to 24 elements an axis.
-fn boxes(live: u64) -> Vec<Part> {
+fn boxes(live: u64) -> Parts {
     let side = live.isqrt() + 1;
     let extent = side * 16;
     let datum = Datum::new("A", &[extent, extent]);
     let mut random = Random(88_172_645_463_325_252);
-    (0..live)
+    let written: Vec<Part> = (0..live)
         .map(|number| {
             let mut span = |field: u64| {
                 let start = field * 16 + random.below(16);
@@ -71,14 +80,52 @@ fn boxes(live: u64) -> Vec<Part> {
             };
             datum.part(Region::new([span(number / side), span(number % side)]))
         })
-        .collect()
+        .collect();
+    // A box reaches the two fields behind its own. The last row of fields is not full.
+    let inner = |at: u64, end: u64| at >= 2 && at + 2 < end;
+    let read = (0..live)
+        .filter(|number| inner(number / side, live / side) && inner(number % side, side))
+        .map(|number| usize::try_from(number).expect("an index"))
+        .collect();
+    let parts = Parts { written, read };
+    println!(
+        "look-up/boxes/{live}: {:.2} predecessors a reader",
+        predecessors(&parts)
+    );
+    parts
 }
 
-fn time(parts: &[Part], rounds: u64) -> Duration {
+/// How many tasks a reader comes after, on average.
+fn predecessors(parts: &Parts) -> f64 {
+    let cells = |part: &Part| {
+        let [rows, columns] = part.region().spans() else {
+            unreachable!("boxes have two axes")
+        };
+        let (rows, columns) = (rows.start()..rows.end(), columns.start()..columns.end());
+        rows.flat_map(move |row| columns.clone().map(move |column| (row, column)))
+    };
+    let mut last = HashMap::new();
+    for (number, part) in parts.written.iter().enumerate() {
+        last.extend(cells(part).map(|cell| (cell, number)));
+    }
+    let writers = |&number: &usize| {
+        let of: HashSet<usize> = cells(&parts.written[number])
+            .map(|cell| last[&cell])
+            .collect();
+        of.len()
+    };
+    let sum: usize = parts.read.iter().map(writers).sum();
+    sum as f64 / parts.read.len() as f64
+}
+
+fn time(parts: &Parts, rounds: u64) -> Duration {
     let mut elapsed = Duration::ZERO;
     let mut random = Random(7);
     let readers: Vec<&Part> = (0..READERS)
-        .map(|_| &parts[usize::try_from(random.below(parts.len() as u64)).expect("an index")])
+        .map(|_| {
+            parts.read[usize::try_from(random.below(parts.read.len() as u64)).expect("an index")]
+        })
+        .map(|number| &parts.written[number])
         .collect();
     let mut left = rounds;
     while left > 0 {
@@ -87,7 +134,7 @@ fn time(parts: &[Part], rounds: u64) -> Duration {
         let held = runtime.spawn(move || {
             let _ = gate.recv();
         });
-        for part in parts {
+        for part in &parts.written {
             let task = runtime.task().after(&held).writes(part);
             task.spawn_detached(|| {}).expect("it has no cycle");
         }
@@ -112,10 +159,10 @@ fn look_up(criterion: &mut Criterion) {
         .warm_up_time(Duration::from_millis(500))
         .measurement_time(Duration::from_secs(2))
         .throughput(Throughput::Elements(1));
-    for (name, make) in [("tiles", tiles as fn(u64) -> Vec<Part>), ("boxes", boxes)] {
+    for (name, make) in [("tiles", tiles as fn(u64) -> Parts), ("boxes", boxes)] {
         for live in [100, 100_000] {
-            let parts = make(live);
             group.bench_function(BenchmarkId::new(name, live), |bencher| {
+                let parts = make(live);
                 bencher.iter_custom(|rounds| time(&parts, rounds));
             });
         }
@@ -172,11 +219,11 @@ fn trace_of(gpus: usize) -> PathBuf {
 
 fn order(criterion: &mut Criterion) {
     for (name, gpus) in [("cores", 0), ("devices", 4)] {
-        prove(criterion, name, &trace_of(gpus));
+        prove(criterion, name, gpus);
     }
 }
 
-fn prove(criterion: &mut Criterion, name: &str, path: &Path) {
+fn prove(criterion: &mut Criterion, name: &str, gpus: usize) {
     let mut group = criterion.benchmark_group("order");
     group
         .sample_size(10)
@@ -184,12 +231,13 @@ fn prove(criterion: &mut Criterion, name: &str, path: &Path) {
         .measurement_time(Duration::from_secs(5))
         .throughput(Throughput::Elements(1));
     group.bench_function(name, |bencher| {
+        let path = trace_of(gpus);
         bencher.iter_custom(|rounds| {
             let whole = rounds.div_ceil(TASKS);
             let mut elapsed = Duration::ZERO;
             for _ in 0..whole {
                 let start = Instant::now();
-                let file = trace::read(path).expect("the trace is complete");
+                let file = trace::read(&path).expect("the trace is complete");
                 let checked = trace::check_data(&file).expect("it has accesses");
                 elapsed += start.elapsed();
                 let (moves, _) = checked.moves.expect("the version has copies");
@@ -197,9 +245,9 @@ fn prove(criterion: &mut Criterion, name: &str, path: &Path) {
             }
             elapsed.mul_f64(rounds as f64 / (whole * TASKS) as f64)
         });
+        std::fs::remove_file(path).expect("it was read");
     });
     group.finish();
-    std::fs::remove_file(path).expect("it was read");
 }
 
 /// Tiles of an array along each axis, and elements of a tile along each.

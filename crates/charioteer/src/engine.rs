@@ -815,14 +815,15 @@ impl<D: Domain> Engine<D> {
         } else {
             Phase::Waiting
         };
-        let flags = self.flags(&body, options.as_deref(), uses.is_some());
-        let task = Task::new(label, phase, Content::Body(body), options, handles);
+        let mut flags = self.flags(&body, options.as_deref(), uses.is_some());
+        if !accesses.is_empty() {
+            flags |= accesses::flags_of(accesses);
+        }
+        let mut task = Task::new(label, phase, Content::Body(body), options, handles);
         if let Some(uses) = uses {
             self.keep_uses(&task, uses);
         }
-        if flags != 0 {
-            task.state.set(flags);
-        }
+        task.state.begin_with(flags);
         task.engine.store(self.id, Ordering::Relaxed);
         Ok(Arc::new(task))
     }
@@ -849,7 +850,7 @@ impl<D: Domain> Engine<D> {
         accesses: &[Access<'_, D>],
     ) -> Result<(), SpawnError> {
         if !accesses.is_empty() {
-            return self.launch_ordered(&task, dependencies, accesses);
+            return self.launch_ordered(task, dependencies, accesses);
         }
         let time = self.now();
         self.record_spawn(time, &task, dependencies);
@@ -1174,10 +1175,15 @@ impl<D: Domain> Engine<D> {
     #[inline]
     fn release(self: &Arc<Self>, task: &TaskRef<D>, count: u32) {
         if task.release(count) {
-            let mut worklist = Vec::new();
-            self.released(Arc::clone(task), &mut worklist);
-            self.work_off(worklist);
+            self.released_last(Arc::clone(task));
         }
+    }
+
+    /// As [`Engine::released`], with all that comes of it.
+    fn released_last(self: &Arc<Self>, task: TaskRef<D>) {
+        let mut worklist = Vec::new();
+        self.released(task, &mut worklist);
+        self.work_off(worklist);
     }
 
     /// A task whose predecessors are done: ready, or skipped if one of them failed.

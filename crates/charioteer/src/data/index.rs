@@ -38,15 +38,17 @@ use crate::task::{Domain, Past, TaskRef};
 
 /// What was taken out of an index, to be dropped with no lock held.
 pub(super) struct Gone<D: Domain> {
-    writes: Vec<Write<D>>,
-    tasks: Vec<TaskRef<D>>,
+    writes: SmallVec<[Write<D>; 1]>,
+    tasks: GoneTasks<D>,
 }
 
+type GoneTasks<D> = SmallVec<[TaskRef<D>; 4]>;
+
 impl<D: Domain> Gone<D> {
-    pub(super) const fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self {
-            writes: Vec::new(),
-            tasks: Vec::new(),
+            writes: SmallVec::new(),
+            tasks: SmallVec::new(),
         }
     }
 }
@@ -235,20 +237,36 @@ fn push_task<D: Domain>(
     list.push(Arc::clone(task));
 }
 
-/// The records of one tile.
+/// The records of one tile, in one cache line: that is what a look-up has to fetch.
+#[repr(align(64))]
 struct Cell<D: Domain> {
-    /// Whether it is in the list of cells in use.
-    listed: bool,
-    /// The number of the last reading access.
+    /// Twice the number of the last reading access, and one more if it is in the list of cells in use.
     last_read: u64,
     writes: SmallVec<[Write<D>; 1]>,
     reads: SmallVec<[TaskRef<D>; 2]>,
 }
 
+impl<D: Domain> Cell<D> {
+    const LISTED: u64 = 1;
+
+    fn last_read(&self) -> u64 {
+        self.last_read >> 1
+    }
+
+    fn is_listed(&self) -> bool {
+        self.last_read & Self::LISTED != 0
+    }
+
+    /// It was read by the access of this number, and is in the list.
+    fn read(&mut self, at: u64) {
+        self.last_read = at << 1 | Self::LISTED;
+    }
+}
+
 impl<D: Domain> Default for Cell<D> {
     fn default() -> Self {
+        const { assert!(size_of::<Self>() == 64) };
         Self {
-            listed: false,
             last_read: 0,
             writes: SmallVec::new(),
             reads: SmallVec::new(),
@@ -318,8 +336,8 @@ impl<D: Domain> Tiles<D> {
                 .or_insert_with(|| Box::new(std::array::from_fn(|_| Cell::default())));
             &mut chunk[(tile % CHUNK as u64) as usize]
         };
-        if !cell.listed {
-            cell.listed = true;
+        if !cell.is_listed() {
+            cell.last_read |= Cell::<D>::LISTED;
             self.used.push(tile);
         }
         cell
@@ -345,15 +363,20 @@ impl<D: Domain> Tiles<D> {
                 cell.reads = kept;
                 gone.tasks.extend::<SmallVec<[TaskRef<D>; 2]>>(others);
             }
-            cell.listed = !(cell.writes.is_empty() && cell.reads.is_empty());
-            cell.listed
+            let is_empty = cell.writes.is_empty() && cell.reads.is_empty();
+            if is_empty {
+                cell.last_read &= !Cell::<D>::LISTED;
+            }
+            !is_empty
         });
     }
 }
 
+/// The write first: what a look-up needs is together.
+#[repr(C)]
 struct BoxWrite<D: Domain> {
-    region: Region,
     write: Write<D>,
+    region: Region,
 }
 
 struct BoxRead<D: Domain> {
@@ -419,9 +442,9 @@ pub(super) struct Index<D: Domain> {
     retry: usize,
 }
 
-fn sweep_shadows<D: Domain>(shadows: &mut Vec<Shadow<D>>, gone: &mut Gone<D>) {
+fn sweep_shadows<D: Domain>(shadows: &mut Vec<Shadow<D>>, gone: &mut GoneTasks<D>) {
     let old = shadows.extract_if(.., |shadow| shadow.task.past() != Past::Not);
-    gone.tasks.extend(old.map(|shadow| shadow.task));
+    gone.extend(old.map(|shadow| shadow.task));
 }
 
 /// Registrations between two sweeps, at least.
@@ -499,7 +522,7 @@ impl<D: Domain> Index<D> {
             }
         };
         self.sweep_lines(gone);
-        sweep_shadows(&mut self.shadows, gone);
+        sweep_shadows(&mut self.shadows, &mut gone.tasks);
         let left = left + self.lines.len() + self.shadows.len();
         self.patience = PATIENCE.max(4 * left);
     }
@@ -577,6 +600,7 @@ impl<D: Domain> Index<D> {
             let region = self.region_of(datum, place);
             let bounds = datum.bounds(&region);
             let cell = std::mem::take(tiles.cell_mut(tile));
+            let at = cell.last_read();
             for write in cell.writes {
                 let region = region.clone();
                 boxes.writes.insert(bounds, BoxWrite { region, write });
@@ -584,7 +608,7 @@ impl<D: Domain> Index<D> {
             for task in cell.reads {
                 let entry = BoxRead {
                     region: region.clone(),
-                    at: cell.last_read,
+                    at,
                     task,
                 };
                 boxes.reads.insert(bounds, entry);
@@ -647,7 +671,7 @@ impl<D: Domain> Index<D> {
         match &self.layout {
             Layout::Tiles(tiles) => {
                 if let Some(cell) = tiles.cell(part.place.tile) {
-                    last = cell.last_read;
+                    last = cell.last_read();
                 }
             }
             Layout::Boxes(boxes) => {
@@ -751,7 +775,7 @@ impl<D: Domain> Index<D> {
         match &mut self.layout {
             Layout::Tiles(tiles) => {
                 let cell = tiles.cell_mut(part.place.tile);
-                cell.last_read = at;
+                cell.read(at);
                 if cell
                     .reads
                     .last()
@@ -793,13 +817,15 @@ impl<D: Domain> Index<D> {
     /// Takes out what a write of `task` to `part` contains.
     fn take_place(&mut self, task: &TaskRef<D>, part: &Part<D>, gone: &mut Gone<D>) {
         let shadows = &mut self.shadows;
-        let mut swept = Gone::new();
-        let mut shadow = |other: &TaskRef<D>, writes: bool, region: Option<&Region>| {
-            if Arc::ptr_eq(other, task) || other.past() != Past::Not {
+        let gone_tasks = &mut gone.tasks;
+        // The reference goes where the task is kept: to count it again would cost each task.
+        let mut put_aside = |other: TaskRef<D>, writes: bool, region: Option<&Region>| {
+            if Arc::ptr_eq(&other, task) || other.past() != Past::Not {
+                gone_tasks.push(other);
                 return;
             }
             if shadows.len() == shadows.capacity() {
-                sweep_shadows(shadows, &mut swept);
+                sweep_shadows(shadows, gone_tasks);
                 let more = shadows.len().max(64);
                 shadows.reserve(more);
             }
@@ -807,7 +833,7 @@ impl<D: Domain> Index<D> {
                 What::Region(Box::new(region.clone()))
             });
             shadows.push(Shadow {
-                task: Arc::clone(other),
+                task: other,
                 writes,
                 what,
             });
@@ -815,17 +841,20 @@ impl<D: Domain> Index<D> {
         match &mut self.layout {
             Layout::Tiles(tiles) => {
                 let cell = tiles.cell_mut(part.place.tile);
-                for write in &cell.writes {
-                    write
-                        .tasks()
-                        .iter()
-                        .for_each(|other| shadow(other, true, None));
+                while let Some(write) = cell.writes.pop() {
+                    match write.by {
+                        Writers::One(other) => put_aside(other, true, None),
+                        Writers::Joint(ref joint) => {
+                            for other in &joint.members {
+                                put_aside(Arc::clone(other), true, None);
+                            }
+                            gone.writes.push(write);
+                        }
+                    }
                 }
-                cell.reads
-                    .iter()
-                    .for_each(|other| shadow(other, false, None));
-                gone.writes.extend(cell.writes.drain(..));
-                gone.tasks.extend(cell.reads.drain(..));
+                while let Some(other) = cell.reads.pop() {
+                    put_aside(other, false, None);
+                }
             }
             Layout::Boxes(boxes) => {
                 let bounds = part.datum.bounds(&part.region);
@@ -833,8 +862,7 @@ impl<D: Domain> Index<D> {
                 let contained = &mut |entry: &BoxRead<D>| part.region.contains(&entry.region);
                 boxes.reads.extract(Some(&bounds), contained, &mut reads);
                 for entry in reads {
-                    shadow(&entry.task, false, Some(&entry.region));
-                    gone.tasks.push(entry.task);
+                    put_aside(entry.task, false, Some(&entry.region));
                 }
                 let mut writes = Vec::new();
                 let touched = &mut |entry: &BoxWrite<D>| part.region.overlaps(&entry.region);
@@ -842,7 +870,7 @@ impl<D: Domain> Index<D> {
                 for entry in writes {
                     let cut = entry.region.intersection(&part.region);
                     for other in entry.write.tasks() {
-                        shadow(other, true, Some(&cut));
+                        put_aside(Arc::clone(other), true, Some(&cut));
                     }
                     if entry.write.matters() {
                         for region in entry.region.difference(&part.region) {
@@ -855,7 +883,6 @@ impl<D: Domain> Index<D> {
                 }
             }
         }
-        gone.tasks.append(&mut swept.tasks);
     }
 
     /// Enters a task that commutes or reduces: into the record of those that it joins, if there is one.

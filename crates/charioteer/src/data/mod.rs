@@ -54,7 +54,7 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use crate::region::tree::{AXES, Bounds, longest};
+use crate::region::tree::{Axes, Bounds};
 use crate::region::{Region, Span};
 use crate::sync::{AtomicBool, Guard, Mutex, Ordering};
 use crate::task::{Domain, TaskRef};
@@ -71,7 +71,7 @@ pub struct Datum<D: Domain> {
     label: Box<str>,
     shape: Box<[u64]>,
     /// Those by which the index looks up.
-    axes: SmallVec<[usize; AXES]>,
+    axes: Axes,
     index: Mutex<Index<D>>,
     storage: Option<Arc<Storage>>,
     /// A task was registered that may take elements to a device. Under the lock of the index.
@@ -119,7 +119,7 @@ impl<D: Domain> Datum<D> {
             id,
             label,
             shape: shape.into(),
-            axes: longest(shape),
+            axes: Axes::longest(shape),
             index: Mutex::new(Index::new()),
             storage,
             travels: AtomicBool::new(false),
@@ -305,11 +305,13 @@ impl Place {
     };
 }
 
-/// A part of a datum.
+/// A part of a datum. What a look-up of a tile needs comes first: a program has many, and uses each now
+/// and then, so that each line of them that is touched is fetched from far away.
+#[repr(C)]
 pub struct Part<D: Domain> {
     datum: Arc<Datum<D>>,
-    region: Region,
     place: Place,
+    region: Region,
 }
 
 impl<D: Domain> Part<D> {
@@ -619,20 +621,17 @@ impl<'a, D: Domain> Session<'a, D> {
             }
         }
         data.sort_unstable_by_key(|(datum, _)| datum.id);
-        let mut gone = Gone::new();
-        let locked = data
-            .into_iter()
-            .map(|(datum, grid)| {
-                let mut index = datum.index.lock();
-                index.prepare(datum, grid, &mut gone);
-                Locked { datum, index }
-            })
-            .collect();
-        Self {
-            locked,
+        let mut session = Self {
+            locked: SmallVec::new(),
             accesses,
-            gone,
+            gone: Gone::new(),
+        };
+        for &(datum, grid) in &data {
+            let mut index = datum.index.lock();
+            index.prepare(datum, grid, &mut session.gone);
+            session.locked.push(Locked { datum, index });
         }
+        session
     }
 
     fn at(&self, datum: &Datum<D>) -> usize {
@@ -689,9 +688,9 @@ impl<'a, D: Domain> Session<'a, D> {
         all.any(|travels| travels.load(Ordering::Relaxed))
     }
 
-    /// Enters the records of `task`, and unlocks. Gives the number of each access in the order of its
-    /// datum, 0 for one without.
-    pub(crate) fn enter(mut self, task: &TaskRef<D>) -> SmallVec<[u64; 4]> {
+    /// Enters the records of `task`. Gives the number of each access in the order of its datum, 0 for one
+    /// without.
+    pub(crate) fn enter(&mut self, task: &TaskRef<D>) -> SmallVec<[u64; 4]> {
         let mut numbers = SmallVec::new();
         for access in self.accesses {
             if !access.counts() {

@@ -115,7 +115,7 @@ impl<D: Domain> Drop for HostAccess<D> {
     }
 }
 
-fn flags_of<D: Domain>(accesses: &[Access<'_, D>]) -> u32 {
+pub(super) fn flags_of<D: Domain>(accesses: &[Access<'_, D>]) -> u32 {
     let joins = |access: &Access<'_, D>| matches!(access.mode, Mode::Commute | Mode::Reduce(_));
     if accesses.iter().any(joins) {
         ORDERED | JOINS
@@ -136,37 +136,38 @@ impl<D: Domain> Engine<D> {
         self.prepare(accesses, options)
     }
 
-    /// Lets a task with accesses go that nobody else knows yet.
+    /// Lets a task with accesses go that nobody else knows yet, and that has the flags of its accesses.
     pub(super) fn launch_ordered(
         self: &Arc<Self>,
-        task: &TaskRef<D>,
+        task: TaskRef<D>,
         dependencies: &[TaskRef<D>],
         accesses: &[Access<'_, D>],
     ) -> Result<(), SpawnError> {
         let time = self.now();
-        task.state.set(flags_of(accesses));
         let loose = dependencies.iter().any(|task| graph::is_loose(task));
         if loose {
             task.state.set(DIRTY);
             task.links.lock().rare().predecessors = dependencies.to_vec();
         }
-        let connected = self.connect(task, dependencies);
+        let connected = self.connect(&task, dependencies);
         let way = Way::of(task.state.load().has(AHEAD), task.state.load().has(USES));
-        let registered = self.register(task, dependencies, accesses, None, way, |_, _, _| Ok(()));
+        let registered = self.register(&task, dependencies, accesses, None, way, |_, _, _| Ok(()));
         let (registered, ()) = match registered {
             Ok(registered) => registered,
             Err(Refused::Error(error)) => {
                 // Nobody knows it, and predecessors that are on their way find that it is not ready.
-                super::unlink(task, dependencies);
+                super::unlink(&task, dependencies);
                 self.count_out();
                 return Err(error);
             }
             Err(Refused::Cycle(..)) => unreachable!("nothing leads on from a task without a name"),
         };
-        self.record_spawn(time, task, dependencies);
-        self.record_edges(time, task, &registered.edges);
-        let launched = self.catch_up(task, dependencies, &registered.before);
-        self.release(task, connected + registered.done + launched + 1);
+        self.record_spawn(time, &task, dependencies);
+        self.record_edges(time, &task, &registered.edges);
+        let launched = self.catch_up(&task, dependencies, &registered.before);
+        if task.release(connected + registered.done + launched + 1) {
+            self.released_last(task);
+        }
         self.drain_if_alone();
         Ok(())
     }
@@ -217,7 +218,7 @@ impl<D: Domain> Engine<D> {
             self.parent()
         };
         loop {
-            let session = Session::open(accesses);
+            let mut session = Session::open(accesses);
             let looked = session
                 .look_up(task, parent.as_ref(), combines)
                 .map(|found| {
@@ -230,6 +231,7 @@ impl<D: Domain> Engine<D> {
                     let linked = linked?;
                     let travels = self.devices.is_some() && session.travels(way.goes);
                     let numbers = session.enter(task);
+                    drop(session);
                     if travels && !way.goes {
                         self.keep_uses_at_home(task, accesses);
                     }

@@ -11,6 +11,7 @@ use crate::loom_domain::{Body, Model, explore, explore_at_most};
 use crate::machine::{Description, DeviceId, Event, Machine, Stream, Time};
 use crate::schedule::gang::{Alternative, Member, WHOLE};
 use crate::sync::{AtomicUsize, Condvar, Mutex, Ordering};
+use crate::task::state::ORDERED;
 use crate::task::{Content, Failure, Link, Need, Options, Outcome, Phase, Task, TaskRef, Until};
 
 /// Opens an engine. It has to be closed at the end of the model: what is left in the registry would
@@ -296,12 +297,15 @@ fn nobody_overtakes_a_task_that_is_cancelled_ahead_of_work_in_flight() {
         first.state.advance(Phase::Ready, Phase::Running).unwrap();
         let body: Body = Box::new(|| unreachable!("it waits for devices"));
         let content = Content::Body(body);
-        let second = Arc::new(Task::new("second", Phase::Waiting, content, None, 0));
+        let mut second = Task::new("second", Phase::Waiting, content, None, 0);
+        second.state.begin_with(ORDERED);
+        let second = Arc::new(second);
         second.engine.store(engine.id, Ordering::Relaxed);
         engine.shards[0].spawned.fetch_add(1, Ordering::SeqCst);
         let access = [Access::new(&whole, Mode::InOut)];
         let before = std::slice::from_ref(&first);
-        engine.launch_ordered(&second, before, &access).unwrap();
+        let launched = engine.launch_ordered(Arc::clone(&second), before, &access);
+        launched.unwrap();
         let canceller = {
             let second = Arc::clone(&second);
             thread::spawn(move || Engine::cancel(&second))

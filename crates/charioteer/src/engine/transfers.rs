@@ -638,7 +638,7 @@ impl<D: Domain> Engine<D> {
         }
         task.state.set(flags);
         task.engine.store(self.id, Ordering::Relaxed);
-        self.launch_ordered(&task, &[], &access)?;
+        self.launch_ordered(task, &[], &access)?;
         Ok(handle)
     }
 
@@ -755,7 +755,7 @@ impl<D: Domain> Engine<D> {
             task.state.set(ORDERED | BODYLESS | TOLD);
             task.engine.store(self.id, Ordering::Relaxed);
             // Of a datum that is closed nobody reads anything.
-            let _ = self.launch_ordered(&task, &[], &[Access::new(&part, Mode::Out)]);
+            let _ = self.launch_ordered(task, &[], &[Access::new(&part, Mode::Out)]);
         }
         any
     }

@@ -596,6 +596,7 @@ impl Spawn {
     }
 
     /// As [`Runtime::task`].
+    #[inline]
     pub fn task<'a>(&self) -> Spawner<'a> {
         Spawner {
             engine: Arc::clone(&self.0),
@@ -639,28 +640,33 @@ impl<'a> Spawner<'a> {
 
     /// It reads this part: it starts after those that were spawned before and write something of it. If
     /// one of them fails, so does this one.
+    #[inline]
     pub fn reads(self, part: &'a Part) -> Self {
         self.accesses(Access::new(part, Mode::In))
     }
 
     /// It writes all of this part, and reads nothing of it: it starts after those that were spawned before
     /// and read or write something of it.
+    #[inline]
     pub fn writes(self, part: &'a Part) -> Self {
         self.accesses(Access::new(part, Mode::Out))
     }
 
     /// It reads and writes this part.
+    #[inline]
     pub fn updates(self, part: &'a Part) -> Self {
         self.accesses(Access::new(part, Mode::InOut))
     }
 
     /// It reads and writes this part, in any order with others that do so with this method, and never at
     /// one time with one of them.
+    #[inline]
     pub fn commutes(self, part: &'a Part) -> Self {
         self.accesses(Access::new(part, Mode::Commute))
     }
 
     /// It has this access.
+    #[inline]
     pub fn accesses(mut self, access: Access<'a, Native>) -> Self {
         self.accesses.push(access);
         self
@@ -725,6 +731,7 @@ impl<'a> Spawner<'a> {
         self
     }
 
+    #[inline]
     fn options(&self) -> Option<Box<Options>> {
         (self.options != Options::DEFAULT).then(|| Box::new(self.options.clone()))
     }
@@ -756,6 +763,7 @@ impl<'a> Spawner<'a> {
     ///
     /// # Errors
     /// [`SpawnError`].
+    #[inline]
     pub fn spawn_detached(self, body: impl FnOnce() + Send + 'static) -> Result<(), SpawnError> {
         let options = self.options();
         let body = Body::once(body);

@@ -6,6 +6,13 @@
 //!
 //! Boxes have three axes, of the array's own choice: those along which it is longest. What meets in these may still be apart
 //! along another one, or by strides: the caller looks again at what it is given.
+//!
+//! # Layout
+//!
+//! What a look-up costs among many boxes is what it has to fetch. So a node has the edges of all its
+//! children side by side, an array for each edge: they are compared all at once, without branches, and
+//! neither children nor items are touched that do not meet. Edges are words of 32 bits. Along an axis that
+//! is too long for these they are in units of a power of two, rounded so that boxes only grow.
 
 use smallvec::SmallVec;
 
@@ -15,31 +22,56 @@ use super::Region;
 const MOST: usize = 16;
 
 /// How many axes boxes have.
-pub(crate) const AXES: usize = 3;
+const AXES: usize = 3;
 
-/// A box: the first index of each axis, and the one after the last.
+/// The axes of an array along which it is longest, and how many low bits of an index are left out there.
+pub(crate) struct Axes(SmallVec<[(usize, u32); AXES]>);
+
+impl Axes {
+    pub(crate) fn longest(shape: &[u64]) -> Self {
+        let mut axes: SmallVec<[usize; AXES]> = (0..shape.len()).collect();
+        axes.sort_by_key(|&axis| std::cmp::Reverse(shape[axis]));
+        let bits = |axis: usize| u64::BITS - shape[axis].leading_zeros();
+        // Ends are at most 2^30, below those of an axis that is not there.
+        let axes = axes.into_iter().take(AXES);
+        Self(
+            axes.map(|axis| (axis, bits(axis).saturating_sub(30)))
+                .collect(),
+        )
+    }
+}
+
+/// A box: the first index of each axis, and the one after the last, in units of its [`Axes`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Bounds {
-    pub(crate) low: [u64; AXES],
-    pub(crate) high: [u64; AXES],
+    low: [i32; AXES],
+    high: [i32; AXES],
 }
 
 impl Bounds {
     /// Around everything.
     pub(crate) const ALL: Self = Self {
         low: [0; AXES],
-        high: [u64::MAX; AXES],
+        high: [i32::MAX; AXES],
     };
 
-    /// Those of a region that is not empty, along `axes`; there may be fewer than three.
-    pub(crate) fn of(region: &Region, axes: &[usize]) -> Self {
-        let mut bounds = Self {
-            low: [0; AXES],
-            high: [1; AXES],
-        };
-        for (place, &axis) in axes.iter().enumerate().take(AXES) {
+    /// Around nothing.
+    const NOTHING: Self = Self {
+        low: [i32::MAX; AXES],
+        high: [0; AXES],
+    };
+
+    /// Those of a region that is not empty. Along axes that the array has not they are around everything.
+    #[inline]
+    pub(crate) fn of(region: &Region, axes: &Axes) -> Self {
+        // What lies beyond the end of the array, as in a trace that is no good, lies at its end.
+        let narrow = |edge: u64| i32::try_from(edge).unwrap_or(i32::MAX);
+        let mut bounds = Self::ALL;
+        for (place, &(axis, shift)) in axes.0.iter().enumerate() {
             let span = region.spans()[axis];
-            (bounds.low[place], bounds.high[place]) = (span.start(), span.end());
+            let end = span.end() + ((1 << shift) - 1);
+            bounds.low[place] = narrow(span.start() >> shift).min(i32::MAX - 1);
+            bounds.high[place] = narrow(end >> shift);
         }
         bounds
     }
@@ -57,43 +89,126 @@ impl Bounds {
         self
     }
 
-    /// The sum of its edges.
-    fn margin(&self) -> u64 {
-        (0..AXES).fold(0, |sum, axis| {
-            (self.high[axis] - self.low[axis]).saturating_add(sum)
-        })
+    /// The axes along which they are not around everything: others need not be looked at.
+    #[inline]
+    fn axes(&self) -> impl Iterator<Item = usize> {
+        (0..AXES).filter(|&axis| self.low[axis] != 0 || self.high[axis] != i32::MAX)
     }
 
-    fn centre(&self, axis: usize) -> u64 {
-        // Half of it cannot overflow: indices have 63 bits.
-        self.low[axis] + self.high[axis]
+    fn centre(&self, axis: usize) -> i64 {
+        i64::from(self.low[axis]) + i64::from(self.high[axis])
     }
 }
 
-enum Node<T> {
-    Leaf(Vec<(Bounds, T)>),
-    Inner(Vec<(Bounds, Box<Node<T>>)>),
+/// The boxes of a node's children, by axis: the low edges of all, and the high ones.
+#[repr(align(64))]
+struct Edges([[[i32; MOST]; 2]; AXES]);
+
+impl Edges {
+    const fn new() -> Self {
+        Self([[[0; MOST]; 2]; AXES])
+    }
+
+    fn get(&self, child: usize) -> Bounds {
+        Bounds {
+            low: std::array::from_fn(|axis| self.0[axis][0][child]),
+            high: std::array::from_fn(|axis| self.0[axis][1][child]),
+        }
+    }
+
+    fn set(&mut self, child: usize, bounds: &Bounds) {
+        for axis in 0..AXES {
+            self.0[axis][0][child] = bounds.low[axis];
+            self.0[axis][1][child] = bounds.high[axis];
+        }
+    }
+
+    /// Those of the first `children` whose boxes meet `bounds`.
+    #[inline]
+    fn meeting(&self, bounds: &Bounds, children: usize) -> Found {
+        let mut meets: [u8; MOST] = std::array::from_fn(|child| u8::from(child < children));
+        for axis in bounds.axes() {
+            let [low, high] = &self.0[axis];
+            for child in 0..MOST {
+                let here = low[child] < bounds.high[axis] && bounds.low[axis] < high[child];
+                meets[child] &= u8::from(here);
+            }
+        }
+        Found(u128::from_le_bytes(meets))
+    }
+
+    /// Makes the box of a child so large that it is around `bounds` too. Most are already, and are not
+    /// written.
+    fn grow(&mut self, child: usize, bounds: &Bounds) {
+        for axis in bounds.axes() {
+            let [low, high] = &mut self.0[axis];
+            if bounds.low[axis] < low[child] {
+                low[child] = bounds.low[axis];
+            }
+            if high[child] < bounds.high[axis] {
+                high[child] = bounds.high[axis];
+            }
+        }
+    }
+
+    /// The child whose box grows least when it is to be around `bounds` too, by the sum of its edges; of
+    /// equals the one that is smallest.
+    fn least_growth(&self, bounds: &Bounds, children: usize) -> usize {
+        let mut growth = [0_u32; MOST];
+        let mut margin = [0_u32; MOST];
+        for axis in bounds.axes() {
+            let [low, high] = &self.0[axis];
+            for child in 0..MOST {
+                let length = high[child].abs_diff(low[child]);
+                let low = low[child].min(bounds.low[axis]);
+                let high = high[child].max(bounds.high[axis]);
+                let grown = high.abs_diff(low).wrapping_sub(length);
+                margin[child] = margin[child].wrapping_add(length);
+                growth[child] = growth[child].wrapping_add(grown);
+            }
+        }
+        (0..children)
+            .min_by_key(|&child| (growth[child], margin[child]))
+            .expect("an inner node has children")
+    }
 }
 
-/// The axes of an array along which it is longest.
-pub(crate) fn longest(shape: &[u64]) -> SmallVec<[usize; AXES]> {
-    let mut axes: Vec<usize> = (0..shape.len()).collect();
-    axes.sort_by_key(|&axis| std::cmp::Reverse(shape[axis]));
-    axes.into_iter().take(AXES).collect()
+/// Children that were found, a byte each.
+struct Found(u128);
+
+impl Iterator for Found {
+    type Item = usize;
+
+    #[inline]
+    fn next(&mut self) -> Option<usize> {
+        if self.0 == 0 {
+            return None;
+        }
+        let bit = self.0.trailing_zeros();
+        self.0 &= self.0 - 1;
+        Some((bit / u8::BITS) as usize)
+    }
+}
+
+enum Below<T> {
+    Items(Vec<T>),
+    Nodes(Vec<Box<Node<T>>>),
+}
+
+struct Node<T> {
+    edges: Edges,
+    below: Below<T>,
 }
 
 /// See the module.
 pub(crate) struct Tree<T> {
-    root: Node<T>,
+    root: Option<Box<Node<T>>>,
     len: usize,
 }
 
 impl<T> Tree<T> {
     pub(crate) const fn new() -> Self {
-        Self {
-            root: Node::Leaf(Vec::new()),
-            len: 0,
-        }
+        Self { root: None, len: 0 }
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -102,23 +217,32 @@ impl<T> Tree<T> {
 
     pub(crate) fn insert(&mut self, bounds: Bounds, item: T) {
         self.len += 1;
-        if let Some((own, other)) = self.root.insert(bounds, item) {
-            let root = std::mem::replace(&mut self.root, Node::Leaf(Vec::new()));
-            self.root = Node::Inner(vec![(own, Box::new(root)), other]);
+        let root = self.root.get_or_insert_with(|| Box::new(Node::leaf()));
+        if let Some(other) = root.insert(&bounds, item)
+            && let Some(root) = self.root.take()
+        {
+            let children = [root, other].map(|node| (node.bounds(), node));
+            let children = children.into_iter().collect();
+            self.root = Some(Box::new(Node::of(children, Below::Nodes)));
         }
     }
 
     /// Calls `f` with each item whose box meets `bounds`.
+    #[inline]
     pub(crate) fn visit<'a>(&'a self, bounds: &Bounds, f: &mut impl FnMut(&'a T)) {
-        self.root.visit(bounds, f);
+        if let Some(root) = &self.root {
+            root.visit(bounds, f);
+        }
     }
 
     /// The same, with the right to change them.
     pub(crate) fn visit_mut(&mut self, bounds: &Bounds, f: &mut impl FnMut(&mut T)) {
-        self.root.visit_mut(bounds, f);
+        if let Some(root) = &mut self.root {
+            root.visit_mut(bounds, f);
+        }
     }
 
-    /// Takes out the items that `chosen` is true for, of those whose boxes meet `bounds`; all of them, if
+    /// Takes out the items that `chosen` is true for, of those whose boxes meet `bounds`; of all of them, if
     /// there are none.
     pub(crate) fn extract(
         &mut self,
@@ -126,148 +250,175 @@ impl<T> Tree<T> {
         chosen: &mut impl FnMut(&T) -> bool,
         taken: &mut Vec<T>,
     ) {
+        let Some(root) = &mut self.root else {
+            return;
+        };
         let before = taken.len();
-        self.root.extract(bounds, chosen, taken);
+        root.extract(bounds.unwrap_or(&Bounds::ALL), chosen, taken);
         self.len -= taken.len() - before;
-        while let Node::Inner(children) = &mut self.root
-            && children.len() <= 1
+        if self.len == 0 {
+            self.root = None;
+        }
+        while let Some(Node {
+            below: Below::Nodes(nodes),
+            ..
+        }) = self.root.as_deref_mut()
+            && nodes.len() == 1
         {
-            self.root = match children.pop() {
-                Some((_, child)) => *child,
-                None => Node::Leaf(Vec::new()),
-            };
+            self.root = nodes.pop();
         }
     }
 }
 
-fn around<T>(children: &[(Bounds, T)]) -> Bounds {
-    let mut bounds = children.iter().map(|(bounds, _)| bounds);
-    let first = *bounds.next().expect("a node has children");
-    bounds.fold(first, Bounds::with)
-}
+/// Children of a node that is made or split.
+type Children<C> = SmallVec<[(Bounds, C); MOST + 1]>;
 
-/// Takes the upper half out of a node that has too many children.
-fn split<T>(children: &mut Vec<(Bounds, T)>) -> Vec<(Bounds, T)> {
+/// Takes the upper half out of too many children.
+fn halve<C>(children: &mut Children<C>) -> Children<C> {
     let spread = |axis: usize| {
         let centres = || children.iter().map(|(bounds, _)| bounds.centre(axis));
         centres().max().unwrap_or(0) - centres().min().unwrap_or(0)
     };
     let axis = (0..AXES).max_by_key(|&axis| spread(axis)).unwrap_or(0);
     children.sort_unstable_by_key(|(bounds, _)| bounds.centre(axis));
-    let half = children.split_off(children.len() / 2);
-    children.reserve_exact(MOST + 1 - children.len());
-    half
+    children.drain(children.len() / 2..).collect()
 }
 
 impl<T> Node<T> {
-    /// If the node was split, its own bounds from now on and the other half.
-    fn insert(&mut self, bounds: Bounds, item: T) -> Option<(Bounds, (Bounds, Box<Self>))> {
-        match self {
-            Self::Leaf(items) => {
-                items.push((bounds, item));
-                (items.len() > MOST).then(|| {
-                    let other = split(items);
-                    (around(items), (around(&other), Box::new(Self::Leaf(other))))
-                })
-            }
-            Self::Inner(children) => {
-                let growth = |(own, _): &(Bounds, Box<Self>)| {
-                    let margin = own.margin();
-                    (own.with(&bounds).margin() - margin, margin)
-                };
-                let at = (0..children.len())
-                    .min_by_key(|&at| growth(&children[at]))
-                    .expect("an inner node has children");
-                let (own, child) = &mut children[at];
-                match child.insert(bounds, item) {
-                    None => {
-                        *own = own.with(&bounds);
-                        None
-                    }
-                    Some((left, right)) => {
-                        *own = left;
-                        children.push(right);
-                        (children.len() > MOST).then(|| {
-                            let other = split(children);
-                            let half = Box::new(Self::Inner(other));
-                            let Self::Inner(other) = &*half else {
-                                unreachable!("made above")
-                            };
-                            (around(children), (around(other), half))
-                        })
-                    }
+    const fn leaf() -> Self {
+        Self {
+            edges: Edges::new(),
+            below: Below::Items(Vec::new()),
+        }
+    }
+
+    fn of<C>(children: Children<C>, below: fn(Vec<C>) -> Below<T>) -> Self {
+        let mut edges = Edges::new();
+        for (at, (bounds, _)) in children.iter().enumerate() {
+            edges.set(at, bounds);
+        }
+        let mut list = Vec::with_capacity(MOST);
+        list.extend(children.into_iter().map(|(_, child)| child));
+        Self {
+            edges,
+            below: below(list),
+        }
+    }
+
+    fn len(&self) -> usize {
+        match &self.below {
+            Below::Items(items) => items.len(),
+            Below::Nodes(nodes) => nodes.len(),
+        }
+    }
+
+    /// Around what it has.
+    fn bounds(&self) -> Bounds {
+        (0..self.len()).fold(Bounds::NOTHING, |all, at| all.with(&self.edges.get(at)))
+    }
+
+    /// If the node was split, the other half.
+    fn insert(&mut self, bounds: &Bounds, item: T) -> Option<Box<Self>> {
+        let Self { edges, below } = self;
+        match below {
+            Below::Items(items) => {
+                if items.len() < MOST {
+                    edges.set(items.len(), bounds);
+                    items.push(item);
+                    return None;
                 }
+                let items = std::mem::take(items);
+                Some(self.split(items, (*bounds, item), Below::Items))
+            }
+            Below::Nodes(nodes) => {
+                let at = edges.least_growth(bounds, nodes.len());
+                let child = &mut nodes[at];
+                let Some(other) = child.insert(bounds, item) else {
+                    edges.grow(at, bounds);
+                    return None;
+                };
+                edges.set(at, &child.bounds());
+                let other = (other.bounds(), other);
+                if nodes.len() < MOST {
+                    edges.set(nodes.len(), &other.0);
+                    nodes.push(other.1);
+                    return None;
+                }
+                let nodes = std::mem::take(nodes);
+                Some(self.split(nodes, other, Below::Nodes))
             }
         }
     }
 
+    /// Splits the node, which had these children, when one more comes; gives the other half.
+    fn split<C>(
+        &mut self,
+        children: Vec<C>,
+        more: (Bounds, C),
+        below: fn(Vec<C>) -> Below<T>,
+    ) -> Box<Self> {
+        let children = children.into_iter().enumerate();
+        let mut children: Children<C> = children
+            .map(|(at, child)| (self.edges.get(at), child))
+            .collect();
+        children.push(more);
+        let other = halve(&mut children);
+        *self = Self::of(children, below);
+        Box::new(Self::of(other, below))
+    }
+
     fn visit<'a>(&'a self, bounds: &Bounds, f: &mut impl FnMut(&'a T)) {
-        match self {
-            Self::Leaf(items) => items
-                .iter()
-                .filter(|(own, _)| own.meets(bounds))
-                .for_each(|(_, item)| f(item)),
-            Self::Inner(children) => children
-                .iter()
-                .filter(|(own, _)| own.meets(bounds))
-                .for_each(|(_, child)| child.visit(bounds, f)),
+        let found = self.edges.meeting(bounds, self.len());
+        match &self.below {
+            Below::Items(items) => found.for_each(|at| f(&items[at])),
+            Below::Nodes(nodes) => found.for_each(|at| nodes[at].visit(bounds, f)),
         }
     }
 
     fn visit_mut(&mut self, bounds: &Bounds, f: &mut impl FnMut(&mut T)) {
-        match self {
-            Self::Leaf(items) => items
-                .iter_mut()
-                .filter(|(own, _)| own.meets(bounds))
-                .for_each(|(_, item)| f(item)),
-            Self::Inner(children) => children
-                .iter_mut()
-                .filter(|(own, _)| own.meets(bounds))
-                .for_each(|(_, child)| child.visit_mut(bounds, f)),
+        let found = self.edges.meeting(bounds, self.len());
+        match &mut self.below {
+            Below::Items(items) => found.for_each(|at| f(&mut items[at])),
+            Below::Nodes(nodes) => found.for_each(|at| nodes[at].visit_mut(bounds, f)),
         }
     }
 
     fn extract(
         &mut self,
-        bounds: Option<&Bounds>,
+        bounds: &Bounds,
         chosen: &mut impl FnMut(&T) -> bool,
         taken: &mut Vec<T>,
     ) {
-        let meets = |own: &Bounds| bounds.is_none_or(|bounds| own.meets(bounds));
-        match self {
-            Self::Leaf(items) => {
-                let mut at = 0;
-                while at < items.len() {
-                    if meets(&items[at].0) && chosen(&items[at].1) {
-                        taken.push(items.swap_remove(at).1);
-                    } else {
-                        at += 1;
+        let found: SmallVec<[usize; MOST]> = self.edges.meeting(bounds, self.len()).collect();
+        // From the last one on, since the last child takes the place of one that goes.
+        for at in found.into_iter().rev() {
+            let last = self.len() - 1;
+            let gone = match &mut self.below {
+                Below::Items(items) => {
+                    let gone = chosen(&items[at]);
+                    if gone {
+                        taken.push(items.swap_remove(at));
                     }
+                    gone
                 }
-            }
-            Self::Inner(children) => {
-                children.retain_mut(|(own, child)| {
-                    if meets(own) {
-                        let before = taken.len();
-                        child.extract(bounds, chosen, taken);
-                        if taken.len() != before {
-                            match child.bounds() {
-                                Some(bounds) => *own = bounds,
-                                None => return false,
-                            }
-                        }
+                Below::Nodes(nodes) => {
+                    let before = taken.len();
+                    let child = &mut nodes[at];
+                    child.extract(bounds, chosen, taken);
+                    if taken.len() == before {
+                        continue;
                     }
-                    true
-                });
+                    self.edges.set(at, &child.bounds());
+                    let gone = child.len() == 0;
+                    if gone {
+                        nodes.swap_remove(at);
+                    }
+                    gone
+                }
+            };
+            if gone {
+                self.edges.set(at, &self.edges.get(last));
             }
-        }
-    }
-
-    /// Around what it has; none if it has nothing.
-    fn bounds(&self) -> Option<Bounds> {
-        match self {
-            Self::Leaf(items) => (!items.is_empty()).then(|| around(items)),
-            Self::Inner(children) => (!children.is_empty()).then(|| around(children)),
         }
     }
 }
@@ -279,7 +430,7 @@ mod tests {
     use super::*;
 
     fn bounds() -> impl Strategy<Value = Bounds> {
-        let edge = (0..60_u64, 1..12_u64);
+        let edge = (0..60, 1..12);
         [edge.clone(), edge.clone(), edge].prop_map(|edges| Bounds {
             low: edges.map(|(low, _)| low),
             high: edges.map(|(low, length)| low + length),

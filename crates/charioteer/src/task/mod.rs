@@ -412,23 +412,25 @@ impl<D: Domain> Links<D> {
     }
 }
 
-/// A task; see the module's protocol.
+/// A task; see the module's protocol. What those need who come after it is at its start, in one cache line
+/// with the counts of its references: they meet it long after it was spawned.
+#[repr(C)]
 pub struct Task<D: Domain> {
     pub(crate) state: State,
     /// Unfinished predecessors, plus one during construction.
     pub(crate) pending: AtomicU32,
+    pub(crate) links: Mutex<Links<D>>,
     /// Handles that users hold.
     handles: AtomicU32,
     /// The engine it was spawned in, zero before.
     pub(crate) engine: AtomicU32,
     /// Its number in traces.
     pub(crate) id: u64,
-    pub(crate) label: D::Label,
-    pub(crate) links: Mutex<Links<D>>,
-    /// See "who owns what" in the module's protocol.
-    pub(crate) content: Cell<Content<D>>,
     /// Written by the spawner with the content, by the running thread at a retry.
     pub(crate) options: Cell<Option<Box<Options>>>,
+    /// See "who owns what" in the module's protocol.
+    pub(crate) content: Cell<Content<D>>,
+    pub(crate) label: D::Label,
 }
 
 /// How far a task with accesses is out of the way of those that come after it.

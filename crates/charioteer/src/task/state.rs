@@ -139,6 +139,18 @@ impl State {
         Self(AtomicU32::new(phase as u32))
     }
 
+    /// Sets flags of a task that nobody else knows yet.
+    #[inline]
+    pub(crate) fn begin_with(&mut self, flags: u32) {
+        debug_assert_eq!(flags & PHASE, 0);
+        #[cfg(not(loom))]
+        {
+            *self.0.get_mut() |= flags;
+        }
+        #[cfg(loom)]
+        self.0.with_mut(|word| *word |= flags);
+    }
+
     #[inline]
     pub(crate) fn load(&self) -> Snapshot {
         Snapshot(self.0.load(Ordering::Acquire))

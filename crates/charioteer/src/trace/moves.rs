@@ -41,7 +41,7 @@ use super::numbers::ByNumber;
 use super::record::{AccessRecord, DeviceEvent, Event, MoveRecord};
 use crate::data::{Mode, Spread};
 use crate::machine::{DeviceId, HOST, Observed};
-use crate::region::tree::{Bounds, Tree, longest};
+use crate::region::tree::{Axes, Bounds, Tree};
 use crate::region::{Region, Span};
 
 /// What became of a replay of copies.
@@ -103,7 +103,7 @@ struct Uses {
 }
 
 struct Array {
-    axes: SmallVec<[usize; 3]>,
+    axes: Axes,
     whole: Rc<Region>,
     pieces: Pieces,
     /// What was there before somebody began to write, with when that was launched at the latest.
@@ -756,12 +756,12 @@ fn places(piece: &Piece) -> String {
 struct Pieces(Tree<Piece>);
 
 impl Pieces {
-    fn put(&mut self, axes: &[usize], piece: Piece) {
+    fn put(&mut self, axes: &Axes, piece: Piece) {
         self.0.insert(Bounds::of(&piece.region, axes), piece);
     }
 
     /// Calls `f` with the piece that has just this region, if there is one.
-    fn exact(&mut self, axes: &[usize], region: &Region, f: &mut impl FnMut(&mut Piece)) -> bool {
+    fn exact(&mut self, axes: &Axes, region: &Region, f: &mut impl FnMut(&mut Piece)) -> bool {
         let mut found = false;
         self.0.visit_mut(&Bounds::of(region, axes), &mut |piece| {
             if piece.region == *region {
@@ -773,7 +773,7 @@ impl Pieces {
     }
 
     /// Takes out the pieces within a region; what others have of it is cut off.
-    fn cut(&mut self, axes: &[usize], region: &Region) -> Vec<Piece> {
+    fn cut(&mut self, axes: &Axes, region: &Region) -> Vec<Piece> {
         let bounds = Bounds::of(region, axes);
         let mut taken = Vec::new();
         let overlaps = &mut |piece: &Piece| piece.region.overlaps(region);
@@ -796,7 +796,7 @@ impl Pieces {
     }
 
     /// Changes the pieces within a region; what others have of it becomes pieces.
-    fn update(&mut self, axes: &[usize], region: &Region, f: &mut impl FnMut(&mut Piece)) {
+    fn update(&mut self, axes: &Axes, region: &Region, f: &mut impl FnMut(&mut Piece)) {
         if !self.exact(axes, region, f) {
             for mut piece in self.cut(axes, region) {
                 f(&mut piece);
@@ -806,7 +806,7 @@ impl Pieces {
     }
 
     /// Puts a piece in the place of all that is there; gives that.
-    fn replace(&mut self, axes: &[usize], new: Piece) -> SmallVec<[Piece; 1]> {
+    fn replace(&mut self, axes: &Axes, new: Piece) -> SmallVec<[Piece; 1]> {
         let mut old = SmallVec::new();
         let region = new.region.clone();
         let mut new = Some(new);
@@ -824,7 +824,7 @@ impl Pieces {
 /// Copies what was there before somebody wrote who may not be launched at that time; false if all of it
 /// is not there.
 fn copy_former(
-    (former, axes): (&mut Tree<(Piece, u64)>, &[usize]),
+    (former, axes): (&mut Tree<(Piece, u64)>, &Axes),
     last: &Piece,
     (source, target): (&Place, &Place),
     time: u64,
@@ -855,7 +855,7 @@ fn copy_former(
 
 impl Array {
     fn new(shape: &[u64], loose: bool) -> Self {
-        let axes = longest(shape);
+        let axes = Axes::longest(shape);
         let whole = Rc::new(Region::whole(shape));
         let mut pieces = Pieces(Tree::new());
         if !whole.is_empty() {

@@ -28,7 +28,7 @@ use super::record::{AccessRecord, DeviceEvent};
 use crate::data::Mode;
 use crate::machine::{DeviceId, HOST};
 use crate::region::Region;
-use crate::region::tree::{Bounds, Tree, longest};
+use crate::region::tree::{Axes, Bounds, Tree};
 
 /// What the best eviction moves.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -171,7 +171,7 @@ impl Schedule {
         let thing = self.things.len();
         numbers.insert(instance.clone(), thing);
         let layout = &trace.layouts[&datum];
-        let bounds = Bounds::of(instance, &longest(&layout.shape));
+        let bounds = Bounds::of(instance, &Axes::longest(&layout.shape));
         let tree = self.trees.entry(datum).or_insert_with(Tree::new);
         let mut overlaps = Vec::new();
         tree.visit(&bounds, &mut |(other, known)| {

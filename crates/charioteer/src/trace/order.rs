@@ -32,7 +32,7 @@ use super::lives::{Life, Lives};
 use super::record::AccessRecord;
 use crate::data::Mode;
 use crate::region::Region;
-use crate::region::tree::{Bounds, Tree, longest};
+use crate::region::tree::{Axes, Bounds, Tree};
 
 /// What became of a check of accesses.
 #[derive(Clone, Debug, Default)]
@@ -134,7 +134,7 @@ impl<'a> Checker<'a> {
                 *extent = span.end().max(*extent);
             }
         }
-        let axes = longest(&extents);
+        let axes = Axes::longest(&extents);
         let mut reads: Tree<Entry<'a>> = Tree::new();
         let mut writes: Tree<Entry<'a>> = Tree::new();
         let ordered = accesses.iter().filter(|access| access.number != 0);
@@ -263,7 +263,7 @@ impl<'a> Checker<'a> {
 fn take_place<'a>(
     reads: &mut Tree<Entry<'a>>,
     writes: &mut Tree<Entry<'a>>,
-    axes: &[usize],
+    axes: &Axes,
     access: &AccessRecord,
 ) {
     if matches!(access.mode, Mode::Out | Mode::InOut) {

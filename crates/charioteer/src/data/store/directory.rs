@@ -26,7 +26,7 @@ use super::instance::{HOME, Instance};
 use super::slab::Slab;
 use super::storage::Storage;
 use crate::machine::DeviceId;
-use crate::region::tree::{AXES, Bounds, Tree, longest};
+use crate::region::tree::{Axes, Bounds, Tree};
 use crate::region::{Region, Span};
 
 /// An instance that has a piece's elements.
@@ -105,7 +105,7 @@ pub(super) struct Directory {
     pub(super) address: u64,
     pub(super) strides: SmallVec<[u64; 4]>,
     pub(super) whole: Region,
-    axes: SmallVec<[usize; AXES]>,
+    axes: Axes,
     pub(super) pieces: Slab<Piece>,
     tree: Tree<u32>,
     pub(super) frames: Slab<Frame>,
@@ -125,7 +125,7 @@ impl Directory {
             address: storage.address,
             strides: storage.strides.clone(),
             whole: storage.whole.clone(),
-            axes: longest(&shape),
+            axes: Axes::longest(&shape),
             pieces: Slab::new(),
             tree: Tree::new(),
             frames: Slab::new(),
