@@ -76,11 +76,6 @@ impl Bounds {
         bounds
     }
 
-    #[inline]
-    fn meets(&self, other: &Self) -> bool {
-        (0..AXES).all(|axis| self.low[axis] < other.high[axis] && other.low[axis] < self.high[axis])
-    }
-
     fn with(mut self, other: &Self) -> Self {
         for axis in 0..AXES {
             self.low[axis] = self.low[axis].min(other.low[axis]);
@@ -192,6 +187,10 @@ impl Iterator for Found {
 
 enum Below<T> {
     Items(Vec<T>),
+    #[expect(
+        clippy::vec_box,
+        reason = "nodes are large, and a split moves half of them"
+    )]
     Nodes(Vec<Box<Node<T>>>),
 }
 
@@ -429,6 +428,10 @@ mod tests {
 
     use super::*;
 
+    fn meet(one: &Bounds, other: &Bounds) -> bool {
+        (0..AXES).all(|axis| one.low[axis] < other.high[axis] && other.low[axis] < one.high[axis])
+    }
+
     fn bounds() -> impl Strategy<Value = Bounds> {
         let edge = (0..60, 1..12);
         [edge.clone(), edge.clone(), edge].prop_map(|edges| Bounds {
@@ -475,7 +478,7 @@ mod tests {
                         changed.sort_unstable();
                         let expected: Vec<u64> = list
                             .iter()
-                            .filter(|(own, _)| own.meets(&bounds))
+                            .filter(|(own, _)| meet(own, &bounds))
                             .map(|(_, item)| *item)
                             .collect();
                         prop_assert_eq!(&found, &expected);
@@ -486,7 +489,7 @@ mod tests {
                         tree.extract(bounds.as_ref(), &mut |item| item % part == 0, &mut taken);
                         taken.sort_unstable();
                         let goes = |(own, item): &(Bounds, u64)| {
-                            bounds.is_none_or(|bounds| own.meets(&bounds)) && item % part == 0
+                            bounds.is_none_or(|bounds| meet(own, &bounds)) && item % part == 0
                         };
                         let expected: Vec<u64> =
                             list.iter().filter(|entry| goes(entry)).map(|entry| entry.1).collect();
