@@ -69,6 +69,7 @@ use mapping::Maps;
 
 mod accesses;
 mod devices;
+mod gathering;
 #[cfg(all(test, loom))]
 mod loom_models;
 mod mapping;
@@ -1634,7 +1635,7 @@ impl<D: Domain> Engine<D> {
                 let callback = callback.take();
                 if let Some(callback) = callback {
                     assert_unlocked();
-                    D::call_back(callback, None);
+                    gathering::apart::<D>(|| D::call_back(callback, None));
                 }
             }
         }
@@ -1669,6 +1670,7 @@ impl<D: Domain> Engine<D> {
         if work::is_over(tasks, until) {
             return Ok(true);
         }
+        Self::deliver();
         Worker::with(self.id, |worker| match worker {
             Some(worker) => worker.wait(tasks, until, deadline),
             None => {
@@ -1844,6 +1846,7 @@ impl<D: Domain> Engine<D> {
 
     /// Gives a task that this thread owns its outcome, and everything that follows from it.
     fn settle(self: &Arc<Self>, task: &TaskRef<D>, outcome: Outcome<D>) {
+        let _gathering = self.gather();
         let mut worklist = Vec::new();
         self.settle_one(task, Ending::Given(outcome), &mut worklist);
         self.work_off(worklist);
@@ -1852,6 +1855,7 @@ impl<D: Domain> Engine<D> {
     /// As [`work_off`](Self::work_off), of one task or none.
     fn work_off_first(self: &Arc<Self>, settled: Option<Settled<D>>) {
         if let Some(Settled { task, ending }) = settled {
+            let _gathering = self.gather();
             let mut worklist = Vec::new();
             settle_anywhere(Some(self), &task, ending, &mut worklist);
             self.work_off(worklist);
@@ -1943,7 +1947,7 @@ impl<D: Domain> Engine<D> {
             return;
         }
         assert_unlocked();
-        self.domain.report_unread(task);
+        gathering::apart::<D>(|| self.domain.report_unread(task));
     }
 
     // ---- closing ----------------------------------------------------------------------------
@@ -2299,7 +2303,7 @@ fn hand_on<D: Domain>(
         }
         Link::Callback(callback) => {
             assert_unlocked();
-            D::call_back(*callback, Some(task));
+            gathering::apart::<D>(|| D::call_back(*callback, Some(task)));
         }
     });
 }

@@ -556,6 +556,62 @@ fn virtual_time_is_deterministic_and_takes_none() {
     });
 }
 
+/// What is done in rank order by tasks that become ready together, beside one that waits already, on two
+/// devices that one set gives back at the same moment.
+#[test]
+fn what_a_completion_gives_back_goes_by_rank_to_those_that_it_makes_ready_and_to_others() {
+    within(60, || {
+        let machine = machine(2, Time::Virtual);
+        let runtime = builder(&machine, 0).runahead(0).open().unwrap();
+        let log = Log::default();
+        let spawn = |priority: i32, sets: Vec<Alternative>, after: Option<&Task<()>>| {
+            let (machine, log) = (Arc::clone(&machine), Arc::clone(&log));
+            let mut task = runtime.task().on(sets).priority(priority);
+            if let Some(after) = after {
+                task = task.after(after);
+            }
+            let number = usize::try_from(priority).unwrap();
+            let body = move || {
+                log.lock().unwrap().push(number);
+                busy(&machine, Duration::from_secs(1));
+            };
+            task.spawn(body).unwrap()
+        };
+        let first = spawn(9, set(2, WHOLE, 0), None);
+        // Wants what the first one has.
+        spawn(2, any(), None);
+        for priority in [1, 4, 3, 5] {
+            spawn(priority, any(), Some(&first));
+        }
+        runtime.close().unwrap();
+        assert_eq!(*log.lock().unwrap(), [9, 5, 4, 3, 2, 1]);
+    });
+}
+
+/// One completion on a core makes tasks ready for a device that is free.
+#[test]
+fn of_those_that_become_ready_together_the_first_in_rank_gets_a_device_that_is_free() {
+    within(60, || {
+        for workers in [0, 2] {
+            let machine = machine(1, if workers == 0 { Time::Virtual } else { Time::Real });
+            let runtime = builder(&machine, workers).runahead(0).open().unwrap();
+            let log = Log::default();
+            let space = TaskSpace::<(), 1>::new("first");
+            let first = space.at([0]);
+            for priority in [1, 3, 2_usize] {
+                let log = Arc::clone(&log);
+                let rank = i32::try_from(priority).unwrap();
+                let task = runtime.task().on(any()).priority(rank).after(&first);
+                let body = move || log.lock().unwrap().push(priority);
+                task.spawn(body).unwrap();
+            }
+            runtime.task().spawn_at(&first, || ()).unwrap();
+            runtime.close().unwrap();
+            assert_eq!(*log.lock().unwrap(), [3, 2, 1], "{workers} workers");
+        }
+    });
+}
+
 /// A random task: on how many devices, with what share and memory, after which others, how it ends.
 #[derive(Clone, Debug)]
 struct Plan {

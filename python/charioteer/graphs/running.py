@@ -26,7 +26,9 @@ element anywhere changes all that depends on it. What fails is a :class:`Verific
 **Order.** The longer the chain behind a task, the larger its priority. In virtual time bodies take
 no time, so that they would run ahead of the devices without end, and tasks would be given devices
 in the order in which they become ready; with ``runahead=0`` a device is given to whom is first when
-it is free, which is what an offline list schedule does.
+it is free, which is what an offline list schedule does. Nothing begins there before all is spawned:
+without workers a body runs as soon as it may, so that devices would go to those that are spawned
+first, though no time has passed when the more urgent ones behind them are there too.
 """
 
 from __future__ import annotations
@@ -306,8 +308,11 @@ class _Runner:
                 self.store.put((at, 0), np.full(_length(size), _salt(at), WORD), home)
             else:
                 homes[at] = self._bring(at, size, home)
+        start = ch.TaskSpace("start")[0] if self.virtual_time else None
         for index, task in enumerate(self.graph):
             before = [tasks[at] for at in task.after]
+            if start is not None and not before:
+                before.append(start)
             if self.store is not None:
                 for key in self.store.reads[index]:
                     if key in self.store.writers:
@@ -329,6 +334,8 @@ class _Runner:
                 options["size"] = 1 + round(SECOND * needs[0].seconds)
             options["placement"] = [_requirement(need) for need in needs]
             tasks.append(self._function(task, needs).options(task.title, **options)(index))
+        if start is not None:
+            ch.spawn(start)(lambda: None)
         return tasks
 
     def _bring(self, block: int, size: int, home: str) -> ch.Task[Any]:

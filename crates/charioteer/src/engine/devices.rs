@@ -90,7 +90,10 @@ crate::sync::thread_local! {
     static CHECKED: RefCell<Option<(u32, Arc<[Alternative]>)>> = const { RefCell::new(None) };
 }
 
-/// How many letters and grants are handled before the turn is passed on.
+/// How many letters are read before anything is granted: those of one completion, as a rule.
+const LETTERS: usize = 1024;
+
+/// How many grants are made before they are sent.
 const BATCH: usize = 64;
 
 type Events = SmallVec<[Event; 2]>;
@@ -321,7 +324,7 @@ impl<D: Domain> Devices<D> {
         let (ledger, owners) = (&mut book.ledger, &mut book.owners);
         let witness = self.witness.as_ref();
         let mut stuck = false;
-        for _ in 0..BATCH {
+        for _ in 0..LETTERS {
             let letter = match self.mail.steal() {
                 Steal::Success(letter) => letter,
                 Steal::Retry => continue,
@@ -595,8 +598,17 @@ impl<D: Domain> Engine<D> {
 
     fn post(self: &Arc<Self>, letter: Letter<D>) {
         self.devices().mail.push(letter);
+        if !self.is_gathered() {
+            fence(Ordering::SeqCst);
+            self.take_turn();
+        }
+    }
+
+    /// After letters that were put in without a try for the turn.
+    pub(super) fn read_mail(self: &Arc<Self>) {
         fence(Ordering::SeqCst);
         self.take_turn();
+        self.relieve_outside();
     }
 
     /// See the module's protocol.
@@ -703,6 +715,13 @@ impl<D: Domain> Engine<D> {
                 Letter::Ask(task, Box::new(request))
             }
         });
+        if !self.is_gathered() {
+            self.relieve_outside();
+        }
+    }
+
+    /// A thread that is no worker has asked for devices.
+    fn relieve_outside(self: &Arc<Self>) {
         if !self.is_worker() {
             self.relieve();
         }
@@ -1195,6 +1214,7 @@ impl<D: Domain> Engine<D> {
     /// The body of a task on devices ended for good, and `outcome` is what the task comes to unless
     /// its work on the devices fails.
     pub(super) fn launch_off(self: &Arc<Self>, task: &TaskRef<D>, mut outcome: Outcome<D>) {
+        let _gathering = self.gather();
         // Before anybody can hear of the launch: nobody may take the engine for quiet meanwhile.
         self.elsewhere.fetch_add(1, Ordering::SeqCst);
         let (pending, failure) = match Self::take_loan(task, |_| true) {
@@ -1242,7 +1262,8 @@ impl<D: Domain> Engine<D> {
                 if let Some(error) = &failure {
                     engine.note_failure(event, error);
                 }
-                // First, so that dependents find the device, and its stream, free.
+                // What is free now goes to whom it makes ready as well.
+                let _gathering = engine.gather();
                 engine.post(Letter::Landed(event));
                 engine.work_off_first(landed(&task, failure));
             }),
@@ -1407,13 +1428,20 @@ impl<D: Domain> Engine<D> {
 
     // ---- virtual time -----------------------------------------------------------------------
 
-    /// Lets the next thing happen on a machine whose time is virtual; false if nothing is left to
-    /// happen, or time passes by itself.
-    pub(crate) fn advance_time(&self) -> bool {
-        self.devices
-            .as_ref()
-            .and_then(|devices| devices.machine.as_virtual())
-            .is_some_and(|machine| machine.clock().advance())
+    /// Lets the next thing happen on a machine whose time is virtual, and all else that happens at that
+    /// moment: the ledger hears of it together, since of what is free at the same time nothing is free
+    /// first. False if nothing is left to happen, or time passes by itself.
+    pub(crate) fn advance_time(self: &Arc<Self>) -> bool {
+        let machine = self.devices.as_ref().map(|devices| &devices.machine);
+        let Some(clock) = machine.and_then(|machine| Some(machine.as_virtual()?.clock())) else {
+            return false;
+        };
+        let _gathering = self.gather();
+        if !clock.advance() {
+            return false;
+        }
+        while clock.is_due() && clock.advance() {}
+        true
     }
 }
 

@@ -826,7 +826,7 @@ fn look_for<D: Domain>(
 /// Blocks on a latch in a runtime without workers, and runs with `help` what other threads made
 /// ready meanwhile.
 fn block_alone<D: Domain>(
-    engine: &Engine<D>,
+    engine: &Arc<Engine<D>>,
     latch: &Arc<Latch<D>>,
     deadline: Option<Instant>,
     help: impl Fn(),

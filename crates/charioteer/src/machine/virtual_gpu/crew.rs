@@ -412,6 +412,11 @@ impl Core {
         true
     }
 
+    /// In virtual time, whether anything is due at this moment.
+    pub(super) fn is_due(&self) -> bool {
+        self.time == Time::Virtual && self.state.lock().next().is_some_and(|at| at <= self.now())
+    }
+
     /// Blocks until the event is complete, and counts that if it takes blocking; says whether it did.
     pub(super) fn synchronize(
         self: &Arc<Self>,

@@ -486,6 +486,11 @@ impl Clock {
         self.core.advance()
     }
 
+    /// In virtual time, whether anything is due at this moment.
+    pub(crate) fn is_due(&self) -> bool {
+        self.core.is_due()
+    }
+
     pub(super) fn observers(&self) -> &Observers {
         &self.core.observers
     }

@@ -1,0 +1,91 @@
+//! Letters to the ledger of devices that belong together, and are read together.
+//!
+//! A completion gives devices back and makes tasks ready. Were each of its letters read as soon as it is
+//! sent, what was given back would go to who waits already, and of the tasks that became ready the first
+//! that asks would have it, whatever its rank. So whoever works off what follows from one event *gathers*:
+//! the letters of this thread to its engine go into the mailbox, in their order, and the turn is tried when
+//! all that follows is done (see [`devices`](super::devices)). The ledger then sees what is free and
+//! everybody who asks for it. Nobody waits for a thread that gathers: others take turns meanwhile, and read
+//! what it has sent so far.
+//!
+//! **The user's world.** What a thread sends it must not keep back while it runs code that may wait for
+//! what comes of it. Callbacks and reports are called [`apart`], and a wait [delivers](Engine::deliver)
+//! first, whoever waits: a destructor, or an operation of a virtual device.
+
+use std::cell::Cell;
+use std::sync::Arc;
+
+use super::Engine;
+use crate::task::Domain;
+
+crate::sync::thread_local! {
+    /// The engine (its number, or 0) for which this thread gathers, and whether it has sent anything.
+    static GATHERING: Cell<(u32, bool)> = const { Cell::new((0, false)) };
+}
+
+/// While there is one, this thread gathers.
+pub(super) struct Gathering<'a, D: Domain>(Option<&'a Arc<Engine<D>>>);
+
+impl<D: Domain> Drop for Gathering<'_, D> {
+    fn drop(&mut self) {
+        if let Some(engine) = self.0 {
+            let (_, sent) = GATHERING.with(|gathering| gathering.replace((0, false)));
+            if sent {
+                engine.read_mail();
+            }
+        }
+    }
+}
+
+impl<D: Domain> Engine<D> {
+    /// Gathers, unless this thread does already.
+    #[inline]
+    pub(super) fn gather(self: &Arc<Self>) -> Gathering<'_, D> {
+        let first = self.devices.is_some()
+            && GATHERING.with(|gathering| {
+                let first = gathering.get().0 == 0;
+                if first {
+                    gathering.set((self.id, false));
+                }
+                first
+            });
+        Gathering(first.then_some(self))
+    }
+
+    /// Whether a letter that this thread sent just now is read later.
+    pub(super) fn is_gathered(&self) -> bool {
+        GATHERING.with(|gathering| {
+            let gathers = gathering.get().0 == self.id;
+            if gathers {
+                gathering.set((self.id, true));
+            }
+            gathers
+        })
+    }
+
+    /// Lets the letters that this thread has gathered so far be read.
+    #[inline]
+    pub(super) fn deliver() {
+        let (id, sent) = GATHERING.with(Cell::get);
+        if sent {
+            GATHERING.with(|gathering| gathering.set((id, false)));
+            if let Some(engine) = D::engines().get(id) {
+                engine.read_mail();
+            }
+        }
+    }
+}
+
+/// Calls the user's code, with nothing kept back.
+pub(super) fn apart<D: Domain>(call: impl FnOnce()) {
+    struct Restore(u32);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            GATHERING.with(|gathering| gathering.set((self.0, false)));
+        }
+    }
+    Engine::<D>::deliver();
+    let (id, _) = GATHERING.with(|gathering| gathering.replace((0, false)));
+    let _restore = Restore(id);
+    call();
+}
