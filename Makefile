@@ -22,6 +22,8 @@ PYTEST_FLAGS ?=
 # What one pytest run may take. Tests have limits of their own; this one holds when a hang is where
 # those are not, such as in a fixture after a failure, and prints the stacks of all threads too.
 PYTEST_LIMIT ?= 15m
+# How long `make fuzz` looks.
+FUZZ_SECONDS ?= 60
 # Seed of the random yields in the perturbation lanes.
 SEED ?= 1
 
@@ -96,6 +98,12 @@ test-tsan: ## The core's tests under ThreadSanitizer; not part of `make test`
 	cargo test $(CARGO_FLAGS) -p charioteer --lib $(TESTS:%=--test %) --target-dir target/tsan \
 		--target $(shell rustc -vV | sed -n 's/^host: //p') -- \
 		--skip spawning_races_with_closing --skip cancelling_races_with_a_named_spawn
+
+.PHONY: fuzz
+fuzz: build .venv/stamps/fuzz ## Looks for graph files that are misread, for FUZZ_SECONDS; not part of `make test`
+	@mkdir -p target/fuzz
+	.venv/bin/python tests/fuzz_graph_files.py target/fuzz/graph_files -max_len=2048 -timeout=10 \
+		-artifact_prefix=target/fuzz/ -max_total_time=$(FUZZ_SECONDS)
 
 ##@ Measure
 .PHONY: bench bench-rust bench-peers bench-overhead bench-gil bench-devices bench-policies bench-metg bench-graphs bench-ft study
@@ -191,7 +199,7 @@ help: ## This list
 	@touch $@
 
 .venv/stamps/test: EXTRAS := test test-native
-.venv/stamps/demo .venv/stamps/test .venv/stamps/bench .venv/stamps/dev: .venv/stamps/python
+.venv/stamps/demo .venv/stamps/test .venv/stamps/bench .venv/stamps/dev .venv/stamps/fuzz: .venv/stamps/python
 	.venv/bin/python ci/requirements $(or $(EXTRAS),$(@F)) | .venv/bin/python $(PIP_INSTALL) -r /dev/stdin
 	@touch $@
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reading import told
 
 from charioteer import graphs
 from charioteer.cli import main
@@ -251,22 +252,6 @@ def test_what_is_malformed_is_told_with_its_place(
     assert (error.line, error.column) == (line, column), error
     assert reason in error.reason
     assert str(error).startswith(f"file:{line}:{column}: ")
-
-
-def told(text: str, format: str | None = None) -> None:
-    """Reading ends well, or with an error whose place is in the file."""
-    error = None
-    try:
-        graph = graphs.loads(text, "", format)
-    except GraphFileError as caught:
-        error = caught
-    if error is None:
-        assert graphs.loads(graphs.dumps(graph)) == graph
-        return
-    lines = text.removeprefix("\ufeff").split("\n")
-    assert 1 <= error.line <= len(lines)
-    assert 1 <= error.column <= len(lines[error.line - 1]) + 1
-    assert error.reason
 
 
 @given(st.text(), st.sampled_from(sorted(READERS)))
