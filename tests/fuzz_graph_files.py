@@ -41,33 +41,8 @@ def once(data: bytes) -> None:
 PARTS = re.compile(rb"\w+|.", re.DOTALL)
 WORDS = (
     *(b"0", b"1", b"2", b"-1", b"-2", b"0.5", b"1e-9", b"1e400", b"1000000", b"999999999999999999"),
-    *(
-        b"{",
-        b"}",
-        b"[",
-        b"]",
-        b"(",
-        b")",
-        b"|",
-        b":",
-        b",",
-        b"\n",
-        b"\r\n",
-        b" ",
-        b"\t",
-        b'"',
-        b"'",
-    ),
-    *(
-        b"true",
-        b"null",
-        b'"after": [[0, 0]]',
-        b'"updates": [0]',
-        b'"gpu(0)"',
-        b'"cpu"',
-        b"'A'",
-        b"'",
-    ),
+    *(bytes([byte]) for byte in b"{}[]()|:, \n\r\t\"'"),
+    *(b"true", b"null", b'"after": [[0, 0]]', b'"updates": [0]', b'"gpu(0)"', b'"cpu"', b"'A'"),
     *("\ufeff".encode(), "\u0663".encode(), "\u2028".encode(), b"\\ud800", b"\\u0000"),
 )
 """What a text of a graph is made of, and what is nearly that."""
