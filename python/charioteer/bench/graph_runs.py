@@ -43,8 +43,10 @@ compare it with a schedule that is made offline, knowing all run times. A round 
 
 GPUS = 4
 TASKS = 120
-WIDTH = 12
-"""Tasks of a row: thrice as many as there are GPUs."""
+WIDTHS = (4, 6, 8, 12)
+"""Tasks of a row: as many as there are GPUs, and up to thrice as many."""
+WIDTH = WIDTHS[-1]
+"""That of the kinds that are run with one."""
 RATIO = "makespan / list schedule"
 WORST = 1.05
 BOUND = "bound / makespan"
@@ -53,6 +55,7 @@ CORES = 2
 SIMULATED = "one GPU a task, virtual time"
 SETS = "sets of GPUs, data moved, virtual time"
 ON_CORES = f"cores, data moved, {CORES} workers"
+KINDS = {"simulated": SIMULATED, "sets": SETS, "cores": ON_CORES}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,6 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="a look: 3 rounds")
     parser.add_argument(
         "--only", metavar="A,B", help=f"patterns, of {', '.join(graphs.PATTERNS)} (default: all)"
+    )
+    parser.add_argument(
+        "--kinds", metavar="A,B", help=f"kinds of runs, of {', '.join(KINDS)} (default: all)"
     )
     add_outcome_arguments(parser)
 
@@ -77,44 +83,50 @@ def run(options: argparse.Namespace) -> int:
         OptionError: the options name an unknown pattern, or a file that cannot be written.
     """
     names = choice("pattern", options.only, tuple(graphs.PATTERNS)) or tuple(graphs.PATTERNS)
+    kinds = choice("kind", options.kinds, tuple(KINDS)) or tuple(KINDS)
     runs = options.runs or (3 if options.quick else 100)
-    return carry_out(BENCHMARK, measures(names), runs, options)
+    return carry_out(BENCHMARK, measures(names, kinds), runs, options)
 
 
-def measures(names: Sequence[str] = tuple(graphs.PATTERNS)) -> list[Measure]:
-    """The measures: one a pattern."""
-    return [_measure(name) for name in names]
+def measures(
+    names: Sequence[str] = tuple(graphs.PATTERNS), kinds: Sequence[str] = tuple(KINDS)
+) -> list[Measure]:
+    """The measures: one a pattern, of these kinds of runs."""
+    return [_measure(name, kinds) for name in names]
 
 
-def _measure(name: str) -> Measure:
-    cases: dict[str, Callable[[str, int], Sample]] = {
-        SIMULATED: simulated,
-        SETS: over_sets,
-        ON_CORES: on_cores,
-    }
+def _measure(name: str, kinds: Sequence[str]) -> Measure:
+    once = {"simulated": simulated, "sets": over_sets, "cores": on_cores}
+    cells = [
+        (kind, width)
+        for kind in kinds
+        for width in (_widths(name) if kind == "simulated" else (WIDTH,))
+    ]
     return Measure(
         name=name,
         title=f"{graphs.PATTERNS[name].summary}",
         contestants=[
             Contestant(
                 OURS,
-                _case(name, case),
-                _seeds(functools.partial(once, name)),
+                _case(name, width, kind),
+                _seeds(functools.partial(once[kind], name, width)),
                 None,
-                {"pattern": name, "tasks": TASKS, "width": WIDTH},
+                {"pattern": name, "tasks": TASKS, "width": width},
             )
-            for case, once in cases.items()
+            for kind, width in cells
         ],
         units={RATIO: "x", BOUND: ""},
         bars=[
             Bar(
-                case=_case(name, SIMULATED),
+                case=_case(name, width, kind),
                 metric=f"worst {RATIO}",
                 unit="x",
-                values=_worst(Key(OURS, _case(name, SIMULATED))),
+                values=_worst(Key(OURS, _case(name, width, kind))),
                 limit=WORST,
                 lacking="a run without failure",
             )
+            for kind, width in cells
+            if kind == "simulated"
         ],
         warmup=0,
         note="Every run is proved right: order, count, placement, data.",
@@ -131,8 +143,15 @@ def _worst(key: Key) -> Callable[[Result], Sequence[float]]:
     return values
 
 
-def _case(name: str, case: str) -> str:
-    return f"{name}: {case}"
+def _widths(name: str) -> tuple[int, ...]:
+    """The widths that make a difference: some patterns follow from the number of tasks."""
+    shapes = {graphs.sized(name, TASKS, width, 0): width for width in WIDTHS}
+    return tuple(sorted(shapes.values()))
+
+
+def _case(name: str, width: int, kind: str) -> str:
+    rows = f"rows of {width}, " if len(_widths(name)) > 1 else ""
+    return f"{name}: {rows}{KINDS[kind]}"
 
 
 def _seeds(once: Callable[[int], Sample]) -> Callable[[], Sample]:
@@ -145,16 +164,16 @@ def _machine() -> ch.Machine:
     return ch.Machine.virtual(gpus=GPUS, time="virtual")
 
 
-def simulated(name: str, seed: int) -> Sample:
+def simulated(name: str, width: int, seed: int) -> Sample:
     """A graph of tasks on one GPU each, in virtual time."""
-    shape = graphs.sized(name, TASKS, WIDTH, seed)
+    shape = graphs.sized(name, TASKS, width, seed)
     graph = graphs.describe(shape, on=["gpu"], vary=0.5, seed=seed)
     return _beside(graph, "none")
 
 
-def over_sets(name: str, seed: int) -> Sample:
+def over_sets(name: str, width: int, seed: int) -> Sample:
     """A graph of tasks on one or two GPUs each, that read what those before them wrote."""
-    shape = graphs.sized(name, TASKS, WIDTH, seed)
+    shape = graphs.sized(name, TASKS, width, seed)
     graph = graphs.describe(
         shape, on=["gpu=0.7", "gpu*2=0.3"], vary=0.5, size=1 << 16, share=0.5, seed=seed
     )
@@ -170,9 +189,9 @@ def _beside(graph: graphs.Graph, movement: graphs.running.Movement) -> Sample:
     return Sample({RATIO: run.seconds / offline, BOUND: bound / run.seconds})
 
 
-def on_cores(name: str, seed: int) -> Sample:
+def on_cores(name: str, width: int, seed: int) -> Sample:
     """A graph of tasks of half a millisecond on one or two cores each, with managed data."""
-    shape = graphs.sized(name, TASKS, WIDTH, seed)
+    shape = graphs.sized(name, TASKS, width, seed)
     graph = graphs.describe(
         shape, on=["cpu=0.9", "cpu*2=0.1"], seconds=5e-4, vary=0.5, size=1 << 12, seed=seed
     )
