@@ -298,11 +298,21 @@ def test_what_a_format_cannot_say_is_refused() -> None:
         (of(needs=(Need(("cpu",), 1.0), Need(("gpu",), 2.0))), "same cost"),
         (of(needs=(Need(share=0.4),)), "over a whole number"),
         (of(needs=(Need(memory=1),)), "memory"),
+        (of(needs=(Need(share=1e-91),)), "share"),
+        (of(needs=(Need(slices=10**7),)), "GIL is 1000000 at most"),
+        (of(name=(10**16,)), "name is"),
         (of(name=("A", 0)), "numbers alone"),
         (Graph("g", (), (Block(8, "gpu(0)"),)), "begin on the host"),
     ):
         with pytest.raises(GraphError, match=words):
             graphs.dumps(graph, "gph")
+    for graph, words in (
+        (of(needs=(Need(share=1e-91),)), "nine digits"),
+        (of(needs=(Need(memory=10**16),)), "memory is"),
+        (of(needs=(Need(("gpu(9999)",)),)), "has no number"),
+    ):
+        with pytest.raises(GraphError, match=words):
+            graphs.dumps(graph, "pgraph")
     with pytest.raises(GraphError, match="letters"):
         graphs.dumps(of(name=("A1", 0)), "pgraph")
     with pytest.raises(GraphError, match="no format 'xml'"):

@@ -42,6 +42,9 @@ ELEMENT = 4
 """Bytes of an element of a block."""
 MICRO = 1e-6
 MOST = 10**15
+MOST_SLICES = 10**6
+LAST_DEVICE = 10_000
+"""The largest numbers that are read, and so also those that are written."""
 
 CPU, GPU, EITHER = 0, 1, 2
 """Where a task runs, in the older format."""
@@ -172,7 +175,7 @@ def _older_needs(scanner: Scanner) -> tuple[Need, ...]:
     scanner.expect(",")
     where = scanner.integer("the location", CPU, EITHER)
     scanner.expect(",")
-    times = scanner.integer("how often it takes the GIL", 0, 10**6)
+    times = scanner.integer("how often it takes the GIL", 0, MOST_SLICES)
     scanner.expect(",")
     each = scanner.integer("the time under the GIL", 0, MOST)
     held, whole = times * each, free + times * each
@@ -197,8 +200,8 @@ def dump_older(graph: Graph) -> str:
 
     Raises:
         GraphError: the format cannot say it: sets of several devices, single GPUs, memory, blocks
-            that are not at home on the host, words in names, shares that are no unit fractions, or
-            alternatives that differ.
+            that are not at home on the host, words in names, shares that are no unit fractions,
+            alternatives that differ, or numbers that are too large.
     """
     if any(block.home != "cpu" for block in graph.blocks):
         raise GraphError("in this format all blocks begin on the host")
@@ -210,6 +213,7 @@ def dump_older(graph: Graph) -> str:
 
         if any(isinstance(part, str) for part in task.name):
             raise refuse("numbers alone in names")
+        _check_numbers(task)
         first = task.needs[0]
         known: dict[tuple[str, ...], int] = {("cpu",): CPU, ("gpu",): GPU}
         where = known.get(first.places)
@@ -222,6 +226,8 @@ def dump_older(graph: Graph) -> str:
                 raise refuse("either kind at the same cost as the only choice")
             where = EITHER
         fit = round(1 / first.share)
+        if fit > MOST:
+            raise refuse(f"shares of one over {MOST} at least")
         if abs(fit * first.share - 1) > 1e-6:
             raise refuse("shares of one over a whole number")
         if first.memory:
@@ -233,6 +239,21 @@ def dump_older(graph: Graph) -> str:
         after = " : ".join(graph.tasks[before].title for before in task.after)
         lines.append(f"{task.title} | {middle} | {after} | {_used(task)}")
     return "\n".join(lines) + "\n"
+
+
+def _check_numbers(task: Task) -> None:
+    """See that a reader takes the numbers of a task.
+
+    Raises:
+        GraphError: it does not.
+    """
+    numbers = [("a part of a name", part, MOST) for part in task.name if isinstance(part, int)]
+    for need in task.needs:
+        numbers.append(("how often it takes the GIL", need.slices, MOST_SLICES))
+        numbers.append(("the memory", need.memory, MOST))
+    for what, number, most in numbers:
+        if abs(number) > most:
+            raise GraphError(f"task {task.title}: in this format {what} is {most} at most")
 
 
 def _alike(one: Need, other: Need) -> bool:
@@ -269,7 +290,7 @@ def _newer_blocks(scanner: Scanner) -> tuple[Block, ...]:
         size = scanner.integer("the size of a block", 1, MOST)
         scanner.expect(inner)
         scanner.peek()
-        home = scanner.integer("the place of a block", CORE, 10_000)
+        home = scanner.integer("the place of a block", CORE, LAST_DEVICE)
         if home == ANY_GPU:
             scanner.fail("the place of a block is -1 for the host, or one GPU", at)
         scanner.expect(closing)
@@ -333,7 +354,7 @@ def _newer_needs(scanner: Scanner) -> tuple[Need, ...]:
         scanner.expect(",")
         share = scanner.number("the part of a device")
         scanner.expect(",")
-        times = scanner.integer("how often it takes the GIL", 1, 10**6)
+        times = scanner.integer("how often it takes the GIL", 1, MOST_SLICES)
         scanner.expect(",")
         held = scanner.number("the part of the time under the GIL")
         scanner.expect(",")
@@ -355,10 +376,10 @@ def _newer_needs(scanner: Scanner) -> tuple[Need, ...]:
 
 def _devices(scanner: Scanner) -> list[int]:
     grouped = scanner.take("(")
-    devices = [scanner.integer("a device", ANY_DEVICE, 10_000)]
+    devices = [scanner.integer("a device", ANY_DEVICE, LAST_DEVICE)]
     while grouped and scanner.take(","):
         if scanner.peek() != ")":
-            devices.append(scanner.integer("a device", ANY_DEVICE, 10_000))
+            devices.append(scanner.integer("a device", ANY_DEVICE, LAST_DEVICE))
     if grouped:
         scanner.expect(")")
     return devices
@@ -368,14 +389,18 @@ def dump_newer(graph: Graph) -> str:
     """The text of a file in the newer format.
 
     Raises:
-        GraphError: the format cannot say it: a word in a name that is not of letters alone.
+        GraphError: the format cannot say it: a word in a name that is not of letters alone, shares
+            below a billionth, or numbers that are too large.
     """
     blocks = graph.blocks or (Block(ELEMENT),)
     head = (f"({-(-block.size // ELEMENT)}, {_number_of(block.home)})" for block in blocks)
     lines = [" | ".join(head)]
     for task in graph:
+        _check_numbers(task)
         needs = []
         for need in task.needs:
+            if round(need.share, 9) == 0:
+                raise GraphError(f"task {task.title}: in this format a share has nine digits")
             devices = ", ".join(str(_number_of(place)) for place in need.places)
             numbers = f"{round(need.seconds / MICRO)}, {_decimal(need.share)}, {need.slices}"
             rest = f"{_decimal(need.held)}, {need.memory}"
@@ -391,7 +416,10 @@ def _number_of(place: str) -> int:
     if place == "gpu":
         return ANY_GPU
     index = int(place[4:-1])
-    return index + (FIRST_GPU if index < CHOSEN_GPU - FIRST_GPU else CHOSEN_GPU)
+    number = index + (FIRST_GPU if index < CHOSEN_GPU - FIRST_GPU else CHOSEN_GPU)
+    if number > LAST_DEVICE:
+        raise GraphError(f"in this format {place} has no number")
+    return number
 
 
 def _decimal(value: float) -> str:
