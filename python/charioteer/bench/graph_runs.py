@@ -145,7 +145,7 @@ def _worst(key: Key) -> Callable[[Result], Sequence[float]]:
 
 def _widths(name: str) -> tuple[int, ...]:
     """The widths that make a difference: some patterns follow from the number of tasks."""
-    shapes = {graphs.sized(name, TASKS, width, 0): width for width in WIDTHS}
+    shapes = {graphs.sized(name, TASKS, width).before: width for width in WIDTHS}
     return tuple(sorted(shapes.values()))
 
 
