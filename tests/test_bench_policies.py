@@ -124,6 +124,25 @@ def test_data_that_move_find_their_machine_shrunk() -> None:
         ch.Machine.virtual(memory=1000).shrunk(1001)
 
 
+def test_no_schedule_comes_below_the_bound_where_data_move() -> None:
+    machine = movement.load(movement.default_machine())
+    first, second = movement.tile(0), movement.tile(1)
+    copy = 8e-6 + movement.TILE * movement.SHRUNK / 25e9
+    job = functools.partial(movement.Job, "node", 1e-3)
+
+    def bound(*jobs: movement.Job) -> float:
+        return movement.bound(movement.Graph(4 * movement.ROWS, list(jobs)), machine)
+
+    assert bound(job(first, ())) == pytest.approx(copy + 1e-3)
+    assert bound(job(first, (), fresh=True)) == pytest.approx(1e-3)
+    # Both tiles come over one link, and the second task reads what the first wrote.
+    pair = (job(first, (second,)), job(second, (first,)))
+    assert bound(*pair) == pytest.approx(2 * copy + 2e-3)
+    # Eight tiles over four links, four devices.
+    many = [job(movement.tile(at), ()) for at in range(8)]
+    assert bound(*many) == pytest.approx(max(2 * copy, copy + 1e-3) + 1e-3)
+
+
 def test_more_data_than_memory_moves_what_belady_moves() -> None:
     machine = movement.load(movement.default_machine())
     sample = movement.evict(movement.cyclic(6, writes=True), machine, 4)
@@ -138,5 +157,5 @@ def test_graphs_whose_data_move_run_under_every_policy() -> None:
     assert len(graph.jobs) == 16
     for policy in policies.POLICIES.values():
         outcome = movement.run_graph(graph, machine, policy)
-        assert outcome.makespan * 4 >= graph.work
+        assert outcome.makespan >= movement.bound(graph, machine)
         assert outcome.moved >= outcome.busiest >= 0
