@@ -593,7 +593,14 @@ fn what_a_completion_gives_back_goes_by_rank_to_those_that_it_makes_ready_and_to
 fn of_those_that_become_ready_together_the_first_in_rank_gets_a_device_that_is_free() {
     within(60, || {
         for workers in [0, 2] {
-            let machine = machine(1, if workers == 0 { Time::Virtual } else { Time::Real });
+            let machine = machine(
+                1,
+                if workers == 0 {
+                    Time::Virtual
+                } else {
+                    Time::Real
+                },
+            );
             let runtime = builder(&machine, workers).runahead(0).open().unwrap();
             let log = Log::default();
             let space = TaskSpace::<(), 1>::new("first");
