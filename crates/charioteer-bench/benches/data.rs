@@ -305,7 +305,7 @@ fn plan(criterion: &mut Criterion) {
         let missing = |region| store.missing(&[want(region, Touch::Read)], device);
         let regions: Vec<&Region> = regions
             .iter()
-            .filter(|region| missing(region).is_zero())
+            .filter(|region| missing(region).time.is_zero())
             .collect();
         let mut random = Random(88_172_645_463_325_252);
         let mut number = 0;
