@@ -207,6 +207,28 @@ def str_of_cost(size: float) -> str:
     return f"{size}ms"
 
 
+def test_a_declared_cost_bounds_how_far_tasks_run_ahead() -> None:
+    def started(**cost: float) -> int:
+        bodies: list[int] = []
+
+        @ch.task(placement=gpu, **cost)
+        def work() -> None:
+            bodies.append(1)
+            ch.current().stream.busy(1e-3)
+
+        with ch.Runtime(ch.Machine.virtual(gpus=2, time="virtual"), workers=0):
+            tasks = [work() for _ in range(40)]
+            early = len(bodies)
+            ch.wait(tasks)
+        assert len(bodies) == 40
+        return early
+
+    # Nothing is complete before somebody waits. Of long tasks four run ahead on each device.
+    assert started(cost=1e-3) == 8
+    assert started(cost=1e-5) == 40
+    assert started() == 40
+
+
 def test_sizes_and_costs_are_not_asked_where_nothing_is_to_choose() -> None:
     def never(*arguments: Any) -> float:
         raise AssertionError

@@ -123,7 +123,7 @@ pub struct Plan {
     /// How many members the largest set with a device has; 0 if there are cores alone.
     pub width: usize,
     /// Of a way that is mapped for the sake of data: the set of devices of a call that has none, and for
-    /// which there is nothing to estimate.
+    /// which there is nothing to estimate unless its run time is declared.
     pub without_data: Option<Arc<[Alternative]>>,
     /// Of a way to devices without a choice: whether the body is for a set.
     gathers: bool,

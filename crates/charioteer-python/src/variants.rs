@@ -457,8 +457,14 @@ impl Recipe {
         if let (Some(options), Some(plan)) = (&mut options, &self.plan)
             && let Way::Mapped(choices) = &plan.way
         {
+            // A run time that is known beforehand is reckoned with; nobody is asked for one here.
+            let is_told = || {
+                let cost = declared(py, said, table, plan.bodies[0]);
+                matches!(cost, Some(Said::Fixed(_)))
+            };
             if let (Some(set), None) = (&plan.without_data, &said.data)
                 && !arguments.have_data()
+                && !is_told()
             {
                 options.need = Need::Devices;
                 options.devices = Some(Arc::clone(set));
@@ -522,20 +528,9 @@ impl Recipe {
         plan: &Plan,
         arguments: &Given<'_, '_>,
     ) -> PyResult<SmallVec<[Option<Duration>; 4]>> {
-        let each = |body: &i32| -> Option<Cost> {
-            if said.restricted_cost || *body == BASE {
-                return said.cost.clone();
-            }
-            let own = table.and_then(|table| {
-                let state = table.state.lock(py);
-                let number = usize::try_from(*body).ok()?;
-                state.registered.get(number)?.cost.clone()
-            });
-            own.or_else(|| said.cost.clone())
-        };
         plan.bodies
             .iter()
-            .map(|body| match each(body) {
+            .map(|&body| match declared(py, said, table, body) {
                 None => Ok(None),
                 Some(Said::Fixed(cost)) => Ok(Some(cost)),
                 Some(Said::Call(callable)) => {
@@ -601,6 +596,24 @@ impl Recipe {
             matcher: matcher.map(|matcher| unsafe { Bound::from_borrowed_ptr(py, matcher) }.into()),
         }))
     }
+}
+
+/// What was declared of the run time of a body.
+fn declared(
+    py: Python<'_>,
+    said: &Keywords,
+    table: Option<&VariantTable>,
+    body: i32,
+) -> Option<Cost> {
+    if said.restricted_cost || body == BASE {
+        return said.cost.clone();
+    }
+    let own = table.and_then(|table| {
+        let state = table.state.lock(py);
+        let number = usize::try_from(body).ok()?;
+        state.registered.get(number)?.cost.clone()
+    });
+    own.or_else(|| said.cost.clone())
 }
 
 /// An exception of what a user said, with a note of where it came from.
