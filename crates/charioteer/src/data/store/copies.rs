@@ -49,6 +49,11 @@ impl Lanes {
         own.get(stream.number as usize).copied().unwrap_or(false)
     }
 
+    /// Which of these events are those of copies.
+    pub(super) fn copies<'a>(&'a self, events: &'a Events) -> impl Iterator<Item = Event> + 'a {
+        events.iter().filter(|event| self.owns(event.stream))
+    }
+
     /// A new stream of the store's.
     pub(super) fn create(
         &mut self,
@@ -227,17 +232,11 @@ impl State {
         // a moment later.
         for &number in &numbers {
             let holder = self.directories[directory].pieces[number].holder(to);
-            self.copies(holder.expect("it was fetched"))
-                .for_each(|event| behind.add(event));
+            let ready = &holder.expect("it was fetched").ready;
+            self.lanes.copies(ready).for_each(|event| behind.add(event));
         }
         self.directories[directory].merge(region, &numbers, frame, &mut self.instances);
         Ok(())
-    }
-
-    /// Of what a holder is behind, the copies.
-    fn copies<'a>(&'a self, holder: &'a Holder) -> impl Iterator<Item = Event> + 'a {
-        let ready = holder.ready.iter();
-        ready.filter(|event| self.lanes.owns(event.stream))
     }
 
     /// Whether all pieces are held there, or on their way.
@@ -254,7 +253,8 @@ impl State {
         for &number in numbers {
             let ready = |state: &Self| {
                 let holder = state.directories[directory].pieces[number].holder(to)?;
-                Some(state.copies(holder).collect::<SmallVec<[Event; 2]>>())
+                let copies = state.lanes.copies(&holder.ready);
+                Some(copies.collect::<SmallVec<[Event; 2]>>())
             };
             match ready(self) {
                 Some(copies) if copies.is_empty() => {}
@@ -385,11 +385,9 @@ impl State {
             let piece = &mut self.directories[directory].pieces[number];
             let holder = piece.holder(from).expect("it holds the piece");
             before.join(&holder.ready);
-            for event in holder.ready.iter() {
-                if self.lanes.owns(event.stream) {
-                    chain.add(event);
-                }
-            }
+            self.lanes
+                .copies(&holder.ready)
+                .for_each(|event| chain.add(event));
             if to == HOME {
                 piece.home.prune(machine);
                 before.join(&piece.home);

@@ -315,6 +315,23 @@ impl Directory {
         number
     }
 
+    /// The piece that another member wrote, if it is of just this region. `written`: pieces with the numbers
+    /// of their directories; this one is `own`.
+    pub(super) fn written_alike(
+        &self,
+        own: u32,
+        region: &Region,
+        written: &[(u32, u32)],
+    ) -> Option<u32> {
+        // What is written later may have cut it, but then it is not equal.
+        let is_alike = |&(of, piece): &(u32, u32)| {
+            let piece = self.pieces.get(piece);
+            of == own && piece.is_some_and(|piece| piece.region == *region)
+        };
+        let alike = written.iter().copied().find(is_alike);
+        alike.map(|(_, piece)| piece)
+    }
+
     fn remember(&mut self, frame: Option<u32>, piece: u32) {
         if let Some(frame) = frame {
             self.frames[frame].piece = piece;

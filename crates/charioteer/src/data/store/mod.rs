@@ -606,7 +606,7 @@ impl Store {
                 let device = instance.device;
                 let came = match instance.pins {
                     0 => state.drop_instance(machine, at, &mut events),
-                    _ => state.bring_home_from(machine, at),
+                    _ => state.send_home(machine, at).map(drop),
                 };
                 // What cannot be had is lost with its device.
                 if let Err(DeviceError::Lost(..)) = came {
@@ -876,15 +876,13 @@ impl State {
         let Some((_, piece)) = directory.exact(want.frame, want.region.as_deref()) else {
             return false;
         };
-        let is_copy = |event: Event| self.lanes.owns(event.stream);
+        let has_copies = |events: &Events| self.lanes.copies(events).next().is_some();
         let instance = &self.instances[want.at];
         let is_there = match piece.holder(want.at) {
-            Some(holder) => !holder.ready.iter().any(is_copy),
+            Some(holder) => !has_copies(&holder.ready),
             None => !want.touch.reads(),
         };
-        is_there
-            && instance.born.is_empty()
-            && !(want.touch.writes() && instance.uses.iter().any(is_copy))
+        is_there && instance.born.is_empty() && !(want.touch.writes() && has_copies(&instance.uses))
     }
 
     /// Brings what is read, and has the stream wait for what it has to.
@@ -919,18 +917,14 @@ impl State {
             }
             if want.touch.writes() {
                 // Copies from it, and copies to it of what was there.
-                let uses = instance.uses.iter();
-                let lanes = &self.lanes;
-                uses.filter(|event| lanes.owns(event.stream))
-                    .for_each(|event| users.add(event));
+                let mut add =
+                    |events: &Events| self.lanes.copies(events).for_each(|it| users.add(it));
+                add(&instance.uses);
                 let directory = &mut self.directories[directory];
                 let numbers = directory.cover(&region, frame, &mut self.instances);
                 for number in numbers {
                     if let Some(holder) = directory.pieces[number].holder(at) {
-                        let ready = holder.ready.iter();
-                        ready
-                            .filter(|event| lanes.owns(event.stream))
-                            .for_each(|event| users.add(event));
+                        add(&holder.ready);
                     }
                 }
             }
@@ -996,18 +990,14 @@ impl State {
         let frames = &known.frames;
         let region = want.region.as_deref();
         let region = region.unwrap_or_else(|| &frames[want.frame].region);
-        // What is written later may have cut it, but then it is not equal.
-        let equal = written[..others].iter().copied().find(|(of, piece)| {
-            let piece = known.pieces.get(*piece);
-            *of == directory && piece.is_some_and(|piece| piece.region == *region)
-        });
+        let equal = known.written_alike(directory, region, &written[..others]);
         let holder = Holder {
             at,
             ready: Events::of(event),
         };
         match (equal, exact) {
             // Another member wrote the same.
-            (Some((_, piece)), _) => {
+            (Some(piece), _) => {
                 known.pieces[piece].holders.push(holder);
                 self.instances[at].valid += 1;
             }
@@ -1036,12 +1026,8 @@ impl State {
         device: DeviceId,
         others: &[(u32, u32)],
     ) {
-        let pieces = &self.directories[directory].pieces;
-        let is_equal = |(of, piece): &(u32, u32)| {
-            let piece = pieces.get(*piece);
-            *of == directory && piece.is_some_and(|piece| piece.region == *region)
-        };
-        if !others.iter().any(is_equal) {
+        let known = &self.directories[directory];
+        if known.written_alike(directory, region, others).is_none() {
             let piece = self.claim(directory, None, region);
             self.directories[directory].pieces[piece].lost = Some(Lost::Device(device));
         }
@@ -1150,22 +1136,6 @@ impl State {
                     homeward.join(&holder.ready);
                 }
             }
-        }
-        Ok(())
-    }
-
-    /// Copies home what an instance has alone, which stays.
-    fn bring_home_from(&mut self, machine: &Machine, at: u32) -> Result<(), DeviceError> {
-        let directory = self.instances[at].directory;
-        let region = self.frame_of(directory, at).clone();
-        let mut alone = self.directories[directory].overlapping(&region);
-        alone.retain(|number| {
-            self.settle(machine, directory, *number);
-            let holders = &self.directories[directory].pieces[*number].holders;
-            matches!(&**holders, [own] if own.at == at)
-        });
-        if !alone.is_empty() {
-            self.carry(machine, directory, at, HOME, &alone, &region)?;
         }
         Ok(())
     }

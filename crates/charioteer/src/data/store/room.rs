@@ -246,12 +246,12 @@ impl State {
         Ok(Some(block))
     }
 
-    /// Drops an instance that nobody has pinned. What nobody else holds is copied home: how many bytes.
-    pub(super) fn evict(
+    /// Copies home what an instance has alone. Gives the pieces that it held, and how many bytes are copied.
+    pub(super) fn send_home(
         &mut self,
         machine: &Machine,
         at: u32,
-    ) -> Result<(Block, u64), DeviceError> {
+    ) -> Result<(Numbers, u64), DeviceError> {
         let directory = self.instances[at].directory;
         let region = self.frame_of(directory, at).clone();
         let mut held = self.directories[directory].overlapping(&region);
@@ -262,31 +262,36 @@ impl State {
         for number in &held {
             self.settle(machine, directory, *number);
         }
-        let pieces = |state: &Self, alone: bool| -> Numbers {
-            let pieces = &state.directories[directory].pieces;
-            let held = held.iter().copied();
-            let of = |number: &u32| {
-                let piece = &pieces[*number];
-                piece.holder(at).is_some() && (!alone || piece.holders.len() == 1)
-            };
-            held.filter(of).collect()
-        };
-        let alone = pieces(self, true);
-        let mut written = 0;
-        if !alone.is_empty() {
-            self.carry(machine, directory, at, HOME, &alone, &region)?;
-            let known = &self.directories[directory];
-            let bytes = alone
-                .iter()
-                .map(|it| known.bytes(&known.pieces[*it].region));
-            written = bytes.sum();
+        let pieces = &self.directories[directory].pieces;
+        let is_alone = |number: &u32| matches!(&*pieces[*number].holders, [own] if own.at == at);
+        let alone: Numbers = held.iter().copied().filter(is_alone).collect();
+        if alone.is_empty() {
+            return Ok((held, 0));
         }
+        self.carry(machine, directory, at, HOME, &alone, &region)?;
+        let known = &self.directories[directory];
+        let bytes = alone
+            .iter()
+            .map(|it| known.bytes(&known.pieces[*it].region));
+        let bytes = bytes.sum();
+        Ok((held, bytes))
+    }
+
+    /// Drops an instance that nobody has pinned. What nobody else holds is copied home: how many bytes.
+    pub(super) fn evict(
+        &mut self,
+        machine: &Machine,
+        at: u32,
+    ) -> Result<(Block, u64), DeviceError> {
+        let (held, written) = self.send_home(machine, at)?;
+        let directory = self.instances[at].directory;
+        let region = self.frame_of(directory, at).clone();
         let mut behind = Events::new();
-        for number in pieces(self, false) {
-            let piece = &mut self.directories[directory].pieces[number];
-            let place = piece.holders.iter().position(|holder| holder.at == at);
-            let holder = piece.holders.remove(place.expect("it holds it"));
-            behind.join(&holder.ready);
+        for number in held {
+            let holders = &mut self.directories[directory].pieces[number].holders;
+            if let Some(place) = holders.iter().position(|holder| holder.at == at) {
+                behind.join(&holders.remove(place).ready);
+            }
         }
         if self.observed {
             self.told.push(Moved {
