@@ -313,11 +313,10 @@ impl Book {
         there.max(first.max(ready).saturating_add(data.from_host))
     }
 
-    /// Counts the data of a task that was granted.
-    pub(super) fn expect(&mut self, now: u64, ready: u64, data: Coming) {
+    /// Counts the data of a task that was granted, which can be copied from that time on.
+    pub(super) fn expect(&mut self, ready: u64, data: Coming) {
         if data.from_host > 0 {
-            let begin = self.inbound.max(now.saturating_add(ready));
-            self.inbound = begin.saturating_add(data.from_host);
+            self.inbound = self.inbound.max(ready).saturating_add(data.from_host);
         }
     }
 

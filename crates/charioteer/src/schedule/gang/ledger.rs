@@ -97,8 +97,7 @@ struct Choice {
     begin: u64,
     /// How long one of its devices idles before it, in nanoseconds, as estimated.
     idle: u64,
-    /// The clock's time, and when its data can be copied, in nanoseconds from then.
-    now: u64,
+    /// When its data can be copied, by the same clock.
     ready: u64,
 }
 
@@ -353,7 +352,7 @@ impl<T> Gang<T> {
             let data = task.transfer(index, choice.books.len());
             let book = &mut self.books[index];
             let taken = book.take(amount, &task.prefer, runahead);
-            book.expect(choice.now, choice.ready, data);
+            book.expect(choice.ready, data);
             let due = book.count(load, choice.begin);
             book.tail = self.grants;
             parts.push(Part {
@@ -731,8 +730,7 @@ fn choose<T>(books: &[Book], homed: &[Homed], shape: &Shape<T>, rules: &Rules<'_
                 books: books_of_it,
                 estimate,
                 begin: costs.now + free.unwrap_or(0),
-                now: costs.now,
-                ready: costs.ready.0,
+                ready: costs.now.saturating_add(costs.ready.0),
             };
             best = Some((finish, choice));
         }
@@ -803,8 +801,12 @@ impl<'a, T> Costs<'a, T> {
         !self.head.transfers.is_empty()
     }
 
+    fn data(&self, index: usize, plan: &Plan) -> Coming {
+        self.head.transfer(index, plan.members.len())
+    }
+
     fn transfer(&self, index: usize, plan: &Plan) -> u64 {
-        self.head.transfer(index, plan.members.len()).time
+        self.data(index, plan).time
     }
 
     /// What others have to do on a device who wait for it, since their data are there.
@@ -822,7 +824,7 @@ impl<'a, T> Costs<'a, T> {
 
     /// When a device is free for the task, and has its data, in nanoseconds from now.
     fn free(&self, index: usize, plan: &Plan) -> u64 {
-        let data = self.head.transfer(index, plan.members.len());
+        let data = self.data(index, plan);
         let free = self.books[index].free(self.now) + self.others(index).nanoseconds;
         // Data come while the device has others to do, and links between devices are shared.
         let shared = data.links.saturating_sub(data.from_host);
@@ -837,8 +839,7 @@ impl<'a, T> Costs<'a, T> {
 
     /// How long a device idles until the task's data are there.
     fn idle(&self, index: usize, plan: &Plan) -> u64 {
-        let data = self.head.transfer(index, plan.members.len());
-        let there = self.there(index, data);
+        let there = self.there(index, self.data(index, plan));
         there.saturating_sub(self.books[index].free(self.now))
     }
 
