@@ -92,6 +92,21 @@ fn enqueue(
     }
 }
 
+/// A body that enqueues `work` on its first access, of which its device has so many elements.
+fn on_row(
+    machine: &Arc<Machine>,
+    count: usize,
+    work: impl Fn(&mut [u64]) + Send + Sync + 'static,
+) -> impl FnOnce() + Send + 'static {
+    let machine = Arc::clone(machine);
+    move || {
+        enqueue(&machine, 0, &[count], move |row| {
+            work(row);
+            Ok(())
+        });
+    }
+}
+
 fn copies(machine: &Machine) -> Vec<(u16, u16, u64)> {
     let gpus = machine.as_virtual().unwrap().gpus().iter();
     let traffic = gpus.flat_map(|gpu| gpu.counters().traffic);
@@ -272,10 +287,9 @@ fn independent_tasks_spread_though_their_data_are_in_one_place() {
         let array = Array::new("A", 80);
         let tiles = array.datum.grid(&[8]);
         let all = array.datum.whole();
-        let inner = Arc::clone(&machine);
         let begin = runtime.task().on(this(0)).updates(&all);
         begin
-            .spawn(move || enqueue(&inner, 0, &[80], |_| Ok(())))
+            .spawn(on_row(&machine, 80, |_| ()))
             .unwrap()
             .result()
             .unwrap();
@@ -399,14 +413,10 @@ fn what_sets_write_is_divided_or_equal() {
             })
             .unwrap();
         // Of equal copies one comes home, or goes on.
-        let inner = Arc::clone(&machine);
         let more = runtime.task().on(this(1)).updates(&few);
-        more.spawn_detached(move || {
-            enqueue(&inner, 0, &[2], |row| {
-                row.iter_mut().for_each(|it| *it += 1);
-                Ok(())
-            });
-        })
+        more.spawn_detached(on_row(&machine, 2, |row| {
+            row.iter_mut().for_each(|it| *it += 1);
+        }))
         .unwrap();
         runtime.close().unwrap();
         assert_eq!(a.values(), [3, 3, 3, 12, 12, 12, 13, 13]);
@@ -422,14 +432,10 @@ fn the_host_sees_what_devices_wrote_and_they_what_it_wrote() {
         let array = Array::new("A", 4);
         let part = array.datum.whole();
         let add = |by: u64| {
-            let machine = Arc::clone(&machine);
             let task = runtime.task().on(set(&[GPU])).updates(&part);
-            task.spawn_detached(move || {
-                enqueue(&machine, 0, &[4], move |row| {
-                    row.iter_mut().for_each(|it| *it += by);
-                    Ok(())
-                });
-            })
+            task.spawn_detached(on_row(&machine, 4, move |row| {
+                row.iter_mut().for_each(|it| *it += by);
+            }))
             .unwrap();
         };
         add(10);
@@ -462,16 +468,10 @@ fn a_copy_that_fails_fails_who_wants_it_however_soon() {
             let array = Array::new("A", 4);
             let part = array.datum.whole();
             let fill = |mode| {
-                let machine = Arc::clone(&machine);
                 let task = runtime.task().on(set(&[GPU]));
                 let task = task.accesses(Access::new(&part, mode));
-                task.spawn(move || {
-                    enqueue(&machine, 0, &[4], move |row| {
-                        row.fill(turn);
-                        Ok(())
-                    });
-                })
-                .unwrap()
+                task.spawn(on_row(&machine, 4, move |row| row.fill(turn)))
+                    .unwrap()
             };
             gpu.fail_copy(1);
             let starved = fill(Mode::InOut);
@@ -510,15 +510,9 @@ fn a_copy_home_that_fails_leaves_the_device_in_use() {
         let (lost, kept) = (Array::new("gone", 4), Array::new("kept", 4));
         for array in [&lost, &kept] {
             let part = array.datum.whole();
-            let inner = Arc::clone(&machine);
             let task = runtime.task().on(this(0)).writes(&part);
-            task.spawn_detached(move || {
-                enqueue(&inner, 0, &[4], |row| {
-                    row.fill(7);
-                    Ok(())
-                });
-            })
-            .unwrap();
+            task.spawn_detached(on_row(&machine, 4, |row| row.fill(7)))
+                .unwrap();
         }
         let kept_part = kept.datum.whole();
         let part = lost.datum.whole();
@@ -541,13 +535,9 @@ fn a_copy_home_that_fails_leaves_the_device_in_use() {
         }
         // The device and what else it has are there.
         let task = runtime.task().on(this(0)).updates(&kept_part);
-        let inner = Arc::clone(&machine);
-        task.spawn(move || {
-            enqueue(&inner, 0, &[4], |row| {
-                row.iter_mut().for_each(|it| *it += 1);
-                Ok(())
-            });
-        })
+        task.spawn(on_row(&machine, 4, |row| {
+            row.iter_mut().for_each(|it| *it += 1);
+        }))
         .unwrap()
         .result()
         .unwrap();
@@ -587,14 +577,11 @@ fn who_is_cancelled_while_its_data_are_planned_gives_its_devices_back() {
         let array = Array::new("A", 4);
         let part = array.datum.whole();
         let (open, wait) = gate();
-        let inner = Arc::clone(&machine);
-        let writer = runtime.task().on(this(1)).writes(&part).spawn(move || {
-            enqueue(&inner, 0, &[4], move |row| {
-                wait.lock().unwrap().recv().unwrap();
-                row.fill(5);
-                Ok(())
-            });
-        });
+        let writer = runtime.task().on(this(1)).writes(&part);
+        let writer = writer.spawn(on_row(&machine, 4, move |row| {
+            wait.lock().unwrap().recv().unwrap();
+            row.fill(5);
+        }));
         // Its data are copied to its device, and home for its core.
         let both = set(&[Member::Any(Kind::Cpu), Member::Device(DeviceId::gpu(0))]);
         let reader = runtime.task().on(both).reads(&part).spawn(|| ()).unwrap();
@@ -672,15 +659,11 @@ fn more_data_than_a_device_has_memory_go_in_turns() {
             let tiles = array.datum.grid(&[100]);
             for round in 0..3 {
                 for tile in 0..10 {
-                    let machine = Arc::clone(&machine);
                     let tile = tiles.tile(&[tile]);
                     let task = runtime.task().on(set(&[GPU])).updates(&tile);
-                    task.spawn_detached(move || {
-                        enqueue(&machine, 0, &[100], move |row| {
-                            row.iter_mut().for_each(|it| *it = *it * 2 + round);
-                            Ok(())
-                        });
-                    })
+                    task.spawn_detached(on_row(&machine, 100, move |row| {
+                        row.iter_mut().for_each(|it| *it = *it * 2 + round);
+                    }))
                     .unwrap();
                 }
             }
@@ -707,13 +690,12 @@ fn what_was_on_a_lost_device_alone_is_lost_by_name() {
         let runtime = builder(&machine, 2).open().unwrap();
         let (lost, kept) = (Array::new("gone", 4), Array::new("kept", 4));
         let (lost_part, kept_part) = (lost.datum.whole(), kept.datum.whole());
-        let inner = Arc::clone(&machine);
         let task = runtime
             .task()
             .on(this(0))
             .writes(&lost_part)
             .reads(&kept_part);
-        task.spawn(move || enqueue(&inner, 0, &[4], |_| Ok(())))
+        task.spawn(on_row(&machine, 4, |_| ()))
             .unwrap()
             .result()
             .unwrap();
@@ -750,15 +732,9 @@ fn what_was_on_a_lost_device_alone_is_lost_by_name() {
         };
         assert!(access.err().unwrap().to_string().contains("gone"));
         // Written anew it is there again.
-        let inner = Arc::clone(&machine);
         let task = runtime.task().on(set(&[GPU])).writes(&lost_part);
-        task.spawn_detached(move || {
-            enqueue(&inner, 0, &[4], |row| {
-                row.fill(1);
-                Ok(())
-            });
-        })
-        .unwrap();
+        task.spawn_detached(on_row(&machine, 4, |row| row.fill(1)))
+            .unwrap();
         runtime.close().unwrap();
         assert_eq!(lost.values(), [1; 4]);
     });
@@ -772,15 +748,9 @@ fn what_was_lost_stays_so_when_the_runtime_is_closed() {
             let runtime = builder(&machine, 0).open().unwrap();
             let array = Array::new("A", 8);
             let part = |start, end| array.datum.part(Region::new([Span::range(start, end)]));
-            let inner = Arc::clone(&machine);
             let (whole, lost, kept) = (array.datum.whole(), part(0, 4), part(4, 8));
             let task = runtime.task().on(this(0)).writes(&lost).reads(&kept);
-            let task = task.spawn(move || {
-                enqueue(&inner, 0, &[4], |row| {
-                    row.fill(9);
-                    Ok(())
-                });
-            });
+            let task = task.spawn(on_row(&machine, 4, |row| row.fill(9)));
             task.unwrap().result().unwrap();
             let gpu = machine.as_virtual().unwrap().gpu(DeviceId::gpu(0));
             if device_goes {
