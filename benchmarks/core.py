@@ -1,10 +1,10 @@
 """The Rust core's cost of an empty task, as records.
 
-Runs ``cargo bench -p charioteer-bench``, whose report goes to the terminal, and writes what
-Criterion measured as a JSON list of records to standard output or to ``--json FILE``. One value
-behind a record is one sample of Criterion: the mean time of a task over some hundreds of thousands
-of them, and of a round trip over some dozens. Options of Cargo, such as ``--locked``, are passed
-on.
+Runs ``cargo bench -p charioteer-bench --bench core``, whose report goes to the terminal, and writes
+what Criterion measured as a JSON list of records to standard output or to ``--json FILE``. One
+value behind a record is one sample of Criterion: the mean time of a task over some hundreds of
+thousands of them, and of a round trip over some dozens. Options of Cargo, such as ``--locked``, are
+passed on.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def measure(home: Path, cargo_options: list[str]) -> None:
         subprocess.CalledProcessError: they do not build, or one failed.
     """
     subprocess.run(
-        ["cargo", "bench", *cargo_options, "-p", "charioteer-bench"],
+        ["cargo", "bench", *cargo_options, "-p", "charioteer-bench", "--bench", "core"],
         cwd=ROOT,
         env={**os.environ, "CRITERION_HOME": str(home)},
         stdout=sys.stderr,
