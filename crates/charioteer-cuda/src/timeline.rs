@@ -7,7 +7,8 @@
 //! last position is done, and that is the answer: an empty body costs one question, no event and no
 //! notification. If not, the driver records one of its events, and the next position stands for it. Of
 //! a stream, positions are done in order, so the one counter `done` answers for all that were before
-//! it, without a lock and without the driver.
+//! it, without a lock and without the driver. The question costs half of what a launch does, and an event
+//! a twentieth; so on a stream that was busy time and again most records go without it.
 //!
 //! # Who is told
 //!
@@ -22,8 +23,9 @@
 //! the stream got. Who waits for one among many hears of it so much later.
 //!
 //! An event for which a thread may sleep costs its recorder half of what a launch does. So only the first
-//! few that are pending on a stream are such. For others a thread sleeps a while, looks, and sleeps an eighth
-//! of what it has waited: it looks a few times as the time doubles, and is late by an eighth at most.
+//! few that are pending on a stream are such, and none while many in a row were told of without a sleep. For
+//! others a thread sleeps a while, looks, and sleeps an eighth of what it has waited: it looks a few times as
+//! the time doubles, and is late by an eighth at most.
 //!
 //! There is one a stream, and not one a device, because the driver lets a thread sleep for one
 //! event only: with one thread, a short task beside a long one would be reported late, or the thread
@@ -55,7 +57,7 @@
 //! all timelines of the device.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -95,8 +97,13 @@ const MANY: u64 = 8;
 const FAST: usize = 4;
 const LET_PASS: Duration = Duration::from_micros(20);
 
-/// So many pending positions of a stream have events for which a thread may sleep.
+/// So many pending positions of a stream have events for which a thread may sleep, unless so many before them
+/// needed no sleep.
 const FEW: usize = 2;
+const QUICK: u32 = 32;
+/// After so many records that found the stream busy it is asked at each so manieth alone.
+const BUSY: u32 = 4;
+const AGAIN: u32 = 16;
 /// A thread that may not sleep for its event sleeps this part of what it has waited before it looks again.
 const PART: u32 = 8;
 
@@ -164,6 +171,8 @@ pub(crate) struct Timeline<L: Lane> {
     busy: AtomicBool,
     /// How many calls wait in the queue.
     watched: AtomicU64,
+    /// How many were told since a thread had to sleep for one.
+    quick: AtomicU32,
     /// Whether somebody asks if it is caught up, and what it waits for then.
     heeds: AtomicBool,
     awaited: Mutex<Vec<Arc<L::Event>>>,
@@ -177,6 +186,8 @@ struct Queue<L: Lane> {
     /// Those whose events were not done when somebody looked last, and those that somebody watches
     /// and was not told of.
     entries: VecDeque<Entry<L>>,
+    /// How many records in a row have not found the stream idle.
+    busy: u32,
     /// Whether the thread that tells has been started, and whether it is to be woken.
     told: bool,
     asleep: bool,
@@ -208,10 +219,12 @@ impl<L: Lane> Timeline<L> {
             fresh: AtomicU64::new(0),
             busy: AtomicBool::new(false),
             watched: AtomicU64::new(0),
+            quick: AtomicU32::new(0),
             heeds: AtomicBool::new(false),
             awaited: Mutex::default(),
             queue: Mutex::new(Queue {
                 entries: VecDeque::new(),
+                busy: 0,
                 told: false,
                 asleep: false,
                 lost: false,
@@ -258,11 +271,16 @@ impl<L: Lane> Timeline<L> {
     pub(crate) fn record(&self) -> Result<(u64, bool), L::Fault> {
         let mut queue = self.lock();
         let tail = self.tail.load(Ordering::Relaxed);
-        if !self.busy.swap(false, Ordering::Relaxed) && self.lane.is_idle()? {
+        let is_busy = self.busy.swap(false, Ordering::Relaxed)
+            || (queue.busy >= BUSY && !queue.busy.is_multiple_of(AGAIN));
+        if !is_busy && self.lane.is_idle()? {
+            queue.busy = 0;
             self.reach(&mut queue, tail);
             return Ok((tail, true));
         }
-        let event = Arc::new(self.lane.record(queue.entries.len() < FEW)?);
+        queue.busy = queue.busy.wrapping_add(1);
+        let sleeps = queue.entries.len() < FEW && self.quick.load(Ordering::Relaxed) < QUICK;
+        let event = Arc::new(self.lane.record(sleeps)?);
         let position = tail + 1;
         self.tail.store(position, Ordering::Relaxed);
         self.fresh.store(position, Ordering::Relaxed);
@@ -386,6 +404,7 @@ impl<L: Lane> Timeline<L> {
 
     /// Waits until the event of a position is done, or lost.
     fn wait(&self, position: u64, event: &L::Event) -> Result<(), L::Fault> {
+        self.quick.store(0, Ordering::Relaxed);
         if self.lane.may_sleep(event) {
             return self.lane.block(event);
         }
@@ -499,6 +518,10 @@ impl<L: Lane> Timeline<L> {
         let calls = Self::take_until(&mut queue, reached);
         self.watched
             .fetch_sub(calls.len() as u64, Ordering::Relaxed);
+        let told = u32::try_from(calls.len()).unwrap_or(u32::MAX);
+        let quick = self.quick.load(Ordering::Relaxed);
+        self.quick
+            .store(quick.saturating_add(told), Ordering::Relaxed);
         drop(queue);
         pace.count(calls.len());
         calls.into_iter().for_each(|call| call(true));
@@ -606,6 +629,7 @@ mod tests {
         state: Mutex<(u64, u64, bool)>,
         changed: Condvar,
         records: AtomicUsize,
+        idles: AtomicUsize,
         questions: AtomicUsize,
         blocks: AtomicUsize,
         faults: Mutex<Option<mpsc::Sender<()>>>,
@@ -643,6 +667,7 @@ mod tests {
         type Fault = Broken;
 
         fn is_idle(&self) -> Result<bool, Broken> {
+            self.idles.fetch_add(1, Ordering::Relaxed);
             let enqueued = self.state.lock().unwrap().0;
             self.ask(enqueued)
         }
@@ -698,6 +723,53 @@ mod tests {
         assert_eq!(timeline.is_done(0), Ok(Some(true)));
         assert_eq!(bench.records.load(Ordering::Relaxed), 0);
         assert_eq!(bench.questions.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn a_stream_that_is_always_busy_is_seldom_asked_and_one_that_is_not_is() {
+        let (bench, timeline) = bench();
+        for _ in 0..100 {
+            bench.enqueue();
+            assert!(!timeline.record().unwrap().1);
+        }
+        let asked = bench.questions.swap(0, Ordering::Relaxed);
+        // The first few, and one of sixteen.
+        assert_eq!((asked, bench.records.load(Ordering::Relaxed)), (0, 100));
+        assert_eq!(bench.idles.swap(0, Ordering::Relaxed), 4 + 100 / 16);
+        bench.finish(100);
+        // That it is idle is found out soon, and then each time.
+        let events = (0..100).filter(|_| !timeline.record().unwrap().1).count();
+        assert!(events < 16, "{events}");
+        assert_eq!(bench.idles.load(Ordering::Relaxed), 100 - events);
+    }
+
+    #[test]
+    fn events_are_to_sleep_for_until_nobody_does() {
+        let (bench, timeline) = bench();
+        let one = || {
+            bench.enqueue();
+            let (position, _) = timeline.record().unwrap();
+            let Reached::Pending(event) = timeline.look(position) else {
+                panic!("it is not done");
+            };
+            (position, event)
+        };
+        for _ in 0..QUICK {
+            let (position, event) = one();
+            assert!(event.1);
+            bench.finish(1);
+            drop(timeline.tell_until(position, &mut Pace::new()));
+            // Told of it without a sleep, as one call.
+            timeline.quick.fetch_add(1, Ordering::Relaxed);
+        }
+        let (position, event) = one();
+        assert!(!event.1);
+        std::thread::scope(|scope| {
+            scope.spawn(|| timeline.wait(position, &event).unwrap());
+            bench.finish(1);
+        });
+        drop(timeline.tell_until(position, &mut Pace::new()));
+        assert!(one().1.1, "a thread slept");
     }
 
     #[test]
