@@ -21,13 +21,13 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::ptr;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use charioteer::machine::{
     Completion, Device, DeviceError, DeviceId, DeviceInfo, DevicePointer, Enqueued, Event, HOST,
-    Mark, Observed, Observers, Stream, Strided, Traffic,
+    Mark, Observed, Observers, Stream, Strided, Traffic, together,
 };
 use cudarc::driver::sys::CUresult;
 
@@ -35,7 +35,7 @@ use crate::driver::{
     self, Answer, CUstream, Context, Fault, Found, Handle, Purpose, Recorded, Side, is_pinned,
 };
 use crate::staging::{PIECE, Staging};
-use crate::timeline::{Lane, Reached, Timeline};
+use crate::timeline::{Lane, Reached, Timeline, Told};
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -123,7 +123,10 @@ struct Gpu {
     /// Whose memory it can reach.
     peers: Vec<u16>,
     context: OnceLock<&'static Context>,
-    timelines: RwLock<Vec<Arc<Timeline<CudaLane>>>>,
+    /// Of its streams, by their numbers: every task looks for some.
+    timelines: boxcar::Vec<Arc<Timeline<CudaLane>>>,
+    /// Of a machine that is closed: it has no streams any more.
+    closed: AtomicBool,
     /// Why it is lost.
     lost: OnceLock<Arc<str>>,
     /// The bytes of each allocation, by address.
@@ -141,11 +144,16 @@ pub(crate) struct CudaLane {
     pub(crate) stream: Handle<CUstream>,
     fleet: Weak<Fleet>,
     index: usize,
+    number: u32,
 }
+
+/// How many completions are told of before what follows from them goes on: nobody is to wait for many.
+const TOGETHER: usize = 16;
 
 impl Lane for CudaLane {
     type Event = Recorded;
     type Fault = Fault;
+    type Call = Completion;
 
     #[inline]
     fn is_idle(&self) -> Answer<bool> {
@@ -176,6 +184,36 @@ impl Lane for CudaLane {
         event.block()
     }
 
+    fn tell(&self, told: Vec<Told<Completion>>) {
+        let fleet = self.fleet.upgrade();
+        let gpu = fleet.as_ref().map(|fleet| &fleet.gpus[self.index]);
+        let device = DeviceId::gpu(u16::try_from(self.index).expect("as many as the machine's"));
+        let stream = Stream {
+            device,
+            number: self.number,
+        };
+        let tell = |told: Told<Completion>| {
+            if let Some(fleet) = &fleet {
+                let position = told.position;
+                fleet
+                    .observers
+                    .tell(Observed::Seen(Event { stream, position }));
+            }
+            (told.call)(if told.done {
+                Ok(())
+            } else {
+                Err(lost_event(device, gpu))
+            });
+        };
+        if told.len() == 1 {
+            return told.into_iter().for_each(tell);
+        }
+        let mut told = told.into_iter();
+        while told.len() != 0 {
+            together(|| told.by_ref().take(TOGETHER).for_each(tell));
+        }
+    }
+
     fn failed(&self, fault: Fault) {
         if let Some(fleet) = self.fleet.upgrade() {
             fleet.gpus[self.index].lose(&fault.to_string().into());
@@ -187,15 +225,18 @@ impl Gpu {
     /// All that is not complete fails, and whoever waits for it is told by this thread.
     fn lose(&self, why: &Arc<str>) {
         let _ = self.lost.set(Arc::clone(why));
-        let timelines = self.timelines();
-        for timeline in &timelines {
+        for (_, timeline) in &self.timelines {
             timeline.fail();
         }
     }
+}
 
-    fn timelines(&self) -> Vec<Arc<Timeline<CudaLane>>> {
-        let timelines = self.timelines.read();
-        timelines.unwrap_or_else(PoisonError::into_inner).clone()
+/// Why an event of a device is lost; `None` for a machine that nobody has any more.
+fn lost_event(id: DeviceId, gpu: Option<&Gpu>) -> DeviceError {
+    match gpu.map(|gpu| gpu.lost.get()) {
+        Some(Some(why)) => DeviceError::Lost(id, Arc::clone(why)),
+        Some(None) => DeviceError::Operation(id, "nobody recorded the event".into()),
+        None => DeviceError::Lost(id, "the machine is closed".into()),
     }
 }
 
@@ -299,17 +340,16 @@ impl CudaGpu {
     }
 
     /// The timeline of a stream of any device of the machine.
-    fn timeline(&self, stream: Stream) -> Result<Arc<Timeline<CudaLane>>, DeviceError> {
+    #[inline]
+    fn timeline(&self, stream: Stream) -> Result<&Arc<Timeline<CudaLane>>, DeviceError> {
         let index = usize::from(stream.device.index());
         let gpu = self
             .fleet
             .gpus
             .get(index)
             .ok_or(DeviceError::NoAccess(self.id(), stream.device))?;
-        let timelines = gpu.timelines.read().unwrap_or_else(PoisonError::into_inner);
-        let found = timelines.get(stream.number as usize).map(Arc::clone);
-        drop(timelines);
-        // Those of a machine that is closed are gone.
+        let found = gpu.timelines.get(stream.number as usize);
+        let found = found.filter(|_| !gpu.closed.load(Ordering::Acquire));
         found.ok_or_else(|| {
             let why = gpu.lost.get().cloned();
             DeviceError::Lost(
@@ -320,7 +360,8 @@ impl CudaGpu {
     }
 
     /// The timeline of a stream of this device, which is there.
-    pub(crate) fn own(&self, stream: Stream) -> Result<Arc<Timeline<CudaLane>>, DeviceError> {
+    #[inline]
+    pub(crate) fn own(&self, stream: Stream) -> Result<&Arc<Timeline<CudaLane>>, DeviceError> {
         if stream.device != self.id() {
             return Err(DeviceError::NoAccess(self.id(), stream.device));
         }
@@ -374,10 +415,7 @@ impl CudaGpu {
 
     /// Why an event is lost.
     fn lost_event(&self) -> DeviceError {
-        match self.gpu().lost.get() {
-            Some(why) => self.lost(why),
-            None => DeviceError::Operation(self.id(), "nobody recorded the event".into()),
-        }
+        lost_event(self.id(), Some(self.gpu()))
     }
 
     /// The event that is recorded behind what was just enqueued.
@@ -526,7 +564,9 @@ impl CudaGpu {
             traffic: traffic.collect(),
             stream_waits: gpu.stream_waits.load(Ordering::Relaxed),
             host_synchronisations: gpu.host_synchronisations.load(Ordering::Relaxed),
-            notifications: gpu.timelines().iter().map(|it| it.notifications()).sum(),
+            notifications: (gpu.timelines.iter())
+                .map(|(_, it)| it.notifications())
+                .sum(),
         }
     }
 
@@ -608,17 +648,16 @@ impl Device for CudaGpu {
         let context = self.context()?;
         let stream = self.answer(context.stream())?;
         let gpu = self.gpu();
-        let lane = CudaLane {
-            context,
-            stream,
-            fleet: Arc::downgrade(&self.fleet),
-            index: self.index,
-        };
-        let number = {
-            let mut timelines = (gpu.timelines.write()).unwrap_or_else(PoisonError::into_inner);
-            timelines.push(Timeline::new(lane));
-            u32::try_from(timelines.len() - 1).expect("fewer streams than 2^32")
-        };
+        let numbered = |number| u32::try_from(number).expect("fewer streams than 2^32");
+        let number = numbered(gpu.timelines.push_with(|number| {
+            Timeline::new(CudaLane {
+                context,
+                stream,
+                fleet: Arc::downgrade(&self.fleet),
+                index: self.index,
+                number: numbered(number),
+            })
+        }));
         gpu.streams.fetch_add(1, Ordering::Relaxed);
         let stream = Stream {
             device: self.id(),
@@ -631,7 +670,7 @@ impl Device for CudaGpu {
     #[inline]
     fn record(&self, stream: Stream) -> Result<Event, DeviceError> {
         let timeline = self.own(stream)?;
-        let event = self.recorded(&timeline, stream)?;
+        let event = self.recorded(timeline, stream)?;
         self.fleet.observers.tell(Observed::Recorded(event));
         Ok(event)
     }
@@ -699,18 +738,7 @@ impl Device for CudaGpu {
             Ok(timeline) => timeline,
             Err(error) => return call(Err(error)),
         };
-        let device = self.sibling(event.stream.device);
-        timeline.watch(
-            event.position,
-            Box::new(move |done| {
-                device.fleet.observers.tell(Observed::Seen(event));
-                call(if done {
-                    Ok(())
-                } else {
-                    Err(device.lost_event())
-                });
-            }),
-        );
+        timeline.watch(event.position, call);
     }
 
     fn allocate(&self, bytes: u64, stream: Stream) -> Result<DevicePointer, DeviceError> {
@@ -811,7 +839,7 @@ impl Device for CudaGpu {
             self.copied(answer, device, bytes)?;
         } else {
             // SAFETY: as the caller says.
-            unsafe { self.copy_staged(&timeline, from, to, &shape) }?;
+            unsafe { self.copy_staged(timeline, from, to, &shape) }?;
         }
         if to.device == HOST {
             self.answer(timeline.awaits_itself())?;
@@ -874,17 +902,16 @@ impl Device for CudaGpu {
 
     fn close(&self) {
         let gpu = self.gpu();
-        let timelines = {
-            let mut timelines = (gpu.timelines.write()).unwrap_or_else(PoisonError::into_inner);
-            std::mem::take(&mut *timelines)
-        };
         let whole = gpu.lost.set("the machine is closed".into()).is_ok();
-        for timeline in timelines {
+        if gpu.closed.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        for (_, timeline) in &gpu.timelines {
             let CudaLane {
                 context, stream, ..
             } = timeline.lane;
             // Before it is told that what is not done is lost.
-            let idle = whole && matches!(timeline.record(), Ok((_, true)));
+            let idle = whole && matches!(timeline.rests(), Ok(true));
             timeline.fail();
             timeline.close();
             if idle {
@@ -913,7 +940,8 @@ pub(crate) fn build(found: &[Found], observers: &Arc<Observers>) -> Vec<Arc<Cuda
         capability: found.capability,
         peers: found.peers.clone(),
         context: OnceLock::new(),
-        timelines: RwLock::default(),
+        timelines: boxcar::Vec::new(),
+        closed: AtomicBool::new(false),
         lost: OnceLock::new(),
         allocations: Mutex::default(),
         staging: Staging::default(),

@@ -68,6 +68,8 @@ use smallvec::SmallVec;
 pub(crate) trait Lane: Send + Sync + 'static {
     type Event: Send + Sync + 'static;
     type Fault;
+    /// What is called once of who waits for a position.
+    type Call: Send + 'static;
 
     /// Whether all that is enqueued is done.
     fn is_idle(&self) -> Result<bool, Self::Fault>;
@@ -77,14 +79,18 @@ pub(crate) trait Lane: Send + Sync + 'static {
     fn is_done(&self, event: &Self::Event) -> Result<bool, Self::Fault>;
     /// Sleeps until an event is done for which one may.
     fn block(&self, event: &Self::Event) -> Result<(), Self::Fault>;
+    /// Tells who waited, in order and with no lock held.
+    fn tell(&self, told: Vec<Told<Self::Call>>);
     /// A thread that tells of completions met an error: everybody is to hear of it.
     fn failed(&self, fault: Self::Fault);
 }
 
-/// Called once: with true when the position is done, with false when it is lost.
-pub(crate) type Call = Box<dyn FnOnce(bool) + Send>;
-
-type Calls = SmallVec<[Call; 4]>;
+/// Who waited for a position, and whether it is done: else it is lost.
+pub(crate) struct Told<C> {
+    pub(crate) position: u64,
+    pub(crate) done: bool,
+    pub(crate) call: C,
+}
 
 /// For how long a thread that tells looks before it sleeps.
 const LOOK: Duration = Duration::from_micros(40);
@@ -199,7 +205,18 @@ struct Queue<L: Lane> {
 struct Entry<L: Lane> {
     position: u64,
     event: Arc<L::Event>,
-    calls: SmallVec<[Call; 1]>,
+    calls: SmallVec<[L::Call; 1]>,
+}
+
+impl<L: Lane> Entry<L> {
+    fn told(self, done: bool) -> impl Iterator<Item = Told<L::Call>> {
+        let position = self.position;
+        self.calls.into_iter().map(move |call| Told {
+            position,
+            done,
+            call,
+        })
+    }
 }
 
 /// What is known of a position.
@@ -422,7 +439,7 @@ impl<L: Lane> Timeline<L> {
     ///
     /// # Panics
     /// If the system refuses a thread.
-    pub(crate) fn watch(self: &Arc<Self>, position: u64, call: Call) {
+    pub(crate) fn watch(self: &Arc<Self>, position: u64, call: L::Call) {
         let done = {
             let mut queue = self.lock();
             match self.find(&queue, position) {
@@ -448,7 +465,11 @@ impl<L: Lane> Timeline<L> {
                 }
             }
         };
-        call(done);
+        self.lane.tell(vec![Told {
+            position,
+            done,
+            call,
+        }]);
     }
 
     /// What the thread does that tells of completions.
@@ -524,7 +545,7 @@ impl<L: Lane> Timeline<L> {
             .store(quick.saturating_add(told), Ordering::Relaxed);
         drop(queue);
         pace.count(calls.len());
-        calls.into_iter().for_each(|call| call(true));
+        self.lane.tell(calls);
         self.lock()
     }
 
@@ -580,16 +601,16 @@ impl<L: Lane> Timeline<L> {
         }
     }
 
-    /// Takes the calls up to a position, in order.
-    fn take_until(queue: &mut Queue<L>, position: u64) -> Calls {
-        let mut calls = Calls::new();
+    /// Takes the calls up to a position, which is done, in order.
+    fn take_until(queue: &mut Queue<L>, position: u64) -> Vec<Told<L::Call>> {
+        let mut told = Vec::new();
         while let Some(first) = queue.entries.front()
             && first.position <= position
         {
-            let first = queue.entries.pop_front();
-            calls.extend(first.into_iter().flat_map(|first| first.calls));
+            let first = queue.entries.pop_front().expect("it was just there");
+            told.extend(first.told(true));
         }
-        calls
+        told
     }
 
     /// What is not done is lost from now on, and whoever watches it is told. Gives the events on which
@@ -601,10 +622,22 @@ impl<L: Lane> Timeline<L> {
             self.watched.store(0, Ordering::Relaxed);
             std::mem::take(&mut queue.entries)
         };
-        for entry in entries {
+        let told = entries.into_iter().flat_map(|entry| {
             let done = self.is_known_done(entry.position);
-            entry.calls.into_iter().for_each(|call| call(done));
+            entry.told(done)
+        });
+        self.lane.tell(told.collect());
+    }
+
+    /// Whether all that was enqueued is done, as the driver says.
+    pub(crate) fn rests(&self) -> Result<bool, L::Fault> {
+        let mut queue = self.lock();
+        let tail = self.tail.load(Ordering::Relaxed);
+        let rests = self.lane.is_idle()?;
+        if rests {
+            self.reach(&mut queue, tail);
         }
+        Ok(rests)
     }
 
     /// Its thread ends as soon as nothing is watched any more.
@@ -662,9 +695,16 @@ mod tests {
         }
     }
 
+    type Call = Box<dyn FnOnce(bool) + Send>;
+
     impl Lane for Arc<Bench> {
         type Event = (u64, bool);
         type Fault = Broken;
+        type Call = Call;
+
+        fn tell(&self, told: Vec<Told<Call>>) {
+            told.into_iter().for_each(|told| (told.call)(told.done));
+        }
 
         fn is_idle(&self) -> Result<bool, Broken> {
             self.idles.fetch_add(1, Ordering::Relaxed);

@@ -64,7 +64,7 @@ use smallvec::SmallVec;
 use super::mapping::bit;
 use super::transfers::Transfers;
 use super::witness::{Owners, Witness};
-use super::{Engine, Moving, Settled, SpawnError};
+use super::{Engine, Settled, SpawnError};
 use crate::data::Holding;
 use crate::data::store::Store;
 use crate::machine::{Device, DeviceError, DeviceId, Event, HOST, Kind, Machine, Stream};
@@ -1177,11 +1177,12 @@ impl<D: Domain> Engine<D> {
         self.devices().device(event.stream.device).when_complete(
             event,
             Box::new(move |result| {
-                let _moving = Moving::new(&engine);
-                if let Err(error) = &result {
-                    engine.note_failure(event, error);
-                }
-                engine.post(Letter::Landed(event));
+                engine.told(|| {
+                    if let Err(error) = &result {
+                        engine.note_failure(event, error);
+                    }
+                    engine.post(Letter::Landed(event));
+                });
             }),
         );
     }
@@ -1257,15 +1258,14 @@ impl<D: Domain> Engine<D> {
         self.devices().device(event.stream.device).when_complete(
             event,
             Box::new(move |result| {
-                let _moving = Moving::new(&engine);
-                let failure = result.err();
-                if let Some(error) = &failure {
-                    engine.note_failure(event, error);
-                }
-                // What is free now goes to whom it makes ready as well.
-                let _gathering = engine.gather();
-                engine.post(Letter::Landed(event));
-                engine.work_off_first(landed(&task, failure));
+                engine.told(|| {
+                    let failure = result.err();
+                    if let Some(error) = &failure {
+                        engine.note_failure(event, error);
+                    }
+                    engine.post(Letter::Landed(event));
+                    engine.work_off_first(landed(&task, failure));
+                });
             }),
         );
     }

@@ -8,6 +8,9 @@
 //! everybody who asks for it. Nobody waits for a thread that gathers: others take turns meanwhile, and read
 //! what it has sent so far.
 //!
+//! *Completions* that a device tells of together are gathered for together, as long as the device says:
+//! what follows from all of them the ledger reads in one turn.
+//!
 //! **The user's world.** What a thread sends it must not keep back while it runs code that may wait for
 //! what comes of it. Callbacks and reports are called [`apart`], and a wait [delivers](Engine::deliver)
 //! first, whoever waits: a destructor, or an operation of a virtual device.
@@ -15,12 +18,15 @@
 use std::cell::Cell;
 use std::sync::Arc;
 
-use super::Engine;
+use super::{Engine, Moving};
+use crate::machine::keep_until_told;
 use crate::task::Domain;
 
 crate::sync::thread_local! {
     /// The engine (its number, or 0) for which this thread gathers, and whether it has sent anything.
     static GATHERING: Cell<(u32, bool)> = const { Cell::new((0, false)) };
+    /// The engine for which it does so since completions are told here together.
+    static TELLING: Cell<u32> = const { Cell::new(0) };
 }
 
 /// While there is one, this thread gathers.
@@ -37,7 +43,41 @@ impl<D: Domain> Drop for Gathering<'_, D> {
     }
 }
 
+/// Gathers while a thread of a device tells of completions, and counts as one that moves tasks.
+struct Telling<D: Domain>(Arc<Engine<D>>);
+
+impl<D: Domain> Telling<D> {
+    fn new(engine: &Arc<Engine<D>>) -> Self {
+        std::mem::forget(Moving::new(engine));
+        GATHERING.with(|gathering| gathering.set((engine.id, false)));
+        TELLING.with(|telling| telling.set(engine.id));
+        Self(Arc::clone(engine))
+    }
+}
+
+impl<D: Domain> Drop for Telling<D> {
+    fn drop(&mut self) {
+        TELLING.with(|telling| telling.set(0));
+        drop(Gathering(Some(&self.0)));
+        drop(Moving(&self.0));
+    }
+}
+
 impl<D: Domain> Engine<D> {
+    /// Carries out what follows from a completion, on the thread that tells of it.
+    #[inline]
+    pub(super) fn told(self: &Arc<Self>, follow: impl FnOnce()) {
+        let tells = TELLING.with(Cell::get) == self.id;
+        let gathers = GATHERING.with(Cell::get).0 != 0;
+        if tells || (!gathers && keep_until_told(|| Box::new(Telling::new(self)))) {
+            return follow();
+        }
+        let _moving = Moving::new(self);
+        // What is free now goes to whom it makes ready as well.
+        let _gathering = self.gather();
+        follow();
+    }
+
     /// Gathers, unless this thread does already.
     #[inline]
     pub(super) fn gather(self: &Arc<Self>) -> Gathering<'_, D> {

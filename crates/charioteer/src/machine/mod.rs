@@ -46,6 +46,7 @@ mod device;
 mod machine;
 mod observer;
 mod strided;
+mod together;
 pub mod virtual_gpu;
 
 pub use description::{Description, DescriptionError, Gpu, Host, Link, Links, MAX_GPUS, Time};
@@ -56,3 +57,4 @@ pub use device::{
 pub use machine::{Machine, VirtualMachine};
 pub use observer::{Enqueued, Observed, Observer, Observers};
 pub use strided::{Axis, Strided};
+pub use together::{keep_until_told, together};
