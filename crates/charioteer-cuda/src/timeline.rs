@@ -18,9 +18,9 @@
 //! all that is done by then, so that a chain of short tasks costs far fewer wake-ups than it has
 //! tasks. As workers do, it looks for some microseconds before it sleeps, if no other such thread of the
 //! process looks: to wake it costs whoever watches a system call, and the driver takes longer to wake a
-//! thread than a short kernel takes. Where many positions are watched, or come fast, it does neither: to ask
-//! the driver holds up whoever launches beside it, so it lets a few pass, and then finds by bisection how far
-//! the stream got. Who waits for one among many hears of it so much later.
+//! thread than a short kernel takes. Where many positions are watched, or come fast, or others are recorded
+//! meanwhile, it does neither: to ask the driver holds up whoever launches beside it, so it lets a few pass,
+//! and then finds by bisection how far the stream got. Who waits for one among many hears of it so much later.
 //!
 //! An event for which a thread may sleep costs its recorder half of what a launch does. So only the first
 //! few that are pending on a stream are such, and none while many in a row were told of without a sleep. For
@@ -478,6 +478,8 @@ impl<L: Lane> Timeline<L> {
         // Whether some were let pass since the stream got further.
         let mut passed = false;
         let mut pace = Pace::new();
+        // The last position that was given when this thread looked last.
+        let mut tail = self.tail();
         loop {
             let watched = queue.entries.iter().find(|entry| !entry.calls.is_empty());
             let Some((position, event)) =
@@ -495,12 +497,14 @@ impl<L: Lane> Timeline<L> {
                     Some(queue) => queue,
                     None => return,
                 };
+                tail = self.tail();
                 continue;
             };
             drop(queue);
             let done = || self.is_known_done(position);
             let many = self.watched.load(Ordering::Relaxed) >= MANY;
-            if !passed && (many || pace.is_fast()) {
+            let is_fed = std::mem::replace(&mut tail, self.tail()) != tail;
+            if is_fed || (!passed && (many || pace.is_fast())) {
                 passed = true;
                 std::thread::sleep(LET_PASS);
                 let reached = self.look_furthest(position - 1);
