@@ -13,7 +13,18 @@ from time import perf_counter
 
 from charioteer import _core
 
-__all__ = ["count", "pure", "rounds_in", "spinning"]
+__all__ = ["SPIN", "count", "pure", "rounds_in", "spinning"]
+
+SPIN = r"""
+extern "C" __global__ void spin(long long nanoseconds) {
+    long long start, now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(start));
+    do {
+        asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    } while (now - start < nanoseconds);
+}
+"""
+"""A kernel that occupies its stream for so long."""
 
 
 def spinning(seconds: float, held: float, slices: int) -> Callable[[], None]:

@@ -22,6 +22,8 @@ from charioteer.bench import pages, probes, records
 from charioteer.bench.command import (
     OptionError,
     add_outcome_arguments,
+    add_peers_argument,
+    add_runs_argument,
     carried_out,
     check_writable,
     choice,
@@ -67,7 +69,7 @@ HALF = metric(min(LEVELS))
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the benchmark's options."""
-    parser.add_argument("--runs", type=positive, metavar="N", help="counted rounds (default: 5)")
+    add_runs_argument(parser)
     parser.add_argument(
         "--seconds",
         type=float,
@@ -84,11 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A,B",
         help=f"all, or some of {', '.join(PATTERNS)} (default: {','.join(DEFAULT_PATTERNS)})",
     )
-    parser.add_argument(
-        "--peers",
-        metavar="A,B",
-        help=f"who runs beside charioteer: all, none, or some of {', '.join(PEERS)}",
-    )
+    add_peers_argument(parser, PEERS)
     parser.add_argument(
         "--report",
         metavar="FILE",
