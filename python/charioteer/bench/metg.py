@@ -191,6 +191,8 @@ def on_devices(
     except (ch.MachineError, OSError) as error:
         raise OptionError(f"--devices: {error}") from error
     gpus = machine.gpus
+    # The bar is one of real GPUs.
+    limited = LIMITED if all(one.capability for one in gpus) else ()
     params = {
         "width": WIDTH * len(gpus),
         "seconds": seconds,
@@ -218,7 +220,7 @@ def on_devices(
                     for runtime in ON_DEVICES
                 ],
                 units=UNITS,
-                bars=[bar] if pattern in LIMITED else [],
+                bars=[bar] if pattern in limited else [],
                 warmup=0,
                 note=f"{WIDTH * len(gpus)} tasks a step. {1e6 * LONGEST:,.0f} µs stand for that "
                 "and more.",

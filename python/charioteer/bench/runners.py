@@ -18,8 +18,10 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from time import perf_counter, sleep
+from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -123,22 +125,30 @@ class Devices:
         self._spin = ch.kernel(CYCLES, "spin", ("i8",))[1, 1]
         self._rate = 0.0
         self.runtime = ch.Runtime(found, workers=workers)
+        self._open = ExitStack()
 
     def __enter__(self) -> Self:
-        self.runtime.__enter__()
-        if self._cuda:
-            count = ch.kernel(CYCLES, "count", ("i8", "*i8"), placement=gpu(0))[1, 1]
-            cycles, nanoseconds = ch.zeros(1, np.int64), 20_000_000
-            for _ in range(2):  # the clock gets faster when there is work
-                count(nanoseconds, cycles).result()
-            self._rate = 1e9 * float(cycles.numpy()[0]) / nanoseconds
-        task, arguments = self._task(1e-6)
-        for device in range(self.gpus):
-            task.options(placement=gpu(device))(*arguments).result()
+        with ExitStack() as stack:
+            stack.enter_context(self.runtime)
+            if self._cuda:
+                count = ch.kernel(CYCLES, "count", ("i8", "*i8"), placement=gpu(0))[1, 1]
+                cycles, nanoseconds = ch.zeros(1, np.int64), 20_000_000
+                for _ in range(2):  # the clock gets faster when there is work
+                    count(nanoseconds, cycles).result()
+                self._rate = 1e9 * float(cycles.numpy()[0]) / nanoseconds
+            task, arguments = self._task(1e-6)
+            for device in range(self.gpus):
+                task.options(placement=gpu(device))(*arguments).result()
+            self._open = stack.pop_all()
         return self
 
-    def __exit__(self, *reason: Any) -> None:  # noqa: PYI036
-        self.runtime.__exit__(*reason)
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._open.__exit__(kind, error, trace)
 
     def _task(self, seconds: float) -> tuple[Any, tuple[int, ...]]:
         """A task function that takes so long on a GPU, and its arguments."""
