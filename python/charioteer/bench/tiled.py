@@ -256,13 +256,14 @@ _PARTITION = r"""
 extern "C" __global__ void partition(const unsigned* keys, long long n, const unsigned* splitters,
                                      int buckets, unsigned long long* next, unsigned* out) {
     const int PER_THREAD = 16;
-    __shared__ unsigned held[32];
+    __shared__ unsigned held[32], least[32];
     __shared__ unsigned long long begin[32];
     const unsigned lane = threadIdx.x % 32;
     const long long first = (long long)blockIdx.x * blockDim.x * PER_THREAD + threadIdx.x;
     unsigned key[PER_THREAD], place[PER_THREAD];
     int bucket[PER_THREAD];
     if (threadIdx.x < 32) held[threadIdx.x] = 0;
+    if (threadIdx.x < buckets - 1) least[threadIdx.x] = splitters[threadIdx.x];
     __syncthreads();
 #pragma unroll
     for (int k = 0; k < PER_THREAD; k++) {
@@ -271,8 +272,10 @@ extern "C" __global__ void partition(const unsigned* keys, long long n, const un
         if (at < n) {
             key[k] = keys[at];
             bucket[k] = 0;
-            for (int s = 0; s < buckets - 1; s++) bucket[k] += key[k] >= splitters[s];
+#pragma unroll 1
+            for (int s = 0; s < buckets - 1; s++) bucket[k] += key[k] >= least[s];
         }
+#pragma unroll 1
         for (int b = 0; b < buckets; b++) {
             const unsigned mates = __ballot_sync(~0u, bucket[k] == b);
             unsigned start = 0;
