@@ -6,8 +6,10 @@ import math
 
 import pytest
 
-from charioteer import graphs
+from charioteer import cli, gpu, graphs
 from charioteer.bench import metg_runs as metg
+from charioteer.bench import runners
+from charioteer.bench.harness import OURS, Missing
 
 pytestmark = pytest.mark.surface
 
@@ -54,3 +56,40 @@ def test_where_a_curve_crosses_a_level() -> None:
     # What is longer and less efficient was disturbed.
     assert metg.crossing([(8.0, 0.4), *curve[1:]], 0.5) == pytest.approx(math.sqrt(2.0))
     assert metg.crossing([(8.0, 0.95), (4.0, 0.3), (2.0, 0.7), (1.0, 0.3)], 0.7) == 2.0
+
+
+@pytest.mark.parametrize("work", ["bodies", "bodies in places"])
+def test_a_graph_on_devices(work: runners.Work) -> None:
+    graph = graphs.sized("stencil", 48, 12)
+    with runners.Devices("virtual:3", work, 2) as on:
+        before = [on.runtime.stats()["devices"][gpu(at)]["operations"] for at in range(3)]
+        outcome = on.run(graph, 1e-3)
+        after = [on.runtime.stats()["devices"][gpu(at)]["operations"] for at in range(3)]
+        made = [b - a for a, b in zip(before, after, strict=True)]
+    # No device does more than one task at a time, and each task takes a millisecond of one.
+    assert outcome.seconds >= len(graph) * 1e-3 / on.gpus
+    if work == "bodies in places":
+        assert min(made) >= len(graph) // 3
+
+
+def test_devices_that_run_no_graphs() -> None:
+    with pytest.raises(Missing, match="no GPU"):
+        runners.Devices("virtual:0", "bodies", 1)
+    with pytest.raises(Missing, match="no kernels"):
+        runners.Devices("virtual:1", "kernels", 1)
+
+
+def test_a_run_on_devices() -> None:
+    sample = metg.sample(OURS, "stencil", 2, 1e-3, "virtual:2")
+    assert sample.values.keys() == {"METG(50%)", "METG(90%)"}
+    assert sample.curve[0][0] >= 1e3 and len(sample.curve) > 1
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--devices", "virtual:x"], ["--peers", "threadpool", "--devices", "virtual:2"]]
+)
+def test_options_of_devices_that_do_not_fit(
+    wrong: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["bench", "metg", *wrong]) == 2
+    assert wrong[0] in capsys.readouterr().err

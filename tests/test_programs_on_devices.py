@@ -16,7 +16,7 @@ import pytest
 import charioteer as ch
 from charioteer import cpu, gpu
 from charioteer.bench import tiled
-from charioteer.bench.gpu_data import belady
+from charioteer.bench.gpu_data import belady, bfloat16
 from charioteer.demo import gp
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -82,7 +82,11 @@ def test_factorization_and_product(gpus: int) -> None:
         np.testing.assert_allclose(np.tril(A.numpy()), np.linalg.cholesky(spd), atol=1e-10)
         C = ch.empty((n, n))
         tiled.product(
-            ch.array(a).tiles((20, 30)), ch.array(b).tiles((30, 40)), C.tiles((20, 40)), gpus
+            ch.array(a).tiles((20, 30)),
+            ch.array(b).tiles((30, 40)),
+            C.tiles((20, 40)),
+            gpus,
+            tiled.Portable(),
         )
         np.testing.assert_allclose(C.numpy(), a @ b)
 
@@ -110,8 +114,42 @@ def test_stripes_and_clusters(gpus: int) -> None:
         assert rt.stats()["devices"][gpu(gpus - 1)]["operations"] > 0
 
 
+@GPUS
+def test_a_transform_over_a_set(gpus: int) -> None:
+    random = np.random.default_rng(0)
+    image = random.standard_normal((14, 11)) + 1j * random.standard_normal((14, 11))
+    with ch.Runtime(ch.Machine.virtual(gpus), workers=2):
+        y = ch.empty((14, 11), np.complex128)
+        rounds = tiled.fft2(ch.array(image), y, gpus, tiled.Portable(), rounds=3)
+        assert len(rounds) == 3
+        np.testing.assert_allclose(y.numpy(), np.fft.fft2(image), atol=1e-10)
+
+
+@GPUS
+@pytest.mark.parametrize(("count", "different"), [(5, 9), (5000, 2**32), (5000, 3)])
+def test_keys_in_order(gpus: int, count: int, different: int) -> None:
+    values = np.random.default_rng(0).integers(0, different, count, np.uint32)
+    with ch.Runtime(ch.Machine.virtual(gpus), workers=2) as rt:
+        keys, scratch = ch.array(values), ch.empty(count, np.uint32)
+        result = ch.empty(count, np.uint32)
+        last = tiled.sample_sort(keys, scratch, result, gpus, tiled.Portable())
+        ch.wait(last)
+        np.testing.assert_array_equal(result.numpy(), np.sort(values))
+        np.testing.assert_array_equal(keys.numpy(), values)
+        assert len(last) == 2 * gpus
+        assert rt.stats()["devices"][gpu(gpus - 1)]["operations"] > 0
+
+
 def test_the_best_eviction() -> None:
     assert belady([0, 1, 2, 0, 1, 2], 3) == (3, 0)
     assert belady([0, 1, 2, 0, 1, 2], 2) == (4, 2)
     # Every time round a cycle all but what stays have to come.
     assert belady([0, 1, 2, 3] * 3, 3) == (6, 3)
+
+
+@pytest.mark.parametrize(
+    ("value", "bits"),
+    [(0.0, 0), (1.0, 0x3F80), (-2.0, 0xC000 - 0x10000), (257.0, 0x4380), (259.0, 0x4382)],
+)
+def test_bits_of_bfloat16(value: float, bits: int) -> None:
+    assert bfloat16(value) == bits

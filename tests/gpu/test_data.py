@@ -13,6 +13,7 @@ import pytest
 import charioteer as ch
 from charioteer import blas, cpu, gpu
 from charioteer.bench import tiled
+from charioteer.bench.gpu_data import bfloat16
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(100)]
 
@@ -347,9 +348,54 @@ def test_programs(rt: ch.Runtime, cp: Any, gpus: int) -> None:
     a, b = np.random.default_rng(1).random((2, n, n))
     C = ch.empty((n, n))
     tiled.product(
-        ch.array(a).tiles((80, 100)), ch.array(b).tiles((100, 90)), C.tiles((80, 90)), gpus
+        ch.array(a).tiles((80, 100)),
+        ch.array(b).tiles((100, 90)),
+        C.tiles((80, 90)),
+        gpus,
+        tiled.Portable(),
     )
     np.testing.assert_allclose(C.numpy(), a @ b)
+
+
+@pytest.mark.parametrize("gpus", [1, pytest.param(2, marks=pytest.mark.gpu(2))])
+def test_products_of_bfloat16(rt: ch.Runtime, cp: Any, torch: Any, gpus: int) -> None:
+    n = 128
+    # Sums of few small whole numbers are the same in all types.
+    a, b = np.random.default_rng(1).integers(-1, 2, (2, n, n))
+    bits = np.vectorize(bfloat16, otypes=[np.int16])
+    C = ch.empty((n, n), np.int16)
+    tiled.product(
+        ch.array(bits(a)).tiles((64, 32)),
+        ch.array(bits(b)).tiles((32, 64)),
+        C.tiles((64, 64)),
+        gpus,
+        tiled.Bfloat16(),
+    )
+    np.testing.assert_array_equal(C.numpy(), bits(a @ b))
+
+
+@pytest.mark.parametrize("gpus", [1, pytest.param(2, marks=pytest.mark.gpu(2))])
+def test_transforms(rt: ch.Runtime, cp: Any, gpus: int) -> None:
+    random = np.random.default_rng(0)
+    image = random.standard_normal((128, 96)) + 1j * random.standard_normal((128, 96))
+    image = image.astype(np.complex64)
+    kinds: list[tiled.Transforms] = [tiled.Portable(), tiled.CuFft()]
+    for transforms in kinds:
+        y = ch.empty((128, 96), np.complex64)
+        tiled.fft2(ch.array(image), y, gpus, transforms, rounds=3)
+        np.testing.assert_allclose(y.numpy(), np.fft.fft2(image), atol=1e-2)
+
+
+@pytest.mark.parametrize("gpus", [1, pytest.param(2, marks=pytest.mark.gpu(2))])
+@pytest.mark.parametrize("different", [3, 2**32])
+def test_sorts(rt: ch.Runtime, cp: Any, gpus: int, different: int) -> None:
+    values = np.random.default_rng(0).integers(0, different, 100_003, np.uint32)
+    kinds: list[tiled.Partitions] = [tiled.Portable(), tiled.Buckets()]
+    for partitions in kinds:
+        result = ch.empty(len(values), np.uint32)
+        scratch = ch.empty(len(values), np.uint32)
+        tiled.sample_sort(ch.array(values), scratch, result, gpus, partitions)
+        np.testing.assert_array_equal(result.numpy(), np.sort(values))
 
 
 @pytest.mark.parametrize("library", ["cupy", "torch"])

@@ -1,4 +1,4 @@
-"""Bodies of a known duration for the GIL study.
+"""Bodies of a known duration.
 
 :func:`spinning` is the paper's kernel: the body spins in C, a part of it holding the GIL, in
 slices. :func:`pure` is a loop of bytecode. Both last so long on a thread that nobody disturbs; what
@@ -13,7 +13,37 @@ from time import perf_counter
 
 from charioteer import _core
 
-__all__ = ["count", "pure", "rounds_in", "spinning"]
+__all__ = ["CYCLES", "SPIN", "count", "pure", "rounds_in", "spinning"]
+
+SPIN = r"""
+extern "C" __global__ void spin(long long nanoseconds) {
+    long long start, now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(start));
+    do {
+        asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    } while (now - start < nanoseconds);
+}
+"""
+"""A kernel that occupies its stream for so long, to a microsecond: so often the timer moves on."""
+
+CYCLES = r"""
+extern "C" __global__ void spin(long long cycles) {
+    const long long start = clock64();
+    while (clock64() - start < cycles) {
+    }
+}
+extern "C" __global__ void count(long long nanoseconds, long long* cycles) {
+    long long start, now;
+    const long long first = clock64();
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(start));
+    do {
+        asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    } while (now - start < nanoseconds);
+    *cycles = clock64() - first;
+}
+"""
+"""Kernels that occupy their stream for so many cycles of the GPU's clock, and tell how many go into
+a time."""
 
 
 def spinning(seconds: float, held: float, slices: int) -> Callable[[], None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,8 @@ __all__ = [
     "Conduct",
     "OptionError",
     "add_outcome_arguments",
+    "add_peers_argument",
+    "add_runs_argument",
     "carried_out",
     "carry_out",
     "check_other_python",
@@ -63,6 +65,22 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError("must be 1 or more")
     return number
+
+
+def add_runs_argument(parser: argparse.ArgumentParser, default: int = 5) -> None:
+    """Declare how many rounds count."""
+    parser.add_argument(
+        "--runs", type=positive, metavar="N", help=f"counted rounds (default: {default})"
+    )
+
+
+def add_peers_argument(parser: argparse.ArgumentParser, known: Iterable[str]) -> None:
+    """Declare who of the known ones runs beside charioteer."""
+    parser.add_argument(
+        "--peers",
+        metavar="A,B",
+        help=f"who runs beside charioteer: all, none, or some of {', '.join(known)}",
+    )
 
 
 def add_outcome_arguments(parser: argparse.ArgumentParser) -> None:

@@ -26,6 +26,8 @@ from charioteer.bench import bodies, gil_runs, pages, probes, records, runners
 from charioteer.bench.command import (
     Conduct,
     OptionError,
+    add_peers_argument,
+    add_runs_argument,
     check_other_python,
     check_writable,
     choice,
@@ -102,15 +104,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="a look: a few cells, 2 rounds")
     size.add_argument("--full", action="store_true", help="the whole sweep; hours")
-    parser.add_argument("--runs", type=positive, metavar="N", help="counted rounds (default: 3)")
+    add_runs_argument(parser, 3)
     parser.add_argument(
         "--only", metavar="A,B", help=f"the measures to make: some of {', '.join(NAMES)}"
     )
-    parser.add_argument(
-        "--peers",
-        metavar="A,B",
-        help=f"who runs beside charioteer: all, none, or some of {', '.join(PEERS)}",
-    )
+    add_peers_argument(parser, PEERS)
     sweep = parser.add_argument_group("the sweep", "lists of values, separated by commas")
     sweep.add_argument("--graphs", metavar="A,B", help=f"some of {', '.join(runners.SHAPES)}")
     sweep.add_argument("--times", metavar="MS,MS", help="task times in milliseconds")

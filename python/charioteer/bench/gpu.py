@@ -1,7 +1,9 @@
 """``charioteer bench gpu``: what a task on real GPUs costs, beside the loops that people write.
 
-The measures need CuPy, one GPU, and two for tasks over two; where PyTorch is installed, empty tasks
-are measured with it imported too, in a process of its own. What cannot be measured is told as such.
+Most measures need CuPy, and one GPU, or two for tasks over two; native kernels and their chains by
+regions need none of CuPy, so that a Python without the GIL is measured with them. Where PyTorch is
+installed, empty tasks are measured with it imported too, in a process of its own. What cannot be
+measured is told as such.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import functools
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from time import perf_counter
 from typing import Any
@@ -18,7 +21,16 @@ from typing import Any
 import charioteer as ch
 from charioteer import gpu
 from charioteer.bench import gpu_data
-from charioteer.bench.command import OptionError, add_outcome_arguments, carry_out, choice, positive
+from charioteer.bench.bodies import SPIN
+from charioteer.bench.command import (
+    OptionError,
+    add_outcome_arguments,
+    add_runs_argument,
+    carry_out,
+    choice,
+    positive,
+)
+from charioteer.bench.gpu_data import PER_TASK, PLAIN, WAITS, Chain, plain_chain
 from charioteer.bench.harness import (
     OURS,
     Bar,
@@ -40,14 +52,16 @@ SUMMARY = "what a task on real GPUs costs, beside plain CuPy"
 DESCRIPTION = """\
 Measure tasks on real GPUs: empty ones on one GPU and on two, with 1, 4 and 16 workers and with
 PyTorch imported; a chain of small additions, by CuPy and as native kernels, beside the same loop in
-plain CuPy; how soon a result is told beside a wait for the stream, and a short task beside a long
-one. And managed arrays: a chain by regions, copies, tiled Cholesky and a matrix product beside one
-library call, k-means and Jacobi's iteration on one GPU and on two, and a working set that is larger
-than the memory.
+plain CuPy; native kernels that 1 and 4 threads spawn; how soon a result is told beside a wait for
+the stream, and a short task beside a long one. And managed arrays: a chain by regions, copies,
+tiled Cholesky and matrix products beside one library call, k-means and Jacobi's iteration on one
+GPU and on two, a Fourier transform and a sort over two beside what the link allows, and a working
+set that is larger than the memory.
 """
 
 WORKERS = (1, 4, 16)
-PER_TASK = "time per task"
+SPAWNERS = (1, 4)
+"""How many threads spawn native kernels."""
 DELAY = "time to the result"
 EMPTY = {1: 5.0, 2: 9.0}
 """Microseconds that an empty task over so many GPUs may cost."""
@@ -60,7 +74,6 @@ REGIONS = 3.5
 LATE = 20.0
 """Microseconds that a result may be later than a stream that is waited for."""
 BESIDE = 200.0
-PLAIN = "plain CuPy"
 USUAL = ("empty", "torch", "two", "chain", "kernel", "result", "beside", *gpu_data.NAMES)
 NAMES = (*USUAL, "soak")
 """The soak takes a while, and is made when it is asked for."""
@@ -71,7 +84,7 @@ GROWN = 16.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the benchmark's options."""
-    parser.add_argument("--runs", type=positive, metavar="N", help="counted rounds (default: 5)")
+    add_runs_argument(parser)
     parser.add_argument(
         "--tasks", type=positive, metavar="N", help="tasks in one run (default: 20000)"
     )
@@ -92,6 +105,8 @@ _SIZES = {
     "cholesky": "rows of the matrix that is factored",
     "tile": "rows of its tiles",
     "product": "rows of the matrices that are multiplied",
+    "fft": "rows and columns of the image that is transformed",
+    "keys": "keys that are sorted",
     "points": "points that are clustered",
     "grid": "inner rows of Jacobi's grid",
     "budget": "bytes of the memory that the larger working set may use",
@@ -261,32 +276,19 @@ def _chain(length: int, params: dict[str, Any]) -> Measure:
     case = f"chain of {length} additions"
 
     def plain() -> Sample:
-        cupy = _need(1)
-        x, y = _vectors(cupy)
-        with cupy.cuda.Stream(non_blocking=True) as stream:
-            cupy.add(x, y, out=x)
-            stream.synchronize()
-            start = perf_counter()
-            for _ in range(length):
-                cupy.add(x, y, out=x)
-            stream.synchronize()
-            time = perf_counter() - start
-        return Sample({PER_TASK: 1e6 * time / length})
+        return plain_chain(_need(1), length)
 
     def chained(add: Any, *arguments: Any) -> Sample:
         """So many tasks, each after the one before by its name."""
         with ch.Runtime(workers=1) as rt:
             add(*arguments).result()
             T = ch.TaskSpace("T")
-            before = rt.stats()["devices"][gpu(0)]["host_synchronisations"]
-            start = perf_counter()
-            last = add.options(T[0])(*arguments)
-            for i in range(1, length):
-                last = add.options(T[i], dependencies=T[i - 1])(*arguments)
-            last.result()
-            time = perf_counter() - start
-            waits = rt.stats()["devices"][gpu(0)]["host_synchronisations"] - before
-        return Sample({PER_TASK: 1e6 * time / length, "host synchronisations": waits})
+            with Chain(rt, length) as chain:
+                last = add.options(T[0])(*arguments)
+                for i in range(1, length):
+                    last = add.options(T[i], dependencies=T[i - 1])(*arguments)
+                last.result()
+        return chain.sample
 
     def ours() -> Sample:
         cupy = _need(1)
@@ -312,16 +314,13 @@ def _chain(length: int, params: dict[str, Any]) -> Measure:
         add = _add()[8, 128]
         with ch.Runtime(workers=1) as rt:
             add(X, Y).result()
-            before = rt.stats()["devices"][gpu(0)]["host_synchronisations"]
-            start = perf_counter()
-            last = add(X, Y)
-            for _ in range(1, length):
+            with Chain(rt, length) as chain:
                 last = add(X, Y)
-            last.result()
-            time = perf_counter() - start
-            waits = rt.stats()["devices"][gpu(0)]["host_synchronisations"] - before
+                for _ in range(1, length):
+                    last = add(X, Y)
+                last.result()
             assert X.numpy()[0] == length + 1
-        return Sample({PER_TASK: 1e6 * time / length, "host synchronisations": waits})
+        return chain.sample
 
     kernels = f"chain of {length} native kernels"
     inferred = f"chain of {length} native kernels by regions"
@@ -335,7 +334,7 @@ def _chain(length: int, params: dict[str, Any]) -> Measure:
             Contestant(OURS, kernels, native, 1, params),
             Contestant(OURS, inferred, regions, 1, params),
         ],
-        units={PER_TASK: "µs", "host synchronisations": ""},
+        units={PER_TASK: "µs", WAITS: ""},
         bars=[
             Bar(
                 case=case,
@@ -345,7 +344,7 @@ def _chain(length: int, params: dict[str, Any]) -> Measure:
                 limit=CHAIN,
                 lacking=PLAIN,
             ),
-            absolute(case, "host synchronisations", "", 0, 1),
+            absolute(case, WAITS, "", 0, 1),
             Bar(
                 case=kernels,
                 metric=f"{OURS} / {PLAIN}",
@@ -354,7 +353,7 @@ def _chain(length: int, params: dict[str, Any]) -> Measure:
                 limit=NATIVE,
                 lacking=PLAIN,
             ),
-            absolute(kernels, "host synchronisations", "", 0, 1),
+            absolute(kernels, WAITS, "", 0, 1),
             absolute(inferred, PER_TASK, "µs", REGIONS, 1),
             Bar(
                 case=inferred,
@@ -364,7 +363,7 @@ def _chain(length: int, params: dict[str, Any]) -> Measure:
                 limit=NATIVE,
                 lacking=PLAIN,
             ),
-            absolute(inferred, "host synchronisations", "", 0, 1),
+            absolute(inferred, WAITS, "", 0, 1),
         ],
     )
 
@@ -390,6 +389,10 @@ extern "C" __global__ void add(float* x, const float* y) {
     )
 
 
+def _nothing() -> ch.Kernel:
+    return ch.kernel('extern "C" __global__ void nothing() {}', "nothing", (), placement=gpu(0))
+
+
 def _kernel(tasks: int, params: dict[str, Any]) -> Measure:
     case = "a task that is one native kernel"
 
@@ -404,33 +407,78 @@ def _kernel(tasks: int, params: dict[str, Any]) -> Measure:
         assert float(x[0]) == tasks + 1
         return Sample({PER_TASK: 1e6 * time / tasks})
 
+    def spawned(threads: int, by_regions: bool) -> Sample:
+        _count(1)
+        each = -(-tasks // threads)
+        launch: Any = _add()[8, 128] if by_regions else _nothing()[1, 1]
+        arguments: list[tuple[Any, ...]] = [
+            (ch.zeros(1024, "f4"), ch.full(1024, 1, "f4")) if by_regions else ()
+            for _ in range(threads)
+        ]
+        spawned: list[ch.Task[None]] = []
+        gate = threading.Barrier(threads + 1)
+
+        def spawn(given: tuple[Any, ...]) -> None:
+            gate.wait()
+            if by_regions:
+                for _ in range(each - 1):
+                    launch(*given)
+                spawned.append(launch(*given))
+            else:
+                spawned.extend([launch() for _ in range(each)])
+
+        with ch.Runtime(workers=1):
+            ch.wait([launch(*given) for given in arguments])
+            spawners = [threading.Thread(target=spawn, args=(given,)) for given in arguments]
+            for thread in spawners:
+                thread.start()
+            gate.wait()
+            start = perf_counter()
+            for thread in spawners:
+                thread.join()
+            ch.wait(spawned)
+            time = perf_counter() - start
+            assert len(spawned) == (1 if by_regions else each) * threads
+            assert all(given[0].numpy()[0] == each + 1 for given in arguments if given)
+        return Sample({PER_TASK: 1e6 * time / (each * threads)})
+
+    def by(threads: int, what: str) -> str:
+        return f"{what}, {threads} spawning thread" + ("s" if threads > 1 else "")
+
+    ways = {
+        "an empty native kernel without data": False,
+        "a native kernel with two regions, a chain a thread": True,
+    }
     return Measure(
         name="kernel",
-        title="Independent native kernels on 1 GPU, each of which takes all of it",
+        title="Native kernels on 1 GPU, each of which takes all of it",
         contestants=[
-            Contestant(OURS, case, functools.partial(ours, workers), workers, params)
-            for workers in WORKERS
+            *(
+                Contestant(OURS, case, functools.partial(ours, workers), workers, params)
+                for workers in WORKERS
+            ),
+            *(
+                Contestant(
+                    OURS,
+                    by(threads, what),
+                    functools.partial(spawned, threads, by_regions),
+                    1,
+                    params,
+                )
+                for what, by_regions in ways.items()
+                for threads in SPAWNERS
+            ),
         ],
         units={PER_TASK: "µs"},
         bars=[],
-        note="From the first spawn until the last is complete, over their number.",
+        note="From the first spawn until the last is complete, over their number. Independent, "
+        "unless said; those that threads spawn need no CuPy.",
     )
 
 
 def _spin(cupy: Any) -> Callable[[float], None]:
     """What occupies the current stream for so many seconds."""
-    kernel = cupy.RawKernel(
-        r"""
-extern "C" __global__ void spin(long long nanoseconds) {
-    long long start, now;
-    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(start));
-    do {
-        asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
-    } while (now - start < nanoseconds);
-}
-""",
-        "spin",
-    )
+    kernel = cupy.RawKernel(SPIN, "spin")
 
     def spin(seconds: float) -> None:
         kernel((1,), (1,), (cupy.int64(1e9 * seconds),))

@@ -1,18 +1,26 @@
 """The measures of ``charioteer bench gpu`` that have managed arrays: chains by regions, copies,
-factorizations and products over one and two GPUs, working sets larger than the memory.
+factorizations, products, transforms and sorts over one and two GPUs, working sets larger than the
+memory.
 
 Everything is on the GPUs when a clock starts, and stays there when it ends, unless copies are what
 is measured. What the results are compared with is computed by one library call on the first GPU,
 in the same run.
+
+*What the link allows.* A transform and a sort send half of what each of two GPUs has to the other,
+so that twice one GPU's rate is out of reach. Their bound is half the time of one GPU's library
+call, and after it the time that plain copies of these bytes take, both ways at once and with
+nothing beside them, both measured in the same round. What a program computes to cut its data into
+pieces is not in the bound, and neither is what it hides of the copies behind work.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -25,16 +33,22 @@ from charioteer.bench.harness import (
     Contestant,
     Key,
     Measure,
+    Missing,
+    Result,
     Sample,
     absolute,
     ratio,
 )
 
-__all__ = ["NAMES", "Sizes", "measures"]
+__all__ = ["NAMES", "PER_TASK", "PLAIN", "WAITS", "Chain", "Sizes", "measures", "plain_chain"]
 
-NAMES = ("regions", "copies", "cholesky", "product", "kmeans", "jacobi", "spill")
+NAMES = (
+    *("regions", "copies", "cholesky", "product", "bf16", "fft", "sort"),
+    *("kmeans", "jacobi", "spill"),
+)
 
 PLAIN = "plain CuPy"
+TORCH = "plain PyTorch"
 PER_TASK = "time per task"
 WAITS = "host synchronisations"
 RATE = "rate"
@@ -49,6 +63,8 @@ ONE, TWO = 0.9, 1.85
 PRODUCT = 1.9
 SCALE = 1.8
 SPILL = 0.85
+LINK = 0.8
+"""Part of what the link allows that a transform and a sort have to reach."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +76,9 @@ class Sizes:
         region: bytes of a region that is copied.
         cholesky: rows of the matrix that is factored, of float64.
         tile: rows of its tiles.
-        product: rows of the matrices that are multiplied, of float32.
+        product: rows of the matrices that are multiplied, of float32 and of bfloat16.
+        fft: rows and columns of the image that is transformed, of complex64.
+        keys: how many keys are sorted, of uint32.
         points: how many points are clustered.
         grid: inner rows of the grid that is relaxed.
         budget: bytes of a GPU's memory that the runtime may use where the working set is larger.
@@ -71,6 +89,8 @@ class Sizes:
     cholesky: int = 32_768
     tile: int = 2_048
     product: int = 32_768
+    fft: int = 16_384
+    keys: int = 500_000_000
     points: int = 40_000_000
     grid: int = 30_000
     budget: int = 8 << 30
@@ -83,6 +103,9 @@ def measures(sizes: Sizes, params: dict[str, Any], need: Callable[[int], Any]) -
         _copies(sizes, params, need),
         _cholesky(sizes, params, need),
         _product(sizes, params, need),
+        _bf16(sizes, params, need),
+        _fft(sizes, params, need),
+        _sort(sizes, params, need),
         _kmeans(sizes, params, need),
         _jacobi(sizes, params, need),
         _spill(sizes, params, need),
@@ -97,7 +120,61 @@ def _wait(tasks: list[ch.Task[Any]]) -> None:
         task.result()
 
 
+def _release(cupy: Any) -> None:
+    """Gives back what libraries keep of the GPUs' memory."""
+    for device in range(cupy.cuda.runtime.getDeviceCount()):
+        with cupy.cuda.Device(device):
+            cupy.get_default_memory_pool().free_all_blocks()
+    if "torch" in sys.modules:
+        sys.modules["torch"].cuda.empty_cache()
+
+
 # ---- chains -----------------------------------------------------------------------------------
+
+
+def plain_chain(cupy: Any, length: int) -> Sample:
+    """A loop of ``cupy.add(x, y, out=x)`` for 1,024 numbers on a stream, until it is complete."""
+    x, y = cupy.zeros(1024, cupy.float32), cupy.ones(1024, cupy.float32)
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        cupy.add(x, y, out=x)
+        stream.synchronize()
+        start = perf_counter()
+        for _ in range(length):
+            cupy.add(x, y, out=x)
+        stream.synchronize()
+        time = perf_counter() - start
+    return Sample({PER_TASK: 1e6 * time / length})
+
+
+class Chain:
+    """Times a chain of tasks on the first GPU, from the begin of a ``with`` block to its end, and
+    counts how often the host waits for the GPU meanwhile.
+
+    Args:
+        rt: the runtime.
+        length: how many tasks.
+    """
+
+    def __init__(self, rt: ch.Runtime, length: int) -> None:
+        self._rt, self._length = rt, length
+        self._time, self._waited = 0.0, 0
+
+    def _waits(self) -> int:
+        return int(self._rt.stats()["devices"][gpu(0)]["host_synchronisations"])
+
+    def __enter__(self) -> Self:
+        self._waited = self._waits()
+        self._time = perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._time = perf_counter() - self._time
+        self._waited = self._waits() - self._waited
+
+    @property
+    def sample(self) -> Sample:
+        """What came of it, when the block has ended."""
+        return Sample({PER_TASK: 1e6 * self._time / self._length, WAITS: self._waited})
 
 
 def _regions(sizes: Sizes, params: dict[str, Any], need: Need) -> Measure:
@@ -105,17 +182,7 @@ def _regions(sizes: Sizes, params: dict[str, Any], need: Need) -> Measure:
     case = f"chain of {length} additions, by regions"
 
     def plain() -> Sample:
-        cupy = need(1)
-        x, y = cupy.zeros(1024, cupy.float32), cupy.ones(1024, cupy.float32)
-        with cupy.cuda.Stream(non_blocking=True) as stream:
-            cupy.add(x, y, out=x)
-            stream.synchronize()
-            start = perf_counter()
-            for _ in range(length):
-                cupy.add(x, y, out=x)
-            stream.synchronize()
-            time = perf_counter() - start
-        return Sample({PER_TASK: 1e6 * time / length})
+        return plain_chain(need(1), length)
 
     def ours() -> Sample:
         cupy = need(1)
@@ -127,15 +194,12 @@ def _regions(sizes: Sizes, params: dict[str, Any], need: Need) -> Measure:
         x, y = ch.zeros(1024, np.float32), ch.full(1024, 1, np.float32)
         with ch.Runtime(workers=1) as rt:
             add(x, y).result()
-            before = rt.stats()["devices"][gpu(0)]["host_synchronisations"]
-            start = perf_counter()
-            for _ in range(length - 1):
-                add(x, y)
-            add(x, y).result()
-            time = perf_counter() - start
-            waits = rt.stats()["devices"][gpu(0)]["host_synchronisations"] - before
+            with Chain(rt, length) as chain:
+                for _ in range(length - 1):
+                    add(x, y)
+                add(x, y).result()
         assert float(x.numpy()[0]) == length + 1
-        return Sample({PER_TASK: 1e6 * time / length, WAITS: waits})
+        return chain.sample
 
     return Measure(
         name="regions",
@@ -291,8 +355,9 @@ def _scaled(
     ours: Callable[[int], Sample],
     bars: list[Bar],
     note: str,
+    beside: str = PLAIN,
 ) -> Measure:
-    contestants = [] if plain is None else [Contestant(PLAIN, _on(case, 1), plain, None, params)]
+    contestants = [] if plain is None else [Contestant(beside, _on(case, 1), plain, None, params)]
     contestants += [
         Contestant(OURS, _on(case, gpus), functools.partial(ours, gpus), 4, params)
         for gpus in (1, 2)
@@ -351,7 +416,7 @@ def _cholesky(sizes: Sizes, params: dict[str, Any], need: Need) -> Measure:
             time = perf_counter() - start
             corner["plain"] = cupy.asnumpy(a[-tile:, -tile:])
         del a
-        cupy.get_default_memory_pool().free_all_blocks()
+        _release(cupy)
         return Sample({RATE: n**3 / 3 / time / 1e12})
 
     def ours(gpus: int) -> Sample:
@@ -382,7 +447,7 @@ def _cholesky(sizes: Sizes, params: dict[str, Any], need: Need) -> Measure:
                 wanted = np.tril(corner["plain"])
                 error = np.abs(found - wanted).max() / np.abs(wanted).max()
                 assert error < 1e-11, f"relative error {error:.1e}"
-        cupy.get_default_memory_pool().free_all_blocks()
+        _release(cupy)
         return Sample({RATE: n**3 / 3 / time / 1e12})
 
     one = _on(case, 1)
@@ -413,8 +478,6 @@ def _cholesky(sizes: Sizes, params: dict[str, Any], need: Need) -> Measure:
 
 def _product(sizes: Sizes, params: dict[str, Any], need: Need) -> Measure:
     n = sizes.product
-    block = -(-n // 4)
-    case = f"matrix product, float32, n = {n}"
 
     def plain() -> Sample:
         cupy = need(1)
@@ -428,40 +491,130 @@ def _product(sizes: Sizes, params: dict[str, Any], need: Need) -> Measure:
             stream.synchronize()
             time = perf_counter() - start
         del a, b, c
-        cupy.get_default_memory_pool().free_all_blocks()
+        _release(cupy)
         return Sample({RATE: 2 * n**3 / time / 1e12})
 
+    return _multiplied(
+        ("product", "float32", np.dtype(np.float32), PLAIN),
+        n,
+        params,
+        need,
+        plain=plain,
+        kernels=tiled.Portable,
+        encoded=float,
+    )
+
+
+def bfloat16(value: float) -> int:
+    """The bits of the bfloat16 next to a number, as an int16 has them."""
+    bits = int(np.float32(value).view(np.uint32))
+    # Halfway between two it is the even one.
+    return int(np.uint16((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).view(np.int16))
+
+
+def _bf16(sizes: Sizes, params: dict[str, Any], need: Need) -> Measure:
+    n = sizes.product
+
+    def library() -> Any:
+        try:
+            import torch
+        except ImportError:
+            raise Missing("PyTorch is not installed") from None
+        return torch
+
+    def plain() -> Sample:
+        cupy, torch = need(1), library()
+        stream = torch.cuda.Stream(device=0)
+        with torch.cuda.device(0), torch.cuda.stream(stream):
+            a, b = (
+                torch.full((n, n), value, dtype=torch.bfloat16, device="cuda:0")
+                for value in (0.5, 2.0)
+            )
+            c = torch.empty_like(a)
+            torch.matmul(a, b, out=c)
+            stream.synchronize()
+            start = perf_counter()
+            torch.matmul(a, b, out=c)
+            stream.synchronize()
+            time = perf_counter() - start
+        del a, b, c
+        _release(cupy)
+        return Sample({RATE: 2 * n**3 / time / 1e12})
+
+    def kernels() -> tiled.Products:
+        library()
+        return tiled.Bfloat16()
+
+    return _multiplied(
+        ("bf16", "bfloat16", np.dtype(np.int16), TORCH),
+        n,
+        params,
+        need,
+        plain=plain,
+        kernels=kernels,
+        encoded=bfloat16,
+    )
+
+
+def _multiplied(
+    called: tuple[str, str, np.dtype[Any], str],
+    n: int,
+    params: dict[str, Any],
+    need: Need,
+    *,
+    plain: Callable[[], Sample],
+    kernels: Callable[[], tiled.Products],
+    encoded: Callable[[float], float],
+) -> Measure:
+    """A product of matrices whose elements are all alike, which says what comes out.
+
+    Args:
+        called: the measure, the type of the elements, that of the array that holds them, and what
+            ``plain`` is.
+        n: rows.
+        params: for the records.
+        need: gives CuPy.
+        plain: the same by one call.
+        kernels: what to do with blocks.
+        encoded: a number as the array holds it.
+    """
+    name, kind, dtype, beside = called
+    block = -(-n // 4)
+    case = f"matrix product, {kind}, n = {n}"
+
     def ours(gpus: int) -> Sample:
-        cupy = need(gpus)
+        cupy, products = need(gpus), kernels()
 
         @ch.task
         def fill(a: ch.Out[Any], value: float) -> None:
             a.fill(value)
 
-        A = ch.empty((n, n), np.float32).tiles((block, n))
-        B = ch.empty((n, n), np.float32).tiles((n, block))
-        C = ch.empty((n, n), np.float32).tiles((block, block))
+        A = ch.empty((n, n), dtype).tiles((block, n))
+        B = ch.empty((n, n), dtype).tiles((n, block))
+        C = ch.empty((n, n), dtype).tiles((block, block))
+        a, b = encoded(0.5), encoded(2.0)
         with ch.Runtime(workers=4):
-            a, b, c = (ch.full((64, 64), 1, np.float32).tiles((16, 64)) for _ in range(3))
-            with ch.TaskGroup():
-                for i in range(A.shape[0]):
-                    fill.options(placement=gpu(i % gpus))(A[i, 0], 0.5)
-                    fill.options(placement=gpu(i % gpus))(B[0, i], 2.0)
-                    for j in range(C.shape[1]):
-                        fill.options(placement=gpu(i % gpus))(C[i, j], 0.0)
-                tiled.product(a, b.base.tiles((64, 64)), c.base.tiles((16, 64)), gpus)
-            start = perf_counter()
-            with ch.TaskGroup():
-                tiled.product(A, B, C, gpus)
-            time = perf_counter() - start
+            time = 0.0
+            # The first time round libraries make what they need on each device and thread.
+            for _ in range(2):
+                with ch.TaskGroup():
+                    for i in range(A.shape[0]):
+                        fill.options(placement=gpu(i % gpus))(A[i, 0], a)
+                        fill.options(placement=gpu(i % gpus))(B[0, i], b)
+                        for j in range(C.shape[1]):
+                            fill.options(placement=gpu(i % gpus))(C[i, j], 0)
+                start = perf_counter()
+                with ch.TaskGroup():
+                    tiled.product(A, B, C, gpus, products)
+                time = perf_counter() - start
             last = C[C.shape[0] - 1, C.shape[1] - 1]
-            assert float(last[-1, -1].numpy()) == n
-        cupy.get_default_memory_pool().free_all_blocks()
+            assert last[-1, -1].numpy() == encoded(n)
+        _release(cupy)
         return Sample({RATE: 2 * n**3 / time / 1e12})
 
     one, two = _on(case, 1), _on(case, 2)
     return _scaled(
-        "product",
+        name,
         f"A blocked matrix product of {n} x {n}, blocks of {block}",
         case,
         "TFLOP/s",
@@ -474,13 +627,251 @@ def _product(sizes: Sizes, params: dict[str, Any], need: Need) -> Measure:
                 case=two,
                 metric=f"{OURS} / one cuBLAS call on 1 GPU",
                 unit="x",
-                values=ratio(Key(OURS, two, 4), Key(PLAIN, one), RATE),
+                values=ratio(Key(OURS, two, 4), Key(beside, one), RATE),
                 limit=PRODUCT,
                 at_least=True,
-                lacking=PLAIN,
+                lacking=beside,
             )
         ],
+        beside=beside,
         note="Each GPU has half of each matrix at the start; the blocks of B are copied to both.",
+    )
+
+
+# ---- what the link allows ---------------------------------------------------------------------
+
+ROUNDS_TIMED = 10
+
+
+def _scrambled(xp: Any, first: int, count: int) -> Any:
+    """Numbers that look random, uint32, the same for the same places."""
+    found = xp.arange(first, first + count, dtype=np.uint64)
+    found *= np.uint64(0x9E3779B97F4A7C15)
+    found ^= found >> np.uint64(29)
+    found *= np.uint64(0xBF58476D1CE4E5B9)
+    found >>= np.uint64(32)
+    return found.astype(np.uint32)
+
+
+def _exchange(need: Need, size: int) -> Sample:
+    """Milliseconds for so many bytes from each of two GPUs to the other, both ways at once."""
+    cupy = need(2)
+    runtime = cupy.cuda.runtime
+    kept = []
+    for own in (0, 1):
+        with cupy.cuda.Device(own):
+            if runtime.deviceCanAccessPeer(own, 1 - own):
+                _enable_peer(runtime, 1 - own)
+            kept.append(
+                (
+                    cupy.cuda.alloc(size),
+                    cupy.cuda.alloc(size),
+                    cupy.cuda.Stream(non_blocking=True),
+                )
+            )
+    time = 0.0
+    for _ in range(2):  # the first one warms up
+        start = perf_counter()
+        for _ in range(ROUNDS_TIMED):
+            for own in (0, 1):
+                (_, target, stream), (source, _, _) = kept[own], kept[1 - own]
+                runtime.memcpyPeerAsync(target.ptr, own, source.ptr, 1 - own, size, stream.ptr)
+        for _, _, stream in kept:
+            stream.synchronize()
+        time = (perf_counter() - start) / ROUNDS_TIMED
+    kept.clear()
+    _release(cupy)
+    return Sample({TIME: 1e3 * time})
+
+
+def _linked(
+    name: str,
+    title: str,
+    case: str,
+    size: int,
+    params: dict[str, Any],
+    need: Need,
+    *,
+    plain: Callable[[], Sample],
+    ours: Callable[[], Sample],
+    workers: int,
+    note: str,
+) -> Measure:
+    """A measure of two GPUs that send each other ``size`` bytes, half of what each has."""
+    one, two = _on(case, 1), _on(case, 2)
+    link = f"{size / MiB:.4g} MiB from each GPU to the other"
+    keys = Key(PLAIN, one), Key(PLAIN, link), Key(OURS, two, workers)
+
+    def part(result: Result) -> list[float]:
+        if not all(key in result for key in keys):
+            return []
+        times = (result[key].values.get(TIME, []) for key in keys)
+        return [(single / 2 + copies) / mine for single, copies, mine in zip(*times, strict=False)]
+
+    return Measure(
+        name=name,
+        title=title,
+        contestants=[
+            Contestant(PLAIN, one, plain, None, params),
+            Contestant(PLAIN, link, functools.partial(_exchange, need, size), None, params),
+            Contestant(OURS, two, ours, workers, params),
+        ],
+        units={TIME: "ms"},
+        bars=[
+            Bar(
+                case=two,
+                metric="what the link allows / time",
+                unit="x",
+                values=part,
+                limit=LINK,
+                at_least=True,
+                lacking="two GPUs",
+            )
+        ],
+        runs=3,
+        note=f"{note} The link allows half the time of one GPU and the copies after it.",
+    )
+
+
+def _fft(sizes: Sizes, params: dict[str, Any], need: Need) -> Measure:
+    n = sizes.fft
+    case = f"2-D FFT, complex64, {n} x {n}"
+    known: dict[str, Any] = {}
+    some = slice(None, None, max(1, n // 64))
+
+    def image(xp: Any, first: int, rows: int) -> Any:
+        numbers = _scrambled(xp, 2 * first * n, 2 * rows * n).astype(np.float32)
+        numbers *= np.float32(2.0**-32)
+        numbers -= np.float32(0.5)
+        return numbers.view(np.complex64).reshape(rows, n)
+
+    def plain() -> Sample:
+        cupy = need(1)
+        with cupy.cuda.Device(0), cupy.cuda.Stream(non_blocking=True) as stream:
+            x = cupy.empty((n, n), np.complex64)
+            height = -(-n // 16)
+            for first in range(0, n, height):
+                x[first : first + height] = image(cupy, first, len(x[first : first + height]))
+            y: Any = None
+            time = 0.0
+            for _ in range(2):  # the first one makes the plan
+                stream.synchronize()
+                start = perf_counter()
+                for _ in range(ROUNDS_TIMED):
+                    y = cupy.fft.fft2(x)
+                stream.synchronize()
+                time = (perf_counter() - start) / ROUNDS_TIMED
+            known["rows"] = cupy.asnumpy(y[some])
+        del x, y
+        cupy.fft.config.get_plan_cache().clear()
+        _release(cupy)
+        return Sample({TIME: 1e3 * time})
+
+    def ours() -> Sample:
+        cupy = need(2)
+        transforms = tiled.CuFft()
+
+        @ch.task
+        def make(part: ch.Out[Any], first: int) -> None:
+            part[...] = image(cupy, first, len(part))
+
+        x, y = ch.empty((n, n), np.complex64), ch.empty((n, n), np.complex64)
+        with ch.Runtime(workers=1):
+            first = 0
+            parts = x.shards(min(32, n))
+            for at, part in enumerate(parts):
+                make.options(placement=gpu(2 * at // len(parts)))(part, first)
+                first += len(part)
+            time = 0.0
+            # The first time plans are made, and the shards become one region a GPU.
+            for _ in range(2):
+                start = perf_counter()
+                tiled.fft2(x, y, 2, transforms, rounds=ROUNDS_TIMED)[-1].result()
+                time = (perf_counter() - start) / ROUNDS_TIMED
+            found = y[some].numpy()
+        if "rows" in known:
+            wanted = known["rows"]
+            error = np.abs(found - wanted).max() / np.abs(wanted).max()
+            assert error < 1e-5, f"relative error {error:.1e}"
+        _release(cupy)
+        return Sample({TIME: 1e3 * time})
+
+    return _linked(
+        "fft",
+        f"A 2-D Fourier transform of {n} x {n}, complex64, as tasks over two GPUs",
+        case,
+        n * n * np.dtype(np.complex64).itemsize // 4,
+        params,
+        need,
+        plain=plain,
+        ours=ours,
+        workers=1,
+        note="Rows are over the GPUs before it, columns after it; one GPU's is one call of cuFFT.",
+    )
+
+
+def _sort(sizes: Sizes, params: dict[str, Any], need: Need) -> Measure:
+    n = sizes.keys
+    case = f"sort, uint32, {n} keys"
+    known: dict[str, Any] = {}
+
+    def plain() -> Sample:
+        cupy = need(1)
+        with cupy.cuda.Device(0), cupy.cuda.Stream(non_blocking=True) as stream:
+            keys = cupy.empty(n, np.uint32)
+            few = -(-n // 16)
+            time = 0.0
+            for _ in range(2):  # the first one warms up
+                for first in range(0, n, few):
+                    keys[first : first + few] = _scrambled(cupy, first, min(few, n - first))
+                stream.synchronize()
+                start = perf_counter()
+                keys.sort()
+                stream.synchronize()
+                time = perf_counter() - start
+            if not known:
+                known["keys"] = cupy.asnumpy(keys)
+        del keys
+        _release(cupy)
+        return Sample({TIME: 1e3 * time})
+
+    def ours() -> Sample:
+        cupy = need(2)
+        partitions = tiled.Buckets()
+
+        @ch.task
+        def make(part: ch.Out[Any], first: int) -> None:
+            part[...] = _scrambled(cupy, first, len(part))
+
+        keys, scratch, result = (ch.empty(n, np.uint32) for _ in range(3))
+        with ch.Runtime(workers=4):
+            first = 0
+            parts = keys.shards(min(32, n))
+            for at, part in enumerate(parts):
+                make.options(placement=gpu(2 * at // len(parts)))(part, first)
+                first += len(part)
+            time = 0.0
+            for _ in range(3):  # the first two warm up
+                start = perf_counter()
+                ch.wait(tiled.sample_sort(keys, scratch, result, 2, partitions))
+                time = perf_counter() - start
+            found = result.numpy()
+        if known:
+            assert np.array_equal(found, known["keys"]), "the order is another one"
+        _release(cupy)
+        return Sample({TIME: 1e3 * time})
+
+    return _linked(
+        "sort",
+        f"A sample sort of {n} keys, uint32, over two GPUs",
+        case,
+        n * np.dtype(np.uint32).itemsize // 4,
+        params,
+        need,
+        plain=plain,
+        ours=ours,
+        workers=4,
+        note="One GPU's is one sort of CuPy's, in place. The host waits for the sizes of buckets.",
     )
 
 
@@ -520,7 +911,7 @@ def _kmeans(sizes: Sizes, params: dict[str, Any], need: Need) -> Measure:
             time = perf_counter() - start
             wanted = known.setdefault("centers", found)
             assert np.allclose(found, wanted, atol=1e-2), np.abs(found - wanted).max()
-        cupy.get_default_memory_pool().free_all_blocks()
+        _release(cupy)
         return Sample({RATE: ROUNDS * n / time / 1e9})
 
     return _scaled(
@@ -557,7 +948,7 @@ def _jacobi(sizes: Sizes, params: dict[str, Any], need: Need) -> Measure:
             rows = old.arrays[0][: min(SWEEPS, n)].numpy()
             wanted = known.setdefault("rows", rows)
             assert np.array_equal(rows, wanted)
-        cupy.get_default_memory_pool().free_all_blocks()
+        _release(cupy)
         return Sample({RATE: SWEEPS * n * n / time / 1e9})
 
     return _scaled(
@@ -633,7 +1024,7 @@ def _spill(sizes: Sizes, params: dict[str, Any], need: Need) -> Measure:
         room = sizes.budget // (size * 4)
         loads, stores = belady([*range(TILES)] * PASSES, room)
         bound = max(loads * size * 4 / inwards.bandwidth, stores * size * 4 / outwards.bandwidth)
-        cupy.get_default_memory_pool().free_all_blocks()
+        _release(cupy)
         return Sample({TIME: time, "bound / time": bound / time})
 
     return Measure(

@@ -14,14 +14,18 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
+import charioteer as ch
 from charioteer.bench import pages, probes, records
 from charioteer.bench.command import (
     OptionError,
     add_outcome_arguments,
+    add_peers_argument,
+    add_runs_argument,
     carried_out,
     check_writable,
     choice,
@@ -36,7 +40,7 @@ from charioteer.bench.harness import (
     Result,
     values_of,
 )
-from charioteer.bench.metg_runs import LEVELS, LONGEST, NATIVE, RUST, WIDTH, metric
+from charioteer.bench.metg_runs import LEVELS, LONGEST, NATIVE, ON_DEVICES, RUST, WIDTH, metric
 from charioteer.bench.plots import Panel, plot
 from charioteer.bench.runners import PEERS
 from charioteer.graphs import PATTERNS
@@ -53,12 +57,18 @@ time goes into tasks, for patterns of dependence between them.
 
 Tasks spin without the GIL. Charioteer runs them as bodies in Python, as native bodies, and in Rust,
 without Python. Where tasks of 16 ms do not reach a level, 16,000 µs stand for that and more.
+
+With --devices tasks are on one GPU each, and level and time are those of the GPUs: bodies in Python
+that launch a kernel which spins, on GPUs that the runtime chooses or that are said, and native
+kernels.
 """
 
 DEFAULT_PATTERNS = ("independent", "stencil", "fft", "tree", "random")
 LIMITS = {RUST: 1.0, NATIVE: 3.0, OURS: 8.0}
 """Microseconds that METG(50 %) may be for the patterns in ``LIMITED``."""
 LIMITED = ("stencil", "fft")
+ON_GPUS = 15.0
+"""Microseconds that it may be on GPUs, for bodies in Python and those patterns."""
 PART = 0.25
 """What part of the best peer's METG(50 %) that of Python bodies may be, for those patterns."""
 UNITS = {metric(level): "µs" for level in LEVELS}
@@ -67,7 +77,7 @@ HALF = metric(min(LEVELS))
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the benchmark's options."""
-    parser.add_argument("--runs", type=positive, metavar="N", help="counted rounds (default: 5)")
+    add_runs_argument(parser)
     parser.add_argument(
         "--seconds",
         type=float,
@@ -84,10 +94,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A,B",
         help=f"all, or some of {', '.join(PATTERNS)} (default: {','.join(DEFAULT_PATTERNS)})",
     )
+    add_peers_argument(parser, PEERS)
     parser.add_argument(
-        "--peers",
-        metavar="A,B",
-        help=f"who runs beside charioteer: all, none, or some of {', '.join(PEERS)}",
+        "--devices",
+        metavar="MACHINE",
+        help="run tasks on GPUs: gpu for those of this machine, or virtual:N; without peers",
     )
     parser.add_argument(
         "--report",
@@ -122,7 +133,12 @@ def run(options: argparse.Namespace) -> int:
         if Path(options.report).suffix not in pages.SUFFIXES:
             raise OptionError(f"--report ends in {' or '.join(pages.SUFFIXES)}")
         check_writable(options.report)
-    chosen = measures(patterns, peers, options.workers, options.seconds)
+    if options.devices is None:
+        chosen = measures(patterns, peers, options.workers, options.seconds)
+    elif options.peers not in (None, "none"):
+        raise OptionError("--peers: none of them runs tasks on GPUs")
+    else:
+        chosen = on_devices(patterns, options.devices, options.workers, options.seconds)
     status, conduct = carried_out(BENCHMARK, chosen, runs, options)
     if options.report is not None:
         pages.write(options.report, "The smallest tasks", _page(conduct.entries))
@@ -162,27 +178,92 @@ def _page(entries: Sequence[records.Record]) -> list[pages.Block]:
     return [*blocks, pages.Plot(image, "Efficiency by the time of a task")]
 
 
+def on_devices(
+    patterns: Sequence[str], devices: str, workers: int, seconds: float
+) -> list[Measure]:
+    """The measures on GPUs.
+
+    Raises:
+        OptionError: ``devices`` names no machine.
+    """
+    try:
+        machine = ch.Machine.detect() if devices == "gpu" else ch.Machine.load(devices)
+    except (ch.MachineError, OSError) as error:
+        raise OptionError(f"--devices: {error}") from error
+    gpus = machine.gpus
+    # The bar is one of real GPUs.
+    limited = LIMITED if all(one.capability for one in gpus) else ()
+    params = {
+        "width": WIDTH * len(gpus),
+        "seconds": seconds,
+        "devices": [one.name for one in gpus],
+    }
+    words = f"{len(gpus)} GPU" + ("" if len(gpus) == 1 else "s")
+    found = []
+    for pattern in patterns:
+        case = f"{pattern}, {words}"
+        bar = Bar(
+            case=case,
+            metric=f"{HALF}, Python bodies",
+            unit="µs",
+            values=values_of(Key(OURS, case, workers), HALF),
+            limit=ON_GPUS,
+            workers=workers,
+            lacking="GPUs",
+        )
+        found.append(
+            Measure(
+                name=pattern,
+                title=f"Minimum effective task granularity on {words}: {pattern}",
+                contestants=[
+                    _contestant(runtime, runtime, case, workers, params, pattern, seconds, devices)
+                    for runtime in ON_DEVICES
+                ],
+                units=UNITS,
+                bars=[bar] if pattern in limited else [],
+                warmup=0,
+                note=f"{WIDTH * len(gpus)} tasks a step. {1e6 * LONGEST:,.0f} µs stand for that "
+                "and more.",
+            )
+        )
+    return found
+
+
+def _contestant(
+    name: str,
+    runtime: str,
+    case: str,
+    workers: int,
+    params: Mapping[str, Any],
+    pattern: str,
+    seconds: float,
+    devices: str | None = None,
+) -> Contestant:
+    run = functools.partial(
+        probes.call,
+        "metg",
+        runtime=name,
+        pattern=pattern,
+        workers=workers,
+        seconds=seconds,
+        devices=devices,
+    )
+    return Contestant(runtime, case, run, workers, params)
+
+
 def _measure(pattern: str, peers: Sequence[str], workers: int, seconds: float) -> Measure:
     runtimes = [(runtime, runtime) for runtime in (OURS, NATIVE, RUST)]
     runtimes += [(name, PEERS[name].runtime) for name in peers]
+    params = {"width": WIDTH * workers, "seconds": seconds}
     contestants = [
-        Contestant(
+        _contestant(
+            name,
             runtime,
             pattern,
-            functools.partial(
-                probes.call,
-                "metg",
-                runtime=name,
-                pattern=pattern,
-                workers=workers,
-                seconds=seconds,
-            ),
             workers,
-            {
-                "width": WIDTH * workers,
-                "seconds": seconds,
-                **({"tuning": PEERS[name].tuning} if name in PEERS else {}),
-            },
+            params | ({"tuning": PEERS[name].tuning} if name in PEERS else {}),
+            pattern,
+            seconds,
         )
         for name, runtime in runtimes
     ]

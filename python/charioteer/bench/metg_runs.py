@@ -5,12 +5,14 @@ far as it takes to be efficient, and from there down until it is not. The number
 they shrink, so that every point takes about as long. *Efficiency* is the tasks' own time over that
 of all workers. A point is the best of some repetitions, since what disturbs one only makes it
 longer.
+
+On devices GPUs take the place of workers in all that, and the runtime is opened once a run.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from charioteer.bench import runners
 from charioteer.bench.bodies import spinning
@@ -18,10 +20,21 @@ from charioteer.bench.harness import OURS, Sample
 from charioteer.bench.runners import PEERS, Outcome
 from charioteer.graphs import Shape, sized
 
-__all__ = ["FIRST", "LEVELS", "LONGEST", "NATIVE", "RUST", "WIDTH", "crossing", "metric", "sample"]
+__all__ = [
+    *("FIRST", "KERNELS", "LEVELS", "LONGEST", "NATIVE", "ON_DEVICES", "PLACED", "RUST", "WIDTH"),
+    *("crossing", "metric", "sample"),
+]
 
 NATIVE = f"{OURS}, native bodies"
 RUST = f"{OURS} in Rust"
+PLACED = f"{OURS}, GPUs said"
+KERNELS = f"{OURS}, native kernels"
+ON_DEVICES: Mapping[str, runners.Work] = {
+    OURS: "bodies",
+    PLACED: "bodies in places",
+    KERNELS: "kernels",
+}
+"""Who runs graphs on devices, by what tasks are there."""
 
 LEVELS = (0.5, 0.9)
 LEAST_STEPS = 8
@@ -35,7 +48,7 @@ LONGEST = 16e-3
 SHORTEST = 0.5e-6
 """Seconds below which the spinning itself is not exact."""
 WIDTH = 8
-"""Tasks of a step to each worker."""
+"""Tasks of a step to each worker, or GPU."""
 
 
 def metric(level: float) -> str:
@@ -66,7 +79,9 @@ def crossing(curve: Sequence[tuple[float, float]], level: float) -> float | None
     return math.exp(math.log(above[0]) + part * (math.log(below[0]) - math.log(above[0])))
 
 
-def sample(runtime: str, pattern: str, workers: int, seconds: float) -> Sample:
+def sample(
+    runtime: str, pattern: str, workers: int, seconds: float, devices: str | None = None
+) -> Sample:
     """One run.
 
     Args:
@@ -75,12 +90,23 @@ def sample(runtime: str, pattern: str, workers: int, seconds: float) -> Sample:
         pattern: of :data:`charioteer.graphs.PATTERNS`.
         workers: on how many.
         seconds: of task time that each point has, over all workers.
+        devices: the machine whose GPUs run the tasks instead, by :data:`ON_DEVICES`; ``"gpu"`` for
+            those that are found.
 
     Raises:
-        Missing: the peer is not installed.
+        Missing: the peer is not installed, or there are no such devices.
     """
-    take = _taker(runtime, workers)
-    width = WIDTH * workers
+    if devices is None:
+        return _sample(_taker(runtime, workers), pattern, workers, seconds)
+    with runners.Devices(devices, ON_DEVICES[runtime], workers) as on:
+        return _sample(on.run, pattern, on.gpus, seconds)
+
+
+def _sample(
+    take: Callable[[Shape, float], Outcome], pattern: str, units: int, seconds: float
+) -> Sample:
+    """A run over so many workers, or GPUs."""
+    width = WIDTH * units
     curve: list[tuple[float, float]] = []
 
     def measure(time: float) -> float:
@@ -90,7 +116,7 @@ def sample(runtime: str, pattern: str, workers: int, seconds: float) -> Sample:
         for _ in range(REPEATS):
             elapsed = take(graph, time).seconds
             total += elapsed
-            best = max(best, len(graph) * time / (workers * elapsed))
+            best = max(best, len(graph) * time / (units * elapsed))
             if best >= max(LEVELS) or total > LONG * seconds:
                 break
         curve.append((time, best))

@@ -20,6 +20,8 @@ from charioteer.bench import probes
 from charioteer.bench.command import (
     OptionError,
     add_outcome_arguments,
+    add_peers_argument,
+    add_runs_argument,
     carry_out,
     choice,
     positive,
@@ -57,7 +59,7 @@ PEERS = {"ray-actors": (RAY_ACTORS, 100.0), "ray-resources": (RAY_RESOURCES, 50.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the benchmark's options."""
-    parser.add_argument("--runs", type=positive, metavar="N", help="counted rounds (default: 5)")
+    add_runs_argument(parser)
     parser.add_argument(
         "--tasks",
         type=positive,
@@ -67,11 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="a look: 2 rounds, fewer tasks, no peers"
     )
-    parser.add_argument(
-        "--peers",
-        metavar="A,B",
-        help=f"who runs beside charioteer: all, none, or some of {', '.join(PEERS)}",
-    )
+    add_peers_argument(parser, PEERS)
     add_outcome_arguments(parser)
 
 

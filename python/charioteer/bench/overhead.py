@@ -17,6 +17,8 @@ from charioteer.bench import native, probes, records, workloads
 from charioteer.bench.command import (
     OptionError,
     add_outcome_arguments,
+    add_peers_argument,
+    add_runs_argument,
     carry_out,
     check_other_python,
     choice,
@@ -51,7 +53,7 @@ LATENCIES = ("spawn to start", "result() round trip")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the benchmark's options."""
-    parser.add_argument("--runs", type=positive, metavar="N", help="counted rounds (default: 5)")
+    add_runs_argument(parser)
     parser.add_argument(
         "--tasks",
         type=positive,
@@ -63,11 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="a look instead of a measurement: 3 rounds, fewer tasks, no Ray or distributed",
     )
-    parser.add_argument(
-        "--peers",
-        metavar="A,B",
-        help=f"who runs beside charioteer: all, none, or some of {', '.join(PEERS)}",
-    )
+    add_peers_argument(parser, PEERS)
     parser.add_argument(
         "--only", metavar="A,B", help=f"the measures to make: some of {', '.join(NAMES)}"
     )

@@ -18,16 +18,22 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from time import perf_counter, sleep
-from typing import Any
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
 
 import charioteer as ch
+from charioteer import gpu
+from charioteer.bench.bodies import CYCLES
 from charioteer.bench.harness import Missing
 from charioteer.bench.peers import THREAD_POOL, load, started_ray
 from charioteer.graphs import Shape, sized
 
-__all__ = ["PEERS", "SHAPES", "Outcome", "Peer", "gil_waited"]
+__all__ = ["PEERS", "SHAPES", "Devices", "Outcome", "Peer", "gil_waited"]
 
 
 SHAPES: Mapping[str, Callable[[int], Shape]] = {
@@ -79,6 +85,104 @@ def native(graph: Shape, seconds: float, workers: int) -> Outcome:
             for _ in graph.before:
                 spin(seconds)
     return Outcome(perf_counter() - start, gil_waited(runtime) - waited)
+
+
+Work = Literal["bodies", "bodies in places", "kernels"]
+"""What tasks on GPUs are: Python bodies on a GPU that the runtime chooses or on one that is said,
+or native kernels on one that it chooses."""
+
+
+class Devices:
+    """Runs graphs of tasks on one GPU each, in a runtime of its own for all of them, whose
+    contexts, streams and kernels are there before a clock starts.
+
+    A task keeps its GPU busy: on one of the CUDA driver by a kernel of one thread, which counts
+    cycles of the clock, and which Python bodies launch; on a virtual one without a kernel. Where
+    GPUs are said, each has its part of every row of the graph.
+
+    Args:
+        machine: as the command line names it; ``"gpu"`` for the GPUs that are found.
+        work: what tasks are.
+        workers: how many the runtime has.
+
+    Attributes:
+        gpus: how many there are.
+        runtime: the runtime.
+
+    Raises:
+        Missing: there is no GPU, or these cannot run such tasks.
+    """
+
+    def __init__(self, machine: str, work: Work, workers: int) -> None:
+        found = ch.Machine.detect() if machine == "gpu" else ch.Machine.load(machine)
+        if not found.gpus:
+            raise Missing("there is no GPU")
+        self.gpus = len(found.gpus)
+        self._work = work
+        self._cuda = found.gpus[0].capability is not None
+        if work == "kernels" and not self._cuda:
+            raise Missing("virtual GPUs run no kernels")
+        self._spin = ch.kernel(CYCLES, "spin", ("i8",))[1, 1]
+        self._rate = 0.0
+        self.runtime = ch.Runtime(found, workers=workers)
+        self._open = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            stack.enter_context(self.runtime)
+            if self._cuda:
+                count = ch.kernel(CYCLES, "count", ("i8", "*i8"), placement=gpu(0))[1, 1]
+                cycles, nanoseconds = ch.zeros(1, np.int64), 20_000_000
+                for _ in range(2):  # the clock gets faster when there is work
+                    count(nanoseconds, cycles).result()
+                self._rate = 1e9 * float(cycles.numpy()[0]) / nanoseconds
+            task, arguments = self._task(1e-6)
+            for device in range(self.gpus):
+                task.options(placement=gpu(device))(*arguments).result()
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._open.__exit__(kind, error, trace)
+
+    def _task(self, seconds: float) -> tuple[Any, tuple[int, ...]]:
+        """A task function that takes so long on a GPU, and its arguments."""
+        spin, cycles = self._spin, round(seconds * self._rate)
+        if self._work == "kernels":
+            return spin, (cycles,)
+        launch = spin.fn
+
+        def kernel() -> None:
+            launch(cycles)
+
+        def busy() -> None:
+            ch.current().stream.busy(seconds)
+
+        return ch.task(kernel if self._cuda else busy, placement=gpu), ()
+
+    def run(self, graph: Shape, seconds: float) -> Outcome:
+        """Run it with tasks of so many seconds, until all are complete."""
+        task, arguments = self._task(seconds)
+        functions = [task] * len(graph)
+        if self._work == "bodies in places":
+            there = [task.options(placement=gpu(device)) for device in range(self.gpus)]
+            for row in graph.levels:
+                for at, index in enumerate(row):
+                    functions[index] = there[at * self.gpus // len(row)]
+        tasks = []
+        waited = gil_waited(self.runtime)
+        start = perf_counter()
+        space = ch.TaskSpace(graph.name)
+        for index, (function, before) in enumerate(zip(functions, graph.before, strict=True)):
+            needs = [space[at] for at in before]
+            tasks.append(function.options(space[index], dependencies=needs)(*arguments))
+        ch.wait(tasks)
+        return Outcome(perf_counter() - start, gil_waited(self.runtime) - waited)
 
 
 def thread_pool(graph: Shape, body: Body, workers: int) -> Outcome:

@@ -3,13 +3,15 @@
 Each is one function that spawns its tasks and gives what tells when they are done. Where a task
 runs is said: tiles and shards have an owner each, in turns, so that what is measured is the
 runtime and not a policy. Kernels are a parameter: :class:`Portable` ones are NumPy's interface, for
-any device, and :class:`Blas` ones call cuBLAS and cuSOLVER on arrays of CuPy's in place.
+any device; :class:`Blas`, :class:`Bfloat16`, :class:`CuFft` and :class:`Buckets` call the libraries
+of NVIDIA's GPUs, or are kernels of their own, and work in place where they can.
 """
 
 from __future__ import annotations
 
 import itertools
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -18,14 +20,22 @@ from charioteer import gpu
 
 __all__ = [
     *(
+        "Bfloat16",
         "Blas",
+        "Buckets",
+        "CuFft",
         "Kernels",
+        "Partitions",
         "Portable",
+        "Products",
         "Stripes",
+        "Transforms",
         "cholesky",
+        "fft2",
         "jacobi",
         "kmeans",
         "product",
+        "sample_sort",
         "spread",
     ),
 ]
@@ -47,8 +57,47 @@ class Kernels(Protocol):
         """``c -= a @ b.T``."""
 
 
+class Products(Protocol):
+    """What a product of matrices does with its blocks."""
+
+    library: Literal["cupy", "torch"] | None
+    """Whose arrays it wants."""
+
+    def multiply(self, a: Any, b: Any, c: Any) -> None:
+        """``c = a @ b``."""
+
+    def multiply_add(self, a: Any, b: Any, c: Any) -> None:
+        """``c += a @ b``."""
+
+
+class Transforms(Protocol):
+    """What a Fourier transform does with a part of its image."""
+
+    def rows(self, x: Any) -> Any:
+        """The transforms of all rows, in new memory."""
+
+    def columns(self, y: Any) -> None:
+        """Overwrite all columns with their transforms."""
+
+
+class Partitions(Protocol):
+    """What a sort does with a shard of its keys."""
+
+    def partition(self, keys: Any, splitters: Any, out: Any, cuts: Any) -> None:
+        """Put the keys into ``out`` bucket by bucket.
+
+        Args:
+            keys: in any order.
+            splitters: the least key of each bucket but the first, in order.
+            out: as many keys.
+            cuts: where in ``out`` each bucket begins, and where the last one ends.
+        """
+
+
 class Portable:
     """Kernels by NumPy's interface."""
+
+    library: Literal["cupy", "torch"] | None = None
 
     def potrf(self, a: Any) -> None:
         """See :class:`Kernels`."""
@@ -65,6 +114,28 @@ class Portable:
     def gemm(self, a: Any, b: Any, c: Any) -> None:
         """See :class:`Kernels`."""
         c -= a @ b.T
+
+    def multiply(self, a: Any, b: Any, c: Any) -> None:
+        """See :class:`Products`."""
+        np.matmul(a, b, out=c)
+
+    def multiply_add(self, a: Any, b: Any, c: Any) -> None:
+        """See :class:`Products`."""
+        c += a @ b
+
+    def rows(self, x: Any) -> Any:
+        """See :class:`Transforms`."""
+        return ch.current().xp.fft.fft(x, axis=1)
+
+    def columns(self, y: Any) -> None:
+        """See :class:`Transforms`."""
+        y[...] = ch.current().xp.fft.fft(y, axis=0)
+
+    def partition(self, keys: Any, splitters: Any, out: Any, cuts: Any) -> None:
+        """See :class:`Partitions`. What is in order is in buckets too."""
+        out[...] = np.sort(keys)
+        cuts[0], cuts[-1] = 0, len(keys)
+        cuts[1:-1] = np.searchsorted(out, splitters)
 
 
 class Blas:
@@ -130,6 +201,127 @@ class Blas:
         )  # fmt: skip
 
 
+class Bfloat16:
+    """Products of bfloat16 by PyTorch. NumPy has no such type: arrays are of int16, with the same
+    bits."""
+
+    library: Literal["cupy", "torch"] | None = "torch"
+
+    def __init__(self) -> None:
+        import torch
+
+        self._torch, self._type = torch, torch.bfloat16
+
+    def multiply(self, a: Any, b: Any, c: Any) -> None:
+        """See :class:`Products`."""
+        self._torch.matmul(a.view(self._type), b.view(self._type), out=c.view(self._type))
+
+    def multiply_add(self, a: Any, b: Any, c: Any) -> None:
+        """See :class:`Products`."""
+        c.view(self._type).addmm_(a.view(self._type), b.view(self._type))
+
+
+class CuFft:
+    """Transforms of complex64 by cuFFT. Columns are transformed where they are, by a plan with
+    strides: CuPy itself would transpose them, twice. A plan and its workspace belong to a device,
+    and serve one task at a time."""
+
+    def __init__(self) -> None:
+        import cupy
+        from cupy.cuda import cufft
+
+        self._cupy, self._cufft = cupy, cufft
+
+    def rows(self, x: Any) -> Any:
+        """See :class:`Transforms`."""
+        return self._cupy.fft.fft(x, axis=1)
+
+    def columns(self, y: Any) -> None:
+        """See :class:`Transforms`."""
+        cufft, store, (n, width) = self._cufft, ch.current().store, y.shape
+        key = "columns", n, width
+        plan = store.get(key)
+        if plan is None:
+            # Elements of a column are a row apart, columns one element.
+            layout = (n,), width, 1
+            plan = cufft.PlanNd((n,), *layout, *layout, cufft.CUFFT_C2C, width, "C", 0, None)
+            store[key] = plan
+        plan.fft(y, y, cufft.CUFFT_FORWARD)
+
+
+_PARTITION = r"""
+// Blocks of keys are brought into buckets in the order in which blocks come to it. `next` has where
+// each bucket goes on, and is moved on by what a block has. Without `out` that is all: it counts.
+// Within a block keys of a warp and bucket stay together, so that writes do.
+extern "C" __global__ void partition(const unsigned* keys, long long n, const unsigned* splitters,
+                                     int buckets, unsigned long long* next, unsigned* out) {
+    const int PER_THREAD = 16;
+    __shared__ unsigned held[32], least[32];
+    __shared__ unsigned long long begin[32];
+    const unsigned lane = threadIdx.x % 32;
+    const long long first = (long long)blockIdx.x * blockDim.x * PER_THREAD + threadIdx.x;
+    unsigned key[PER_THREAD], place[PER_THREAD];
+    int bucket[PER_THREAD];
+    if (threadIdx.x < 32) held[threadIdx.x] = 0;
+    if (threadIdx.x < buckets - 1) least[threadIdx.x] = splitters[threadIdx.x];
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < PER_THREAD; k++) {
+        const long long at = first + (long long)k * blockDim.x;
+        bucket[k] = -1;
+        if (at < n) {
+            key[k] = keys[at];
+            bucket[k] = 0;
+#pragma unroll 1
+            for (int s = 0; s < buckets - 1; s++) bucket[k] += key[k] >= least[s];
+        }
+#pragma unroll 1
+        for (int b = 0; b < buckets; b++) {
+            const unsigned mates = __ballot_sync(~0u, bucket[k] == b);
+            unsigned start = 0;
+            if (lane == 0 && mates) start = atomicAdd(&held[b], (unsigned)__popc(mates));
+            start = __shfl_sync(~0u, start, 0);
+            if (bucket[k] == b) place[k] = start + __popc(mates & ((1u << lane) - 1));
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x < buckets) {
+        begin[threadIdx.x] = atomicAdd(&next[threadIdx.x], (unsigned long long)held[threadIdx.x]);
+    }
+    if (!out) return;
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < PER_THREAD; k++) {
+        if (bucket[k] >= 0) out[begin[bucket[k]] + place[k]] = key[k];
+    }
+}
+"""
+_THREADS, _PER_THREAD = 256, 16
+
+
+class Buckets:
+    """Partitions keys of uint32 into up to 32 buckets by a kernel, which reads them twice, to
+    count and to place them, and writes them once."""
+
+    def __init__(self) -> None:
+        import cupy
+
+        self._cupy = cupy
+        self._kernel = cupy.RawKernel(_PARTITION, "partition")
+
+    def partition(self, keys: Any, splitters: Any, out: Any, cuts: Any) -> None:
+        """See :class:`Partitions`."""
+        count, buckets = len(keys), len(splitters) + 1
+        following = self._cupy.zeros(buckets, np.int64)
+        shape = (-(-count // (_THREADS * _PER_THREAD)),), (_THREADS,)
+        given = keys, np.int64(count), splitters, np.int32(buckets), following
+        self._kernel(*shape, (*given, np.uint64(0)))
+        cuts[:1] = 0
+        self._cupy.cumsum(following, out=cuts[1:])
+        following[...] = cuts[:-1]
+        self._kernel(*shape, (*given, out))
+
+
 def spread(regions: Any, gpus: int, lower: bool = False) -> list[ch.Task[Any]]:
     """Brings tiles to their owners, so that a run begins with them there.
 
@@ -185,21 +377,25 @@ def cholesky(A: Any, gpus: int, kernels: Kernels) -> None:
                 update(A[i, k], A[j, k], A[i, j])
 
 
-def product(A: Any, B: Any, C: Any, gpus: int) -> None:
-    """Spawns the tasks of ``C = A @ B``, on tiles: rows of tiles of C have owners in turns."""
+def product(A: Any, B: Any, C: Any, gpus: int, kernels: Products) -> None:
+    """Spawns the tasks of ``C = A @ B``, on tiles: rows of tiles of C have owners in turns.
 
-    @ch.task
+    An owner begins with the column of its row's number: where columns of tiles of B have owners in
+    turns too, it has that one, and the others come meanwhile.
+    """
+
+    @ch.task(array_library=kernels.library)
     def multiply(a: ch.In[Any], b: ch.In[Any], c: ch.Out[Any]) -> None:
-        np.matmul(a, b, out=c)
+        kernels.multiply(a, b, c)
 
-    @ch.task
+    @ch.task(array_library=kernels.library)
     def multiply_add(a: ch.In[Any], b: ch.In[Any], c: ch.InOut[Any]) -> None:
-        c += a @ b
+        kernels.multiply_add(a, b, c)
 
     (rows, inner), columns = A.shape, B.shape[1]
     for i in range(rows):
         placement = gpu(i % gpus)
-        for j in range(columns):
+        for j in ((i + step) % columns for step in range(columns)):
             multiply.options(placement=placement)(A[i, 0], B[0, j], C[i, j])
             for k in range(1, inner):
                 multiply_add.options(placement=placement)(A[i, k], B[k, j], C[i, j])
@@ -296,3 +492,120 @@ def kmeans(
         for at, part in enumerate(parts):
             assign.options(placement=gpu(at // shards))(part, centers, totals)
         move.options(placement=gpu(0))(totals, centers)
+
+
+def fft2(
+    x: ch.Array, y: ch.Array, gpus: int, transforms: Transforms, rounds: int = 1
+) -> list[ch.Task[None]]:
+    """Spawns two-dimensional Fourier transforms of an image, one task each, over a set of GPUs.
+
+    Each GPU transforms its rows, packs what the others get of them, and puts what it keeps where
+    its columns are to be. When all are as far it fetches the rest, over the links, and transforms
+    its columns. The host enqueues all that.
+
+    Args:
+        x: the image, of complex64; each GPU of the set has some of its rows.
+        y: the transform, of the same shape; each GPU has some of its columns.
+        gpus: how many are in the set.
+        transforms: what each does.
+        rounds: how many, one after the other.
+    """
+    # The rows' transforms, what is packed of them, and as much again to work in.
+    memory = 3 * x.nbytes // gpus
+
+    @ch.task(placement=gpu * gpus, shards={"x": 0, "y": 1}, memory=memory)
+    def transform(x: ch.In[Sequence[Any]], y: ch.Out[Sequence[Any]]) -> None:
+        context = ch.current()
+        rows, columns = _cuts([len(one) for one in x]), _cuts([one.shape[1] for one in y])
+        packed: dict[tuple[int, int], Any] = {}
+        for i, _ in enumerate(context.each()):
+            transformed = transforms.rows(x[i])
+            y[i][rows[i]] = transformed[:, columns[i]]
+            for j in range(gpus):
+                if j != i:
+                    packed[i, j] = transformed[:, columns[j]].copy()
+        # Before this a device may still write what another one is about to fetch.
+        context.barrier()
+        for j, _ in enumerate(context.each()):
+            for i in range(gpus):
+                if i != j:
+                    y[j][rows[i]] = packed[i, j]
+            transforms.columns(y[j])
+
+    return [transform(x, y) for _ in range(rounds)]
+
+
+def _cuts(extents: Sequence[int]) -> list[slice]:
+    """The ranges that follow one another with these extents."""
+    ends = list(itertools.accumulate(extents, initial=0))
+    return [slice(a, b) for a, b in itertools.pairwise(ends)]
+
+
+SAMPLES = 4096
+"""Samples at most that a shard gives."""
+
+
+def sample_sort(
+    keys: ch.Array, scratch: ch.Array, result: ch.Array, gpus: int, partitions: Partitions
+) -> list[ch.Task[None]]:
+    """Spawns the tasks that sort keys over several GPUs.
+
+    Each GPU has a shard of the keys, and gives samples of it. These give splitters, by which each
+    shard is brought into buckets, two a GPU. When it is known how large they are, which the host
+    waits for, a task a bucket collects its pieces and sorts them. Pieces from other GPUs come over
+    the links while buckets before them are sorted.
+
+    Args:
+        keys: in any order; they stay so.
+        scratch: of the same length and type, for the shards in buckets.
+        result: likewise, for the keys in order.
+        gpus: how many.
+        partitions: how a shard is brought into buckets.
+
+    Returns:
+        The last tasks.
+    """
+    buckets = 2 * gpus
+    few = max(1, min(SAMPLES, len(keys) // gpus))
+    samples = ch.empty((gpus, few), keys.dtype)
+    splitters = ch.empty(buckets - 1, keys.dtype)
+    cuts = ch.empty((gpus, buckets + 1), np.int64)
+
+    @ch.task
+    def sample(part: ch.In[Any], few: ch.Out[Any]) -> None:
+        few[...] = part[:: len(part) // len(few)][: len(few)]
+
+    @ch.task(placement=gpu(0))
+    def split(samples: ch.In[Any], splitters: ch.Out[Any]) -> None:
+        every = np.sort(samples.reshape(-1))
+        step = len(every) / buckets
+        for at in range(1, buckets):
+            splitters[at - 1 : at] = every[int(at * step)]
+
+    @ch.task
+    def partition(
+        part: ch.In[Any], splitters: ch.In[Any], out: ch.Out[Any], cuts: ch.Out[Any]
+    ) -> None:
+        partitions.partition(part, splitters, out, cuts)
+
+    @ch.task
+    def collect(pieces: ch.In[list[Any]], bucket: ch.Out[Any]) -> None:
+        np.concatenate(pieces, out=bucket)
+        bucket.sort()
+
+    parts, shards = keys.shards(gpus), scratch.shards(gpus)
+    for at in range(gpus):
+        sample.options(placement=gpu(at))(parts[at], samples[at])
+    split(samples, splitters)
+    for at in range(gpus):
+        partition.options(placement=gpu(at))(parts[at], splitters, shards[at], cuts[at])
+
+    begins, start, last = cuts.numpy(), 0, []
+    for at in range(buckets):
+        pieces = [
+            shard[begin[at] : begin[at + 1]] for shard, begin in zip(shards, begins, strict=True)
+        ]
+        stop = start + sum(piece.size for piece in pieces)
+        last.append(collect.options(placement=gpu(at // 2))(pieces, result[start:stop]))
+        start = stop
+    return last
