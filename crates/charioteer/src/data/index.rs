@@ -372,17 +372,18 @@ impl<D: Domain> Tiles<D> {
     }
 }
 
-/// The write first: what a look-up needs is together.
+/// The write first: what a look-up needs is together, as most do not need the region.
 #[repr(C)]
 struct BoxWrite<D: Domain> {
     write: Write<D>,
     region: Region,
 }
 
+#[repr(C)]
 struct BoxRead<D: Domain> {
-    region: Region,
     at: u64,
     task: TaskRef<D>,
+    region: Region,
 }
 
 struct Boxes<D: Domain> {
@@ -618,7 +619,12 @@ impl<D: Domain> Index<D> {
         self.layout = Layout::Boxes(boxes);
     }
 
-    fn writes<'s>(&'s self, part: &Part<D>, f: &mut impl FnMut(&'s Write<D>, bool)) {
+    /// Calls `f` with the writes that overlap a part, and the region of each where that may be another one.
+    fn writes<'s>(
+        &'s self,
+        part: &Part<D>,
+        f: &mut impl FnMut(&'s Write<D>, Option<&'s Region>),
+    ) {
         match &self.layout {
             Layout::Tiles(tiles) => {
                 for write in tiles
@@ -626,15 +632,15 @@ impl<D: Domain> Index<D> {
                     .iter()
                     .flat_map(|cell| &cell.writes)
                 {
-                    f(write, true);
+                    f(write, None);
                 }
             }
             Layout::Boxes(boxes) => {
                 boxes
                     .writes
-                    .visit(&part.datum.bounds(&part.region), &mut |entry| {
-                        if entry.region.overlaps(&part.region) {
-                            f(&entry.write, entry.region == part.region);
+                    .visit(&part.datum.bounds(&part.region), &mut |entry, exact| {
+                        if exact || entry.region.overlaps(&part.region) {
+                            f(&entry.write, Some(&entry.region));
                         }
                     });
             }
@@ -655,8 +661,8 @@ impl<D: Domain> Index<D> {
             Layout::Boxes(boxes) => {
                 boxes
                     .reads
-                    .visit(&part.datum.bounds(&part.region), &mut |entry| {
-                        if entry.region.overlaps(&part.region) {
+                    .visit(&part.datum.bounds(&part.region), &mut |entry, exact| {
+                        if exact || entry.region.overlaps(&part.region) {
                             f(&entry.task);
                         }
                     });
@@ -677,8 +683,8 @@ impl<D: Domain> Index<D> {
             Layout::Boxes(boxes) => {
                 boxes
                     .reads
-                    .visit(&part.datum.bounds(&part.region), &mut |entry| {
-                        if entry.region.overlaps(&part.region) {
+                    .visit(&part.datum.bounds(&part.region), &mut |entry, exact| {
+                        if exact || entry.region.overlaps(&part.region) {
                             last = last.max(entry.at);
                         }
                     });
@@ -707,10 +713,11 @@ impl<D: Domain> Index<D> {
         let is_parent =
             |other: &TaskRef<D>| parent.is_some_and(|parent| Arc::ptr_eq(parent, other));
         let mut conflict = false;
-        self.writes(part, &mut |write, equal| {
+        self.writes(part, &mut |write, region| {
+            let equal = || region.is_none_or(|region| *region == part.region);
             // Commuting tasks on other parts are kept apart by their line; reductions there are not.
             let joined =
-                write.admits(mode) && write.at > boundary && (equal || mode == Mode::Commute);
+                write.admits(mode) && write.at > boundary && (mode == Mode::Commute || equal());
             let closes =
                 |group: &Arc<Group<D>>| closing.is_some_and(|closing| closing.id == group.id);
             if joined {
@@ -948,8 +955,8 @@ impl<D: Domain> Index<D> {
     ) {
         let region = &access.part.region;
         let bounds = datum.bounds(region);
-        self.lines.visit(&bounds, &mut |entry| {
-            if entry.region.overlaps(region) && entry.task.past() == Past::Not {
+        self.lines.visit(&bounds, &mut |entry, exact| {
+            if (exact || entry.region.overlaps(region)) && entry.task.past() == Past::Not {
                 before.push(Arc::clone(&entry.task));
             }
         });

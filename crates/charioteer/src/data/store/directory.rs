@@ -178,7 +178,7 @@ impl Directory {
         if region.is_empty() {
             return found;
         }
-        self.tree.visit(&self.bounds(region), &mut |&number| {
+        self.tree.visit(&self.bounds(region), &mut |&number, _| {
             if self.pieces[number].region.overlaps(region) {
                 found.push(number);
             }
@@ -389,7 +389,7 @@ impl Directory {
     pub(super) fn frames_at(&self, region: &Region) -> Vec<u32> {
         let mut found = Vec::new();
         if !region.is_empty() {
-            self.frame_tree.visit(&self.bounds(region), &mut |&frame| {
+            self.frame_tree.visit(&self.bounds(region), &mut |&frame, _| {
                 if self.frames[frame].region.overlaps(region) {
                     found.push(frame);
                 }
