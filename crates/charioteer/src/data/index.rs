@@ -23,13 +23,12 @@
 //! What nobody needs any more (see the module above) is dropped where it is met, and all of it every so
 //! many registrations, in proportion to how many records there are.
 
-use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
 
 use smallvec::SmallVec;
 
 use super::{Access, Datum, Group, Mode, Part, Place, Uses, tile_region};
+use crate::hash::QuickMap;
 use crate::machine::{DeviceError, DeviceId};
 use crate::region::Region;
 use crate::region::tree::Tree;
@@ -277,31 +276,11 @@ impl<D: Domain> Default for Cell<D> {
 const CHUNK: usize = 64;
 type Chunk<D> = [Cell<D>; CHUNK];
 
-/// Numbers of chunks are spread by a product.
-#[derive(Default)]
-struct Spread(u64);
-
-impl Hasher for Spread {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-    fn write(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            self.write_u64(u64::from(*byte));
-        }
-    }
-    fn write_u64(&mut self, number: u64) {
-        self.0 = (self.0 ^ number)
-            .wrapping_mul(0x9E37_79B9_7F4A_7C15)
-            .rotate_left(26);
-    }
-}
-
 struct Tiles<D: Domain> {
     grid: u32,
     /// Of tile 0: most data are accessed as a whole, and that is all they have.
     first: Cell<D>,
-    chunks: HashMap<u64, Box<Chunk<D>>, BuildHasherDefault<Spread>>,
+    chunks: QuickMap<u64, Box<Chunk<D>>>,
     /// Tiles whose cells may have records.
     used: Vec<u64>,
 }
@@ -311,7 +290,7 @@ impl<D: Domain> Tiles<D> {
         Self {
             grid,
             first: Cell::default(),
-            chunks: HashMap::default(),
+            chunks: QuickMap::default(),
             used: Vec::new(),
         }
     }
@@ -620,11 +599,7 @@ impl<D: Domain> Index<D> {
     }
 
     /// Calls `f` with the writes that overlap a part, and the region of each where that may be another one.
-    fn writes<'s>(
-        &'s self,
-        part: &Part<D>,
-        f: &mut impl FnMut(&'s Write<D>, Option<&'s Region>),
-    ) {
+    fn writes<'s>(&'s self, part: &Part<D>, f: &mut impl FnMut(&'s Write<D>, Option<&'s Region>)) {
         match &self.layout {
             Layout::Tiles(tiles) => {
                 for write in tiles
