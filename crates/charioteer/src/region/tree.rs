@@ -498,6 +498,7 @@ impl<T> Node<T> {
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::Span;
     use super::*;
 
     fn meet(one: &Bounds, other: &Bounds) -> bool {
@@ -527,6 +528,38 @@ mod tests {
             1 => (prop::option::of(bounds()), 1..5_u64)
                 .prop_map(|(bounds, part)| Move::Extract(bounds, part)),
         ]
+    }
+
+    /// Two regions of an array of so many axes, in places and with steps where they meet often.
+    fn regions() -> impl Strategy<Value = [Region; 2]> {
+        let span = (0..12_u64, 1..3_u64, 1..5_u64);
+        let spans = span.prop_map(|(start, step, count)| Span::new(start, step, count));
+        (1..=4_usize).prop_flat_map(move |axes| {
+            let region = prop::collection::vec(spans.clone(), axes).prop_map(Region::new);
+            [region.clone(), region]
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(500))]
+
+        #[test]
+        fn regions_meet_where_exact_boxes_do_and_only_where_others_do(
+            regions in regions(),
+            is_long in any::<bool>(),
+        ) {
+            let [one, other] = &regions;
+            let extent = if is_long { 1 << 40 } else { 20 };
+            let axes = Axes::longest(&vec![extent; one.spans().len()]);
+            let (own, its) = (Bounds::of(one, &axes), Bounds::of(other, &axes));
+            let meets = meet(&own, &its);
+            prop_assert!(meets || !one.overlaps(other));
+            if own.exact && its.exact {
+                prop_assert_eq!(meets, one.overlaps(other));
+            }
+            let is_plain = |it: &Region| it.spans().iter().all(|span| span.step() == 1);
+            prop_assert_eq!(own.exact, is_plain(one) && !is_long && one.spans().len() <= AXES);
+        }
     }
 
     proptest! {
