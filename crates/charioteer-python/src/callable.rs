@@ -10,10 +10,11 @@
 //! the spawning thread (a shared one would contend without a GIL).
 
 use std::cell::{OnceCell, RefCell};
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use charioteer::hash::QuickMap;
 use pyo3::exceptions::PyTypeError;
 use pyo3::ffi;
 use pyo3::prelude::*;
@@ -69,39 +70,7 @@ impl Facts {
 const REMEMBERED: usize = 1024;
 
 thread_local! {
-    static FACTS: RefCell<HashMap<usize, Rc<Facts>, Hasher>> = RefCell::default();
-}
-
-/// Addresses need no better hash than a multiplication.
-#[derive(Default, Clone)]
-struct Hasher;
-
-struct Multiply(u64);
-
-impl std::hash::BuildHasher for Hasher {
-    type Hasher = Multiply;
-    fn build_hasher(&self) -> Multiply {
-        Multiply(0)
-    }
-}
-
-impl std::hash::Hasher for Multiply {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-    fn write(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            self.write_u64(u64::from(*byte));
-        }
-    }
-    fn write_u64(&mut self, number: u64) {
-        self.0 = (self.0 ^ number)
-            .wrapping_mul(0x9E37_79B9_7F4A_7C15)
-            .rotate_left(29);
-    }
-    fn write_usize(&mut self, number: usize) {
-        self.write_u64(number as u64);
-    }
+    static FACTS: RefCell<QuickMap<usize, Rc<Facts>>> = RefCell::default();
 }
 
 /// One copy of each name for ever: programs have few.

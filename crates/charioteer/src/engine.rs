@@ -820,13 +820,20 @@ impl<D: Domain> Engine<D> {
         if !accesses.is_empty() {
             flags |= accesses::flags_of(accesses);
         }
-        let mut task = Task::new(label, phase, Content::Body(body), options, handles);
+        // Made where it stays: to move it there costs each task.
+        let task = Arc::new(Task::new(
+            label,
+            phase,
+            Content::Body(body),
+            options,
+            handles,
+        ));
         if let Some(uses) = uses {
             self.keep_uses(&task, uses);
         }
         task.state.begin_with(flags);
         task.engine.store(self.id, Ordering::Relaxed);
-        Ok(Arc::new(task))
+        Ok(task)
     }
 
     /// The flags of a task with this body and these options; `uses`: it keeps its accesses.

@@ -29,11 +29,13 @@
 //! | [`engine`] | the façade that joins them: spawn, wait, cancel, close | all above |
 //! | [`machine`] | devices, streams, events, links | nobody |
 //! | [`trace`] | event rings, trace files, and what is proved from them | words of `machine`, [`region`], [`data`] |
+//! | [`hash`] | a quick hash of numbers | nobody |
 //! | [`native`] | the Rust API: closures as tasks, typed handles, task spaces | the façade |
 
 pub mod data;
 pub mod engine;
 mod graph;
+pub mod hash;
 #[cfg(all(test, loom))]
 mod loom_domain;
 pub mod machine;

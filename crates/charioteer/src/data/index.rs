@@ -23,13 +23,12 @@
 //! What nobody needs any more (see the module above) is dropped where it is met, and all of it every so
 //! many registrations, in proportion to how many records there are.
 
-use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
 
 use smallvec::SmallVec;
 
 use super::{Access, Datum, Group, Mode, Part, Place, Uses, tile_region};
+use crate::hash::QuickMap;
 use crate::machine::{DeviceError, DeviceId};
 use crate::region::Region;
 use crate::region::tree::Tree;
@@ -277,31 +276,11 @@ impl<D: Domain> Default for Cell<D> {
 const CHUNK: usize = 64;
 type Chunk<D> = [Cell<D>; CHUNK];
 
-/// Numbers of chunks are spread by a product.
-#[derive(Default)]
-struct Spread(u64);
-
-impl Hasher for Spread {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-    fn write(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            self.write_u64(u64::from(*byte));
-        }
-    }
-    fn write_u64(&mut self, number: u64) {
-        self.0 = (self.0 ^ number)
-            .wrapping_mul(0x9E37_79B9_7F4A_7C15)
-            .rotate_left(26);
-    }
-}
-
 struct Tiles<D: Domain> {
     grid: u32,
     /// Of tile 0: most data are accessed as a whole, and that is all they have.
     first: Cell<D>,
-    chunks: HashMap<u64, Box<Chunk<D>>, BuildHasherDefault<Spread>>,
+    chunks: QuickMap<u64, Box<Chunk<D>>>,
     /// Tiles whose cells may have records.
     used: Vec<u64>,
 }
@@ -311,7 +290,7 @@ impl<D: Domain> Tiles<D> {
         Self {
             grid,
             first: Cell::default(),
-            chunks: HashMap::default(),
+            chunks: QuickMap::default(),
             used: Vec::new(),
         }
     }
@@ -372,17 +351,18 @@ impl<D: Domain> Tiles<D> {
     }
 }
 
-/// The write first: what a look-up needs is together.
+/// The write first: what a look-up needs is together, as most do not need the region.
 #[repr(C)]
 struct BoxWrite<D: Domain> {
     write: Write<D>,
     region: Region,
 }
 
+#[repr(C)]
 struct BoxRead<D: Domain> {
-    region: Region,
     at: u64,
     task: TaskRef<D>,
+    region: Region,
 }
 
 struct Boxes<D: Domain> {
@@ -618,7 +598,8 @@ impl<D: Domain> Index<D> {
         self.layout = Layout::Boxes(boxes);
     }
 
-    fn writes<'s>(&'s self, part: &Part<D>, f: &mut impl FnMut(&'s Write<D>, bool)) {
+    /// Calls `f` with the writes that overlap a part, and the region of each where that may be another one.
+    fn writes<'s>(&'s self, part: &Part<D>, f: &mut impl FnMut(&'s Write<D>, Option<&'s Region>)) {
         match &self.layout {
             Layout::Tiles(tiles) => {
                 for write in tiles
@@ -626,15 +607,15 @@ impl<D: Domain> Index<D> {
                     .iter()
                     .flat_map(|cell| &cell.writes)
                 {
-                    f(write, true);
+                    f(write, None);
                 }
             }
             Layout::Boxes(boxes) => {
                 boxes
                     .writes
-                    .visit(&part.datum.bounds(&part.region), &mut |entry| {
-                        if entry.region.overlaps(&part.region) {
-                            f(&entry.write, entry.region == part.region);
+                    .visit(&part.datum.bounds(&part.region), &mut |entry, exact| {
+                        if exact || entry.region.overlaps(&part.region) {
+                            f(&entry.write, Some(&entry.region));
                         }
                     });
             }
@@ -655,8 +636,8 @@ impl<D: Domain> Index<D> {
             Layout::Boxes(boxes) => {
                 boxes
                     .reads
-                    .visit(&part.datum.bounds(&part.region), &mut |entry| {
-                        if entry.region.overlaps(&part.region) {
+                    .visit(&part.datum.bounds(&part.region), &mut |entry, exact| {
+                        if exact || entry.region.overlaps(&part.region) {
                             f(&entry.task);
                         }
                     });
@@ -677,8 +658,8 @@ impl<D: Domain> Index<D> {
             Layout::Boxes(boxes) => {
                 boxes
                     .reads
-                    .visit(&part.datum.bounds(&part.region), &mut |entry| {
-                        if entry.region.overlaps(&part.region) {
+                    .visit(&part.datum.bounds(&part.region), &mut |entry, exact| {
+                        if exact || entry.region.overlaps(&part.region) {
                             last = last.max(entry.at);
                         }
                     });
@@ -707,10 +688,11 @@ impl<D: Domain> Index<D> {
         let is_parent =
             |other: &TaskRef<D>| parent.is_some_and(|parent| Arc::ptr_eq(parent, other));
         let mut conflict = false;
-        self.writes(part, &mut |write, equal| {
+        self.writes(part, &mut |write, region| {
+            let equal = || region.is_none_or(|region| *region == part.region);
             // Commuting tasks on other parts are kept apart by their line; reductions there are not.
             let joined =
-                write.admits(mode) && write.at > boundary && (equal || mode == Mode::Commute);
+                write.admits(mode) && write.at > boundary && (mode == Mode::Commute || equal());
             let closes =
                 |group: &Arc<Group<D>>| closing.is_some_and(|closing| closing.id == group.id);
             if joined {
@@ -948,8 +930,8 @@ impl<D: Domain> Index<D> {
     ) {
         let region = &access.part.region;
         let bounds = datum.bounds(region);
-        self.lines.visit(&bounds, &mut |entry| {
-            if entry.region.overlaps(region) && entry.task.past() == Past::Not {
+        self.lines.visit(&bounds, &mut |entry, exact| {
+            if (exact || entry.region.overlaps(region)) && entry.task.past() == Past::Not {
                 before.push(Arc::clone(&entry.task));
             }
         });

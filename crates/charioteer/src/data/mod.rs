@@ -159,10 +159,12 @@ impl<D: Domain> Datum<D> {
     /// All of it.
     #[must_use]
     pub fn whole(self: &Arc<Self>) -> Part<D> {
+        let region = Region::whole(&self.shape);
+        let place = Place::of(&region, true);
         Part {
             datum: Arc::clone(self),
-            region: Region::whole(&self.shape),
-            place: Place::WHOLE,
+            region,
+            place,
         }
     }
 
@@ -179,11 +181,7 @@ impl<D: Domain> Datum<D> {
             "a region has the axes of its array"
         );
         assert!(whole.contains(&region), "a region lies in its array");
-        let place = if region == whole {
-            Place::WHOLE
-        } else {
-            Place::NOWHERE
-        };
+        let place = Place::of(&region, region == whole);
         Part {
             datum: Arc::clone(self),
             region,
@@ -303,6 +301,20 @@ impl Place {
         grid: u32::MAX,
         tile: 0,
     };
+    /// Of what has no element. That is said here too, so that nobody has to fetch a region to see it.
+    const EMPTY: Self = Self {
+        grid: u32::MAX - 1,
+        tile: 0,
+    };
+
+    /// That of a part, which may be the whole.
+    fn of(region: &Region, is_whole: bool) -> Self {
+        match is_whole {
+            _ if region.is_empty() => Self::EMPTY,
+            true => Self::WHOLE,
+            false => Self::NOWHERE,
+        }
+    }
 }
 
 /// A part of a datum. What a look-up of a tile needs comes first: a program has many, and uses each now
@@ -455,7 +467,7 @@ impl<'a, D: Domain> Access<'a, D> {
     /// Whether it takes part in the order.
     #[inline]
     fn counts(&self) -> bool {
-        self.ordered && !self.part.region.is_empty()
+        self.ordered && self.part.place.grid != Place::EMPTY.grid
     }
 }
 
@@ -609,6 +621,7 @@ struct Locked<'a, D: Domain> {
 
 impl<'a, D: Domain> Session<'a, D> {
     /// Locks the data of the accesses, in the order of their numbers.
+    #[inline]
     pub(crate) fn open(accesses: &'a [Access<'a, D>]) -> Self {
         let mut data: SmallVec<[(&'a Datum<D>, u32); 4]> = SmallVec::new();
         for access in accesses.iter().filter(|access| access.counts()) {

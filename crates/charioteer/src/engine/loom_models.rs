@@ -297,9 +297,8 @@ fn nobody_overtakes_a_task_that_is_cancelled_ahead_of_work_in_flight() {
         first.state.advance(Phase::Ready, Phase::Running).unwrap();
         let body: Body = Box::new(|| unreachable!("it waits for devices"));
         let content = Content::Body(body);
-        let mut second = Task::new("second", Phase::Waiting, content, None, 0);
+        let second = Arc::new(Task::new("second", Phase::Waiting, content, None, 0));
         second.state.begin_with(ORDERED);
-        let second = Arc::new(second);
         second.engine.store(engine.id, Ordering::Relaxed);
         engine.shards[0].spawned.fetch_add(1, Ordering::SeqCst);
         let access = [Access::new(&whole, Mode::InOut)];

@@ -1,11 +1,19 @@
 //! A spatial index: a tree of bounding boxes, each around those below it.
 //!
-//! A node has at most [`MOST`] children and is split when one more comes, along the axis on which their
-//! centres lie farthest apart. What is taken out leaves its node smaller, and a node without children
-//! goes with it; nodes are not merged, since records of live accesses come and go all the time.
+//! # Order
 //!
-//! Boxes have three axes, of the array's own choice: those along which it is longest. What meets in these may still be apart
-//! along another one, or by strides: the caller looks again at what it is given.
+//! Boxes are in the *Z-order* of their centres: of the highest bit in which two differ along any axis. The
+//! tree is a B-tree of that order: a new box has one place, which is found by comparing it with the first
+//! one of each child, whatever is around. A node has at most [`MOST`] children. When one more comes it is
+//! split where neighbours differ in the highest bit, of those places that leave each half enough: so nodes
+//! are blocks of a grid as far as can be, and few of them overlap.
+//!
+//! What is taken out leaves its node smaller, and a node without children goes with it; nodes are not
+//! merged, since records of live accesses come and go all the time.
+//!
+//! Boxes have three axes, of the array's own choice: those along which it is longest. What meets in these
+//! may still be apart along another one, or by strides: the caller looks again at what it is given, unless
+//! it hears that both boxes are [exact](Bounds::of).
 //!
 //! # Layout
 //!
@@ -14,12 +22,17 @@
 //! neither children nor items are touched that do not meet. Edges are words of 32 bits. Along an axis that
 //! is too long for these they are in units of a power of two, rounded so that boxes only grow.
 
+use std::cmp::Ordering;
+
 use smallvec::SmallVec;
 
 use super::Region;
 
 /// The most children of a node.
 const MOST: usize = 16;
+
+/// The least of each half of a node that is split.
+const LEAST: usize = 5;
 
 /// How many axes boxes have.
 const AXES: usize = 3;
@@ -46,6 +59,8 @@ impl Axes {
 pub(crate) struct Bounds {
     low: [i32; AXES],
     high: [i32; AXES],
+    /// It has the indices of its region and no others.
+    exact: bool,
 }
 
 impl Bounds {
@@ -53,27 +68,32 @@ impl Bounds {
     pub(crate) const ALL: Self = Self {
         low: [0; AXES],
         high: [i32::MAX; AXES],
+        exact: false,
     };
 
     /// Around nothing.
     const NOTHING: Self = Self {
         low: [i32::MAX; AXES],
         high: [0; AXES],
+        exact: false,
     };
 
     /// Those of a region that is not empty. Along axes that the array has not they are around everything.
+    /// Exact are those of a region without strides, with all its axes, in units of one index.
     #[inline]
     pub(crate) fn of(region: &Region, axes: &Axes) -> Self {
         // What lies beyond the end of the array, as in a trace that is no good, lies at its end.
         let narrow = |edge: u64| i32::try_from(edge).unwrap_or(i32::MAX);
         let mut bounds = Self::ALL;
+        let mut exact = axes.0.len() == region.spans().len();
         for (place, &(axis, shift)) in axes.0.iter().enumerate() {
             let span = region.spans()[axis];
             let end = span.end() + ((1 << shift) - 1);
             bounds.low[place] = narrow(span.start() >> shift).min(i32::MAX - 1);
             bounds.high[place] = narrow(end >> shift);
+            exact &= shift == 0 && span.step() == 1 && bounds.high[place] != i32::MAX;
         }
-        bounds
+        Self { exact, ..bounds }
     }
 
     fn with(mut self, other: &Self) -> Self {
@@ -90,8 +110,24 @@ impl Bounds {
         (0..AXES).filter(|&axis| self.low[axis] != 0 || self.high[axis] != i32::MAX)
     }
 
-    fn centre(&self, axis: usize) -> i64 {
-        i64::from(self.low[axis]) + i64::from(self.high[axis])
+    /// Of the highest bit in which the centres of two boxes differ: how high it is, and which one is before
+    /// the other by it.
+    #[inline]
+    fn differ(&self, other: &Self) -> (u32, Ordering) {
+        let mut most = 0;
+        let mut order = Ordering::Equal;
+        for axis in 0..AXES {
+            // Twice the centre; edges are not negative, so that the sum of two has 32 bits.
+            let centre = |it: &Self| it.low[axis].cast_unsigned() + it.high[axis].cast_unsigned();
+            let (own, other) = (centre(self), centre(other));
+            let bits = own ^ other;
+            // Whether its highest bit is higher than the highest one so far.
+            if most < bits && most < (most ^ bits) {
+                most = bits;
+                order = own.cmp(&other);
+            }
+        }
+        (u32::BITS - most.leading_zeros(), order)
     }
 }
 
@@ -108,6 +144,7 @@ impl Edges {
         Bounds {
             low: std::array::from_fn(|axis| self.0[axis][0][child]),
             high: std::array::from_fn(|axis| self.0[axis][1][child]),
+            exact: false,
         }
     }
 
@@ -118,18 +155,31 @@ impl Edges {
         }
     }
 
+    /// Moves the boxes of some children to others.
+    fn shift(&mut self, children: std::ops::Range<usize>, to: usize) {
+        for edge in self.0.as_flattened_mut() {
+            edge.copy_within(children.clone(), to);
+        }
+    }
+
     /// Those of the first `children` whose boxes meet `bounds`.
     #[inline]
     fn meeting(&self, bounds: &Bounds, children: usize) -> Found {
-        let mut meets: [u8; MOST] = std::array::from_fn(|child| u8::from(child < children));
+        // Masks, since compilers make vectors of these and branches of conditions.
+        let mask = |holds: bool| -i32::from(holds);
+        let mut meets = [-1_i32; MOST];
         for axis in bounds.axes() {
             let [low, high] = &self.0[axis];
+            let (from, to) = (bounds.low[axis], bounds.high[axis]);
             for child in 0..MOST {
-                let here = low[child] < bounds.high[axis] && bounds.low[axis] < high[child];
-                meets[child] &= u8::from(here);
+                meets[child] &= mask(low[child] < to) & mask(from < high[child]);
             }
         }
-        Found(u128::from_le_bytes(meets))
+        let mut found = 0;
+        for (child, meets) in meets.into_iter().enumerate() {
+            found |= meets & 1 << child;
+        }
+        Found(found & ((1 << children) - 1))
     }
 
     /// Makes the box of a child so large that it is around `bounds` too. Most are already, and are not
@@ -145,31 +195,10 @@ impl Edges {
             }
         }
     }
-
-    /// The child whose box grows least when it is to be around `bounds` too, by the sum of its edges; of
-    /// equals the one that is smallest.
-    fn least_growth(&self, bounds: &Bounds, children: usize) -> usize {
-        let mut growth = [0_u32; MOST];
-        let mut margin = [0_u32; MOST];
-        for axis in bounds.axes() {
-            let [low, high] = &self.0[axis];
-            for child in 0..MOST {
-                let length = high[child].abs_diff(low[child]);
-                let low = low[child].min(bounds.low[axis]);
-                let high = high[child].max(bounds.high[axis]);
-                let grown = high.abs_diff(low).wrapping_sub(length);
-                margin[child] = margin[child].wrapping_add(length);
-                growth[child] = growth[child].wrapping_add(grown);
-            }
-        }
-        (0..children)
-            .min_by_key(|&child| (growth[child], margin[child]))
-            .expect("an inner node has children")
-    }
 }
 
-/// Children that were found, a byte each.
-struct Found(u128);
+/// Children that were found, a bit each.
+struct Found(i32);
 
 impl Iterator for Found {
     type Item = usize;
@@ -179,23 +208,38 @@ impl Iterator for Found {
         if self.0 == 0 {
             return None;
         }
-        let bit = self.0.trailing_zeros();
+        let child = self.0.trailing_zeros();
         self.0 &= self.0 - 1;
-        Some((bit / u8::BITS) as usize)
+        Some(child as usize)
     }
 }
 
+impl DoubleEndedIterator for Found {
+    #[inline]
+    fn next_back(&mut self) -> Option<usize> {
+        let child = self.0.checked_ilog2()?;
+        self.0 ^= 1 << child;
+        Some(child as usize)
+    }
+}
+
+/// A child of an inner node.
+struct Child<T> {
+    /// What is before this, in the order of boxes, belongs to the child before it, if there is one.
+    first: Bounds,
+    node: Box<Node<T>>,
+}
+
 enum Below<T> {
+    /// In no order.
     Items(Vec<T>),
-    #[expect(
-        clippy::vec_box,
-        reason = "nodes are large, and a split moves half of them"
-    )]
-    Nodes(Vec<Box<Node<T>>>),
+    Nodes(Vec<Child<T>>),
 }
 
 struct Node<T> {
     edges: Edges,
+    /// Which items have exact boxes, a bit each.
+    exact: u16,
     below: Below<T>,
 }
 
@@ -218,17 +262,20 @@ impl<T> Tree<T> {
         self.len += 1;
         let root = self.root.get_or_insert_with(|| Box::new(Node::leaf()));
         if let Some(other) = root.insert(&bounds, item)
-            && let Some(root) = self.root.take()
+            && let Some(node) = self.root.take()
         {
-            let children = [root, other].map(|node| (node.bounds(), node));
-            let children = children.into_iter().collect();
-            self.root = Some(Box::new(Node::of(children, Below::Nodes)));
+            // Nothing is before the first child, whatever its mark says.
+            let first = Bounds::ALL;
+            let children = [Child { first, node }, other];
+            let children = children.map(|child| (child.node.bounds(), child));
+            self.root = Some(Box::new(Node::inner(children.into_iter().collect())));
         }
     }
 
-    /// Calls `f` with each item whose box meets `bounds`.
+    /// Calls `f` with each item whose box meets `bounds`, and with whether both are exact, so that the
+    /// regions have an index in common.
     #[inline]
-    pub(crate) fn visit<'a>(&'a self, bounds: &Bounds, f: &mut impl FnMut(&'a T)) {
+    pub(crate) fn visit<'a>(&'a self, bounds: &Bounds, f: &mut impl FnMut(&'a T, bool)) {
         if let Some(root) = &self.root {
             root.visit(bounds, f);
         }
@@ -264,7 +311,7 @@ impl<T> Tree<T> {
         }) = self.root.as_deref_mut()
             && nodes.len() == 1
         {
-            self.root = nodes.pop();
+            self.root = nodes.pop().map(|child| child.node);
         }
     }
 }
@@ -272,36 +319,42 @@ impl<T> Tree<T> {
 /// Children of a node that is made or split.
 type Children<C> = SmallVec<[(Bounds, C); MOST + 1]>;
 
-/// Takes the upper half out of too many children.
-fn halve<C>(children: &mut Children<C>) -> Children<C> {
-    let spread = |axis: usize| {
-        let centres = || children.iter().map(|(bounds, _)| bounds.centre(axis));
-        centres().max().unwrap_or(0) - centres().min().unwrap_or(0)
-    };
-    let axis = (0..AXES).max_by_key(|&axis| spread(axis)).unwrap_or(0);
-    children.sort_unstable_by_key(|(bounds, _)| bounds.centre(axis));
-    children.drain(children.len() / 2..).collect()
+/// Takes the upper part out of too many children, which are in order by `first`.
+fn halve<C>(children: &mut Children<C>, first: impl Fn(&(Bounds, C)) -> &Bounds) -> Children<C> {
+    let height = |at: usize| first(&children[at - 1]).differ(first(&children[at])).0;
+    let middle = children.len() / 2;
+    let places = LEAST..=children.len() - LEAST;
+    let best = places.max_by_key(|&at| (height(at), std::cmp::Reverse(at.abs_diff(middle))));
+    children.drain(best.unwrap_or(middle)..).collect()
 }
 
 impl<T> Node<T> {
     const fn leaf() -> Self {
         Self {
             edges: Edges::new(),
+            exact: 0,
             below: Below::Items(Vec::new()),
         }
     }
 
     fn of<C>(children: Children<C>, below: fn(Vec<C>) -> Below<T>) -> Self {
         let mut edges = Edges::new();
+        let mut exact = 0;
         for (at, (bounds, _)) in children.iter().enumerate() {
             edges.set(at, bounds);
+            exact |= u16::from(bounds.exact) << at;
         }
         let mut list = Vec::with_capacity(MOST);
         list.extend(children.into_iter().map(|(_, child)| child));
         Self {
             edges,
+            exact,
             below: below(list),
         }
+    }
+
+    fn inner(children: Children<Child<T>>) -> Self {
+        Self::of(children, Below::Nodes)
     }
 
     fn len(&self) -> usize {
@@ -316,61 +369,78 @@ impl<T> Node<T> {
         (0..self.len()).fold(Bounds::NOTHING, |all, at| all.with(&self.edges.get(at)))
     }
 
-    /// If the node was split, the other half.
-    fn insert(&mut self, bounds: &Bounds, item: T) -> Option<Box<Self>> {
-        let Self { edges, below } = self;
+    /// The box of an item.
+    fn item(&self, at: usize) -> Bounds {
+        Bounds {
+            exact: self.exact & 1 << at != 0,
+            ..self.edges.get(at)
+        }
+    }
+
+    /// If the node was split, the upper half.
+    fn insert(&mut self, bounds: &Bounds, item: T) -> Option<Child<T>> {
+        let Self {
+            edges,
+            exact,
+            below,
+        } = self;
         match below {
             Below::Items(items) => {
-                if items.len() < MOST {
-                    edges.set(items.len(), bounds);
+                let at = items.len();
+                if at < MOST {
+                    edges.set(at, bounds);
+                    *exact = *exact & !(1 << at) | u16::from(bounds.exact) << at;
                     items.push(item);
                     return None;
                 }
-                let items = std::mem::take(items);
-                Some(self.split(items, (*bounds, item), Below::Items))
+                let items = std::mem::take(items).into_iter().enumerate();
+                let mut items: Children<T> = items.map(|(at, it)| (self.item(at), it)).collect();
+                items.push((*bounds, item));
+                items.sort_unstable_by(|(one, _), (other, _)| one.differ(other).1);
+                let upper = halve(&mut items, |(bounds, _)| bounds);
+                *self = Self::of(items, Below::Items);
+                Some(Child {
+                    first: upper[0].0,
+                    node: Box::new(Self::of(upper, Below::Items)),
+                })
             }
             Below::Nodes(nodes) => {
-                let at = edges.least_growth(bounds, nodes.len());
-                let child = &mut nodes[at];
-                let Some(other) = child.insert(bounds, item) else {
-                    edges.grow(at, bounds);
+                let after = nodes[1..].partition_point(|it| it.first.differ(bounds).1.is_le());
+                let node = &mut nodes[after].node;
+                let Some(other) = node.insert(bounds, item) else {
+                    edges.grow(after, bounds);
                     return None;
                 };
-                edges.set(at, &child.bounds());
-                let other = (other.bounds(), other);
-                if nodes.len() < MOST {
-                    edges.set(nodes.len(), &other.0);
-                    nodes.push(other.1);
+                edges.set(after, &node.bounds());
+                let (at, len) = (after + 1, nodes.len());
+                if len < MOST {
+                    edges.shift(at..len, at + 1);
+                    edges.set(at, &other.node.bounds());
+                    nodes.insert(at, other);
                     return None;
                 }
-                let nodes = std::mem::take(nodes);
-                Some(self.split(nodes, other, Below::Nodes))
+                let nodes = std::mem::take(nodes).into_iter().enumerate();
+                let nodes = nodes.map(|(at, child)| (self.edges.get(at), child));
+                let mut nodes: Children<Child<T>> = nodes.collect();
+                nodes.insert(at, (other.node.bounds(), other));
+                let upper = halve(&mut nodes, |(_, child)| &child.first);
+                *self = Self::inner(nodes);
+                Some(Child {
+                    first: upper[0].1.first,
+                    node: Box::new(Self::inner(upper)),
+                })
             }
         }
     }
 
-    /// Splits the node, which had these children, when one more comes; gives the other half.
-    fn split<C>(
-        &mut self,
-        children: Vec<C>,
-        more: (Bounds, C),
-        below: fn(Vec<C>) -> Below<T>,
-    ) -> Box<Self> {
-        let children = children.into_iter().enumerate();
-        let mut children: Children<C> = children
-            .map(|(at, child)| (self.edges.get(at), child))
-            .collect();
-        children.push(more);
-        let other = halve(&mut children);
-        *self = Self::of(children, below);
-        Box::new(Self::of(other, below))
-    }
-
-    fn visit<'a>(&'a self, bounds: &Bounds, f: &mut impl FnMut(&'a T)) {
+    fn visit<'a>(&'a self, bounds: &Bounds, f: &mut impl FnMut(&'a T, bool)) {
         let found = self.edges.meeting(bounds, self.len());
         match &self.below {
-            Below::Items(items) => found.for_each(|at| f(&items[at])),
-            Below::Nodes(nodes) => found.for_each(|at| nodes[at].visit(bounds, f)),
+            Below::Items(items) => {
+                let exact = if bounds.exact { self.exact } else { 0 };
+                found.for_each(|at| f(&items[at], exact & 1 << at != 0));
+            }
+            Below::Nodes(nodes) => found.for_each(|at| nodes[at].node.visit(bounds, f)),
         }
     }
 
@@ -378,7 +448,7 @@ impl<T> Node<T> {
         let found = self.edges.meeting(bounds, self.len());
         match &mut self.below {
             Below::Items(items) => found.for_each(|at| f(&mut items[at])),
-            Below::Nodes(nodes) => found.for_each(|at| nodes[at].visit_mut(bounds, f)),
+            Below::Nodes(nodes) => found.for_each(|at| nodes[at].node.visit_mut(bounds, f)),
         }
     }
 
@@ -388,35 +458,37 @@ impl<T> Node<T> {
         chosen: &mut impl FnMut(&T) -> bool,
         taken: &mut Vec<T>,
     ) {
-        let found: SmallVec<[usize; MOST]> = self.edges.meeting(bounds, self.len()).collect();
-        // From the last one on, since the last child takes the place of one that goes.
-        for at in found.into_iter().rev() {
-            let last = self.len() - 1;
-            let gone = match &mut self.below {
+        let found = self.edges.meeting(bounds, self.len());
+        let Self {
+            edges,
+            exact,
+            below,
+        } = self;
+        // From the last one on, since those behind one that goes move.
+        for at in found.rev() {
+            match below {
                 Below::Items(items) => {
-                    let gone = chosen(&items[at]);
-                    if gone {
+                    if chosen(&items[at]) {
                         taken.push(items.swap_remove(at));
+                        let last = items.len();
+                        edges.set(at, &edges.get(last));
+                        *exact = *exact & !(1 << at) | (*exact >> last & 1) << at;
                     }
-                    gone
                 }
                 Below::Nodes(nodes) => {
                     let before = taken.len();
-                    let child = &mut nodes[at];
-                    child.extract(bounds, chosen, taken);
+                    let node = &mut nodes[at].node;
+                    node.extract(bounds, chosen, taken);
                     if taken.len() == before {
                         continue;
                     }
-                    self.edges.set(at, &child.bounds());
-                    let gone = child.len() == 0;
-                    if gone {
-                        nodes.swap_remove(at);
+                    if node.len() == 0 {
+                        edges.shift(at + 1..nodes.len(), at);
+                        nodes.remove(at);
+                    } else {
+                        edges.set(at, &node.bounds());
                     }
-                    gone
                 }
-            };
-            if gone {
-                self.edges.set(at, &self.edges.get(last));
             }
         }
     }
@@ -426,6 +498,7 @@ impl<T> Node<T> {
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::Span;
     use super::*;
 
     fn meet(one: &Bounds, other: &Bounds) -> bool {
@@ -437,6 +510,7 @@ mod tests {
         [edge.clone(), edge.clone(), edge].prop_map(|edges| Bounds {
             low: edges.map(|(low, _)| low),
             high: edges.map(|(low, length)| low + length),
+            exact: edges[0].0 % 2 == 0,
         })
     }
 
@@ -456,6 +530,38 @@ mod tests {
         ]
     }
 
+    /// Two regions of an array of so many axes, in places and with steps where they meet often.
+    fn regions() -> impl Strategy<Value = [Region; 2]> {
+        let span = (0..12_u64, 1..3_u64, 1..5_u64);
+        let spans = span.prop_map(|(start, step, count)| Span::new(start, step, count));
+        (1..=4_usize).prop_flat_map(move |axes| {
+            let region = prop::collection::vec(spans.clone(), axes).prop_map(Region::new);
+            [region.clone(), region]
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(500))]
+
+        #[test]
+        fn regions_meet_where_exact_boxes_do_and_only_where_others_do(
+            regions in regions(),
+            is_long in any::<bool>(),
+        ) {
+            let [one, other] = &regions;
+            let extent = if is_long { 1 << 40 } else { 20 };
+            let axes = Axes::longest(&vec![extent; one.spans().len()]);
+            let (own, its) = (Bounds::of(one, &axes), Bounds::of(other, &axes));
+            let meets = meet(&own, &its);
+            prop_assert!(meets || !one.overlaps(other));
+            if own.exact && its.exact {
+                prop_assert_eq!(meets, one.overlaps(other));
+            }
+            let is_plain = |it: &Region| it.spans().iter().all(|span| span.step() == 1);
+            prop_assert_eq!(own.exact, is_plain(one) && !is_long && one.spans().len() <= AXES);
+        }
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(60))]
 
@@ -471,7 +577,11 @@ mod tests {
                     }
                     Move::Visit(bounds) => {
                         let mut found = Vec::new();
-                        tree.visit(&bounds, &mut |item| found.push(*item));
+                        tree.visit(&bounds, &mut |item, exact| {
+                            let own = list.iter().find(|(_, other)| other == item);
+                            assert_eq!(exact, bounds.exact && own.unwrap().0.exact);
+                            found.push(*item);
+                        });
                         found.sort_unstable();
                         let mut changed = Vec::new();
                         tree.visit_mut(&bounds, &mut |item| changed.push(*item));

@@ -141,14 +141,10 @@ impl State {
 
     /// Sets flags of a task that nobody else knows yet.
     #[inline]
-    pub(crate) fn begin_with(&mut self, flags: u32) {
+    pub(crate) fn begin_with(&self, flags: u32) {
         debug_assert_eq!(flags & PHASE, 0);
-        #[cfg(not(loom))]
-        {
-            *self.0.get_mut() |= flags;
-        }
-        #[cfg(loom)]
-        self.0.with_mut(|word| *word |= flags);
+        let word = self.0.load(Ordering::Relaxed);
+        self.0.store(word | flags, Ordering::Relaxed);
     }
 
     #[inline]

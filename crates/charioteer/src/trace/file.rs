@@ -327,8 +327,8 @@ impl<'a> Reader<'a> {
     fn events<R>(
         &mut self,
         mut blocks: Vec<Block>,
-        decode: fn(&mut Self) -> io::Result<R>,
-        time: fn(&R) -> u64,
+        decode: impl Fn(&mut Self) -> io::Result<R>,
+        time: impl Fn(&R) -> u64,
     ) -> io::Result<Vec<R>> {
         blocks.sort_by_key(|block| block.thread);
         let all = blocks.iter().map(|block| block.count as usize).sum();
@@ -340,7 +340,7 @@ impl<'a> Reader<'a> {
                 records.push(decode(self)?);
             }
             // Some events of a thread bear a time before that of the one before.
-            records[begin..].sort_by_key(time);
+            records[begin..].sort_by_key(&time);
         }
         records.sort_by_key(time);
         Ok(records)
@@ -404,8 +404,10 @@ impl<'a> Reader<'a> {
     }
 
     fn task(&mut self) -> io::Result<Record> {
-        let (time, task, other) = (self.number64()?, self.number64()?, self.number64()?);
-        let (thread, event) = (self.number32()?, self.number32()?);
+        let bytes: [u8; TASK.0 as usize] = self.bytes()?;
+        let mut fields = Fields(&bytes);
+        let (time, task, other) = (fields.number64(), fields.number64(), fields.number64());
+        let (thread, event) = (fields.number32(), fields.number32());
         let event = Event::of(event).ok_or_else(|| self.bad(&format!("no event {event}")))?;
         Ok(Record {
             time,
@@ -417,10 +419,12 @@ impl<'a> Reader<'a> {
     }
 
     fn access(&mut self, version: u32) -> io::Result<AccessRecord> {
-        let (time, task) = (self.number64()?, self.number64()?);
-        let (datum, number) = (self.number64()?, self.number64()?);
-        let thread = self.number32()?;
-        let mode = [self.number32()?, self.number32()?];
+        let bytes: [u8; 44] = self.bytes()?;
+        let mut fields = Fields(&bytes);
+        let (time, task) = (fields.number64(), fields.number64());
+        let (datum, number) = (fields.number64(), fields.number64());
+        let thread = fields.number32();
+        let mode = [fields.number32(), fields.number32()];
         let mode = mode_of(mode).ok_or_else(|| self.bad(&format!("no mode {mode:?}")))?;
         let mut spread = Spread::default();
         if version >= 4 {
@@ -444,7 +448,9 @@ impl<'a> Reader<'a> {
     fn region(&mut self, axes: u32) -> io::Result<Region> {
         let mut spans = SmallVec::<[Span; 4]>::new();
         for _ in 0..axes {
-            let [start, step, count] = [self.number64()?, self.number64()?, self.number64()?];
+            let bytes: [u8; 24] = self.bytes()?;
+            let mut fields = Fields(&bytes);
+            let [start, step, count] = std::array::from_fn(|_| fields.number64());
             let span = Span::checked(start, step, count);
             spans.push(span.ok_or_else(|| self.bad("no span"))?);
         }
@@ -452,10 +458,13 @@ impl<'a> Reader<'a> {
     }
 
     fn movement(&mut self) -> io::Result<MoveRecord> {
-        let (time, datum, bytes) = (self.number64()?, self.number64()?, self.number64()?);
-        let (stream, position) = (self.number64()?, self.number64()?);
-        let thread = self.number32()?;
-        let [from, to] = [self.number32()?, self.number32()?];
+        let bytes: [u8; 56] = self.bytes()?;
+        let mut fields = Fields(&bytes);
+        let (time, datum, bytes) = (fields.number64(), fields.number64(), fields.number64());
+        let (stream, position) = (fields.number64(), fields.number64());
+        let thread = fields.number32();
+        let [from, to] = [fields.number32(), fields.number32()];
+        let axes = fields.number32();
         let device = |number: u32| u16::try_from(number).ok().map(DeviceId);
         let [Some(from), Some(to)] = [device(from), device(to)] else {
             return Err(self.bad(&format!("no devices {from} and {to}")));
@@ -466,7 +475,6 @@ impl<'a> Reader<'a> {
             let stream = stream_of(stream).ok_or_else(|| self.bad("no stream"))?;
             Some(Position { stream, position })
         };
-        let axes = self.number32()?;
         Ok(MoveRecord {
             time,
             thread,
@@ -482,12 +490,11 @@ impl<'a> Reader<'a> {
     }
 
     fn device(&mut self) -> io::Result<DeviceRecord> {
-        let (time, task) = (self.number64()?, self.number64()?);
-        let (thread, kind) = (self.number32()?, self.number32()?);
-        let mut words = [0; 4];
-        for word in &mut words {
-            *word = self.number64()?;
-        }
+        let bytes: [u8; DEVICE.0 as usize] = self.bytes()?;
+        let mut fields = Fields(&bytes);
+        let (time, task) = (fields.number64(), fields.number64());
+        let (thread, kind) = (fields.number32(), fields.number32());
+        let words = std::array::from_fn(|_| fields.number64());
         let event = DeviceRecord::decode(kind, words)
             .ok_or_else(|| self.bad(&format!("no event {kind} of a device with {words:?}")))?;
         Ok(DeviceRecord {
@@ -496,6 +503,28 @@ impl<'a> Reader<'a> {
             thread,
             event,
         })
+    }
+}
+
+/// What is left of the fields of a record.
+struct Fields<'a>(&'a [u8]);
+
+impl Fields<'_> {
+    #[inline]
+    fn next<const COUNT: usize>(&mut self) -> [u8; COUNT] {
+        let (field, rest) = (self.0.split_first_chunk()).expect("a record has all its fields");
+        self.0 = rest;
+        *field
+    }
+
+    #[inline]
+    fn number32(&mut self) -> u32 {
+        u32::from_le_bytes(self.next())
+    }
+
+    #[inline]
+    fn number64(&mut self) -> u64 {
+        u64::from_le_bytes(self.next())
     }
 }
 

@@ -691,9 +691,10 @@ impl<'a> Replay<'a> {
         let mut broken: Vec<(u64, String)> = Vec::new();
         let mut reads = 0;
         let bounds = Bounds::of(&want.region, &array.axes);
-        array.pieces.0.visit(&bounds, &mut |piece| {
+        array.pieces.0.visit(&bounds, &mut |piece, exact| {
             // What an attempt before it left is anybody's guess.
-            if !piece.sound || piece.writer == task || !piece.region.overlaps(&want.region) {
+            let other = piece.sound && piece.writer != task;
+            if !other || !(exact || piece.region.overlaps(&want.region)) {
                 return;
             }
             reads += 1;
@@ -837,7 +838,7 @@ fn copy_former(
         let has = |(place, _): &(Place, Since)| place == source;
         *launched >= time && piece.holders.iter().any(has) && piece.region.overlaps(region)
     };
-    former.visit(&bounds, &mut |one| {
+    former.visit(&bounds, &mut |one, _| {
         if matches(one) {
             found += one.0.region.intersection(region).elements();
         }

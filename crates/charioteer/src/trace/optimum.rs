@@ -174,8 +174,8 @@ impl Schedule {
         let bounds = Bounds::of(instance, &Axes::longest(&layout.shape));
         let tree = self.trees.entry(datum).or_insert_with(Tree::new);
         let mut overlaps = Vec::new();
-        tree.visit(&bounds, &mut |(other, known)| {
-            if other.overlaps(instance) {
+        tree.visit(&bounds, &mut |(other, known), exact| {
+            if exact || other.overlaps(instance) {
                 overlaps.push(*known);
             }
         });

@@ -147,8 +147,8 @@ impl<'a> Checker<'a> {
             self.found.accesses += of_task.len();
             for access in of_task {
                 let bounds = Bounds::of(&access.region, &axes);
-                let mut compare = |entry: &Entry<'a>| {
-                    if entry.region.overlaps(&access.region) {
+                let mut compare = |entry: &Entry<'a>, exact: bool| {
+                    if exact || entry.region.overlaps(&access.region) {
                         self.compare(entry, access, life);
                     }
                 };

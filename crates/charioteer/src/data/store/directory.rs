@@ -15,8 +15,7 @@
 //! look-up, and nothing else is searched.
 
 use std::any::Any;
-use std::collections::{HashMap, VecDeque};
-use std::hash::{BuildHasherDefault, Hasher};
+use std::collections::VecDeque;
 use std::sync::Weak;
 
 use smallvec::SmallVec;
@@ -25,6 +24,7 @@ use super::events::Events;
 use super::instance::{HOME, Instance};
 use super::slab::Slab;
 use super::storage::Storage;
+use crate::hash::{QuickMap, mix};
 use crate::machine::DeviceId;
 use crate::region::tree::{Axes, Bounds, Tree};
 use crate::region::{Region, Span};
@@ -110,7 +110,7 @@ pub(super) struct Directory {
     tree: Tree<u32>,
     pub(super) frames: Slab<Frame>,
     /// The first frame of each digest.
-    names: HashMap<u64, u32, BuildHasherDefault<Quick>>,
+    names: QuickMap<u64, u32>,
     frame_tree: Tree<u32>,
 }
 
@@ -129,7 +129,7 @@ impl Directory {
             pieces: Slab::new(),
             tree: Tree::new(),
             frames: Slab::new(),
-            names: HashMap::default(),
+            names: QuickMap::default(),
             frame_tree: Tree::new(),
         };
         if !storage.whole.is_empty() {
@@ -178,7 +178,7 @@ impl Directory {
         if region.is_empty() {
             return found;
         }
-        self.tree.visit(&self.bounds(region), &mut |&number| {
+        self.tree.visit(&self.bounds(region), &mut |&number, _| {
             if self.pieces[number].region.overlaps(region) {
                 found.push(number);
             }
@@ -389,11 +389,12 @@ impl Directory {
     pub(super) fn frames_at(&self, region: &Region) -> Vec<u32> {
         let mut found = Vec::new();
         if !region.is_empty() {
-            self.frame_tree.visit(&self.bounds(region), &mut |&frame| {
-                if self.frames[frame].region.overlaps(region) {
-                    found.push(frame);
-                }
-            });
+            self.frame_tree
+                .visit(&self.bounds(region), &mut |&frame, _| {
+                    if self.frames[frame].region.overlaps(region) {
+                        found.push(frame);
+                    }
+                });
         }
         found
     }
@@ -494,32 +495,4 @@ fn digest(region: &Region) -> u64 {
     spans.fold(0, |digest, span| {
         mix(mix(digest, span.start()), span.count())
     })
-}
-
-fn mix(digest: u64, word: u64) -> u64 {
-    (digest ^ word)
-        .wrapping_mul(0x9E37_79B9_7F4A_7C15)
-        .rotate_left(23)
-}
-
-/// Hashes a word quickly: neither numbers nor boxes are chosen by anybody who wants them to collide.
-#[derive(Default)]
-pub(super) struct Quick(u64);
-
-impl Hasher for Quick {
-    fn write(&mut self, bytes: &[u8]) {
-        for &byte in bytes {
-            self.write_u64(u64::from(byte));
-        }
-    }
-
-    #[inline]
-    fn write_u64(&mut self, word: u64) {
-        self.0 = mix(self.0, word);
-    }
-
-    #[inline]
-    fn finish(&self) -> u64 {
-        self.0
-    }
 }

@@ -70,22 +70,21 @@ mod tests;
 mod wants;
 
 use std::any::Any;
-use std::collections::HashMap;
 use std::fmt;
-use std::hash::BuildHasherDefault;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use smallvec::SmallVec;
 
 use self::copies::Lanes;
-use self::directory::{Directory, Holder, Lost, Quick};
+use self::directory::{Directory, Holder, Lost};
 use self::events::{Events, is_done};
 use self::graves::{Graves, Mourned};
 use self::instance::{HOME, Instance};
 use self::room::Room;
 use self::slab::Slab;
 use self::wants::group;
+use crate::hash::QuickMap;
 use crate::machine::{DeviceError, DeviceId, DevicePointer, Event, HOST, Machine, Stream};
 use crate::region::Region;
 use crate::sync::{Guard, Mutex, OnceLock, Ordering};
@@ -278,7 +277,7 @@ type Observer = Box<dyn Fn(&Moved) + Send + Sync>;
 struct State {
     directories: Slab<Directory>,
     /// The number of each array's directory.
-    names: HashMap<u64, u32, BuildHasherDefault<Quick>>,
+    names: QuickMap<u64, u32>,
     instances: Slab<Instance>,
     /// Of each accelerator.
     rooms: Vec<Room>,
@@ -307,7 +306,7 @@ impl Store {
         Self {
             state: Mutex::new(State {
                 directories: Slab::new(),
-                names: HashMap::default(),
+                names: QuickMap::default(),
                 instances: Slab::new(),
                 rooms: rooms.collect(),
                 lanes: Lanes::new(gpus),
