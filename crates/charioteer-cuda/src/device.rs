@@ -34,6 +34,7 @@ use cudarc::driver::sys::CUresult;
 use crate::driver::{
     self, Answer, CUstream, Context, Fault, Found, Handle, Purpose, Recorded, Side, is_pinned,
 };
+use crate::pool;
 use crate::staging::{PIECE, Staging};
 use crate::timeline::{Lane, Reached, Timeline, Told};
 
@@ -43,7 +44,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// What the process has of the driver's, for as long as it lives.
 #[derive(Default)]
-struct Process {
+pub(crate) struct Process {
     contexts: BTreeMap<u16, &'static Context>,
     /// Who is to reach whose memory.
     wishes: BTreeSet<(u16, u16)>,
@@ -55,8 +56,13 @@ static PROCESS: Mutex<Process> = Mutex::new(Process {
 });
 
 impl Process {
+    /// The context of a device, if it was made.
+    pub(crate) fn known(ordinal: u16) -> Option<&'static Context> {
+        lock(&PROCESS).contexts.get(&ordinal).copied()
+    }
+
     /// The context of a device, which is made if it is not there.
-    fn context(ordinal: u16) -> Answer<&'static Context> {
+    pub(crate) fn context(ordinal: u16) -> Answer<&'static Context> {
         let mut process = lock(&PROCESS);
         if let Some(context) = process.contexts.get(&ordinal) {
             return Ok(context);
@@ -82,7 +88,8 @@ impl Process {
         }
     }
 
-    fn wish(from: u16, to: u16) {
+    /// What runs on one device is to reach the memory of the other.
+    pub(crate) fn wish(from: u16, to: u16) {
         let mut process = lock(&PROCESS);
         if process.wishes.insert((from, to)) {
             process.grant(from, to);
@@ -108,6 +115,8 @@ pub struct Counters {
     pub host_synchronisations: u64,
     /// How often a thread slept until an event was complete, to tell of it.
     pub notifications: u64,
+    /// Bytes of its pool that libraries have now, see [`pool`].
+    pub library_memory: u64,
 }
 
 /// The devices of one machine.
@@ -567,6 +576,7 @@ impl CudaGpu {
             notifications: (gpu.timelines.iter())
                 .map(|(_, it)| it.notifications())
                 .sum(),
+            library_memory: pool::lent(gpu.ordinal),
         }
     }
 

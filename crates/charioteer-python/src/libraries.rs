@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use charioteer::machine::{Device, DeviceId, Machine, Stream};
-use charioteer_cuda::CudaGpu;
+use charioteer_cuda::{CudaGpu, pool};
 use pyo3::ffi;
 use pyo3::prelude::*;
 use smallvec::SmallVec;
@@ -121,6 +121,9 @@ fn make_current(
 
 fn apply(py: Python<'_>, machine: &Machine, frame: &Frame) -> PyResult<()> {
     let present = present(py)?;
+    if pool::is_shared() {
+        tell_pool(machine, frame);
+    }
     // The current one last.
     let others = frame
         .lent
@@ -131,6 +134,19 @@ fn apply(py: Python<'_>, machine: &Machine, frame: &Frame) -> PyResult<()> {
         make_current(py, machine, present, *lent)?;
     }
     make_current(py, machine, present, frame.lent[frame.at])
+}
+
+/// Which streams are one body's: what libraries allocate on one of them may be used on the others.
+#[cold]
+fn tell_pool(machine: &Machine, frame: &Frame) {
+    let handle = |(device, stream): &(DeviceId, Stream)| {
+        Some((device.index(), machine.device(*device).handle(*stream)?))
+    };
+    let streams: SmallVec<[_; 2]> = frame.lent.iter().filter_map(handle).collect();
+    match streams[..] {
+        [(_, alone)] => pool::alone(alone),
+        _ => pool::together(&streams),
+    }
 }
 
 /// What was current before a body.
