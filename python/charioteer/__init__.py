@@ -39,6 +39,7 @@ from charioteer._kernels import kernel
 from charioteer._modes import Commute, In, InOut, Max, Min, Out, Prod, Sum
 from charioteer._native import native
 from charioteer._runtime import Runtime
+from charioteer._shared_pool import share_memory_pool
 from charioteer._trace import (
     MoveCheck,
     OrderCheck,
@@ -152,6 +153,7 @@ __all__ = [
     "kernel",
     "native",
     "read_trace",
+    "share_memory_pool",
     "spawn",
     "spawn_many",
     "specialize",

@@ -51,6 +51,7 @@ __all__ = [
     "Memory",
     "NativeFunction",
     "OpenMachine",
+    "PoolMemory",
     "Region",
     "Spawner",
     "Stream",
@@ -87,6 +88,8 @@ __all__ = [
     "limits_changed",
     "read_trace",
     "set_default_runtime_factory",
+    "share_pool",
+    "share_pool_with_torch",
     "spawn",
     "spawn_many",
     "spin_address",
@@ -918,6 +921,16 @@ def cuda_devices() -> list[tuple[str, int, tuple[int, int], float, list[int]]]: 
 def dlpack(
     address: int, device: int, kind: tuple[int, int], shape: list[int], strides: list[int]
 ) -> object: ...
+def share_pool() -> None: ...
+def share_pool_with_torch(check: int) -> int: ...
+
+@final
+class PoolMemory:
+    def __new__(cls, device: int, size: int, stream: int, owner: object) -> Self: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def size(self) -> int: ...
 
 @final
 class OpenMachine:

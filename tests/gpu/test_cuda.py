@@ -339,12 +339,12 @@ def test_coroutines_on_devices(rt: ch.Runtime, cp: Any) -> None:
     assert add(5).result() == 20
 
 
-def test_memory_that_is_not_there(rt: ch.Runtime, cp: Any) -> None:
+def test_memory_that_is_not_there(rt: ch.Runtime, cp: Any, no_memory: type[Exception]) -> None:
     @ch.task(placement=gpu(0))
     def greedy() -> Any:
         return cp.zeros(1 << 42, cp.uint8)
 
-    with pytest.raises(cp.cuda.memory.OutOfMemoryError):
+    with pytest.raises(no_memory):
         greedy().result()
     with pytest.raises(ch.PlacementError):
         ch.spawn(placement=gpu(0), memory="100TiB")(print)

@@ -176,6 +176,10 @@ pub fn used_on(address: u64, stream: usize) {
 /// # Errors
 /// [`Refusal`].
 pub fn allocate(ordinal: u16, bytes: u64, stream: usize) -> Result<u64, Refusal> {
+    let devices = found().map_err(Refusal::Fault)?.len();
+    if usize::from(ordinal) >= devices {
+        return Err(Refusal::Fault(format!("there are {devices} devices")));
+    }
     let context = Process::context(ordinal).map_err(refused)?;
     match context.allocate(bytes, handle(stream)) {
         Ok(address) => {
