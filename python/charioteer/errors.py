@@ -200,6 +200,10 @@ class KernelError(CharioteerError, RuntimeError):
         return f"{self.kernel}: {self.why}"
 
 
+class CommunicatorError(CharioteerError, RuntimeError):
+    """There is no NCCL for a communicator, or it refuses what it is asked for, with its words."""
+
+
 class DeviceError(CharioteerError, RuntimeError):
     """What was enqueued on a device failed, or was refused; ``__cause__`` is the exception that an
     operation raised.
