@@ -1,5 +1,5 @@
-"""Communicators: what they compute, on virtual GPUs, and how they call NCCL, with one that writes down
-how it is called. ``tests/gpu/test_communicators.py`` has NCCL itself."""
+"""Communicators: what they compute, on virtual GPUs, and how they call NCCL, with one that writes
+down how it is called. ``tests/gpu/test_communicators.py`` has NCCL itself."""
 
 from __future__ import annotations
 
@@ -211,11 +211,13 @@ def test_it_is_for_its_body_alone(rt: ch.Runtime) -> None:
         on_core.result()
 
 
-# ---- NCCL's protocol --------------------------------------------------------------------------------
+# ---- NCCL's protocol
+# --------------------------------------------------------------------------------
 
 
 class Device:
-    """A GPU, whose streams' waits and kernels are put down in the order in which they are enqueued."""
+    """A GPU, whose streams' waits and kernels are put down in the order in which they are
+    enqueued."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -264,20 +266,20 @@ class Nccl:
             return lambda *words: self._operation(name, *words)
         raise AttributeError(name)
 
-    def ncclCommInitAll(self, handles: Any, count: int, numbers: Any) -> int:
+    def ncclCommInitAll(self, handles: Any, count: int, numbers: Any) -> int:  # noqa: N802
         self.made.append(tuple(numbers))
         for place in range(count):
             handles[place] = 1000 * len(self.made) + numbers[place]
         return self.answers.get("init", 0)
 
-    def ncclCommDestroy(self, handle: int) -> int:
+    def ncclCommDestroy(self, handle: int) -> int:  # noqa: N802
         self.destroyed.append(handle)
         return 0
 
-    def ncclGetErrorString(self, said: int) -> bytes:
+    def ncclGetErrorString(self, said: int) -> bytes:  # noqa: N802
         return f"error {said}".encode()
 
-    def ncclGroupStart(self) -> int:
+    def ncclGroupStart(self) -> int:  # noqa: N802
         assert self._inside.acquire(blocking=False), "two threads are in NCCL"
         assert self._group is None
         self._group = []
@@ -288,7 +290,7 @@ class Nccl:
         self._group.append((name, *words))
         return self.answers.get(name, 0)
 
-    def ncclGroupEnd(self) -> int:
+    def ncclGroupEnd(self) -> int:  # noqa: N802
         group, self._group = self._group, None
         assert group is not None
         for name, *words in group:
@@ -350,7 +352,8 @@ def test_a_group_waits_for_the_one_before_on_each_of_its_gpus() -> None:
 
 
 def test_threads_cannot_put_their_groups_into_different_orders() -> None:
-    """Each GPU runs what is on it in order, if the peers do: that must never come to a standstill."""
+    """Each GPU runs what is on it in order, if the peers do: that must never come to a
+    standstill."""
     world = World()
     sets = [(0, 1), (1, 2), (2, 0), (0, 1, 2), (1, 0)]
     start = threading.Barrier(len(sets))
@@ -370,8 +373,8 @@ def test_threads_cannot_put_their_groups_into_different_orders() -> None:
     for thread in threads:
         thread.join()
     assert not failures
-    # What waits says whom it waits for, so that on each GPU groups follow each other; and all GPUs have
-    # the same order of those that they share.
+    # What waits says whom it waits for, so that on each GPU groups follow each other; and all GPUs
+    # have the same order of those that they share.
     orders = []
     for device in world.devices:
         kernels = [entry for entry in device.log if entry[0] == "ncclAllReduce"]

@@ -1,29 +1,29 @@
 """Collective operations among the GPUs of a set: NCCL's on GPUs of the CUDA driver, and the same on
 virtual ones.
 
-Protocol. A *clique* is NCCL's communicators for one ordered set of GPUs, made together when the first
-body asks, and kept until the runtime closes. A body gets a :class:`Communicator`, which is a clique
-with the streams of its task. One thread works for all members, so each operation is a group:
+Protocol. A *clique* is NCCL's communicators for one ordered set of GPUs, made together when the
+first body asks, and kept until the runtime closes. A body gets a :class:`Communicator`, which is a
+clique with the streams of its task. One thread works for all members, so each operation is a group:
 ``ncclGroupStart``, a call a member, ``ncclGroupEnd``. NCCL is that of the process, which CuPy or
 PyTorch brought, or one beside them.
 
 No two operations block each other. The kernel of an operation waits on its GPU for those of its
-peers, so that of two which share GPUs each could hold what the other one waits for. The ledger keeps
-apart tasks that take their GPUs whole, and lets others run at once. So
+peers, so that of two which share GPUs each could hold what the other one waits for. The ledger
+keeps apart tasks that take their GPUs whole, and lets others run at once. So
 
 1. groups are issued one after the other, under one lock of the process; no code of the program runs
    under it. So there is one order of all groups.
-2. On each GPU a group's stream first waits for the group that was issued there last, by an event that
-   was recorded behind that, unless it is on the same stream. So the order on each GPU is part of that
-   one order.
+2. On each GPU a group's stream first waits for the group that was issued there last, by an event
+   that was recorded behind that, unless it is on the same stream. So the order on each GPU is part
+   of that one order.
 
-Take the first group that is not complete. On its streams are, before it, waits and kernels that were
-issued earlier. A wait is for an event that was recorded before the wait was issued, and a kernel
-waits for its stream only; so by induction on the time of issue all that the group stands behind was
-issued before it, and none of that is a group that is not complete. That also holds of work behind
-which the hardware puts it, since streams that share a channel are served in the order of issue. So
-its kernels begin on all its GPUs, and it ends. Connections that NCCL makes in a group wait for
-nothing but that.
+Take the first group that is not complete. On its streams are, before it, waits and kernels that
+were issued earlier. A wait is for an event that was recorded before the wait was issued, and a
+kernel waits for its stream only; so by induction on the time of issue all that the group stands
+behind was issued before it, and none of that is a group that is not complete. That also holds of
+work behind which the hardware puts it, since streams that share a channel are served in the order
+of issue. So its kernels begin on all its GPUs, and it ends. Connections that NCCL makes in a group
+wait for nothing but that.
 
 A runtime that closes has no work left. Communicators of a GPU that is lost are left behind with its
 context.
@@ -70,7 +70,7 @@ class _Buffer(NamedTuple):
     """An array as an operation sees it."""
 
     address: int
-    count: int
+    elements: int
     dtype: str
     device: int | None
     """Of a GPU, if the array says so."""
@@ -79,15 +79,17 @@ class _Buffer(NamedTuple):
 
 
 class Communicator:
-    """Collective operations among the GPUs of a task, in the order of its set: ``ctx.communicator``.
+    """Collective operations among the GPUs of a task, in the order of its set:
+    ``ctx.communicator``.
 
-    Operations are enqueued on the task's streams, and take a list or a tuple with one array for each
-    GPU, in order and on it: of CuPy, PyTorch or anything with a ``__cuda_array_interface__``, and on
-    virtual GPUs of ``charioteer.virtual``. Arrays are C-contiguous, of one type of elements: integers of
-    8, 32 and 64 bits and floating-point numbers. It is for the body that asked for it alone.
+    Operations are enqueued on the task's streams, and take a list or a tuple with one array for
+    each GPU, in order and on it: of CuPy, PyTorch or anything with a ``__cuda_array_interface__``,
+    and on virtual GPUs of ``charioteer.virtual``. Arrays are C-contiguous, of one type of elements:
+    integers of 8, 32 and 64 bits and floating-point numbers. It is for the body that asked for it
+    alone.
 
-    Methods raise ``TypeError`` and ``ValueError`` for arrays that do not fit, ``RuntimeError`` outside
-    of the body, and :class:`charioteer.CommunicatorError` for what NCCL refuses.
+    Methods raise ``TypeError`` and ``ValueError`` for arrays that do not fit, ``RuntimeError``
+    outside of the body, and :class:`charioteer.CommunicatorError` for what NCCL refuses.
     """
 
     def __init__(self, context: Any, devices: tuple[Device, ...], places: tuple[int, ...]) -> None:
@@ -165,7 +167,7 @@ class Communicator:
         if _same("receive", got) != count * self.size or got[0].dtype != sent[0].dtype:
             raise ValueError(
                 f"receive has {self.size} times the elements of send, of its type: not"
-                f" {got[0].count} of {got[0].dtype} for {count} of {sent[0].dtype}"
+                f" {got[0].elements} of {got[0].dtype} for {count} of {sent[0].dtype}"
             )
         self._enqueue("AllGather", sent, got, (count, _type(sent[0])), send, receive)
 
@@ -184,7 +186,7 @@ class Communicator:
         if _same("send", sent) != count * self.size or got[0].dtype != sent[0].dtype:
             raise ValueError(
                 f"send has {self.size} times the elements of receive, of its type: not"
-                f" {sent[0].count} of {sent[0].dtype} for {count} of {got[0].dtype}"
+                f" {sent[0].elements} of {sent[0].dtype} for {count} of {got[0].dtype}"
             )
         self._enqueue("ReduceScatter", sent, got, (count, _type(sent[0]), number), send, receive)
 
@@ -272,12 +274,12 @@ def _same(what: str, buffers: list[_Buffer]) -> int:
     """How many elements each has, of the one type that all have."""
     first = buffers[0]
     for one in buffers:
-        if (one.count, one.dtype) != (first.count, first.dtype):
+        if (one.elements, one.dtype) != (first.elements, first.dtype):
             raise ValueError(
-                f"{what} have one size and one type: not {first.count} elements of {first.dtype}"
-                f" beside {one.count} of {one.dtype}"
+                f"{what} have one size and one type: not {first.elements} elements of {first.dtype}"
+                f" beside {one.elements} of {one.dtype}"
             )
-    return first.count
+    return first.elements
 
 
 # ---- NCCL ---------------------------------------------------------------------------------------
@@ -337,7 +339,8 @@ class Communicators:
         name: str,
         calls: Sequence[tuple[int, ...]],
     ) -> None:
-        """Enqueues one operation: the words before the communicator and the stream, for each member."""
+        """Enqueues one operation: the words before the communicator and the stream, for each
+        member."""
         nccl = clique.nccl
         function = getattr(nccl, f"nccl{name}")
         with _issuing:
@@ -390,7 +393,7 @@ class _OnCuda(Communicator):
 
     def _buffer(self, array: Any) -> _Buffer | None:
         torch: Any = sys.modules.get("torch")
-        if torch is not None and isinstance(array, getattr(torch, "Tensor", ())):
+        if torch is not None and _is_tensor(torch, array):
             if not array.is_cuda:
                 return None
             name = str(array.dtype).removeprefix("torch.")
@@ -432,6 +435,11 @@ class _OnCuda(Communicator):
             return
         calls = [(a.address, b.address, *words) for a, b in zip(sent, got, strict=True)]
         self._communicators.issue(self._clique, self._streams, name, calls)
+
+
+def _is_tensor(torch: Any, array: Any) -> bool:
+    # While PyTorch is imported by another thread it may have no tensors yet.
+    return isinstance(array, getattr(torch, "Tensor", ()))
 
 
 def _is_contiguous(shape: Sequence[int], strides: Sequence[int] | None, item: int) -> bool:

@@ -1,7 +1,7 @@
 """One pool for the libraries of a GPU.
 
-Sharing is for the life of a process, and PyTorch refuses it once it has allocated: so each test is a
-process of its own, in which the rest of this suite runs too.
+Sharing is for the life of a process, and PyTorch refuses it once it has allocated: so each test is
+a process of its own, in which the rest of this suite runs too.
 """
 
 from __future__ import annotations
