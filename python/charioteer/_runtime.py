@@ -102,7 +102,10 @@ class Runtime:
             variable ``CHARIOTEER_MODELS``.
         check: looks for bodies that write to data which they declare that they only read: what is
             in there is compared before and after, which costs a look at each element. Such a task
-            fails with ``AccessError``. Unless said, only a validating build does.
+            fails with ``AccessError``. On GPUs of the CUDA driver it warns with
+            :class:`charioteer.StreamWarning` of a body that ends while work is on the legacy
+            default stream of its GPU, where none was when it began. Unless said, only a validating
+            build does.
 
     Raises:
         ValueError: a number out of range, a policy that does not exist, or threads to pin with

@@ -128,6 +128,11 @@ class CaptureWarning(UserWarning):
     """A module variable that a body reads was rebound between its spawn and its run."""
 
 
+class StreamWarning(UserWarning):
+    """Work was left on the legacy default stream of a GPU when a body ended, which no task waits
+    for."""
+
+
 class TaskTimeoutError(CharioteerError, TimeoutError):
     """An attempt ran longer than its ``timeout``.
 

@@ -580,6 +580,17 @@ impl CudaGpu {
         }
     }
 
+    /// Whether nothing is left on the legacy default stream, which is no task's. Streams of others that
+    /// synchronise with it may count.
+    ///
+    /// # Errors
+    /// [`DeviceError::Lost`]; [`DeviceError::Operation`] while such a stream is captured.
+    pub fn default_stream_is_idle(&self) -> Result<bool, DeviceError> {
+        self.check()?;
+        let context = self.context()?;
+        self.answer(context.is_idle(driver::legacy_stream()))
+    }
+
     /// Whether both are of one machine.
     #[must_use]
     pub fn same_machine(&self, other: &Self) -> bool {

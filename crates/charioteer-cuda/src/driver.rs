@@ -193,6 +193,12 @@ unsafe impl<T> Send for Handle<T> {}
 // SAFETY: as above; the driver locks what it has to.
 unsafe impl<T> Sync for Handle<T> {}
 
+/// The default stream of whatever context is current, as libraries have it unless they say otherwise.
+pub(crate) fn legacy_stream() -> Handle<CUstream> {
+    // The driver's number for it, `CU_STREAM_LEGACY`.
+    Handle(ptr::without_provenance_mut(1))
+}
+
 // SAFETY: a context and a pool are handles of the driver's, see `Handle`.
 unsafe impl Send for Context {}
 // SAFETY: as above.

@@ -5,6 +5,11 @@
 //! task's. What makes a stream theirs (`charioteer/_cuda.py`) is made once a thread and stream, and
 //! called before each body: a body may have left another one.
 //!
+//! A runtime that checks looks at the legacy default stream of each device before and after a body: what
+//! is left there when it ends, where nothing was when it began, nobody waits for. Whose it is cannot be
+//! told, since any thread of the program may use that stream, so this is a warning and no failure. It is
+//! about what is left: work that is over by then is not seen.
+//!
 //! A thread of the runtime is not put back after a body, since the next one will do as much: only where
 //! a body without devices follows, and once. Any other thread, and a body within which another one ran,
 //! is as it was before.
@@ -22,7 +27,7 @@ use smallvec::SmallVec;
 
 use crate::devices::raise;
 use crate::gateway::PyRef;
-use crate::interp::{Core, report};
+use crate::interp::{Core, Task, report};
 use crate::runtime::CURRENT_DEVICE;
 use crate::support::support;
 
@@ -156,6 +161,8 @@ pub struct Entered {
     place: Option<(u64, usize)>,
     /// Puts a thread back that is not ours.
     restore: Option<PyRef>,
+    /// Devices with nothing on their default streams, where the runtime checks.
+    idle: SmallVec<[DeviceId; 2]>,
 }
 
 /// The body of a task is about to run here; `None` where the machine's devices have no driver.
@@ -176,6 +183,7 @@ fn enter_driver(py: Python<'_>, engine: &Core) -> PyResult<Entered> {
         outer,
         place: CURRENT_DEVICE.get(),
         restore: None,
+        idle: SmallVec::new(),
     };
     if lent.is_empty() {
         let left = LEFT.take();
@@ -192,6 +200,12 @@ fn enter_driver(py: Python<'_>, engine: &Core) -> PyResult<Entered> {
     }
     let frame = Frame { lent, at: 0 };
     let applied = apply(py, machine, &frame);
+    if engine.domain().checks {
+        let devices = frame.lent.iter().map(|(device, _)| *device);
+        entered.idle = devices
+            .filter(|id| is_idle(engine, *id) == Some(true))
+            .collect();
+    }
     RUNNING.set(Some(frame));
     if let Err(error) = applied {
         entered.leave(py);
@@ -200,7 +214,25 @@ fn enter_driver(py: Python<'_>, engine: &Core) -> PyResult<Entered> {
     Ok(entered)
 }
 
+/// Whether the default stream of a device has nothing on it, if that can be said.
+fn is_idle(engine: &Core, device: DeviceId) -> Option<bool> {
+    let gpu = engine.domain().gpus.get(usize::from(device.index()))?;
+    gpu.default_stream_is_idle().ok()
+}
+
 impl Entered {
+    /// Warns of what the body left on default streams; the exception, if warnings are such.
+    pub fn warn(&self, py: Python<'_>, engine: &Core, task: &Task) -> PyResult<()> {
+        for device in &self.idle {
+            if is_idle(engine, *device) == Some(false) {
+                let warn = support(py).cuda.bind(py);
+                let label = task.label().to_string();
+                warn.call1(("warn_of_default_stream", label, device.to_string()))?;
+            }
+        }
+        Ok(())
+    }
+
     /// The body ended.
     pub fn leave(self, py: Python<'_>) {
         CURRENT_DEVICE.set(self.place);
