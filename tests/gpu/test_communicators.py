@@ -41,7 +41,7 @@ def test_one_gpu_has_a_communicator_too(rt: ch.Runtime, cp: Any) -> None:
 @pytest.mark.parametrize("dtype", ["int32", "uint8", "float16", "float32", "float64"])
 def test_collectives_of_cupy_arrays(rt: ch.Runtime, cp: Any, dtype: str) -> None:
     size = 100_003
-    values = [np.arange(size).astype(dtype) % 7, (np.arange(size) * 3).astype(dtype) % 5]
+    values = [(np.arange(size) % 7).astype(dtype), (np.arange(size) * 3 % 5).astype(dtype)]
 
     @ch.spawn(placement=(gpu(1), gpu(0)))
     def body() -> dict[str, list[Any]]:
@@ -152,7 +152,7 @@ def test_tasks_that_share_gpus_do_not_block_each_other(cp: Any, spin: Any) -> No
     choose = random.Random(5)
     with ch.Runtime(workers=6) as rt:
 
-        @ch.task(share=0.2)
+        @ch.task(placement=gpu * 2, share=0.2)
         def body(number: int) -> list[float]:
             context = ch.current()
             arrays = []

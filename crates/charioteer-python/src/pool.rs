@@ -154,17 +154,6 @@ fn shortage(device: c_int, bytes: u64, refusal: Refusal) -> Message {
     }
 }
 
-/// What is there, or why it is not.
-fn taken(size: isize, device: c_int, stream: *mut c_void) -> Result<u64, Message> {
-    let bytes = u64::try_from(size).unwrap_or(0);
-    if bytes == 0 {
-        return Ok(0);
-    }
-    let ordinal = u16::try_from(device).unwrap_or(u16::MAX);
-    pool::allocate(ordinal, bytes, stream.expose_provenance())
-        .map_err(|refusal| shortage(device, bytes, refusal))
-}
-
 /// PyTorch asks for memory. Throws PyTorch's exception if there is none.
 ///
 /// # Safety
@@ -175,26 +164,30 @@ pub unsafe extern "C-unwind" fn charioteer_cuda_allocate(
     device: c_int,
     stream: *mut c_void,
 ) -> *mut c_void {
-    match taken(size, device, stream) {
-        Ok(address) => ptr::with_exposed_provenance_mut(address as usize),
-        Err(message) => {
-            let Some(check) = TORCH_CHECK.get() else {
-                // Whoever loads this by its name without a word to anybody has the driver's null pointer.
-                return ptr::null_mut();
-            };
-            // SAFETY: strings that end with a zero, which it copies; what it throws leaves nothing undone here.
-            unsafe {
-                check(
-                    false,
-                    c"charioteer_cuda_allocate".as_ptr(),
-                    c"charioteer".as_ptr(),
-                    0,
-                    message.bytes.as_ptr().cast(),
-                );
-            }
-            ptr::null_mut()
+    let bytes = u64::try_from(size).unwrap_or(0);
+    if bytes == 0 {
+        return ptr::null_mut();
+    }
+    let ordinal = u16::try_from(device).unwrap_or(u16::MAX);
+    let refusal = match pool::allocate(ordinal, bytes, stream.expose_provenance()) {
+        Ok(address) => return ptr::with_exposed_provenance_mut(address as usize),
+        Err(refusal) => refusal,
+    };
+    let message = shortage(device, bytes, refusal);
+    if let Some(check) = TORCH_CHECK.get() {
+        // SAFETY: strings that end with a zero, which it copies; what it throws leaves nothing undone here.
+        unsafe {
+            check(
+                false,
+                c"charioteer_cuda_allocate".as_ptr(),
+                c"charioteer".as_ptr(),
+                0,
+                message.bytes.as_ptr().cast(),
+            );
         }
     }
+    // For whoever loads this by its name and told nobody: what drivers answer.
+    ptr::null_mut()
 }
 
 /// PyTorch gives memory back.
