@@ -257,6 +257,7 @@ class Nccl:
         self.devices = devices
         self.made: list[tuple[int, ...]] = []
         self.destroyed: list[int] = []
+        self.aborted: set[int] = set()
         self.streams: dict[int, Device] = {}
         self.answers: dict[str, int] = {}
         self._inside = threading.Lock()
@@ -275,6 +276,10 @@ class Nccl:
 
     def ncclCommDestroy(self, handle: int) -> int:  # noqa: N802
         self.destroyed.append(handle)
+        return 0
+
+    def ncclCommAbort(self, handle: int) -> int:  # noqa: N802
+        self.aborted.add(handle)
         return 0
 
     def ncclGetErrorString(self, said: int) -> bytes:  # noqa: N802
@@ -308,8 +313,13 @@ class World:
     def __init__(self, gpus: int = GPUS) -> None:
         self.devices = [Device(number) for number in range(gpus)]
         self.nccl = Nccl(self.devices)
-        self.communicators = Communicators(lambda: self.nccl)
+        self.told: dict[int, Any] = {}
+        self.communicators = Communicators(self._when_lost, lambda: self.nccl)
         self._handles = iter(range(1, 10_000))
+
+    def _when_lost(self, device: int, call: Any) -> None:
+        assert device not in self.told, "it was said already"
+        self.told[device] = call
 
     def streams(self, devices: tuple[int, ...]) -> list[Stream]:
         made = []
@@ -409,20 +419,47 @@ def test_what_nccl_refuses_is_told(where: str) -> None:
     world.all_reduce((0, 1), world.streams((0, 1)))
 
 
-def test_communicators_of_a_lost_gpu_are_left_behind() -> None:
+def joined() -> None:
+    """Waits for the threads that abort."""
+    for thread in threading.enumerate():
+        if thread.name == "charioteer-nccl":
+            thread.join(30)
+
+
+def test_communicators_of_a_lost_gpu_are_aborted() -> None:
+    world = World()
+    for devices in [(0, 1), (0, 2), (2, 1)]:
+        world.all_reduce(devices, world.streams(devices))
+    assert set(world.told) == {0, 1, 2}
+    world.told[1]()
+    world.told[2]()
+    joined()
+    assert world.nccl.aborted == {1000, 1001, 2000, 2002, 3002, 3001}
+    with pytest.raises(ch.DeviceLostError, match=r"gpu\(1\)"):
+        world.all_reduce((0, 1), world.streams((0, 1)))
+    world.communicators.close()
+    assert world.nccl.destroyed == []
+
+
+def test_a_loss_that_was_not_told_yet_is_seen_at_the_end() -> None:
     world = World()
     world.all_reduce((0, 1), world.streams((0, 1)))
     world.all_reduce((0, 2), world.streams((0, 2)))
     world.devices[1].lost = True
     world.communicators.close()
+    joined()
     assert world.nccl.destroyed == [2000, 2002]
+    assert world.nccl.aborted == {1000, 1001}
+    world.told[1]()
+    joined()
+    assert world.nccl.aborted == {1000, 1001}
 
 
 def test_where_there_is_no_nccl_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_communicators, "_candidates", lambda: iter(["/nowhere/libnccl.so.2"]))
     _communicators._library.cache_clear()
     with pytest.raises(ch.CommunicatorError, match="nvidia-nccl"):
-        Communicators().clique((0, 1))
+        Communicators(lambda device, call: None).clique((0, 1))
 
 
 @pytest.mark.parametrize(

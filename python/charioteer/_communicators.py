@@ -25,8 +25,10 @@ work behind which the hardware puts it, since streams that share a channel are s
 of issue. So its kernels begin on all its GPUs, and it ends. Connections that NCCL makes in a group
 wait for nothing but that.
 
-A runtime that closes has no work left. Communicators of a GPU that is lost are left behind with its
-context.
+A runtime that closes has no work left, and gives its communicators back. Those of a GPU that is
+lost are aborted when it is, so that kernels of its peers, which would wait for it for ever, end:
+under the lock, so that nobody uses them any more, and each on a thread of its own, since NCCL may
+wait for the kernel of one before that of another is told to end.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from charioteer import _core
-from charioteer.errors import CommunicatorError, DeviceError
+from charioteer.errors import CommunicatorError, DeviceError, DeviceLostError
 
 if TYPE_CHECKING:
     import ctypes
@@ -299,6 +301,18 @@ class _Clique:
         numbers = (ctypes.c_int * len(devices))(*devices)
         _check(nccl, nccl.ncclCommInitAll(handles, len(devices), numbers))
         self.handles = tuple(handles)
+        self.lost: int | None = None
+        """The GPU for which it was aborted."""
+
+    def abort(self, device: int) -> None:
+        """Ends what is under way, since a GPU is lost."""
+        self.lost = device
+        for handle in self.handles:
+            # Nobody waits for them: what they wait for may be gone.
+            name = "charioteer-nccl"
+            threading.Thread(
+                target=self.nccl.ncclCommAbort, args=(handle,), name=name, daemon=True
+            ).start()
 
     def destroy(self) -> None:
         """Nothing is enqueued on it, and nothing will be."""
@@ -308,10 +322,21 @@ class _Clique:
 
 
 class Communicators:
-    """Those of a runtime."""
+    """Those of a runtime.
 
-    def __init__(self, load: Callable[[], Any] | None = None) -> None:
+    Args:
+        when_lost: has a function called when the GPU with that number is lost.
+        load: gives NCCL.
+    """
+
+    def __init__(
+        self,
+        when_lost: Callable[[int, Callable[[], object]], object],
+        load: Callable[[], Any] | None = None,
+    ) -> None:
+        self._when_lost = when_lost
         self._load = load or _library
+        self._watched: set[int] = set()
         self._cliques: dict[tuple[int, ...], _Clique] = {}
         self._last: dict[int, tuple[Any, Any]] = {}
         """The stream and the event of the group that was issued last, by GPU."""
@@ -330,7 +355,17 @@ class Communicators:
             known = self._cliques.get(devices)
             if known is None:
                 known = self._cliques[devices] = _Clique(self._load(), devices)
-            return known
+            for device in devices:
+                if device not in self._watched:
+                    self._watched.add(device)
+                    self._when_lost(device, functools.partial(self._abort, device))
+        return known
+
+    def _abort(self, device: int) -> None:
+        with _issuing:
+            for clique in self._cliques.values():
+                if device in clique.devices and clique.lost is None:
+                    clique.abort(device)
 
     def issue(
         self,
@@ -344,6 +379,8 @@ class Communicators:
         nccl = clique.nccl
         function = getattr(nccl, f"nccl{name}")
         with _issuing:
+            if clique.lost is not None:
+                raise DeviceLostError(f"gpu({clique.lost})", "its communicators were aborted")
             for device, stream in zip(clique.devices, streams, strict=True):
                 before = self._last.get(device)
                 if before is not None and before[0] != stream:
@@ -362,20 +399,23 @@ class Communicators:
 
     def close(self) -> None:
         """Gives the communicators back: all that was enqueued is done."""
-        cliques, self._cliques = self._cliques, {}
-        for clique in cliques.values():
-            if all(map(self._is_alive, clique.devices)):
-                clique.destroy()
+        with _issuing:
+            cliques, self._cliques = self._cliques, {}
+            for clique in cliques.values():
+                if clique.lost is not None:
+                    continue
+                lost = [device for device in clique.devices if self._is_lost(device)]
+                if lost:
+                    clique.abort(lost[0])  # nobody came to tell yet
+                else:
+                    clique.destroy()
 
-    def _is_alive(self, device: int) -> bool:
+    def _is_lost(self, device: int) -> bool:
         known = self._last.get(device)
-        if known is None:
-            return True
         try:
-            known[1].is_complete()
+            return known is not None and not known[1].is_complete()
         except DeviceError:
-            return False
-        return True
+            return True
 
 
 class _OnCuda(Communicator):
@@ -513,6 +553,7 @@ def _declare(nccl: Any) -> None:
     types = {
         "CommInitAll": [POINTER(c_void_p), c_int, POINTER(c_int)],
         "CommDestroy": [c_void_p],
+        "CommAbort": [c_void_p],
         "GroupStart": [],
         "GroupEnd": [],
         "AllReduce": [*memory, count, kind, operation, *last],
@@ -637,5 +678,6 @@ def _of_the_runtime() -> Communicators:
     assert runtime is not None
     with _making:
         if runtime._communicators is None:
-            runtime._communicators = Communicators()
+            assert runtime.devices is not None
+            runtime._communicators = Communicators(runtime.devices.when_lost)
         return runtime._communicators

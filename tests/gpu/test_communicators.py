@@ -234,3 +234,44 @@ with ch.Runtime(workers=4):
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.gpu(2)
+def test_a_gpu_that_fails_leaves_nobody_waiting(cp: Any) -> None:
+    code = """
+import os
+import cupy as cp
+import charioteer as ch
+from charioteer import gpu
+
+bad = cp.RawKernel('extern "C" __global__ void bad(int* p) { p[1] = 1; }', "bad")
+with ch.Runtime(workers=2) as rt:
+
+    @ch.task(placement=gpu * 2)
+    def body(fails):
+        context = ch.current()
+        arrays = [cp.ones(1 << 20) for _ in context.each()]
+        if fails:
+            for device in context.each():
+                if device.index == 1:
+                    bad((1,), (1,), (cp.uint64(0),))
+        context.communicator.all_reduce(arrays)
+        return arrays
+
+    body(False).result(30)
+    error = body(True).exception(60)
+    assert isinstance(error, (ch.DeviceLostError, ch.CommunicatorError)), repr(error)
+
+    @ch.spawn(placement=gpu(0))
+    def other():
+        return float(cp.ones(10).sum())
+
+    assert other.result(60) == 10
+    print("told", flush=True)
+    os._exit(0)  # CuPy has things to say about its modules at the end
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.strip() == "told"

@@ -141,6 +141,8 @@ struct Gpu {
     /// The bytes of each allocation, by address.
     allocations: Mutex<HashMap<u64, u64>>,
     staging: Staging,
+    /// Who is to be told when it is lost.
+    mourners: Mutex<Vec<Mourner>>,
     traffic: Mutex<BTreeMap<(DeviceId, DeviceId), (u64, u64)>>,
     streams: AtomicU64,
     stream_waits: AtomicU64,
@@ -237,7 +239,21 @@ impl Gpu {
         for (_, timeline) in &self.timelines {
             timeline.fail();
         }
+        let mourners = std::mem::take(&mut *lock(&self.mourners));
+        if !mourners.is_empty() {
+            mourn(move || mourners.into_iter().for_each(|call| call()));
+        }
     }
+}
+
+type Mourner = Box<dyn FnOnce() + Send>;
+
+/// Calls on a thread of its own, since whoever finds a device lost may hold locks.
+fn mourn(call: impl FnOnce() + Send + 'static) {
+    std::thread::Builder::new()
+        .name("charioteer-cuda".into())
+        .spawn(call)
+        .expect("the system refuses a thread to tell of a lost device");
 }
 
 /// Why an event of a device is lost; `None` for a machine that nobody has any more.
@@ -319,14 +335,8 @@ impl CudaGpu {
             if gpu.lost.set(Arc::clone(&why)).is_ok() {
                 // The caller may hold locks, and must not be called back.
                 let (fleet, index) = (Arc::clone(&self.fleet), self.index);
-                let mourn = {
-                    let why = Arc::clone(&why);
-                    move || fleet.gpus[index].lose(&why)
-                };
-                std::thread::Builder::new()
-                    .name("charioteer-cuda".into())
-                    .spawn(mourn)
-                    .expect("the system refuses a thread to tell of a lost device");
+                let why = Arc::clone(&why);
+                mourn(move || fleet.gpus[index].lose(&why));
             }
             self.lost(gpu.lost.get().unwrap_or(&why))
         })
@@ -577,6 +587,20 @@ impl CudaGpu {
                 .map(|(_, it)| it.notifications())
                 .sum(),
             library_memory: pool::lent(gpu.ordinal),
+        }
+    }
+
+    /// Has somebody called, by another thread, when the device is lost; now, if it is. Whoever closes the
+    /// machine first is not called.
+    pub fn when_lost(&self, call: Box<dyn FnOnce() + Send>) {
+        let gpu = self.gpu();
+        let mut mourners = lock(&gpu.mourners);
+        // Whoever loses it says so, and then looks who is to be told.
+        if gpu.lost.get().is_none() {
+            mourners.push(call);
+        } else if !gpu.closed.load(Ordering::Acquire) {
+            drop(mourners);
+            mourn(call);
         }
     }
 
@@ -940,6 +964,9 @@ impl Device for CudaGpu {
             }
         }
         gpu.staging.close();
+        // What they have may be somebody's who wants a lock.
+        let mourners = std::mem::take(&mut *lock(&gpu.mourners));
+        drop(mourners);
     }
 }
 
@@ -966,6 +993,7 @@ pub(crate) fn build(found: &[Found], observers: &Arc<Observers>) -> Vec<Arc<Cuda
         lost: OnceLock::new(),
         allocations: Mutex::default(),
         staging: Staging::default(),
+        mourners: Mutex::default(),
         traffic: Mutex::default(),
         streams: AtomicU64::new(0),
         stream_waits: AtomicU64::new(0),

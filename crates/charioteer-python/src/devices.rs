@@ -46,6 +46,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyByteArray, PyDict};
 
 use crate::gateway::{self, PyRef, Site};
+use crate::interp::report;
 use crate::support::{error, support};
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -363,6 +364,23 @@ impl OpenMachine {
     fn free_memory(&self, py: Python<'_>, gpu: usize) -> PyResult<u64> {
         let (machine, id) = self.device(py, gpu)?;
         Ok(machine.device(id).free_memory())
+    }
+
+    /// Calls back, on a thread of its own, when a GPU of the CUDA driver is lost before the machine is closed.
+    fn when_lost(&self, py: Python<'_>, gpu: usize, call: Bound<'_, PyAny>) -> PyResult<()> {
+        let (_, id) = self.device(py, gpu)?;
+        let Some(gpu) = self.cuda.get(gpu) else {
+            return Err(error(
+                py,
+                "DeviceError",
+                (format!("{id} is a virtual device"),),
+            ));
+        };
+        let call: PyRef = call.into();
+        gpu.when_lost(Box::new(move || {
+            gateway::try_attach(Site::Device, |py| report(py, call.bind(py).call0()));
+        }));
+        Ok(())
     }
 
     /// Lets the operations and copies of one GPU reach the memory of another.
