@@ -39,6 +39,7 @@ from charioteer._kernels import kernel
 from charioteer._modes import Commute, In, InOut, Max, Min, Out, Prod, Sum
 from charioteer._native import native
 from charioteer._runtime import Runtime
+from charioteer._shared_pool import share_memory_pool
 from charioteer._trace import (
     MoveCheck,
     OrderCheck,
@@ -55,6 +56,7 @@ from charioteer.errors import (
     CaptureError,
     CaptureWarning,
     CharioteerError,
+    CommunicatorError,
     CycleError,
     DependencyError,
     DeviceError,
@@ -69,6 +71,7 @@ from charioteer.errors import (
     PlacementError,
     PolicyError,
     RuntimeActiveError,
+    StreamWarning,
     TaskTimeoutError,
     UnspawnedDependencyError,
     VariantError,
@@ -90,6 +93,7 @@ __all__ = [
     "CaptureError",
     "CaptureWarning",
     "CharioteerError",
+    "CommunicatorError",
     "Commute",
     "Context",
     "CycleError",
@@ -123,6 +127,7 @@ __all__ = [
     "Runtime",
     "RuntimeActiveError",
     "SpecializedFunction",
+    "StreamWarning",
     "Sum",
     "Task",
     "TaskFunction",
@@ -152,6 +157,7 @@ __all__ = [
     "kernel",
     "native",
     "read_trace",
+    "share_memory_pool",
     "spawn",
     "spawn_many",
     "specialize",

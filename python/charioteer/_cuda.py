@@ -165,6 +165,29 @@ def restorer(devices: list[int]) -> Callable[[], None]:
     return restore
 
 
+_warned: dict[Any, Any] = {}
+"""The texts that were shown."""
+
+
+def warn_of_default_stream(task: str, device: str) -> None:
+    """Warns that work was left on the default stream of a device when a body ended."""
+    import warnings
+
+    from charioteer.errors import StreamWarning
+
+    # Without its index: the same text is shown once.
+    function = task.split("[", 1)[0]
+    warnings.warn_explicit(
+        f"work is left on the legacy default stream of {device} by the end of {function}, where no"
+        " task waits for it: launch it on ctx.stream, for Numba kernel[grid, block,"
+        " ctx.stream.numba]; or it is of another thread, which used that stream meanwhile",
+        StreamWarning,
+        filename="<charioteer>",
+        lineno=1,
+        registry=_warned,
+    )
+
+
 # ---- the arrays of regions --------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from types import TracebackType
-from typing import Any, Literal, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypeVar
 
 from charioteer import _core, _pools
 from charioteer._core import Context, Task, TaskList
@@ -26,6 +26,9 @@ from charioteer.errors import (
 )
 from charioteer.machine import Machine
 from charioteer.policies import Model, Policy
+
+if TYPE_CHECKING:
+    from charioteer._communicators import Communicators
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -99,7 +102,10 @@ class Runtime:
             variable ``CHARIOTEER_MODELS``.
         check: looks for bodies that write to data which they declare that they only read: what is
             in there is compared before and after, which costs a look at each element. Such a task
-            fails with ``AccessError``. Unless said, only a validating build does.
+            fails with ``AccessError``. On GPUs of the CUDA driver it warns with
+            :class:`charioteer.StreamWarning` of a body that ends while work is on the legacy
+            default stream of its GPU, where none was when it began. Unless said, only a validating
+            build does.
 
     Raises:
         ValueError: a number out of range, a policy that does not exist, or threads to pin with
@@ -159,6 +165,7 @@ class Runtime:
         self._trace = None if trace is None else os.fsdecode(trace)
         self._engine: _core.Engine | None = None
         self._devices: _core.OpenMachine | None = None
+        self._communicators: Communicators | None = None
         self._counted: dict[Device, dict[str, Any]] = {}
         self._closed = False
         self._document: str | None = None
@@ -309,6 +316,8 @@ class Runtime:
         self._failures = self._engine.close()
         if self._models is not None:
             self._save_models(self._models, self._engine)
+        if self._communicators is not None:
+            self._communicators.close()
         if self._devices is not None:
             self._count_devices(self._devices)
             self._devices.close()

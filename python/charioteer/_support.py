@@ -39,6 +39,7 @@ __all__ = [
     "cancelled_class",
     "check_shards",
     "claim_coroutine",
+    "communicator",
     "cuda",
     "data",
     "devices",
@@ -118,6 +119,13 @@ def cuda(call: str, *arguments: Any) -> Any:
     from charioteer import _cuda
 
     return getattr(_cuda, call)(*arguments)
+
+
+def communicator(context: Any, is_virtual: bool) -> Any:
+    """Collective operations among the GPUs of a running task."""
+    from charioteer._communicators import communicator
+
+    return communicator(context, is_virtual)
 
 
 def kernels(call: str, *arguments: Any) -> Any:

@@ -128,6 +128,11 @@ class CaptureWarning(UserWarning):
     """A module variable that a body reads was rebound between its spawn and its run."""
 
 
+class StreamWarning(UserWarning):
+    """Work was left on the legacy default stream of a GPU when a body ended, which no task waits
+    for."""
+
+
 class TaskTimeoutError(CharioteerError, TimeoutError):
     """An attempt ran longer than its ``timeout``.
 
@@ -198,6 +203,10 @@ class KernelError(CharioteerError, RuntimeError):
 
     def __str__(self) -> str:
         return f"{self.kernel}: {self.why}"
+
+
+class CommunicatorError(CharioteerError, RuntimeError):
+    """There is no NCCL for a communicator, or it refuses what it is asked for, with its words."""
 
 
 class DeviceError(CharioteerError, RuntimeError):

@@ -6,6 +6,8 @@ Unlike other tests they may leave threads behind: the driver keeps its own.
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -48,6 +50,17 @@ def found() -> int:
     return len(ch.Machine.detect().gpus)
 
 
+POOL_IS_SHARED = os.environ.get("CHARIOTEER_TEST_POOL") == "shared" and found() > 0
+"""Whether libraries allocate from the runtime's pool in this process: see ``test_pool.py``."""
+
+if POOL_IS_SHARED:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what libraries have to say while they are imported
+        for name in ("cupy", "torch"):
+            if importlib.util.find_spec(name) is not None:
+                ch.share_memory_pool(name)  # type: ignore[arg-type]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         marker = item.get_closest_marker("gpu")
@@ -76,6 +89,12 @@ def _library(name: str) -> Any:
 def cp() -> Any:
     """CuPy."""
     return _library("cupy")
+
+
+@pytest.fixture(scope="session")
+def no_memory(cp: Any) -> type[Exception]:
+    """What CuPy raises where memory is short."""
+    return ch.OutOfDeviceMemoryError if POOL_IS_SHARED else cp.cuda.memory.OutOfMemoryError
 
 
 @pytest.fixture(scope="session")

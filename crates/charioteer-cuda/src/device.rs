@@ -34,6 +34,7 @@ use cudarc::driver::sys::CUresult;
 use crate::driver::{
     self, Answer, CUstream, Context, Fault, Found, Handle, Purpose, Recorded, Side, is_pinned,
 };
+use crate::pool;
 use crate::staging::{PIECE, Staging};
 use crate::timeline::{Lane, Reached, Timeline, Told};
 
@@ -43,7 +44,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// What the process has of the driver's, for as long as it lives.
 #[derive(Default)]
-struct Process {
+pub(crate) struct Process {
     contexts: BTreeMap<u16, &'static Context>,
     /// Who is to reach whose memory.
     wishes: BTreeSet<(u16, u16)>,
@@ -55,8 +56,13 @@ static PROCESS: Mutex<Process> = Mutex::new(Process {
 });
 
 impl Process {
+    /// The context of a device, if it was made.
+    pub(crate) fn known(ordinal: u16) -> Option<&'static Context> {
+        lock(&PROCESS).contexts.get(&ordinal).copied()
+    }
+
     /// The context of a device, which is made if it is not there.
-    fn context(ordinal: u16) -> Answer<&'static Context> {
+    pub(crate) fn context(ordinal: u16) -> Answer<&'static Context> {
         let mut process = lock(&PROCESS);
         if let Some(context) = process.contexts.get(&ordinal) {
             return Ok(context);
@@ -82,7 +88,8 @@ impl Process {
         }
     }
 
-    fn wish(from: u16, to: u16) {
+    /// What runs on one device is to reach the memory of the other.
+    pub(crate) fn wish(from: u16, to: u16) {
         let mut process = lock(&PROCESS);
         if process.wishes.insert((from, to)) {
             process.grant(from, to);
@@ -108,6 +115,8 @@ pub struct Counters {
     pub host_synchronisations: u64,
     /// How often a thread slept until an event was complete, to tell of it.
     pub notifications: u64,
+    /// Bytes of its pool that libraries have now, see [`pool`].
+    pub library_memory: u64,
 }
 
 /// The devices of one machine.
@@ -132,6 +141,8 @@ struct Gpu {
     /// The bytes of each allocation, by address.
     allocations: Mutex<HashMap<u64, u64>>,
     staging: Staging,
+    /// Who is to be told when it is lost.
+    mourners: Mutex<Vec<Mourner>>,
     traffic: Mutex<BTreeMap<(DeviceId, DeviceId), (u64, u64)>>,
     streams: AtomicU64,
     stream_waits: AtomicU64,
@@ -228,7 +239,21 @@ impl Gpu {
         for (_, timeline) in &self.timelines {
             timeline.fail();
         }
+        let mourners = std::mem::take(&mut *lock(&self.mourners));
+        if !mourners.is_empty() {
+            mourn(move || mourners.into_iter().for_each(|call| call()));
+        }
     }
+}
+
+type Mourner = Box<dyn FnOnce() + Send>;
+
+/// Calls on a thread of its own, since whoever finds a device lost may hold locks.
+fn mourn(call: impl FnOnce() + Send + 'static) {
+    std::thread::Builder::new()
+        .name("charioteer-cuda".into())
+        .spawn(call)
+        .expect("the system refuses a thread to tell of a lost device");
 }
 
 /// Why an event of a device is lost; `None` for a machine that nobody has any more.
@@ -310,14 +335,8 @@ impl CudaGpu {
             if gpu.lost.set(Arc::clone(&why)).is_ok() {
                 // The caller may hold locks, and must not be called back.
                 let (fleet, index) = (Arc::clone(&self.fleet), self.index);
-                let mourn = {
-                    let why = Arc::clone(&why);
-                    move || fleet.gpus[index].lose(&why)
-                };
-                std::thread::Builder::new()
-                    .name("charioteer-cuda".into())
-                    .spawn(mourn)
-                    .expect("the system refuses a thread to tell of a lost device");
+                let why = Arc::clone(&why);
+                mourn(move || fleet.gpus[index].lose(&why));
             }
             self.lost(gpu.lost.get().unwrap_or(&why))
         })
@@ -567,7 +586,33 @@ impl CudaGpu {
             notifications: (gpu.timelines.iter())
                 .map(|(_, it)| it.notifications())
                 .sum(),
+            library_memory: pool::lent(gpu.ordinal),
         }
+    }
+
+    /// Has somebody called, by another thread, when the device is lost; now, if it is. Whoever closes the
+    /// machine first is not called.
+    pub fn when_lost(&self, call: Box<dyn FnOnce() + Send>) {
+        let gpu = self.gpu();
+        let mut mourners = lock(&gpu.mourners);
+        // Whoever loses it says so, and then looks who is to be told.
+        if gpu.lost.get().is_none() {
+            mourners.push(call);
+        } else if !gpu.closed.load(Ordering::Acquire) {
+            drop(mourners);
+            mourn(call);
+        }
+    }
+
+    /// Whether nothing is left on the legacy default stream, which is no task's. Streams of others that
+    /// synchronise with it may count.
+    ///
+    /// # Errors
+    /// [`DeviceError::Lost`]; [`DeviceError::Operation`] while such a stream is captured.
+    pub fn default_stream_is_idle(&self) -> Result<bool, DeviceError> {
+        self.check()?;
+        let context = self.context()?;
+        self.answer(context.is_idle(driver::legacy_stream()))
     }
 
     /// Whether both are of one machine.
@@ -919,6 +964,9 @@ impl Device for CudaGpu {
             }
         }
         gpu.staging.close();
+        // What they have may be somebody's who wants a lock.
+        let mourners = std::mem::take(&mut *lock(&gpu.mourners));
+        drop(mourners);
     }
 }
 
@@ -945,6 +993,7 @@ pub(crate) fn build(found: &[Found], observers: &Arc<Observers>) -> Vec<Arc<Cuda
         lost: OnceLock::new(),
         allocations: Mutex::default(),
         staging: Staging::default(),
+        mourners: Mutex::default(),
         traffic: Mutex::default(),
         streams: AtomicU64::new(0),
         stream_waits: AtomicU64::new(0),

@@ -9,6 +9,7 @@
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::fmt;
 use std::ptr;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -163,6 +164,10 @@ fn device(ordinal: c_int) -> Answer<sys::CUdevice> {
 pub(crate) struct Context {
     context: sys::CUcontext,
     pub(crate) pool: CUmemoryPool,
+    /// Bytes of the pool that libraries have.
+    pub(crate) lent: AtomicU64,
+    /// On which memory is given back that was used on several streams.
+    reclaimer: OnceLock<Handle<CUstream>>,
     streams: Mutex<Vec<Handle<CUstream>>>,
     /// By their [`Purpose`].
     events: [Mutex<Vec<Handle<CUevent>>>; 3],
@@ -187,6 +192,12 @@ pub(crate) struct Handle<T>(pub(crate) T);
 unsafe impl<T> Send for Handle<T> {}
 // SAFETY: as above; the driver locks what it has to.
 unsafe impl<T> Sync for Handle<T> {}
+
+/// The default stream of whatever context is current, as libraries have it unless they say otherwise.
+pub(crate) fn legacy_stream() -> Handle<CUstream> {
+    // The driver's number for it, `CU_STREAM_LEGACY`.
+    Handle(ptr::without_provenance_mut(1))
+}
 
 // SAFETY: a context and a pool are handles of the driver's, see `Handle`.
 unsafe impl Send for Context {}
@@ -239,6 +250,8 @@ impl Context {
         Ok(Self {
             context,
             pool,
+            lent: AtomicU64::new(0),
+            reclaimer: OnceLock::new(),
             streams: Mutex::default(),
             events: Default::default(),
         })
@@ -281,6 +294,19 @@ impl Context {
     /// Gives a stream back on which nothing is in flight.
     pub(crate) fn give_back(&self, stream: Handle<CUstream>) {
         lock(&self.streams).push(stream);
+    }
+
+    /// The stream on which memory is given back that was used on several.
+    pub(crate) fn reclaimer(&self) -> Answer<Handle<CUstream>> {
+        if let Some(known) = self.reclaimer.get() {
+            return Ok(*known);
+        }
+        let new = self.stream()?;
+        let first = *self.reclaimer.get_or_init(|| new);
+        if first.0 != new.0 {
+            self.give_back(new);
+        }
+        Ok(first)
     }
 
     /// Whether all that is enqueued on the stream is done.
@@ -368,6 +394,16 @@ impl Context {
         let _entered = self.enter()?;
         // SAFETY: the caller knows that the address is an allocation's, which it gives up.
         check(unsafe { sys::cuMemFreeAsync(address, stream.0) })
+    }
+
+    /// Waits until nothing runs in the context, and gives memory back then.
+    pub(crate) fn free_when_idle(&self, address: CUdeviceptr) -> Answer<()> {
+        let _entered = self.enter()?;
+        // SAFETY: as above; of memory of a pool the driver takes it that nothing uses it, which is so.
+        unsafe {
+            check(sys::cuCtxSynchronize())?;
+            check(sys::cuMemFree_v2(address))
+        }
     }
 
     /// Bytes that nobody has: those that the driver has, and those that the pool keeps.

@@ -10,11 +10,13 @@
 //! | `timeline` | positions on a stream, on the driver's events, and who is told when they are done |
 //! | `staging` | pinned buffers for copies from and to pageable memory |
 //! | `device` | [`CudaGpu`], the device |
+//! | `pool` | a device's pool, for libraries that allocate by themselves |
 //! | `kernel` | [`Kernel`], code of devices, and its launch |
 
 mod device;
 mod driver;
 mod kernel;
+pub mod pool;
 mod staging;
 mod timeline;
 

@@ -46,6 +46,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyByteArray, PyDict};
 
 use crate::gateway::{self, PyRef, Site};
+use crate::interp::report;
 use crate::support::{error, support};
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -365,6 +366,23 @@ impl OpenMachine {
         Ok(machine.device(id).free_memory())
     }
 
+    /// Calls back, on a thread of its own, when a GPU of the CUDA driver is lost before the machine is closed.
+    fn when_lost(&self, py: Python<'_>, gpu: usize, call: Bound<'_, PyAny>) -> PyResult<()> {
+        let (_, id) = self.device(py, gpu)?;
+        let Some(gpu) = self.cuda.get(gpu) else {
+            return Err(error(
+                py,
+                "DeviceError",
+                (format!("{id} is a virtual device"),),
+            ));
+        };
+        let call: PyRef = call.into();
+        gpu.when_lost(Box::new(move || {
+            gateway::try_attach(Site::Device, |py| report(py, call.bind(py).call0()));
+        }));
+        Ok(())
+    }
+
     /// Lets the operations and copies of one GPU reach the memory of another.
     fn enable_peer(&self, py: Python<'_>, gpu: usize, peer: usize) -> PyResult<()> {
         let (machine, id) = self.device(py, gpu)?;
@@ -476,6 +494,7 @@ fn cuda_counters<'py>(py: Python<'py>, gpu: &CudaGpu) -> PyResult<Bound<'py, PyD
     dict.set_item("stream_waits", counters.stream_waits)?;
     dict.set_item("host_synchronisations", counters.host_synchronisations)?;
     dict.set_item("notifications", counters.notifications)?;
+    dict.set_item("library_memory", counters.library_memory)?;
     Ok(dict)
 }
 

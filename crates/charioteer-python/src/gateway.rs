@@ -98,7 +98,7 @@ pub enum Site {
     Native,
     /// A kernel of the benchmarks detaches.
     Kernel,
-    /// A thread that stands for a virtual device attaches to call an operation.
+    /// A thread that stands for a device attaches to call an operation, or to tell that it is lost.
     Device,
 }
 

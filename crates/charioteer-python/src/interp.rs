@@ -469,8 +469,13 @@ impl Interp {
             Ok(entered) => entered,
             Err(error) => return Self::done(py, running, Err(error)),
         };
-        let step = Self::run_entered(py, running, body);
+        let mut step = Self::run_entered(py, running, body);
         if let Some(entered) = entered {
+            if let Step::Done(Ok(_)) = &step
+                && let Err(error) = entered.warn(py, running.engine, running.task)
+            {
+                step = Self::done(py, running, Err(error));
+            }
             entered.leave(py);
         }
         step

@@ -21,6 +21,7 @@
 //! | `devices` | machines and their devices: streams, events; memory and operations of virtual ones |
 //! | `cpus` | processors of the host, and threads that are started from pinned ones |
 //! | `libraries` | what CuPy and PyTorch take for current while a body runs |
+//! | `pool` | the memory pool of a device for CuPy and PyTorch |
 //! | `support` | what is used from the Python side of the package |
 
 use pyo3::prelude::*;
@@ -44,6 +45,7 @@ mod local;
 mod native;
 mod options;
 mod placement;
+mod pool;
 mod reduce;
 mod runtime;
 mod space;
@@ -79,6 +81,8 @@ mod _core {
     use super::launches::{KernelLaunch, PyKernel};
     #[pymodule_export]
     use super::native::NativeFunction;
+    #[pymodule_export]
+    use super::pool::{PoolMemory, share_pool, share_pool_with_torch};
     #[pymodule_export]
     use super::runtime::{
         Context, PyEngine, after_fork, check_order, check_trace, current_context, held_devices,

@@ -5,6 +5,11 @@
 //! task's. What makes a stream theirs (`charioteer/_cuda.py`) is made once a thread and stream, and
 //! called before each body: a body may have left another one.
 //!
+//! A runtime that checks looks at the legacy default stream of each device before and after a body: what
+//! is left there when it ends, where nothing was when it began, nobody waits for. Whose it is cannot be
+//! told, since any thread of the program may use that stream, so this is a warning and no failure. It is
+//! about what is left: work that is over by then is not seen.
+//!
 //! A thread of the runtime is not put back after a body, since the next one will do as much: only where
 //! a body without devices follows, and once. Any other thread, and a body within which another one ran,
 //! is as it was before.
@@ -15,14 +20,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use charioteer::machine::{Device, DeviceId, Machine, Stream};
-use charioteer_cuda::CudaGpu;
+use charioteer_cuda::{CudaGpu, pool};
 use pyo3::ffi;
 use pyo3::prelude::*;
 use smallvec::SmallVec;
 
 use crate::devices::raise;
 use crate::gateway::PyRef;
-use crate::interp::{Core, report};
+use crate::interp::{Core, Task, report};
 use crate::runtime::CURRENT_DEVICE;
 use crate::support::support;
 
@@ -121,6 +126,9 @@ fn make_current(
 
 fn apply(py: Python<'_>, machine: &Machine, frame: &Frame) -> PyResult<()> {
     let present = present(py)?;
+    if pool::is_shared() {
+        tell_pool(machine, frame);
+    }
     // The current one last.
     let others = frame
         .lent
@@ -133,6 +141,19 @@ fn apply(py: Python<'_>, machine: &Machine, frame: &Frame) -> PyResult<()> {
     make_current(py, machine, present, frame.lent[frame.at])
 }
 
+/// Which streams are one body's: what libraries allocate on one of them may be used on the others.
+#[cold]
+fn tell_pool(machine: &Machine, frame: &Frame) {
+    let handle = |(device, stream): &(DeviceId, Stream)| {
+        Some((device.index(), machine.device(*device).handle(*stream)?))
+    };
+    let streams: SmallVec<[_; 2]> = frame.lent.iter().filter_map(handle).collect();
+    match streams[..] {
+        [(_, alone)] => pool::alone(alone),
+        _ => pool::together(&streams),
+    }
+}
+
 /// What was current before a body.
 pub struct Entered {
     machine: Arc<Machine>,
@@ -140,6 +161,8 @@ pub struct Entered {
     place: Option<(u64, usize)>,
     /// Puts a thread back that is not ours.
     restore: Option<PyRef>,
+    /// Devices with nothing on their default streams, where the runtime checks.
+    idle: SmallVec<[DeviceId; 2]>,
 }
 
 /// The body of a task is about to run here; `None` where the machine's devices have no driver.
@@ -160,6 +183,7 @@ fn enter_driver(py: Python<'_>, engine: &Core) -> PyResult<Entered> {
         outer,
         place: CURRENT_DEVICE.get(),
         restore: None,
+        idle: SmallVec::new(),
     };
     if lent.is_empty() {
         let left = LEFT.take();
@@ -176,6 +200,12 @@ fn enter_driver(py: Python<'_>, engine: &Core) -> PyResult<Entered> {
     }
     let frame = Frame { lent, at: 0 };
     let applied = apply(py, machine, &frame);
+    if engine.domain().checks {
+        let devices = frame.lent.iter().map(|(device, _)| *device);
+        entered.idle = devices
+            .filter(|id| is_idle(engine, *id) == Some(true))
+            .collect();
+    }
     RUNNING.set(Some(frame));
     if let Err(error) = applied {
         entered.leave(py);
@@ -184,7 +214,25 @@ fn enter_driver(py: Python<'_>, engine: &Core) -> PyResult<Entered> {
     Ok(entered)
 }
 
+/// Whether the default stream of a device has nothing on it, if that can be said.
+fn is_idle(engine: &Core, device: DeviceId) -> Option<bool> {
+    let gpu = engine.domain().gpus.get(usize::from(device.index()))?;
+    gpu.default_stream_is_idle().ok()
+}
+
 impl Entered {
+    /// Warns of what the body left on default streams; the exception, if warnings are such.
+    pub fn warn(&self, py: Python<'_>, engine: &Core, task: &Task) -> PyResult<()> {
+        for device in &self.idle {
+            if is_idle(engine, *device) == Some(false) {
+                let warn = support(py).cuda.bind(py);
+                let label = task.label().to_string();
+                warn.call1(("warn_of_default_stream", label, device.to_string()))?;
+            }
+        }
+        Ok(())
+    }
+
     /// The body ended.
     pub fn leave(self, py: Python<'_>) {
         CURRENT_DEVICE.set(self.place);

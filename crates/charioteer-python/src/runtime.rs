@@ -703,6 +703,20 @@ impl Context {
         Ok(())
     }
 
+    /// Collective operations among the GPUs that the task holds, in the set's order. `RuntimeError` if it
+    /// holds none, `CommunicatorError` if there is no NCCL.
+    #[getter]
+    fn communicator<'py>(slf: Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        let py = slf.py();
+        let context = slf.get();
+        let Some(machine) = context.machine() else {
+            return Err(context.without("GPU"));
+        };
+        let is_virtual = machine.as_virtual().is_some();
+        let communicator = support(py).communicator.bind(py);
+        communicator.call1((slf, is_virtual))
+    }
+
     /// The array of a region that lies in one which the task's options declare (`input=`, `output=`,
     /// `inout=`, `commute=`), on the device that is current: read-only unless one of those that are written
     /// has it. `AccessError` if none does.
