@@ -69,7 +69,8 @@ use crate::data::Holding;
 use crate::data::store::Store;
 use crate::machine::{Device, DeviceError, DeviceId, Event, HOST, Kind, Machine, Stream};
 use crate::schedule::gang::{
-    self, Alternative, Capacity, Gang, Grant, GrantId, Limits, Reason, Request, Step, Transfer,
+    self, Alternative, Capacity, Gang, Grant, GrantId, Limits, Member, Reason, Request, Step,
+    Transfer,
 };
 use crate::schedule::map::DISTURBED;
 use crate::schedule::places;
@@ -300,6 +301,15 @@ impl<D: Domain> Devices<D> {
 
     pub(super) fn device(&self, id: DeviceId) -> &dyn Device {
         self.machine.device(id).as_ref()
+    }
+
+    /// The device of a set that has one and leaves nothing open.
+    pub(super) fn only(&self, members: &[Member]) -> Option<DeviceId> {
+        match *members {
+            [Member::Device(device)] => Some(device),
+            [Member::Any(Kind::Gpu)] if self.capacities.len() == 1 => Some(self.capacities[0].id),
+            _ => None,
+        }
     }
 
     pub(super) fn runahead(&self) -> u32 {
