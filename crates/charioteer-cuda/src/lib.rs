@@ -11,9 +11,11 @@
 //! | `staging` | pinned buffers for copies from and to pageable memory |
 //! | `device` | [`CudaGpu`], the device |
 //! | `kernel` | [`Kernel`], code of devices, and its launch |
+//! | `foreign` | work and memory of other libraries |
 
 mod device;
 mod driver;
+mod foreign;
 mod kernel;
 mod staging;
 mod timeline;
@@ -24,6 +26,7 @@ use charioteer::machine::Observers;
 
 pub use device::{Counters, CudaGpu};
 pub use driver::{Found, found};
+pub use foreign::{foreign, meeting, ordinal_of};
 pub use kernel::{Dimensions, Kernel};
 
 /// As many devices as there are numbers, in the driver's order, each with no more memory than its number of

@@ -709,6 +709,21 @@ impl Store {
         all.filter_map(|it| it.1.owner.clone()).collect()
     }
 
+    /// Whether there is an instance at this place.
+    #[must_use]
+    pub fn has(&self, pointer: DevicePointer) -> bool {
+        let state = self.state.lock();
+        let mut instances = state.instances.iter();
+        instances.any(|(_, it)| {
+            let first = it.view.pointer;
+            let directory = &state.directories[it.directory];
+            let bytes = directory.bytes(&directory.frames[it.frame].region);
+            it.dead.is_none()
+                && first.device == pointer.device
+                && (first.address..first.address + bytes).contains(&pointer.address)
+        })
+    }
+
     /// Of each device, in the order of their numbers.
     #[must_use]
     pub fn counters(&self) -> Vec<Counters> {
