@@ -143,8 +143,8 @@ def asarray(
             return _managed(np.empty(found.shape, found.dtype), name, found.memory)
     seen = _seen(x)
     wanted = _dtype(seen.dtype if dtype is None else dtype)
-    taken = np.require(seen, wanted, ["C", "A", "W"])
-    return _managed(taken.view(np.ndarray), name)
+    buffer = np.require(seen, wanted, ["C", "A", "W"])
+    return _managed(buffer.view(np.ndarray), name)
 
 
 def empty(

@@ -53,9 +53,14 @@ def taken(x: Any, dtype: np.dtype[Any] | None) -> Taken | None:
     return None if found.memory.is_managed else found
 
 
+def _is(x: Any, module: str, name: str) -> bool:
+    """Whether it is of a class of a module, which is there if it is."""
+    kind: Any = getattr(sys.modules.get(module), name, ())
+    return isinstance(x, kind)
+
+
 def _of_virtual(x: Any) -> Taken | None:
-    virtual: Any = sys.modules.get("charioteer.virtual")
-    if virtual is None or not isinstance(x, getattr(virtual, "ndarray", ())):
+    if not _is(x, "charioteer.virtual", "ndarray"):
         return None
     stream = x._lent_on()
     if stream is None:
@@ -69,8 +74,8 @@ def _of_interface(x: Any) -> Taken | None:
 
     source = x
     stream: int | None
-    torch: Any = sys.modules.get("torch")
-    if torch is not None and isinstance(x, getattr(torch, "Tensor", ())):
+    if _is(x, "torch", "Tensor"):
+        torch: Any = sys.modules["torch"]
         if not x.is_cuda:
             return None
         # Its interface is of version 2, which names no stream, and there is none of a tensor that
@@ -105,8 +110,7 @@ def _said(x: Any) -> dict[str, Any] | None:
 
 def _device_of(x: Any) -> contextlib.AbstractContextManager[Any]:
     """CuPy names the stream that is current on the device that is current."""
-    cupy: Any = sys.modules.get("cupy")
-    if cupy is not None and isinstance(x, getattr(cupy, "ndarray", ())):
+    if _is(x, "cupy", "ndarray"):
         found: contextlib.AbstractContextManager[Any] = x.device
         return found
     return contextlib.nullcontext()
