@@ -1263,8 +1263,9 @@ impl HostEntry {
         }
         let region = regions[0];
         if !runtime::is_open() {
-            if let Some((region, device)) =
-                regions.iter().find_map(|region| Some((region, region.brought()?)))
+            if let Some((region, device)) = regions
+                .iter()
+                .find_map(|region| Some((region, region.brought()?)))
             {
                 let text = region.text();
                 return Err(access_error(

@@ -653,7 +653,9 @@ impl Tensor {
         // the new name says that somebody did.
         unsafe {
             if ffi::PyCapsule_IsValid(capsule.as_ptr(), TENSOR.as_ptr()) == 0 {
-                return Err(PyBufferError::new_err("no capsule of DLPack's, or a used one"));
+                return Err(PyBufferError::new_err(
+                    "no capsule of DLPack's, or a used one",
+                ));
             }
             let tensor = ffi::PyCapsule_GetPointer(capsule.as_ptr(), TENSOR.as_ptr());
             if ffi::PyCapsule_SetName(capsule.as_ptr(), TAKEN.as_ptr()) != 0 {
@@ -668,9 +670,7 @@ impl Tensor {
     /// Where the first element is, the number of the GPU, code, bits and lanes of the type, extents, and
     /// strides in elements; none in C order. `BufferError` of what is not on a GPU of CUDA.
     #[allow(clippy::type_complexity, reason = "what a tensor says")]
-    fn describe(
-        &self,
-    ) -> PyResult<(usize, i32, (u8, u8, u16), Vec<i64>, Option<Vec<i64>>)> {
+    fn describe(&self) -> PyResult<(usize, i32, (u8, u8, u16), Vec<i64>, Option<Vec<i64>>)> {
         // SAFETY: the tensor is there until it is deleted, and its numbers with it, as many as dimensions.
         let (tensor, shape, strides) = unsafe {
             let tensor = &*self.tensor;

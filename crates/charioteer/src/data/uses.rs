@@ -206,12 +206,7 @@ impl Uses {
     }
 
     /// The most bytes that a device of a set of so many members has for it, or this one.
-    pub(crate) fn footprint(
-        &self,
-        store: &Store,
-        members: usize,
-        device: Option<DeviceId>,
-    ) -> u64 {
+    pub(crate) fn footprint(&self, store: &Store, members: usize, device: Option<DeviceId>) -> u64 {
         let is_split = |it: &Use| matches!(it.spread, Spread::Shard(_));
         let different = if self.list.iter().any(is_split) {
             members
@@ -219,9 +214,7 @@ impl Uses {
             1
         };
         (0..different)
-            .map(|member| {
-                self.with_wants(member, members, |wants| store.footprint(wants, device))
-            })
+            .map(|member| self.with_wants(member, members, |wants| store.footprint(wants, device)))
             .max()
             .unwrap_or(0)
     }

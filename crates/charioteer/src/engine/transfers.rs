@@ -461,10 +461,7 @@ impl<D: Domain> Engine<D> {
                 Some(stream) => uses.with_wants(member, members, |wants| {
                     store.ensure(uses.number(), stream, wants, memory)
                 }),
-                None => Err(DeviceError::Lost(
-                    lent.device,
-                    Arc::from("it gives no stream"),
-                )),
+                None => Err(super::devices::no_stream(lent.device)),
             };
             match got {
                 Ok(one) => {
@@ -594,7 +591,12 @@ impl<D: Domain> Engine<D> {
         part: &Part<D>,
         device: DeviceId,
     ) -> Result<Handle<D>, SpawnError> {
-        self.spawn_move(label, Access::new(part, Mode::In), Move::Prefetch(device), device)
+        self.spawn_move(
+            label,
+            Access::new(part, Mode::In),
+            Move::Prefetch(device),
+            device,
+        )
     }
 
     /// Spawns a task that drops what a device has of a part, in its place in the order; what is there alone
@@ -608,7 +610,12 @@ impl<D: Domain> Engine<D> {
         part: &Part<D>,
         device: DeviceId,
     ) -> Result<Handle<D>, SpawnError> {
-        self.spawn_move(label, Access::new(part, Mode::In), Move::Evict(device), device)
+        self.spawn_move(
+            label,
+            Access::new(part, Mode::In),
+            Move::Evict(device),
+            device,
+        )
     }
 
     /// Spawns a task that comes after all that use an array and brings its last version to the memory of a

@@ -433,8 +433,7 @@ impl State {
         let copied = copied.and_then(|()| match self.instances.get(from) {
             Some(instance) => {
                 let writers = instance.writers.iter();
-                let mut writers =
-                    writers.filter(|it| it.stream != stream && it.writes(&regions));
+                let mut writers = writers.filter(|it| it.stream != stream && it.writes(&regions));
                 writers.try_for_each(|it| machine.device(it.stream.device).follow(it.stream, event))
             }
             None => Ok(()),

@@ -518,7 +518,8 @@ impl Store {
             if let Some(own) = &want.storage.adopted
                 && want.storage.is_unprepared(HOST)
             {
-                want.storage.prepare(self.machine.device(own.pointer.device));
+                want.storage
+                    .prepare(self.machine.device(own.pointer.device));
             }
         }
         self.change(|state, machine| {
@@ -864,7 +865,9 @@ impl State {
         };
         let directory = &self.directories[number];
         let frame = directory.find(hull);
-        let own = directory.own.filter(|at| self.instances[*at].device == device);
+        let own = directory
+            .own
+            .filter(|at| self.instances[*at].device == device);
         let there = match frame {
             _ if device == HOST => Some(HOME),
             _ if own.is_some() => own,
@@ -1260,8 +1263,7 @@ impl State {
             for want in held.wants.iter().filter(|want| want.touch.writes()) {
                 let writers = &mut self.instances[want.at].writers;
                 let region = want.region.as_deref().filter(|_| want.adopted);
-                let is_own =
-                    |it: &Writer| it.stream == stream && it.region.as_deref() == region;
+                let is_own = |it: &Writer| it.stream == stream && it.region.as_deref() == region;
                 let place = writers.iter().position(is_own);
                 writers.swap_remove(place.expect("it was entered"));
             }
@@ -1316,7 +1318,11 @@ impl State {
         let Some(own) = self.directories[directory].own else {
             return;
         };
-        let pieces: Vec<u32> = self.directories[directory].pieces.iter().map(|it| it.0).collect();
+        let pieces: Vec<u32> = self.directories[directory]
+            .pieces
+            .iter()
+            .map(|it| it.0)
+            .collect();
         for piece in pieces {
             // To bring one may have made one of several.
             let known = &self.directories[directory];

@@ -72,8 +72,8 @@ use self::state::{LATE, LOST, Shared, Stamp, Work, unknown};
 use self::timeline::{Timeline, Timelines};
 use super::description::Description;
 use super::device::{
-    Completion, Device, DeviceError, DeviceId, DeviceInfo, DevicePointer, Event, Foreign, HOST, Mark,
-    Operation, Stream, Traffic,
+    Completion, Device, DeviceError, DeviceId, DeviceInfo, DevicePointer, Event, Foreign, HOST,
+    Mark, Operation, Stream, Traffic,
 };
 use super::observer::{Enqueued, Observed, Observers};
 use super::strided::Strided;

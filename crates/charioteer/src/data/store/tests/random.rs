@@ -762,8 +762,9 @@ fn play(seed: u64) {
             0
         };
         let members = task.members().into_iter();
-        let needs = members
-            .map(|(_, accesses)| memory + probe.footprint(&Play::wants(&storages, &accesses), None));
+        let needs = members.map(|(_, accesses)| {
+            memory + probe.footprint(&Play::wants(&storages, &accesses), None)
+        });
         needs.collect::<Vec<_>>()
     });
     let memory = needs.max().unwrap_or(1).max(1) * slack / 100;
