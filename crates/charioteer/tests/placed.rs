@@ -21,7 +21,8 @@ use charioteer::data::store::Adopted;
 use charioteer::gang::{Alternative, Member, WHOLE};
 use charioteer::machine::virtual_gpu::VirtualGpu;
 use charioteer::machine::{
-    Description, Device, DeviceError, DeviceId, DevicePointer, HOST, Kind, Machine, Stream, Time,
+    Description, Device, DeviceError, DeviceId, DevicePointer, Event, HOST, Kind, Machine, Stream,
+    Time,
 };
 use charioteer::mapping::{Choice, On};
 use charioteer::native::{
@@ -249,18 +250,25 @@ fn act(
 struct Array {
     parts: Gridded,
     elements: Arc<[AtomicU64]>,
-    /// Memory that it brought along.
-    own: Option<DevicePointer>,
+    /// Memory that it brought along, and behind what it was to be taken over.
+    own: Option<(DevicePointer, Event)>,
 }
 
 impl Array {
     fn new(label: &str, machine: &Machine, abroad: Option<u16>) -> Self {
-        let adopted = abroad.map(|gpu| zeros_on(machine, DeviceId::gpu(gpu)));
+        let own = abroad.map(|gpu| zeros_on(machine, DeviceId::gpu(gpu)));
+        let adopted = own.map(|(pointer, event)| Adopted {
+            pointer,
+            behind: machine
+                .as_virtual()
+                .unwrap()
+                .gpu(pointer.device)
+                .foreign(Some(event)),
+        });
         let first = u64::from(adopted.is_some()) * 0xBAD;
         let elements: Arc<[AtomicU64]> = (0..ELEMENTS).map(|_| AtomicU64::new(first)).collect();
         let address = elements.as_ptr() as usize;
         let keep = Box::new(Arc::clone(&elements));
-        let own = adopted.as_ref().map(|adopted| adopted.pointer);
         let datum = Datum::adopting(label, &SHAPE, 8, address, keep, adopted);
         let parts = Gridded::new(datum);
         Self {
@@ -289,21 +297,21 @@ fn on_elements(
 }
 
 /// Memory of a device that somebody is about to fill with zeros.
-fn zeros_on(machine: &Machine, device: DeviceId) -> Adopted {
+fn zeros_on(machine: &Machine, device: DeviceId) -> (DevicePointer, Event) {
     let gpu = machine.as_virtual().unwrap().gpu(device);
     let stream = gpu.create_stream().unwrap();
     let pointer = gpu.allocate(8 * ELEMENTS as u64, stream).unwrap();
     gpu.busy(stream, Duration::from_micros(200)).unwrap();
     on_elements(gpu, stream, pointer, |bytes| bytes.fill(0));
-    let behind = gpu.foreign(Some(gpu.record(stream).unwrap()));
-    Adopted { pointer, behind }
+    (pointer, gpu.record(stream).unwrap())
 }
 
-/// The elements that are in memory of a device when all is done.
-fn elements_at(machine: &Machine, pointer: DevicePointer) -> Vec<u64> {
+/// The elements that are in memory of a device when all is done; nobody may have used it since the event.
+fn elements_at(machine: &Machine, (pointer, event): (DevicePointer, Event)) -> Vec<u64> {
     let gpus = machine.as_virtual().unwrap();
     let gpu = gpus.gpu(pointer.device);
     let stream = gpu.create_stream().unwrap();
+    gpu.follow(stream, event).unwrap();
     let (send, receive) = std::sync::mpsc::channel();
     on_elements(gpu, stream, pointer, move |bytes| {
         let (elements, []) = bytes.as_chunks() else {
