@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
 from charioteer import _core
 from charioteer._core import Array, Region, Token
+from charioteer._foreign import taken
 from charioteer._modes import In, Out
 from charioteer._storage import Directory, new_buffer
 from charioteer.devices import Device, Kind
@@ -37,8 +38,10 @@ def _named(name: str | None, what: str) -> str:
     return name
 
 
-def _managed(buffer: np.ndarray[Any, Any], name: str | None) -> Array:
-    return Array(buffer, _named(name, "array"))
+def _managed(
+    buffer: np.ndarray[Any, Any], name: str | None, memory: _core.ForeignMemory | None = None
+) -> Array:
+    return Array(buffer, _named(name, "array"), memory)
 
 
 def _dtype(dtype: Any) -> np.dtype[Any]:
@@ -112,22 +115,36 @@ def asarray(
     else may touch ``x`` until ``.release()`` or the end of the runtime, when it has what the tasks
     wrote. A managed array is given back as it is.
 
+    An array of CuPy, of PyTorch or of whoever has ``__cuda_array_interface__`` or ``__dlpack__``
+    on a GPU, and one of ``charioteer.virtual``, is taken over where it is: its memory is what the
+    tasks on that device get, behind all that is on its library's stream now. Others, and the host,
+    get copies on demand. ``x`` has the last values again at the end of the runtime, which ends the
+    managed array too, after ``.release()``, and in a block ``with A.host():``. Its memory is not
+    of the runtime's: never freed by it, and not counted among what it has on the device.
+
     Args:
         x: as for :func:`array`.
         dtype: of the elements; unless said, that of ``x``.
         name: what messages and traces call it; unless said, one is made up.
 
     Raises:
-        AccessError: the elements are Python objects, or have no fixed size.
+        AccessError: the elements are Python objects, or have no fixed size. Also whatever uses
+            the array in a runtime whose machine has not the device that ``x`` is on, and on the
+            host while no runtime is open.
     """
     import numpy as np
 
     if isinstance(x, Array) and (dtype is None or x.dtype == _dtype(dtype)):
         return x
+    if not isinstance(x, (np.ndarray, Region)):
+        found = taken(x, None if dtype is None else _dtype(dtype))
+        if found is not None:
+            # Pages that nobody touches are no memory.
+            return _managed(np.empty(found.shape, found.dtype), name, found.memory)
     seen = _seen(x)
     wanted = _dtype(seen.dtype if dtype is None else dtype)
-    taken = np.require(seen, wanted, ["C", "A", "W"])
-    return _managed(taken.view(np.ndarray), name)
+    buffer = np.require(seen, wanted, ["C", "A", "W"])
+    return _managed(buffer.view(np.ndarray), name)
 
 
 def empty(

@@ -282,6 +282,20 @@ class ndarray(NDArrayOperatorsMixin):  # noqa: N801 (as NumPy's)
     def _is_contiguous(self) -> bool:
         return self.size == 0 or bool(self._shadow().flags.c_contiguous)
 
+    def _lent_on(self) -> Stream | None:
+        """The stream behind which a managed array may take over what it has; none if it cannot: in
+        another order, without elements, read-only, or of memory that somebody else has."""
+        if self._owner is None or not self._writable or not self.nbytes:
+            return None
+        if not self._is_contiguous():
+            return None
+        try:
+            current = current_stream()
+        except RuntimeError:
+            return self._owner.stream
+        # What is on one of another device was not enqueued for this one.
+        return current if current.device == self._memory.device else self._owner.stream
+
     def _is(self, other: ndarray) -> bool:
         return (
             self._memory.address == other._memory.address

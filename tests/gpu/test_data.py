@@ -436,3 +436,202 @@ def test_random_programs(cp: Any, torch: Any, tmp_path: Path, library: Any) -> N
             np.testing.assert_array_equal(found.numpy(), wanted)
     assert ch.check_order(trace).violations == ()
     assert ch.check_trace(trace).violations == ()
+
+
+# ---- arrays that come in without a copy -------------------------------------------------------
+
+
+class _ByDlpack:
+    """An array of CuPy's of which nothing but DLPack is known."""
+
+    def __init__(self, array: Any) -> None:
+        self._array = array
+
+    def __dlpack_device__(self) -> Any:
+        return self._array.__dlpack_device__()
+
+    def __dlpack__(self, *, stream: Any = None) -> Any:
+        with self._array.device:
+            return self._array.__dlpack__(stream=stream)
+
+
+def _late(cp: Any, spin: Spin, device: int = 0) -> tuple[Any, Any]:
+    """An array of CuPy's that a stream of its own is about to write, and that stream."""
+    with cp.cuda.Device(device):
+        stream = cp.cuda.Stream(non_blocking=True)
+        x, values = cp.full((64, 32), -1.0), cp.asarray(EXPECTED)
+        with stream:
+            # What is loaded first waits until all that runs on the device has ended.
+            spin(0)
+            x[...] = values
+            x.fill(-1)
+            cp.cuda.Device(device).synchronize()
+            spin(0.2)
+            x[...] = values
+    return x, stream
+
+
+EXPECTED = np.arange(64 * 32, dtype=float).reshape(64, 32)
+
+
+@pytest.mark.parametrize("protocol", ["interface", "dlpack"])
+def test_an_array_of_cupys_comes_in_without_a_copy(cp: Any, spin: Spin, protocol: str) -> None:
+    seen: list[int] = []
+
+    @ch.task(placement=gpu(0))
+    def double(a: ch.InOut[Array]) -> None:
+        seen.append(a.data.ptr)
+        a *= 2
+
+    with ch.Runtime(workers=4) as rt:
+        x, stream = _late(cp, spin)
+        with stream:
+            A = ch.asarray(x if protocol == "interface" else _ByDlpack(x))
+        assert A.shape == (64, 32) and A.dtype == np.float64, (A.shape, A.dtype)
+        assert not stream.done, "the host waited for the producer's stream, or it is not late"
+        double(A)
+        double(A[1:3, ::2]).result()
+        first = x.data.ptr
+        assert seen == [first, first + 32 * 8], (seen, hex(first))
+        assert copies(rt, "host", "gpu(0)") == (0, 0), "the array was copied in"
+        expected = EXPECTED * 2
+        expected[1:3, ::2] *= 2
+        assert copies(rt, "gpu(0)", "host") == (0, 0)
+        found = A.numpy()
+        np.testing.assert_array_equal(found, expected, "the host's copy differs")
+        with A.host("rw") as h:
+            np.testing.assert_array_equal(x.get(), expected, "x in a block of host()")
+            h[5] = 7
+        expected[5] = 7
+        double(A[:2])
+        expected[:2] *= 2
+    np.testing.assert_array_equal(x.get(), expected, "x after the end")
+    with pytest.raises(ch.AccessError, match="released"):
+        A.numpy()
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_tensor_of_torch_comes_in_without_a_copy(torch: Any, own: bool) -> None:
+    stream = torch.cuda.Stream() if own else torch.cuda.default_stream()
+    values = torch.from_numpy(EXPECTED).to("cuda:0")
+    x = torch.full((64, 32), -1.0, dtype=torch.float64, device="cuda:0", requires_grad=own)
+
+    def produce() -> None:
+        with torch.cuda.stream(stream), torch.no_grad():
+            torch.cuda._sleep(400_000_000)
+            x.copy_(values)
+
+    # What is loaded first waits until all that runs on the device has ended.
+    produce()
+    with torch.no_grad():
+        torch.cuda.synchronize()
+        x.fill_(-1)
+        torch.cuda.synchronize()
+    seen: list[int] = []
+
+    @ch.task(placement=gpu(0), array_library="torch")
+    def double(a: ch.InOut[Array]) -> None:
+        seen.append(a.data_ptr())
+        a.mul_(2)
+
+    with ch.Runtime(workers=4) as rt:
+        produce()
+        with torch.cuda.stream(stream):
+            A = ch.asarray(x)
+        assert not stream.query(), "the host waited for the producer's stream, or it is not late"
+        double(A).result()
+        assert seen == [x.data_ptr()], (seen, x.data_ptr())
+        assert copies(rt, "host", "gpu(0)") == (0, 0), "the tensor was copied in"
+        np.testing.assert_array_equal(A.numpy(), EXPECTED * 2, "the host's copy differs")
+        double(A)
+        A.release()
+        found = x.detach().cpu().numpy()
+        np.testing.assert_array_equal(found, EXPECTED * 4, "x after release()")
+
+
+@pytest.mark.gpu(2)
+def test_an_array_that_came_in_serves_the_other_gpu(cp: Any, spin: Spin) -> None:
+    x, stream = _late(cp, spin, 1)
+    before = cp.cuda.runtime.getDevice()
+
+    @ch.task
+    def add(a: ch.InOut[Array], value: float) -> None:
+        assert a.device.id == ch.current().device.index
+        a += value
+
+    with ch.Runtime(workers=4) as rt:
+        # CuPy names the stream that is current on the array's device, whatever device is current.
+        with cp.cuda.Device(1):
+            stream.use()
+        A = ch.asarray(x)
+        with cp.cuda.Device(1):
+            cp.cuda.Stream.null.use()
+        assert cp.cuda.runtime.getDevice() == before
+        for turn in range(6):
+            add.options(placement=gpu(turn % 2))(A, 1.0)
+        for row in range(64):
+            add.options(placement=gpu(row % 2))(A[row], float(row))
+        expected = EXPECTED + 6 + np.arange(64.0)[:, None]
+        with A.host() as h:
+            np.testing.assert_array_equal(h, expected, "on the host")
+        assert copies(rt, "host", "gpu(1)") == (0, 0), "the array was copied in"
+    np.testing.assert_array_equal(x.get(), expected, "x after the end")
+
+
+def test_memory_that_came_in_is_kept_and_never_freed(cp: Any) -> None:
+    pool = cp.get_default_memory_pool()
+    device = cp.cuda.Device(0)
+    device.synchronize()
+    before = pool.used_bytes()
+    x = cp.arange(MiB, dtype=np.int64)
+    pointer = x.data.ptr
+
+    @ch.task(placement=gpu(0))
+    def total(a: ch.In[Array], s: ch.Out[Array]) -> None:
+        assert a.data.ptr == pointer
+        s[...] = a.sum()
+
+    with ch.Runtime(workers=4) as rt:
+        A, S = ch.asarray(x), ch.empty(1, np.int64)
+        del x
+        other = cp.zeros(MiB, np.int64)
+        assert other.data.ptr != pointer, "the memory went back to its pool"
+        total(A, S)
+        A.evict(gpu(0)).result()
+        total(A, S)
+        assert S.numpy()[0] == MiB * (MiB - 1) // 2
+        assert copies(rt, "gpu(0)", "host")[1] == 8, "what was taken over was evicted"
+        del A, other
+    del total
+    assert pool.used_bytes() == before, "the memory did not go back to its pool"
+
+
+def test_what_cannot_be_taken_over_is_copied(rt: ch.Runtime, cp: Any) -> None:
+    x = cp.arange(12.0).reshape(3, 4)
+    wanted: dict[str, tuple[Any, Any]] = {
+        "another order": (ch.asarray(x.T), x.T.get()),
+        "with gaps": (ch.asarray(x[:, ::2]), x[:, ::2].get()),
+        "another type": (ch.asarray(x, np.float32), x.get().astype("f4")),
+        "no elements": (ch.asarray(x[:0]), x[:0].get()),
+        "a copy": (ch.array(x), x.get()),
+    }
+
+    @ch.task(placement=gpu(0))
+    def double(a: ch.InOut[Array]) -> None:
+        a *= 2
+
+    for what, (A, expected) in wanted.items():
+        assert A.dtype == expected.dtype and A.shape == expected.shape, what
+        double(A)
+        np.testing.assert_array_equal(A.numpy(), 2 * expected, what)
+    np.testing.assert_array_equal(x.get(), np.arange(12.0).reshape(3, 4), "the original")
+
+    @ch.task(placement=gpu(0))
+    def keeps(a: ch.In[Array]) -> Any:
+        return ch.asarray(a)
+
+    # What a body gets is the runtime's own memory, and elsewhere tomorrow.
+    A = ch.array(np.arange(4.0))
+    B = keeps(A).result()
+    double(A)
+    np.testing.assert_array_equal(B.numpy(), np.arange(4.0), "of a body")

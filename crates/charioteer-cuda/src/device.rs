@@ -26,14 +26,15 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use charioteer::machine::{
-    Completion, Device, DeviceError, DeviceId, DeviceInfo, DevicePointer, Enqueued, Event, HOST,
-    Mark, Observed, Observers, Stream, Strided, Traffic, together,
+    Completion, Device, DeviceError, DeviceId, DeviceInfo, DevicePointer, Enqueued, Event, Foreign,
+    HOST, Mark, Observed, Observers, Stream, Strided, Traffic, together,
 };
 use cudarc::driver::sys::CUresult;
 
 use crate::driver::{
     self, Answer, CUstream, Context, Fault, Found, Handle, Purpose, Recorded, Side, is_pinned,
 };
+use crate::foreign::Visitor;
 use crate::pool;
 use crate::staging::{PIECE, Staging};
 use crate::timeline::{Lane, Reached, Timeline, Told};
@@ -744,6 +745,32 @@ impl Device for CudaGpu {
 
     fn follow(&self, stream: Stream, event: Event) -> Result<(), DeviceError> {
         self.put_wait(stream, event, false)
+    }
+
+    fn knows(&self, foreign: &Foreign) -> bool {
+        let visitor = foreign.0.downcast_ref::<Visitor>();
+        visitor.is_some_and(|it| it.ordinal == self.gpu().ordinal)
+    }
+
+    fn follow_foreign(&self, stream: Stream, foreign: &Foreign) -> Result<(), DeviceError> {
+        let timeline = self.own(stream)?;
+        let visitor = foreign.0.downcast_ref::<Visitor>();
+        let Some(visitor) = visitor.filter(|it| it.ordinal == self.gpu().ordinal) else {
+            return Err(DeviceError::NoAccess(self.id(), self.id()));
+        };
+        if let Some(behind) = &visitor.behind {
+            let lane = &timeline.lane;
+            self.answer(lane.context.wait(lane.stream, behind))?;
+            timeline.awaits(behind);
+            self.gpu().stream_waits.fetch_add(1, Ordering::Relaxed);
+            let event = Event {
+                stream,
+                position: timeline.skip(),
+            };
+            let enqueued = Observed::Enqueued(event, Enqueued::Operation);
+            self.fleet.observers.tell(enqueued);
+        }
+        Ok(())
     }
 
     #[inline]

@@ -828,6 +828,18 @@ pub(crate) fn is_pinned(context: &Context, address: u64, bytes: u64) -> bool {
     }
 }
 
+/// The number of the device whose memory is at an address.
+pub(crate) fn ordinal_of(context: &Context, address: u64) -> Option<u16> {
+    use sys::CUpointer_attribute_enum as Attribute;
+    let _entered = context.enter().ok()?;
+    let mut ordinal: c_int = 0;
+    let what = Attribute::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL;
+    // SAFETY: a place for what is asked; the driver answers for any address.
+    let result = unsafe { sys::cuPointerGetAttribute((&raw mut ordinal).cast(), what, address) };
+    check(result).ok()?;
+    u16::try_from(ordinal).ok()
+}
+
 /// Pins memory of the host that is somebody's, for all contexts.
 ///
 /// # Safety

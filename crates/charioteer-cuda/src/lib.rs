@@ -12,9 +12,11 @@
 //! | `device` | [`CudaGpu`], the device |
 //! | `pool` | a device's pool, for libraries that allocate by themselves |
 //! | `kernel` | [`Kernel`], code of devices, and its launch |
+//! | `foreign` | work and memory of other libraries |
 
 mod device;
 mod driver;
+mod foreign;
 mod kernel;
 pub mod pool;
 mod staging;
@@ -26,6 +28,7 @@ use charioteer::machine::Observers;
 
 pub use device::{Counters, CudaGpu};
 pub use driver::{Found, found};
+pub use foreign::{foreign, meeting, ordinal_of};
 pub use kernel::{Dimensions, Kernel};
 
 /// As many devices as there are numbers, in the driver's order, each with no more memory than its number of

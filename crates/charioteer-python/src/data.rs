@@ -40,6 +40,7 @@ use pyo3::types::{PyDict, PyEllipsis, PyInt, PyList, PySlice, PyTuple};
 use smallvec::SmallVec;
 
 use crate::attached::Attached;
+use crate::devices::ForeignMemory;
 use crate::gateway::{self, PyRef};
 use crate::interp::{Core, Interp, Label, Task, exception_of};
 use crate::local::{Layout, Library, Wanted};
@@ -296,6 +297,34 @@ impl Region {
         };
         let handle = spawned.map_err(|why| spawn_error(py, why, None))?;
         handle_of(py, Some(handle), None)
+    }
+
+    /// On which device the array brought memory along.
+    fn brought(&self) -> Option<DeviceId> {
+        let adopted = self.part.datum().storage()?.adopted()?;
+        Some(adopted.pointer.device)
+    }
+
+    /// Waits until the memory of a device that the array brought along has the last version, if it did: of the
+    /// region, or of all of it once nobody uses it any more.
+    fn bring_back(&self, py: Python<'_>, ends: bool) -> PyResult<()> {
+        let Some(device) = self.brought().filter(|_| runtime::is_open()) else {
+            return Ok(());
+        };
+        let engine = Arc::clone(&runtime::active(py)?.engine);
+        let label = Label::Name(format!("bring {} back to {device}", self.text()).into());
+        let handle = if ends {
+            engine.return_memory(label, self.part.datum())
+        } else {
+            engine.prefetch(label, &self.part, device)
+        };
+        let handle = handle.map_err(|why| spawn_error(py, why, None))?;
+        let waited = handle_of(py, Some(handle), None)?.call_method0(pyo3::intern!(py, "result"));
+        match waited {
+            // Whoever accesses the region is told of what is undefined.
+            Err(error) if is_dependency_error(py, &error) => Ok(()),
+            waited => waited.map(drop),
+        }
     }
 
     /// The region of the same array that is seen through these axes.
@@ -1133,10 +1162,14 @@ impl Region {
 #[pymethods]
 impl Array {
     /// Of an array of NumPy's in C order, which it keeps and writes to; `charioteer/_data.py` says what
-    /// is refused.
+    /// is refused. With memory of a device the elements are there, in C order, and nothing is in the buffer.
     #[new]
-    #[pyo3(signature = (buffer, name))]
-    fn new(buffer: &Bound<'_, PyAny>, name: &str) -> PyResult<PyClassInitializer<Self>> {
+    #[pyo3(signature = (buffer, name, memory=None))]
+    fn new(
+        buffer: &Bound<'_, PyAny>,
+        name: &str,
+        memory: Option<&Bound<'_, ForeignMemory>>,
+    ) -> PyResult<PyClassInitializer<Self>> {
         let Some(head) = ArrayHead::of(buffer)? else {
             return Err(PyTypeError::new_err(
                 "the buffer is to be an array of NumPy's",
@@ -1161,10 +1194,12 @@ impl Array {
             })
             .collect();
         let item = buffer.getattr("itemsize")?.extract()?;
-        let keep = Box::new(PyRef::from(buffer.clone()));
+        let kept = memory.map(|memory| memory.get().keep(buffer.py()));
+        let keep = Box::new((PyRef::from(buffer.clone()), kept));
+        let adopted = memory.map(|memory| memory.get().adopted().clone());
         let extents: SmallVec<[u64; 4]> = shape.iter().map(|extent| *extent as u64).collect();
         let region = Region {
-            part: Datum::stored(name, &extents, item, head.address(), keep).whole(),
+            part: Datum::adopting(name, &extents, item, head.address(), keep, adopted).whole(),
             buffer: buffer.clone().into(),
             axes,
             item,
@@ -1177,10 +1212,17 @@ impl Array {
     }
 
     /// Ends the array: waits for the tasks that use it, and refuses it from then on. A buffer that was
-    /// taken over is its owner's again.
+    /// taken over is its owner's again, memory of a device too.
     fn release(slf: &Bound<'_, Self>) -> PyResult<()> {
         let py = slf.py();
         let region = slf.as_super().get();
+        if region.brought().is_some() {
+            if runtime::is_open() && !region.part.datum().is_closed() {
+                region.bring_back(py, true)?;
+            }
+            region.part.datum().close();
+            return Ok(());
+        }
         let access = match HostEntry::enter(py, region, data::Mode::InOut) {
             Ok(access) => access,
             // What it has is undefined, and is let go all the same.
@@ -1221,6 +1263,19 @@ impl HostEntry {
         }
         let region = regions[0];
         if !runtime::is_open() {
+            if let Some((region, device)) = regions
+                .iter()
+                .find_map(|region| Some((region, region.brought()?)))
+            {
+                let text = region.text();
+                return Err(access_error(
+                    py,
+                    format!(
+                        "{text} is in memory of {device}, and is brought to the host while a runtime \
+                         is open: without one it is where it was taken from"
+                    ),
+                ));
+            }
             return match data::undefined(&accesses) {
                 None => Ok(Self { _access: None }),
                 Some(root) => Err(undefined(py, region, &root)),
@@ -1280,6 +1335,7 @@ impl HostAccess {
         } else {
             (data::Mode::In, region.readonly_view(py)?)
         };
+        region.bring_back(py, false)?;
         let entry = HostEntry::enter(py, region, mode)?;
         self.entered.lock(py).push(entry);
         Ok(view)

@@ -33,6 +33,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+use charioteer::data::store::Adopted;
 use charioteer::machine::virtual_gpu::{DeviceBytes, VirtualGpu};
 use charioteer::machine::{
     Description, Device, DeviceError, DeviceId, DevicePointer, Event, Gpu, HOST, Host, Link, Links,
@@ -47,6 +48,7 @@ use pyo3::types::{PyByteArray, PyDict};
 
 use crate::gateway::{self, PyRef, Site};
 use crate::interp::report;
+use crate::runtime;
 use crate::support::{error, support};
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -645,6 +647,181 @@ pub fn dlpack(
         }
         Bound::from_owned_ptr_or_err(py, capsule)
     }
+}
+
+/// A tensor by DLPack that was taken over: what it says, and its end.
+#[pyclass(module = "charioteer._core", frozen)]
+pub struct Tensor {
+    tensor: *mut ManagedTensor,
+}
+
+// SAFETY: it is read, which any thread may do, and deleted once, by a thread that is attached, as whoever
+// made it may expect.
+unsafe impl Send for Tensor {}
+// SAFETY: as above.
+unsafe impl Sync for Tensor {}
+
+const TAKEN: &std::ffi::CStr = c"used_dltensor";
+
+#[pymethods]
+impl Tensor {
+    /// Takes the tensor of a capsule over. `BufferError` if there is none.
+    #[new]
+    fn new(capsule: &Bound<'_, PyAny>) -> PyResult<Self> {
+        // SAFETY: attached; the capsule is alive. By its name it has a tensor that nobody took over, which
+        // the new name says that somebody did.
+        unsafe {
+            if ffi::PyCapsule_IsValid(capsule.as_ptr(), TENSOR.as_ptr()) == 0 {
+                return Err(PyBufferError::new_err(
+                    "no capsule of DLPack's, or a used one",
+                ));
+            }
+            let tensor = ffi::PyCapsule_GetPointer(capsule.as_ptr(), TENSOR.as_ptr());
+            if ffi::PyCapsule_SetName(capsule.as_ptr(), TAKEN.as_ptr()) != 0 {
+                return Err(PyErr::fetch(capsule.py()));
+            }
+            Ok(Self {
+                tensor: tensor.cast(),
+            })
+        }
+    }
+
+    /// Where the first element is, the number of the GPU, code, bits and lanes of the type, extents, and
+    /// strides in elements; none in C order. `BufferError` of what is not on a GPU of CUDA.
+    #[allow(clippy::type_complexity, reason = "what a tensor says")]
+    fn describe(&self) -> PyResult<(usize, i32, (u8, u8, u16), Vec<i64>, Option<Vec<i64>>)> {
+        // SAFETY: the tensor is there until it is deleted, and its numbers with it, as many as dimensions.
+        let (tensor, shape, strides) = unsafe {
+            let tensor = &*self.tensor;
+            let dimensions = usize::try_from(tensor.dimensions).unwrap_or(0);
+            let numbers = |first: *const i64| {
+                (!first.is_null() && dimensions > 0)
+                    .then(|| std::slice::from_raw_parts(first, dimensions).to_vec())
+            };
+            (tensor, numbers(tensor.shape), numbers(tensor.strides))
+        };
+        if tensor.device_type != DLPACK_CUDA {
+            return Err(PyBufferError::new_err("the tensor is not on a GPU"));
+        }
+        Ok((
+            tensor.data as usize + tensor.offset as usize,
+            tensor.device,
+            (tensor.code, tensor.bits, tensor.lanes),
+            shape.unwrap_or_default(),
+            strides,
+        ))
+    }
+}
+
+impl Drop for Tensor {
+    fn drop(&mut self) {
+        // SAFETY: nobody else deletes what was taken over; an object is collected by an attached thread.
+        unsafe {
+            if let Some(delete) = (*self.tensor).deleter {
+                delete(self.tensor);
+            }
+        }
+    }
+}
+
+// ---- memory of others ---------------------------------------------------------------------------
+
+/// Memory of a device that somebody else owns, for an array that is to take it over: where it is, what its
+/// owner has enqueued, and what keeps it.
+#[pyclass(module = "charioteer._core", frozen)]
+pub struct ForeignMemory {
+    adopted: Adopted,
+    keep: PyRef,
+}
+
+impl ForeignMemory {
+    pub fn adopted(&self) -> &Adopted {
+        &self.adopted
+    }
+
+    pub fn keep(&self, py: Python<'_>) -> PyRef {
+        PyRef::new(self.keep.clone_ref(py))
+    }
+}
+
+#[pymethods]
+impl ForeignMemory {
+    /// Memory of a GPU of the CUDA driver's that is used on a stream, by its handle, or by nobody any more.
+    /// `DeviceError` if the driver has no such stream there.
+    #[staticmethod]
+    fn cuda(
+        py: Python<'_>,
+        address: u64,
+        device: u16,
+        stream: Option<usize>,
+        keep: Bound<'_, PyAny>,
+    ) -> PyResult<Self> {
+        let behind = gateway::detach(py, Site::Wait, || charioteer_cuda::foreign(device, stream));
+        let behind = behind.map_err(|why| error(py, "DeviceError", (why,)))?;
+        let pointer = DevicePointer {
+            device: DeviceId::gpu(device),
+            address,
+        };
+        Ok(Self {
+            adopted: Adopted { pointer, behind },
+            keep: keep.into(),
+        })
+    }
+
+    /// Memory of a virtual GPU, from `offset` on, that is used on a stream of that GPU.
+    #[staticmethod]
+    fn of_virtual(
+        py: Python<'_>,
+        memory: &Memory,
+        offset: u64,
+        stream: &PyStream,
+        keep: Bound<'_, PyAny>,
+    ) -> PyResult<Self> {
+        if !memory.gpu.same_machine(&stream.gpu) || memory.pointer.device != stream.stream.device {
+            return Err(PyValueError::new_err("the stream is another GPU's"));
+        }
+        let event = stream.gpu.record(stream.stream);
+        let event = event.map_err(|said| raise(py, &said))?;
+        let adopted = Adopted {
+            pointer: memory.pointer.offset(offset),
+            behind: memory.gpu.foreign(Some(event)),
+        };
+        let keep = keep.into();
+        Ok(Self { adopted, keep })
+    }
+
+    /// The number of the GPU.
+    #[getter]
+    fn device(&self) -> u16 {
+        self.adopted.pointer.device.index()
+    }
+
+    /// Whether it is memory that the open runtime has for managed arrays.
+    #[getter]
+    fn is_managed(&self, py: Python<'_>) -> PyResult<bool> {
+        if !runtime::is_open() {
+            return Ok(false);
+        }
+        let engine = Arc::clone(&runtime::active(py)?.engine);
+        Ok((engine.data()).is_some_and(|store| store.has(self.adopted.pointer)))
+    }
+}
+
+/// The handle of a stream of a GPU of the CUDA driver's on which a producer by DLPack is to have its work
+/// waited for. `DeviceError` if there is no such GPU.
+#[pyfunction]
+pub fn cuda_meeting(py: Python<'_>, device: u16) -> PyResult<usize> {
+    let handle = gateway::detach(py, Site::Wait, || charioteer_cuda::meeting(device));
+    handle.map_err(|why| error(py, "DeviceError", (why,)))
+}
+
+/// The number of the GPU of the CUDA driver's whose memory is at an address; none if the driver does not know.
+#[pyfunction]
+pub fn cuda_device_of(py: Python<'_>, address: u64) -> Option<u16> {
+    gateway::detach(py, Site::Wait, || {
+        charioteer_cuda::found().ok()?.first()?;
+        charioteer_cuda::ordinal_of(address)
+    })
 }
 
 // ---- streams and events -------------------------------------------------------------------------

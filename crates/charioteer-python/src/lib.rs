@@ -70,8 +70,8 @@ mod _core {
     use super::data::{Array, HostAccess, Region, Tiles, Token};
     #[pymodule_export]
     use super::devices::{
-        Allocation, Clock, CudaStream, Memory, OpenMachine, PyEvent, PyStream, cuda_devices,
-        dlpack, finish_operations,
+        Allocation, Clock, CudaStream, ForeignMemory, Memory, OpenMachine, PyEvent, PyStream,
+        Tensor, cuda_device_of, cuda_devices, cuda_meeting, dlpack, finish_operations,
     };
     #[pymodule_export]
     use super::interp::{leave_native_step, limits_changed};

@@ -5,7 +5,8 @@
 //! mapped to; and accesses of the host, prefetches and evictions between them. Bodies on devices enqueue
 //! what they do there: what they write is a digest of what they read. The oracle does the same in the
 //! order of the list. Tasks fail in their body or on the device, are cancelled, repeated, and wait. Devices
-//! have much memory or hardly any, are virtual in real and in virtual time, fail copies and get lost.
+//! have much memory or hardly any, are virtual in real and in virtual time, fail copies and get lost. Some
+//! arrays bring memory of a device along, which is still to be written when the program begins.
 #![cfg(not(loom))]
 
 mod common;
@@ -16,8 +17,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use charioteer::data::store::Adopted;
 use charioteer::gang::{Alternative, Member, WHOLE};
-use charioteer::machine::{Description, DeviceError, DeviceId, HOST, Kind, Machine, Time};
+use charioteer::machine::virtual_gpu::VirtualGpu;
+use charioteer::machine::{
+    Description, Device, DeviceError, DeviceId, DevicePointer, Event, HOST, Kind, Machine, Stream,
+    Time,
+};
 use charioteer::mapping::{Choice, On};
 use charioteer::native::{
     Access, AccessTrouble, Datum, HostError, Mode, Part, Runtime, SpawnError, Task, TaskError,
@@ -84,6 +90,8 @@ struct Plan {
     memory: u64,
     runahead: u32,
     mishap: Mishap,
+    /// On which device each array is at first, if on any.
+    abroad: [Option<u16>; 2],
     tasks: Vec<(Vec<Use>, On_, Twist, u64)>,
 }
 
@@ -153,7 +161,9 @@ fn plan(mishaps: bool) -> impl Strategy<Value = Plan> {
         } else {
             Just(Mishap::None).boxed()
         };
-        (mishap, prop::collection::vec(task, 1..40)).prop_map(move |(mishap, tasks)| Plan {
+        let abroad = prop::array::uniform2(prop::option::weighted(0.4, 0..gpus));
+        let tasks = prop::collection::vec(task, 1..40);
+        (mishap, abroad, tasks).prop_map(move |(mishap, abroad, tasks)| Plan {
             workers: if is_real { workers } else { 0 },
             gpus,
             time: if is_real { Time::Real } else { Time::Virtual },
@@ -161,6 +171,8 @@ fn plan(mishaps: bool) -> impl Strategy<Value = Plan> {
             memory: [2_048, 4_096, 1 << 20][memory],
             runahead: [0, 1, 64][runahead],
             mishap,
+            // Nobody counts what others have of a device, so there has to be enough.
+            abroad: if memory == 2 { abroad } else { [None; 2] },
             tasks,
         })
     })
@@ -238,17 +250,78 @@ fn act(
 struct Array {
     parts: Gridded,
     elements: Arc<[AtomicU64]>,
+    /// Memory that it brought along, and behind what it was to be taken over.
+    own: Option<(DevicePointer, Event)>,
 }
 
 impl Array {
-    fn new(label: &str) -> Self {
-        let elements: Arc<[AtomicU64]> = (0..ELEMENTS).map(|_| AtomicU64::new(0)).collect();
+    fn new(label: &str, machine: &Machine, abroad: Option<u16>) -> Self {
+        let own = abroad.map(|gpu| zeros_on(machine, DeviceId::gpu(gpu)));
+        let adopted = own.map(|(pointer, event)| Adopted {
+            pointer,
+            behind: machine
+                .as_virtual()
+                .unwrap()
+                .gpu(pointer.device)
+                .foreign(Some(event)),
+        });
+        let first = u64::from(adopted.is_some()) * 0xBAD;
+        let elements: Arc<[AtomicU64]> = (0..ELEMENTS).map(|_| AtomicU64::new(first)).collect();
         let address = elements.as_ptr() as usize;
         let keep = Box::new(Arc::clone(&elements));
-        let datum = Datum::stored(label, &SHAPE, 8, address, keep);
+        let datum = Datum::adopting(label, &SHAPE, 8, address, keep, adopted);
         let parts = Gridded::new(datum);
-        Self { parts, elements }
+        Self {
+            parts,
+            elements,
+            own,
+        }
     }
+}
+
+/// Does something to the elements of an array in memory of a device, in the order of a stream.
+fn on_elements(
+    gpu: &Arc<VirtualGpu>,
+    stream: Stream,
+    pointer: DevicePointer,
+    call: impl FnOnce(&mut [u8]) + Send + 'static,
+) {
+    let inner = Arc::clone(gpu);
+    let operation = Box::new(move || {
+        let bytes = inner.bytes(pointer, 8 * ELEMENTS as u64)?;
+        // SAFETY: they are there, and whoever uses them is ordered by streams.
+        call(unsafe { std::slice::from_raw_parts_mut(bytes.as_ptr(), bytes.len()) });
+        Ok(())
+    });
+    gpu.enqueue(stream, operation).unwrap();
+}
+
+/// Memory of a device that somebody is about to fill with zeros.
+fn zeros_on(machine: &Machine, device: DeviceId) -> (DevicePointer, Event) {
+    let gpu = machine.as_virtual().unwrap().gpu(device);
+    let stream = gpu.create_stream().unwrap();
+    let pointer = gpu.allocate(8 * ELEMENTS as u64, stream).unwrap();
+    gpu.busy(stream, Duration::from_micros(200)).unwrap();
+    on_elements(gpu, stream, pointer, |bytes| bytes.fill(0));
+    (pointer, gpu.record(stream).unwrap())
+}
+
+/// The elements that are in memory of a device when all is done; nobody may have used it since the event.
+fn elements_at(machine: &Machine, (pointer, event): (DevicePointer, Event)) -> Vec<u64> {
+    let gpus = machine.as_virtual().unwrap();
+    let gpu = gpus.gpu(pointer.device);
+    let stream = gpu.create_stream().unwrap();
+    gpu.follow(stream, event).unwrap();
+    let (send, receive) = std::sync::mpsc::channel();
+    on_elements(gpu, stream, pointer, move |bytes| {
+        let (elements, []) = bytes.as_chunks() else {
+            panic!("elements have eight bytes")
+        };
+        let elements = elements.iter().map(|it| u64::from_ne_bytes(*it));
+        send.send(elements.collect()).unwrap();
+    });
+    while gpus.clock().advance() {}
+    receive.recv().unwrap()
 }
 
 /// The rows that a member has, as NumPy's `array_split` has them.
@@ -298,7 +371,7 @@ fn offset(view: &View, at: [u64; 2]) -> usize {
 fn enqueue(
     machine: &Arc<Machine>,
     task: usize,
-    (device, stream): (DeviceId, charioteer::machine::Stream),
+    (device, stream): (DeviceId, Stream),
     accesses: Vec<Touched>,
     views: Vec<Option<View>>,
     faults: bool,
@@ -400,12 +473,16 @@ fn run(plan: &Plan) {
         .open()
         .unwrap();
     let gpus = machine.as_virtual().unwrap();
+    let [one, other] = plan.abroad;
+    let data = [
+        Array::new("A", &machine, one),
+        Array::new("B", &machine, other),
+    ];
     match plan.mishap {
         Mishap::None => {}
         Mishap::Copy(gpu, nth) => gpus.gpu(DeviceId::gpu(gpu)).fail_copy(nth),
         Mishap::Loss(gpu, after) => gpus.gpu(DeviceId::gpu(gpu)).lose_after(after, "planned"),
     }
-    let data = [Array::new("A"), Array::new("B")];
     let arrays = [Arc::clone(&data[0].elements), Arc::clone(&data[1].elements)];
     let list = [On::Cores(Need::Core), On::Devices(set(&[GPU]))].map(|on| Choice {
         variant: 0,
@@ -570,7 +647,16 @@ fn run(plan: &Plan) {
             Err(error) => panic!("{error}"),
         }
     }
-    check(plan, &spawned, seen, lenient, &arrays, runtime, moved);
+    let homes = || {
+        [0, 1].map(|array| match data[array].own {
+            Some(own) => elements_at(&machine, own),
+            None => arrays[array]
+                .iter()
+                .map(|it| it.load(Ordering::Relaxed))
+                .collect(),
+        })
+    };
+    check(plan, &spawned, seen, lenient, homes, runtime, moved);
     let file = take_trace(&path);
     if !lenient {
         prove(&file);
@@ -586,7 +672,7 @@ fn check(
     spawned: &[Option<Spawned>],
     seen: Vec<Seen>,
     lenient: bool,
-    arrays: &[Arc<[AtomicU64]>; 2],
+    homes: impl FnOnce() -> [Vec<u64>; 2],
     runtime: Runtime,
     moved: Vec<Task<()>>,
 ) {
@@ -682,10 +768,14 @@ fn check(
     }
     let _failures = runtime.close();
     drop(moved);
-    for (array, elements) in oracle.iter().enumerate().filter(|_| !lenient) {
+    if lenient {
+        return;
+    }
+    let homes = homes();
+    for (array, elements) in oracle.iter().enumerate() {
         for (element, value) in elements.iter().enumerate() {
             if let Element::Value(value) = value {
-                let stored = arrays[array][element].load(Ordering::Relaxed);
+                let stored = homes[array][element];
                 assert_eq!(stored, *value, "element {element} of array {array}");
             }
         }

@@ -741,6 +741,39 @@ fn what_was_on_a_lost_device_alone_is_lost_by_name() {
 }
 
 #[test]
+fn a_body_that_waits_while_its_device_is_lost_comes_to_nothing() {
+    within(60, || {
+        for workers in [0, 2] {
+            let machine = machine(1, MEMORY, Time::Real);
+            let runtime = builder(&machine, workers).open().unwrap();
+            let array = Array::new("A", 4);
+            let part = array.datum.whole();
+            let (inner, spawn) = (Arc::clone(&machine), runtime.handle());
+            let body = move || {
+                let (lost, again) = (Arc::clone(&inner), spawn.clone());
+                let child = spawn.task().spawn(move || {
+                    let gpus = lost.as_virtual().unwrap();
+                    gpus.gpu(DeviceId::gpu(0)).lose("unplugged");
+                    // The runtime finds out while the body waits.
+                    let other = again.task().on(this(0)).spawn(|| ()).unwrap();
+                    assert!(other.result().is_err());
+                });
+                child.unwrap().result().unwrap();
+                // What refuses this is not asked.
+                on_row(&inner, 4, |row| row.fill(7))();
+            };
+            let task = runtime.task().on(this(0)).writes(&part).spawn(body);
+            let error = task.unwrap().result().err();
+            let is_lost = matches!(error, Some(TaskError::Device(DeviceError::Lost(..))));
+            assert!(is_lost, "{error:?}");
+            let access = runtime.host(&[Access::new(&part, Mode::In)]).err();
+            assert!(matches!(access, Some(HostError::Failed(_))), "{access:?}");
+            let _failures = runtime.close();
+        }
+    });
+}
+
+#[test]
 fn what_was_lost_stays_so_when_the_runtime_is_closed() {
     within(60, || {
         for device_goes in [true, false] {

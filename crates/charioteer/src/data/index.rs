@@ -104,6 +104,8 @@ pub(crate) enum Move {
     Prefetch(DeviceId),
     /// Drops what is on this device.
     Evict(DeviceId),
+    /// Brings them to the memory that the array brought along.
+    Return,
     /// Nothing: what it writes is lost, for the trouble that it has.
     Lose,
 }

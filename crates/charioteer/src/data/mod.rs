@@ -54,12 +54,13 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
+use crate::machine::{DeviceId, Machine};
 use crate::region::tree::{Axes, Bounds};
 use crate::region::{Region, Span};
 use crate::sync::{AtomicBool, Guard, Mutex, Ordering};
 use crate::task::{Domain, TaskRef};
 use index::{Gone, Index};
-use store::Storage;
+use store::{Adopted, Storage};
 
 pub(crate) use index::{Attached, Found, Move, Turn};
 pub(crate) use uses::{Holding, Uses, check_spread};
@@ -74,8 +75,11 @@ pub struct Datum<D: Domain> {
     axes: Axes,
     index: Mutex<Index<D>>,
     storage: Option<Arc<Storage>>,
-    /// A task was registered that may take elements to a device. Under the lock of the index.
+    /// A task was registered that may take elements to a device, or they were there at first. Under the lock of
+    /// the index.
     travels: AtomicBool,
+    /// Its elements are in memory of a device at first.
+    adopts: bool,
 }
 
 impl<D: Domain> Datum<D> {
@@ -101,9 +105,27 @@ impl<D: Domain> Datum<D> {
         address: usize,
         keep: Box<dyn Any + Send + Sync>,
     ) -> Arc<Self> {
+        Self::adopting(label, shape, item, address, keep, None)
+    }
+
+    /// The same, whose elements are in memory of a device at first: the host's has nothing. `keep` keeps both.
+    /// The memory has the last version again when its runtime has ended, which closes the datum, and after
+    /// [`Engine::return_memory`](crate::engine::Engine::return_memory).
+    ///
+    /// # Panics
+    /// As [`stored`](Self::stored).
+    #[must_use]
+    pub fn adopting(
+        label: impl Into<Box<str>>,
+        shape: &[u64],
+        item: usize,
+        address: usize,
+        keep: Box<dyn Any + Send + Sync>,
+        adopted: Option<Adopted>,
+    ) -> Arc<Self> {
         let (id, label) = (crate::trace::next_id(), label.into());
         let (item, address) = (item as u64, address as u64);
-        let storage = Storage::new(id, label.clone(), shape, item, address, keep);
+        let storage = Storage::adopting(id, label.clone(), shape, item, address, keep, adopted);
         let datum = Self::with(id, label, shape, Some(Arc::clone(&storage)));
         let weak = Arc::downgrade(&datum);
         storage.belong(weak);
@@ -115,14 +137,16 @@ impl<D: Domain> Datum<D> {
             shape.iter().all(|&extent| extent < 1 << 63),
             "an axis has fewer than 2^63 indices"
         );
+        let adopts = storage.as_ref().is_some_and(|it| it.adopted().is_some());
         Arc::new(Self {
             id,
             label,
             shape: shape.into(),
             axes: Axes::longest(shape),
             index: Mutex::new(Index::new()),
+            travels: AtomicBool::new(adopts),
             storage,
-            travels: AtomicBool::new(false),
+            adopts,
         })
     }
 
@@ -490,6 +514,8 @@ pub enum AccessTrouble {
     },
     /// The datum is closed: its label.
     Closed(String),
+    /// Its elements are in memory of a device that the runtime has not: the label, and which device.
+    Elsewhere(String, DeviceId),
     /// The members of a set would each write all of it, and nobody said that they write the same.
     WrittenWhole {
         /// The access.
@@ -522,6 +548,10 @@ impl fmt::Display for AccessTrouble {
                  its own parent"
             ),
             Self::Closed(label) => write!(f, "{label} was released, or its runtime is closed"),
+            Self::Elsewhere(label, device) => write!(
+                f,
+                "{label} is in memory of {device} that this runtime's machine has not"
+            ),
             Self::WrittenWhole { access, members } => write!(
                 f,
                 "{access} of a set of {members}: what a set writes is sharded, reduced or replicated"
@@ -544,8 +574,22 @@ fn name<D: Domain>(access: &Access<'_, D>) -> String {
     format!("{} {}", access.mode.name(), access.part)
 }
 
-/// Whether the accesses of one task agree with each other.
-pub(crate) fn check<D: Domain>(accesses: &[Access<'_, D>]) -> Result<(), AccessTrouble> {
+/// Whether the accesses of one task agree with each other, and are to memory that the machine has.
+pub(crate) fn check<D: Domain>(
+    accesses: &[Access<'_, D>],
+    machine: Option<&Machine>,
+) -> Result<(), AccessTrouble> {
+    for Access { part, .. } in accesses.iter().filter(|it| it.part.datum.adopts) {
+        let storage = part.datum.storage.as_ref();
+        let adopted = storage.and_then(|it| it.adopted());
+        let adopted = adopted.expect("it is said to have some");
+        let device = adopted.pointer.device;
+        let has = |it: &Machine| it.has(device) && it.device(device).knows(&adopted.behind);
+        if !machine.is_some_and(has) {
+            let label = part.datum.label.to_string();
+            return Err(AccessTrouble::Elsewhere(label, device));
+        }
+    }
     for (at, first) in accesses.iter().enumerate() {
         for second in &accesses[at + 1..] {
             if first.counts()

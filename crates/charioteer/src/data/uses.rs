@@ -15,6 +15,7 @@ use smallvec::SmallVec;
 
 use super::store::{Held, Storage, Store, Touch, View, Want};
 use super::{Access, AccessTrouble, Mode, name};
+use crate::machine::DeviceId;
 use crate::region::{Region, Span};
 use crate::sync::{AtomicBool, Ordering};
 use crate::task::Domain;
@@ -199,8 +200,13 @@ impl Uses {
         f(&whole, &split)
     }
 
-    /// The most bytes that a device of a set of so many members has for it.
-    pub(crate) fn footprint(&self, store: &Store, members: usize) -> u64 {
+    /// Whether any of the arrays brought memory of a device along.
+    pub(crate) fn adopts(&self) -> bool {
+        self.list.iter().any(|it| it.storage.adopted().is_some())
+    }
+
+    /// The most bytes that a device of a set of so many members has for it, or this one.
+    pub(crate) fn footprint(&self, store: &Store, members: usize, device: Option<DeviceId>) -> u64 {
         let is_split = |it: &Use| matches!(it.spread, Spread::Shard(_));
         let different = if self.list.iter().any(is_split) {
             members
@@ -208,7 +214,7 @@ impl Uses {
             1
         };
         (0..different)
-            .map(|member| self.with_wants(member, members, |wants| store.footprint(wants)))
+            .map(|member| self.with_wants(member, members, |wants| store.footprint(wants, device)))
             .max()
             .unwrap_or(0)
     }

@@ -132,7 +132,7 @@ impl<D: Domain> Engine<D> {
         accesses: &[Access<'_, D>],
         options: Option<&mut Options>,
     ) -> Result<Option<Uses>, SpawnError> {
-        data::check(accesses).map_err(SpawnError::Access)?;
+        data::check(accesses, self.machine().map(Arc::as_ref)).map_err(SpawnError::Access)?;
         self.prepare(accesses, options)
     }
 
@@ -486,7 +486,7 @@ impl<D: Domain> Engine<D> {
         deadline: Option<Instant>,
     ) -> Result<HostAccess<D>, HostError<D>> {
         assert_eq!(flags_of(accesses), ORDERED, "the host reads and writes");
-        data::check(accesses).map_err(HostError::Access)?;
+        data::check(accesses, self.machine().map(Arc::as_ref)).map_err(HostError::Access)?;
         let admit = || self.admit().map_err(|_| HostError::Closed);
         admit()?;
         if let Err(error) = admit() {

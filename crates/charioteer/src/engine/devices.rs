@@ -69,7 +69,8 @@ use crate::data::Holding;
 use crate::data::store::Store;
 use crate::machine::{Device, DeviceError, DeviceId, Event, HOST, Kind, Machine, Stream};
 use crate::schedule::gang::{
-    self, Alternative, Capacity, Gang, Grant, GrantId, Limits, Reason, Request, Step, Transfer,
+    self, Alternative, Capacity, Gang, Grant, GrantId, Limits, Member, Reason, Request, Step,
+    Transfer,
 };
 use crate::schedule::map::DISTURBED;
 use crate::schedule::places;
@@ -300,6 +301,15 @@ impl<D: Domain> Devices<D> {
 
     pub(super) fn device(&self, id: DeviceId) -> &dyn Device {
         self.machine.device(id).as_ref()
+    }
+
+    /// The device of a set that has one and leaves nothing open.
+    pub(super) fn only(&self, members: &[Member]) -> Option<DeviceId> {
+        match *members {
+            [Member::Device(device)] => Some(device),
+            [Member::Any(Kind::Gpu)] if self.capacities.len() == 1 => Some(self.capacities[0].id),
+            _ => None,
+        }
     }
 
     pub(super) fn runahead(&self) -> u32 {
@@ -991,7 +1001,7 @@ impl<D: Domain> Engine<D> {
         let mut result = Ok(());
         for (device, stream, waits) in lent {
             let Some(stream) = stream else {
-                result = Err(DeviceError::Lost(device, Arc::from("it gives no stream")));
+                result = Err(no_stream(device));
                 continue;
             };
             let device = self.devices().device(device);
@@ -1053,7 +1063,12 @@ impl<D: Domain> Engine<D> {
             .lent
             .iter()
             .map(|lent| {
-                let (device, stream) = (self.devices().device(lent.device), lent.stream?);
+                let device = self.devices().device(lent.device);
+                // Lost while the body waited: what it enqueued since, if it did, is nowhere.
+                let Some(stream) = lent.stream else {
+                    failure = Some(no_stream(lent.device));
+                    return None;
+                };
                 // Of a body that never began: what it was granted may be in flight elsewhere, and is
                 // given on behind that.
                 let waits = lent.waits.iter();
@@ -1443,6 +1458,11 @@ impl<D: Domain> Engine<D> {
         while clock.is_due() && clock.advance() {}
         true
     }
+}
+
+/// That a device is lost, as it gives no stream.
+pub(super) fn no_stream(device: DeviceId) -> DeviceError {
+    DeviceError::Lost(device, Arc::from("it gives no stream"))
 }
 
 /// One of the parts of a launched task that were incomplete is complete, or failed. What the task comes

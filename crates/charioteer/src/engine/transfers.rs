@@ -34,7 +34,8 @@
 //! # The end
 //!
 //! When nothing is unfinished any more all data come home, before the runtime is closed. What cannot come,
-//! since it was lost, is marked as what a failed task was to write.
+//! since it was lost, is marked as what a failed task was to write. An array that brought memory of a device
+//! along is at home there, and is closed: from then on that is its owner's.
 
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -43,6 +44,7 @@ use std::time::Duration;
 use smallvec::SmallVec;
 
 use super::{Engine, Handle, Moving, Settled, SpawnError};
+use crate::data;
 use crate::data::store::{Held, Loss, Store, Touch, View, Want};
 use crate::data::{Access, Datum, Holding, Mode, Move, Part, Uses, Views, check_spread};
 use crate::machine::{DeviceError, DeviceId, Event, HOST};
@@ -140,14 +142,18 @@ impl<D: Domain> Engine<D> {
             return Ok(None);
         };
         let mut footprints = Footprints::new();
+        let adopts = uses.adopts();
         for (index, set) in base.iter().enumerate() {
             let width = set.members.len();
-            let alike = base[..index]
-                .iter()
-                .position(|it| it.members.len() == width);
+            // Nothing is taken for what a device that is known has of another's.
+            let device = adopts.then(|| devices.only(&set.members)).flatten();
+            let is_alike = |it: &Alternative| {
+                it.members.len() == width && (!adopts || devices.only(&it.members) == device)
+            };
+            let alike = base[..index].iter().position(is_alike);
             footprints.push(match alike {
                 Some(alike) => footprints[alike],
-                None => uses.footprint(&devices.transfers.store, width),
+                None => uses.footprint(&devices.transfers.store, width, device),
             });
         }
         let may_do_without =
@@ -246,6 +252,10 @@ impl<D: Domain> Engine<D> {
     /// A task that will not run on devices was registered behind others that may.
     pub(super) fn keep_uses_at_home(&self, task: &Task<D>, accesses: &[Access<'_, D>]) {
         if let Some(uses) = Uses::of(accesses) {
+            if uses.adopts() {
+                // What it writes is to come back.
+                (self.devices().transfers.spawned).fetch_add(1, Ordering::SeqCst);
+            }
             task.links.lock().data().uses = Some(Arc::new(uses));
             task.state.set(USES);
         }
@@ -451,10 +461,7 @@ impl<D: Domain> Engine<D> {
                 Some(stream) => uses.with_wants(member, members, |wants| {
                     store.ensure(uses.number(), stream, wants, memory)
                 }),
-                None => Err(DeviceError::Lost(
-                    lent.device,
-                    Arc::from("it gives no stream"),
-                )),
+                None => Err(super::devices::no_stream(lent.device)),
             };
             match got {
                 Ok(one) => {
@@ -584,7 +591,12 @@ impl<D: Domain> Engine<D> {
         part: &Part<D>,
         device: DeviceId,
     ) -> Result<Handle<D>, SpawnError> {
-        self.spawn_move(label, part, Move::Prefetch(device), device)
+        self.spawn_move(
+            label,
+            Access::new(part, Mode::In),
+            Move::Prefetch(device),
+            device,
+        )
     }
 
     /// Spawns a task that drops what a device has of a part, in its place in the order; what is there alone
@@ -598,13 +610,34 @@ impl<D: Domain> Engine<D> {
         part: &Part<D>,
         device: DeviceId,
     ) -> Result<Handle<D>, SpawnError> {
-        self.spawn_move(label, part, Move::Evict(device), device)
+        self.spawn_move(
+            label,
+            Access::new(part, Mode::In),
+            Move::Evict(device),
+            device,
+        )
+    }
+
+    /// Spawns a task that comes after all that use an array and brings its last version to the memory of a
+    /// device that it [brought along](crate::data::Datum::adopting), as far as there is one: what a
+    /// failed task was to write is whatever is there. When it is done that memory is its owner's again, until
+    /// somebody else uses the array.
+    ///
+    /// # Errors
+    /// [`SpawnError`].
+    pub fn return_memory(
+        self: &Arc<Self>,
+        label: D::Label,
+        datum: &Arc<Datum<D>>,
+    ) -> Result<Handle<D>, SpawnError> {
+        let whole = datum.whole();
+        self.spawn_move(label, Access::new(&whole, Mode::Out), Move::Return, HOST)
     }
 
     fn spawn_move(
         self: &Arc<Self>,
         label: D::Label,
-        part: &Part<D>,
+        access: Access<'_, D>,
         moves: Move,
         device: DeviceId,
     ) -> Result<Handle<D>, SpawnError> {
@@ -615,12 +648,13 @@ impl<D: Domain> Engine<D> {
         if !is_there {
             return Err(SpawnError::Devices(vec![format!("there is no {device}")]));
         }
+        let access = [access];
+        data::check(&access, self.machine().map(Arc::as_ref)).map_err(SpawnError::Access)?;
         self.make_room();
         self.admit()?;
         let mut flags = ORDERED | BODYLESS;
         let task = Arc::new(Task::new(label, Phase::Waiting, Content::Nothing, None, 1));
         let handle = Handle(Arc::clone(&task));
-        let access = [Access::new(part, Mode::In)];
         {
             let mut links = task.links.lock();
             let data = links.data();
@@ -695,6 +729,7 @@ impl<D: Domain> Engine<D> {
                 Move::Prefetch(device) => {
                     events.extend(store.prefetch(want.storage, want.region, device)?);
                 }
+                Move::Return => events.extend(store.return_memory(want.storage)),
                 Move::Evict(HOST) | Move::Lose => {}
                 Move::Evict(device) => {
                     events.extend(store.evict(want.storage, want.region, device)?);
@@ -721,7 +756,11 @@ impl<D: Domain> Engine<D> {
         let mut events = transfers.store.come_home();
         events.retain(|event| !devices.is_complete(*event));
         if events.is_empty() {
-            return !self.mark_losses();
+            if self.mark_losses() {
+                return false;
+            }
+            self.close_adopted();
+            return true;
         }
         // Not before all are counted.
         transfers.homing.store(events.len() + 1, Ordering::SeqCst);
@@ -758,6 +797,16 @@ impl<D: Domain> Engine<D> {
             let _ = self.launch_ordered(task, &[], &[Access::new(&part, Mode::Out)]);
         }
         any
+    }
+
+    /// Memory that arrays brought along is their owners' again, who may do with it what they like: so these arrays
+    /// end with their runtime.
+    fn close_adopted(&self) {
+        for owner in self.store().adopting() {
+            if let Some(Ok(datum)) = owner.upgrade().map(Arc::downcast::<Datum<D>>) {
+                datum.close();
+            }
+        }
     }
 
     fn came_home(&self) {

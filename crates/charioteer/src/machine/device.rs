@@ -87,6 +87,17 @@ impl fmt::Debug for Mark {
     }
 }
 
+/// Work on a device that is not enqueued through this interface: that of another library, say. It tells what
+/// comes after it on which device; what is in it is the implementation's.
+#[derive(Clone)]
+pub struct Foreign(pub Arc<dyn Any + Send + Sync>);
+
+impl fmt::Debug for Foreign {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Foreign").finish_non_exhaustive()
+    }
+}
+
 /// Memory of a device, by the address in that device's address space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct DevicePointer {
@@ -215,6 +226,16 @@ pub trait Device: Send + Sync {
     /// # Errors
     /// [`DeviceError::Lost`].
     fn follow(&self, stream: Stream, event: Event) -> Result<(), DeviceError>;
+
+    /// Whether foreign work is on this device of this machine.
+    fn knows(&self, foreign: &Foreign) -> bool;
+
+    /// What is enqueued on the stream from now on starts after foreign work on this device, whatever becomes
+    /// of that.
+    ///
+    /// # Errors
+    /// [`DeviceError::Lost`]; [`DeviceError::NoAccess`] if it is not on this device.
+    fn follow_foreign(&self, stream: Stream, foreign: &Foreign) -> Result<(), DeviceError>;
 
     /// Whether the event is complete. Never blocks.
     ///

@@ -51,8 +51,8 @@ pub mod virtual_gpu;
 
 pub use description::{Description, DescriptionError, Gpu, Host, Link, Links, MAX_GPUS, Time};
 pub use device::{
-    Completion, Device, DeviceError, DeviceId, DeviceInfo, DevicePointer, Event, HOST, Kind, Mark,
-    Operation, Stream, Traffic,
+    Completion, Device, DeviceError, DeviceId, DeviceInfo, DevicePointer, Event, Foreign, HOST,
+    Kind, Mark, Operation, Stream, Traffic,
 };
 pub use machine::{Machine, VirtualMachine};
 pub use observer::{Enqueued, Observed, Observer, Observers};

@@ -19,7 +19,8 @@
 //! what is known from the [evidence](super::evidence) here as there.
 //!
 //! Which instance a task uses follows from its accesses: the box of each, where boxes of one member of its
-//! set overlap the box around them; on the host there is one, the array.
+//! set overlap the box around them; on the host there is one, the array, and so there is where an array brought
+//! memory of a device along, which the trace says.
 //!
 //! What a failed task was to write is undefined, and nobody may read it, so that nothing is claimed of it
 //! until it is written again. An array with accesses in no order has no last version: of that, bytes are
@@ -109,6 +110,8 @@ struct Array {
     /// What was there before somebody began to write, with when that was launched at the latest.
     former: Tree<(Piece, u64)>,
     uses: Tree<Uses>,
+    /// On which device it brought memory along.
+    adopted: Option<DeviceId>,
     /// Whether there are accesses in no order.
     loose: bool,
 }
@@ -232,6 +235,12 @@ fn steps<'a>(
     steps
 }
 
+/// Whether it says that an array is in memory of a device which it brought along: that comes before all
+/// that is done with the array, and nothing is copied.
+fn is_adoption(record: &MoveRecord) -> bool {
+    record.event.is_some() && record.bytes == 0
+}
+
 /// Each index between the first and the last.
 pub(super) fn hull(region: &Region) -> Region {
     Region::new(
@@ -261,19 +270,20 @@ fn share(access: &AccessRecord, member: u16, members: u16) -> Region {
         .select(axis, Span::range(begin(member), begin(member + 1)))
 }
 
-/// What a member does with each of the accesses to one array.
+/// What a member does with each of the accesses to one array. `fixed`: the box of the one instance that serves
+/// all of them, on the host and where memory was adopted.
 pub(super) fn wants<'a>(
     accesses: &[&'a AccessRecord],
     member: u16,
     members: u16,
-    on_host: Option<&Rc<Region>>,
+    fixed: Option<&Rc<Region>>,
 ) -> SmallVec<[Want<'a>; 4]> {
     let mut wants: SmallVec<[Want<'a>; 4]> = accesses
         .iter()
         .filter(|access| !matches!(access.mode, Mode::Reduce(_)))
         .map(|&access| {
             let region = share(access, member, members);
-            let instance = on_host.map_or_else(|| Rc::new(hull(&region)), Rc::clone);
+            let instance = fixed.map_or_else(|| Rc::new(hull(&region)), Rc::clone);
             Want {
                 access,
                 region,
@@ -283,7 +293,7 @@ pub(super) fn wants<'a>(
         .filter(|want| !want.region.is_empty())
         .collect();
     // Boxes that overlap are one, which may overlap others.
-    let mut more = wants.len() > 1 && on_host.is_none();
+    let mut more = wants.len() > 1 && fixed.is_none();
     while std::mem::take(&mut more) {
         for one in 0..wants.len() {
             for other in one + 1..wants.len() {
@@ -459,7 +469,9 @@ impl<'a> Replay<'a> {
                 instance: Rc::new(record.target.clone()),
             },
         );
-        if record.event.is_none() {
+        if is_adoption(record) {
+            // It is no copy.
+        } else if record.event.is_none() {
             self.found.dropped += 1;
         } else if record.from == record.to {
             self.found.local += record.bytes;
@@ -470,7 +482,9 @@ impl<'a> Replay<'a> {
         let Some(mut array) = self.arrays.remove(&record.datum) else {
             return;
         };
-        if record.event.is_none() {
+        if is_adoption(record) {
+            array.adopts(&target, at);
+        } else if record.event.is_none() {
             array.drop_instance(&source);
         } else if self.copies[at].runs && !array.loose {
             self.copy(at, record, &mut array, source, target);
@@ -625,7 +639,8 @@ impl<'a> Replay<'a> {
         let parts = life.parts.iter().filter(|part| part.begun == time);
         let mut members: SmallVec<[_; 2]> = parts
             .map(|part| {
-                let wants = wants(accesses, part.member, part.members, None);
+                let own = (array.adopted == Some(part.device)).then_some(&array.whole);
+                let wants = wants(accesses, part.member, part.members, own);
                 (part.device, Who::Part(part), wants)
             })
             .collect();
@@ -878,8 +893,17 @@ impl Array {
             pieces,
             former: Tree::new(),
             uses: Tree::new(),
+            adopted: None,
             loose,
         }
+    }
+
+    /// It is in memory of a device, behind an event, and never was on the host.
+    fn adopts(&mut self, place: &Place, at: usize) {
+        self.adopted = Some(place.device);
+        self.pieces.0.visit_mut(&Bounds::ALL, &mut |piece| {
+            piece.holders = SmallVec::from_iter([(place.clone(), Since::Copy(at))]);
+        });
     }
 
     /// Puts what somebody writes in the place of what is there. That is kept aside, unless it is that of an

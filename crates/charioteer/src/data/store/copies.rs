@@ -160,12 +160,17 @@ impl State {
         }
         // Other copies on their way there still write to the memory.
         for holder in gone {
+            let piece = &mut self.directories[directory].pieces[number];
             if holder.at == HOME {
-                let piece = &mut self.directories[directory].pieces[number];
                 piece.home.join(&holder.ready);
             } else {
                 let instance = &mut self.instances[holder.at];
-                instance.uses.join(&holder.ready);
+                let uses = if instance.adopted {
+                    &mut piece.own
+                } else {
+                    &mut instance.uses
+                };
+                uses.join(&holder.ready);
                 instance.valid -= 1;
                 self.rerank(holder.at);
             }
@@ -196,6 +201,7 @@ impl State {
                 .time(machine, self.device_of(holder.at), to, bytes)?;
             // Of equals who has it already, and has given least.
             let given = match self.instances.get(holder.at) {
+                Some(instance) if instance.adopted => piece.own.len(),
                 Some(instance) => instance.uses.len(),
                 None => 0,
             };
@@ -391,6 +397,9 @@ impl State {
             if to == HOME {
                 piece.home.prune(machine);
                 before.join(&piece.home);
+            } else if self.instances[to].adopted {
+                piece.own.prune(machine);
+                before.join(&piece.own);
             }
             regions.push(piece.region.clone());
         }
@@ -423,15 +432,21 @@ impl State {
         // Whoever is about to write where it is copied from has to be behind it, or it is no copy.
         let copied = copied.and_then(|()| match self.instances.get(from) {
             Some(instance) => {
-                let mut writers = instance.writers.iter().filter(|it| **it != stream);
-                writers.try_for_each(|&it| machine.device(it.device).follow(it, event))
+                let writers = instance.writers.iter();
+                let mut writers = writers.filter(|it| it.stream != stream && it.writes(&regions));
+                writers.try_for_each(|it| machine.device(it.stream.device).follow(it.stream, event))
             }
             None => Ok(()),
         });
+        let is_adopted = |at: u32| self.instances.get(at).is_some_and(|it| it.adopted);
+        let (from_own, to_own) = (is_adopted(from), is_adopted(to));
         for &number in numbers {
             let piece = &mut self.directories[directory].pieces[number];
             if from == HOME || (to == HOME && copied.is_err()) {
                 piece.home.add(event);
+            }
+            if from_own || (to_own && copied.is_err()) {
+                piece.own.add(event);
             }
             if copied.is_err() {
                 continue;
@@ -440,13 +455,15 @@ impl State {
             ready.add(event);
             piece.holders.push(Holder { at: to, ready });
         }
-        if from != HOME {
+        if from != HOME && !from_own {
             self.instances[from].uses.add(event);
         }
         if to != HOME {
             let instance = &mut self.instances[to];
             if copied.is_err() {
-                instance.uses.add(event);
+                if !to_own {
+                    instance.uses.add(event);
+                }
             } else {
                 instance.valid += numbers.len() as u32;
                 self.rerank(to);

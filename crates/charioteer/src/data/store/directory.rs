@@ -43,6 +43,8 @@ pub(super) struct Piece {
     pub(super) holders: SmallVec<[Holder; 2]>,
     /// Copies from and to these elements of the host's buffer, other than those that it holds them behind.
     pub(super) home: Events,
+    /// Who uses these elements of adopted memory, other than those that it holds them behind.
+    pub(super) own: Events,
     /// Why nobody holds them, if nobody does.
     pub(super) lost: Option<Lost>,
 }
@@ -77,6 +79,8 @@ pub(super) struct Frame {
     pub(super) instances: SmallVec<[(DeviceId, u32); 2]>,
     /// Numbers of tasks that will want it, in order.
     pub(super) wanted: VecDeque<u64>,
+    /// How many wants of tasks that hold adopted memory have it: what they hold has the array's own frame.
+    pub(super) pins: u32,
     /// The other frames that overlap it.
     pub(super) neighbours: Vec<u32>,
     /// The piece that was last found for it.
@@ -105,6 +109,10 @@ pub(super) struct Directory {
     pub(super) address: u64,
     pub(super) strides: SmallVec<[u64; 4]>,
     pub(super) whole: Region,
+    /// The instance that is memory which the array brought along, if that is still there.
+    pub(super) own: Option<u32>,
+    /// Whether it brought such memory along.
+    pub(super) adopts: bool,
     axes: Axes,
     pub(super) pieces: Slab<Piece>,
     tree: Tree<u32>,
@@ -125,6 +133,8 @@ impl Directory {
             address: storage.address,
             strides: storage.strides.clone(),
             whole: storage.whole.clone(),
+            own: None,
+            adopts: storage.adopted.is_some(),
             axes: Axes::longest(&shape),
             pieces: Slab::new(),
             tree: Tree::new(),
@@ -141,6 +151,7 @@ impl Directory {
                 region: storage.whole.clone(),
                 holders: SmallVec::from_iter([holder]),
                 home: Events::new(),
+                own: Events::new(),
                 lost: None,
             });
         }
@@ -251,6 +262,7 @@ impl Directory {
         for number in rest {
             let piece = self.remove(*number);
             whole.home.join(&piece.home);
+            whole.own.join(&piece.own);
             for holder in piece.holders {
                 let mut known = whole.holders.iter_mut();
                 if let Some(known) = known.find(|known| known.at == holder.at) {
@@ -283,20 +295,25 @@ impl Directory {
         mut gone: impl FnMut(&mut Slab<Instance>, Holder),
     ) -> u32 {
         let numbers = self.cover(region, frame, instances);
-        let mut home = Events::new();
+        let (mut home, mut own) = (Events::new(), Events::new());
+        let adopted = self.own;
         let mut clear = |piece: &mut Piece| {
             for holder in std::mem::take(&mut piece.holders) {
                 if holder.at == HOME {
                     home.join(&holder.ready);
-                } else {
-                    gone(instances, holder);
+                    continue;
                 }
+                if Some(holder.at) == adopted {
+                    own.join(&holder.ready);
+                }
+                gone(instances, holder);
             }
             home.join(&piece.home);
+            own.join(&piece.own);
         };
         let number = if let [number] = *numbers {
             clear(&mut self.pieces[number]);
-            self.pieces[number].home = home;
+            (self.pieces[number].home, self.pieces[number].own) = (home, own);
             number
         } else {
             for number in &numbers {
@@ -307,6 +324,7 @@ impl Directory {
                 region: region.clone(),
                 holders: SmallVec::new(),
                 home,
+                own,
                 lost: None,
             })
         };
@@ -371,6 +389,7 @@ impl Directory {
             region: region.clone(),
             instances: SmallVec::new(),
             wanted: VecDeque::new(),
+            pins: 0,
             neighbours: neighbours.clone(),
             piece: NONE,
             next: NONE,
@@ -402,7 +421,7 @@ impl Directory {
     /// Forgets the frame if nobody has or wants its box.
     pub(super) fn tidy(&mut self, frame: u32) {
         let known = &self.frames[frame];
-        if !known.instances.is_empty() || !known.wanted.is_empty() {
+        if !known.instances.is_empty() || !known.wanted.is_empty() || known.pins > 0 {
             return;
         }
         let known = self.frames.remove(frame);

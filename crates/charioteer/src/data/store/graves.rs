@@ -76,13 +76,14 @@ impl State {
         free
     }
 
-    /// Drops all that is known of an array. Gives what uses its host's buffer.
+    /// Drops all that is known of an array. Gives what uses its host's buffer, and memory that it brought along.
     fn forget(&mut self, machine: &Machine, number: u32) -> Events {
         let directory = &mut self.directories[number];
         let mut until = Events::new();
         let mut ready: Vec<(u32, Events)> = Vec::new();
         for (_, piece) in directory.pieces.iter_mut() {
             until.join(&piece.home);
+            until.join(&piece.own);
             for holder in std::mem::take(&mut piece.holders) {
                 ready.push((holder.at, holder.ready));
             }
@@ -93,6 +94,9 @@ impl State {
         for (at, events) in ready {
             match self.instances.get_mut(at) {
                 Some(instance) => {
+                    if instance.adopted {
+                        until.join(&events);
+                    }
                     instance.uses.join(&events);
                     instance.valid -= 1;
                 }
@@ -105,8 +109,11 @@ impl State {
             .flat_map(|(_, frame)| frame.instances.iter().map(|(_, at)| *at))
             .collect();
         for at in instances {
+            let adopted = self.instances[at].adopted;
             let block = self.remove(at);
-            self.give_back(machine, block);
+            if !adopted {
+                self.give_back(machine, block);
+            }
         }
         self.directories.remove(number);
         until

@@ -16,17 +16,20 @@ pub(super) struct Instance {
     pub(super) directory: u32,
     pub(super) frame: u32,
     pub(super) view: View,
+    /// What it takes of the device; nothing if the memory is adopted.
     pub(super) bytes: u64,
+    /// The memory is somebody else's: it stays as long as the array.
+    pub(super) adopted: bool,
     /// How many tasks hold it, from plan to launch.
     pub(super) pins: u32,
-    /// Streams of those that will write, once for each want: what is copied from it until they are
-    /// launched, for other members of their sets, they have to be behind.
-    pub(super) writers: SmallVec<[Stream; 1]>,
+    /// Those that will write, once for each want: what is copied from it until they are launched, for other
+    /// members of their sets, they have to be behind.
+    pub(super) writers: SmallVec<[Writer; 1]>,
     /// How many pieces are valid in it.
     pub(super) valid: u32,
     /// What used the memory before: nobody touches it but behind that.
     pub(super) born: Events,
-    /// Who reads it, and who wrote what is not valid in it any more.
+    /// Who reads it, and who wrote what is not valid in it any more. Of adopted memory pieces know that.
     pub(super) uses: Events,
     /// When it was used last, by a clock that counts uses.
     pub(super) tick: u64,
@@ -34,6 +37,21 @@ pub(super) struct Instance {
     pub(super) rank: Option<Rank>,
     /// Its device is lost: its box, since it has no frame any more. It goes when nobody holds it.
     pub(super) dead: Option<Box<Region>>,
+}
+
+/// Who will write to an instance.
+pub(super) struct Writer {
+    pub(super) stream: Stream,
+    /// Which elements, where that is not all of them: in adopted memory.
+    pub(super) region: Option<Box<Region>>,
+}
+
+impl Writer {
+    /// Whether it writes any of these.
+    pub(super) fn writes(&self, regions: &[Region]) -> bool {
+        let own = self.region.as_deref();
+        own.is_none_or(|own| regions.iter().any(|region| region.overlaps(own)))
+    }
 }
 
 impl Instance {

@@ -80,7 +80,7 @@ use self::copies::Lanes;
 use self::directory::{Directory, Holder, Lost};
 use self::events::{Events, is_done};
 use self::graves::{Graves, Mourned};
-use self::instance::{HOME, Instance};
+use self::instance::{HOME, Instance, Writer};
 use self::room::Room;
 use self::slab::Slab;
 use self::wants::group;
@@ -89,7 +89,7 @@ use crate::machine::{DeviceError, DeviceId, DevicePointer, Event, HOST, Machine,
 use crate::region::Region;
 use crate::sync::{Guard, Mutex, OnceLock, Ordering};
 
-pub use storage::Storage;
+pub use storage::{Adopted, Storage};
 
 /// What a task does with the elements of a region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -178,6 +178,8 @@ struct Pinned {
     directory: u32,
     frame: u32,
     at: u32,
+    /// What holds it is adopted memory, whose box is another one.
+    adopted: bool,
 }
 
 impl Held {
@@ -222,7 +224,8 @@ pub struct Moved {
     pub source: Region,
     /// The box of the instance that they are copied to; of one that is dropped, its own.
     pub target: Region,
-    /// How many bytes go over the link; 0 if they are dropped.
+    /// How many bytes go over the link; 0 if they are dropped, or the memory there was brought along by the
+    /// array and the host never had them.
     pub bytes: u64,
     /// Complete when they are there. None: the instance is dropped, and its memory given back.
     pub event: Option<Event>,
@@ -354,11 +357,16 @@ impl Store {
         result
     }
 
-    /// How many bytes the instances of a task take on one device, if none of them is there.
+    /// How many bytes the instances of a task take on one device, if none of them is there: on this one, or
+    /// on any. Memory that arrays brought along is none of the store's.
     #[must_use]
-    pub fn footprint(&self, wants: &[Want<'_>]) -> u64 {
+    pub fn footprint(&self, wants: &[Want<'_>], device: Option<DeviceId>) -> u64 {
         let groups = group(wants).groups;
-        let bytes = groups.iter().map(wants::Group::bytes);
+        let is_taken = |group: &&wants::Group<'_>| {
+            let adopted = group.storage.adopted.as_ref();
+            device.is_none() || adopted.map(|own| own.pointer.device) != device
+        };
+        let bytes = groups.iter().filter(is_taken).map(wants::Group::bytes);
         bytes.fold(0, u64::saturating_add)
     }
 
@@ -404,9 +412,9 @@ impl Store {
     /// A task that will want this was spawned, as number so many.
     pub fn announce(&self, number: u64, wants: &[Want<'_>]) {
         let groups = group(wants).groups;
-        self.change(|state, _| {
+        self.change(|state, machine| {
             for group in &groups {
-                let directory = state.directory(group.storage, &self.graves);
+                let directory = state.directory(machine, group.storage, &self.graves);
                 let frame = state.directories[directory].frame(&group.hull);
                 state.want(number, directory, frame);
             }
@@ -466,7 +474,7 @@ impl Store {
     #[inline]
     fn prepare(&self, wants: &[Want<'_>], device: DeviceId) {
         for want in wants {
-            if !want.storage.is_scattered() {
+            if want.storage.is_unprepared(device) {
                 want.storage.prepare(self.machine.device(device));
             }
         }
@@ -505,9 +513,20 @@ impl Store {
         if !wants.iter().any(|want| want.storage.is_scattered()) {
             return Ok(SmallVec::new());
         }
+        for want in wants {
+            if let Some(own) = &want.storage.adopted
+                && want.storage.is_unprepared(HOST)
+            {
+                want.storage
+                    .prepare(self.machine.device(own.pointer.device));
+            }
+        }
         self.change(|state, machine| {
             let mut behind = Events::new();
             let wants = wants.iter().filter(|want| !want.region.is_empty());
+            for want in wants.clone().filter(|want| want.storage.adopted.is_some()) {
+                state.directory(machine, want.storage, &self.graves);
+            }
             for want in wants.clone().filter(|want| want.touch.reads()) {
                 state.fetch_home(machine, want, &mut behind)?;
             }
@@ -573,11 +592,24 @@ impl Store {
                 let Some(at) = frames[frame].instance(device) else {
                     continue;
                 };
-                if state.instances[at].pins == 0 {
+                let instance = &state.instances[at];
+                if instance.pins == 0 && !instance.adopted {
                     state.drop_instance(machine, at, &mut homeward)?;
                 }
             }
             Ok(homeward.unmet(machine))
+        })
+    }
+
+    /// Brings the last version of an array to the memory of a device that it brought along. Its owner may use
+    /// that when the events are complete. What nobody has any more stays there as it is.
+    pub fn return_memory(&self, storage: &Arc<Storage>) -> SmallVec<[Event; 2]> {
+        self.change(|state, machine| {
+            let mut behind = Events::new();
+            if let Some(directory) = state.known(storage) {
+                state.return_to_owner(machine, directory, &mut behind);
+            }
+            behind.unmet(machine)
         })
     }
 
@@ -593,13 +625,15 @@ impl Store {
     pub fn come_home(&self) -> Vec<Event> {
         self.change(|state, machine| {
             let mut events = Events::new();
+            state.give_all_back(machine);
             let all = state.instances.iter().map(|(at, it)| (it.pins, at));
             let mut all: Vec<(u32, u32)> = all.collect();
             // What is held has to come home if whoever else has it is dropped.
             all.sort_unstable();
             for (_, at) in all {
                 // Its device may have been found lost meanwhile.
-                let Some(instance) = state.instances.get(at).filter(|it| it.dead.is_none()) else {
+                let instance = state.instances.get(at);
+                let Some(instance) = instance.filter(|it| it.dead.is_none() && !it.adopted) else {
                     continue;
                 };
                 let device = instance.device;
@@ -615,6 +649,7 @@ impl Store {
             for (_, directory) in state.directories.iter() {
                 for (_, piece) in directory.pieces.iter() {
                     events.join(&piece.home);
+                    events.join(&piece.own);
                     piece
                         .holders
                         .iter()
@@ -667,6 +702,28 @@ impl Store {
         })
     }
 
+    /// Whose are the arrays that brought memory of a device along.
+    pub(crate) fn adopting(&self) -> Vec<Weak<dyn Any + Send + Sync>> {
+        let state = self.state.lock();
+        let all = state.directories.iter().filter(|it| it.1.adopts);
+        all.filter_map(|it| it.1.owner.clone()).collect()
+    }
+
+    /// Whether there is an instance at this place.
+    #[must_use]
+    pub fn has(&self, pointer: DevicePointer) -> bool {
+        let state = self.state.lock();
+        let mut instances = state.instances.iter();
+        instances.any(|(_, it)| {
+            let first = it.view.pointer;
+            let directory = &state.directories[it.directory];
+            let bytes = directory.bytes(&directory.frames[it.frame].region);
+            it.dead.is_none()
+                && first.device == pointer.device
+                && (first.address..first.address + bytes).contains(&pointer.address)
+        })
+    }
+
     /// Of each device, in the order of their numbers.
     #[must_use]
     pub fn counters(&self) -> Vec<Counters> {
@@ -699,14 +756,94 @@ impl State {
 
     /// The number of an array's directory.
     #[inline]
-    fn directory(&mut self, storage: &Storage, graves: &Arc<Graves>) -> u32 {
+    fn directory(&mut self, machine: &Machine, storage: &Storage, graves: &Arc<Graves>) -> u32 {
         self.known(storage).unwrap_or_else(|| {
             storage.attach(graves);
             let number = self.directories.insert(Directory::new(storage));
             self.names.insert(storage.id, number);
             storage.hint.store(number, Ordering::Relaxed);
+            if let Some(adopted) = &storage.adopted {
+                self.adopt(machine, number, adopted);
+            }
             number
         })
+    }
+
+    /// All elements of an array are in memory of a device that it brought along.
+    #[cold]
+    fn adopt(&mut self, machine: &Machine, directory: u32, adopted: &Adopted) {
+        let device = adopted.pointer.device;
+        let known = &mut self.directories[directory];
+        let Some((piece, _)) = known.pieces.iter().next() else {
+            return;
+        };
+        let whole = known.whole.clone();
+        let frame = known.frame(&whole);
+        let view = View {
+            pointer: adopted.pointer,
+            strides: known.strides.clone(),
+            origin: SmallVec::from_elem(0, whole.spans().len()),
+        };
+        known.pieces[piece].holders.clear();
+        let behind = match self.await_owner(machine, adopted) {
+            Ok(event) => event,
+            // No call on the device is answered in another way from now on.
+            Err(_) => {
+                self.directories[directory].pieces[piece].lost = Some(Lost::Device(device));
+                return;
+            }
+        };
+        let at = self.instances.insert(Instance {
+            device,
+            directory,
+            frame,
+            view,
+            bytes: 0,
+            adopted: true,
+            pins: 0,
+            writers: SmallVec::new(),
+            valid: 1,
+            born: Events::new(),
+            uses: Events::new(),
+            tick: self.tick,
+            rank: None,
+            dead: None,
+        });
+        let known = &mut self.directories[directory];
+        known.own = Some(at);
+        known.frames[frame].instances.push((device, at));
+        known.pieces[piece].holders.push(Holder {
+            at,
+            ready: Events::of(Some(behind)),
+        });
+        if self.observed {
+            self.told.push(Moved {
+                storage: self.directories[directory].storage,
+                region: whole.clone(),
+                from: HOST,
+                to: device,
+                source: whole.clone(),
+                target: whole,
+                bytes: 0,
+                event: Some(behind),
+                at: Instant::now(),
+            });
+        }
+    }
+
+    /// What is enqueued behind the event comes after all that the owner of adopted memory had enqueued.
+    fn await_owner(&mut self, machine: &Machine, adopted: &Adopted) -> Result<Event, DeviceError> {
+        let device = adopted.pointer.device;
+        let stream = match self.room(device).visitors {
+            Some(stream) => stream,
+            None => {
+                let stream = self.lanes.create(machine, device)?;
+                *self.room(device).visitors.insert(stream)
+            }
+        };
+        let device = machine.device(device);
+        device.follow_foreign(stream, &adopted.behind)?;
+        device.record(stream)
     }
 
     fn missing(
@@ -718,15 +855,21 @@ impl State {
         add: &mut impl FnMut(DeviceId, u64),
     ) {
         let Some(number) = self.known(want.storage) else {
-            if device != HOST {
-                add(HOST, want.region.elements() * want.storage.item);
+            let adopted = want.storage.adopted.as_ref();
+            let from = adopted.map_or(HOST, |own| own.pointer.device);
+            if device != from {
+                add(from, want.region.elements() * want.storage.item);
             }
             return;
         };
         let directory = &self.directories[number];
         let frame = directory.find(hull);
+        let own = directory
+            .own
+            .filter(|at| self.instances[*at].device == device);
         let there = match frame {
             _ if device == HOST => Some(HOME),
+            _ if own.is_some() => own,
             Some(frame) => directory.frames[frame].instance(device),
             None => None,
         };
@@ -771,9 +914,11 @@ impl State {
         let mut sizes: SmallVec<[u64; 4]> = SmallVec::new();
         for group in &groups {
             group.storage.scatter();
-            let directory = self.directory(group.storage, graves);
+            let directory = self.directory(machine, group.storage, graves);
             let frame = self.directories[directory].frame(&group.hull);
-            let at = self.directories[directory].frames[frame].instance(device);
+            let known = &self.directories[directory];
+            let own = known.own.filter(|at| self.instances[*at].device == device);
+            let at = own.or_else(|| known.frames[frame].instance(device));
             match at {
                 Some(at) => {
                     self.pin(at);
@@ -808,15 +953,21 @@ impl State {
             };
             let (directory, frame, at) = places[group as usize];
             let at = at.expect("it was made");
-            held.views.push(self.instances[at].view.clone());
+            let instance = &self.instances[at];
+            let adopted = instance.adopted;
+            if adopted {
+                self.directories[directory].frames[frame].pins += 1;
+            }
+            held.views.push(instance.view.clone());
             held.wants.push(Pinned {
                 storage: Arc::clone(want.storage),
-                region: (*groups[group as usize].hull != *want.region)
+                region: (adopted || *groups[group as usize].hull != *want.region)
                     .then(|| Box::new(want.region.clone())),
                 touch: want.touch,
                 directory,
                 frame,
                 at,
+                adopted,
             });
         }
         Ok(held)
@@ -877,11 +1028,16 @@ impl State {
         };
         let has_copies = |events: &Events| self.lanes.copies(events).next().is_some();
         let instance = &self.instances[want.at];
+        let uses = if instance.adopted {
+            &piece.own
+        } else {
+            &instance.uses
+        };
         let is_there = match piece.holder(want.at) {
             Some(holder) => !has_copies(&holder.ready),
             None => !want.touch.reads(),
         };
-        is_there && instance.born.is_empty() && !(want.touch.writes() && has_copies(&instance.uses))
+        is_there && instance.born.is_empty() && !(want.touch.writes() && has_copies(uses))
     }
 
     /// Brings what is read, and has the stream wait for what it has to.
@@ -893,7 +1049,9 @@ impl State {
     ) -> Result<(), DeviceError> {
         held.stream = Some(stream);
         for want in held.wants.iter().filter(|want| want.touch.writes()) {
-            self.instances[want.at].writers.push(stream);
+            let instance = &mut self.instances[want.at];
+            let region = want.region.as_ref().filter(|_| instance.adopted).cloned();
+            instance.writers.push(Writer { stream, region });
         }
         let (mut copies, mut users) = (Events::new(), Events::new());
         for want in &held.wants {
@@ -910,6 +1068,7 @@ impl State {
                 self.doubt(directory, frame, &region, at);
             }
             let instance = &mut self.instances[at];
+            let adopted = instance.adopted;
             if !instance.born.is_empty() {
                 instance.born.prune(machine);
                 users.join(&instance.born);
@@ -922,7 +1081,11 @@ impl State {
                 let directory = &mut self.directories[directory];
                 let numbers = directory.cover(&region, frame, &mut self.instances);
                 for number in numbers {
-                    if let Some(holder) = directory.pieces[number].holder(at) {
+                    let piece = &directory.pieces[number];
+                    if adopted {
+                        add(&piece.own);
+                    }
+                    if let Some(holder) = piece.holder(at) {
                         add(&holder.ready);
                     }
                 }
@@ -940,14 +1103,21 @@ impl State {
     fn doubt(&mut self, directory: u32, frame: Option<u32>, region: &Region, at: u32) {
         let known = &mut self.directories[directory];
         for number in known.cover(region, frame, &mut self.instances) {
-            let holders = &mut known.pieces[number].holders;
+            let piece = &mut known.pieces[number];
+            let holders = &mut piece.holders;
             if holders.iter().all(|it| it.at == at || it.at == HOME)
                 && holders.iter().any(|it| it.at == HOME)
                 && let Some(place) = holders.iter().position(|it| it.at == at)
             {
                 let holder = holders.remove(place);
-                self.instances[at].uses.join(&holder.ready);
-                self.instances[at].valid -= 1;
+                let instance = &mut self.instances[at];
+                let uses = if instance.adopted {
+                    &mut piece.own
+                } else {
+                    &mut instance.uses
+                };
+                uses.join(&holder.ready);
+                instance.valid -= 1;
             }
         }
     }
@@ -974,12 +1144,20 @@ impl State {
             return;
         }
         if !want.touch.writes() {
-            if let Some(event) = event {
-                let uses = &mut instance.uses;
+            let Some(event) = event else { return };
+            let add = |uses: &mut Events| {
                 uses.add(event);
                 if uses.len() >= 8 && uses.len().is_power_of_two() {
                     uses.prune(machine);
                 }
+            };
+            if !instance.adopted {
+                return add(&mut instance.uses);
+            }
+            let region = self.region_of(want).clone();
+            let known = &mut self.directories[directory];
+            for number in known.cover(&region, Some(want.frame), &mut self.instances) {
+                add(&mut known.pieces[number].own);
             }
             return;
         }
@@ -1003,9 +1181,15 @@ impl State {
             // It was there alone before.
             (None, Some(piece)) if matches!(&*known.pieces[piece].holders, [own] if own.at == at) =>
             {
-                let own = &mut known.pieces[piece].holders[0];
-                let before = std::mem::replace(own, holder);
-                self.instances[at].uses.join(&before.ready);
+                let known = &mut known.pieces[piece];
+                let before = std::mem::replace(&mut known.holders[0], holder);
+                let instance = &mut self.instances[at];
+                let uses = if instance.adopted {
+                    &mut known.own
+                } else {
+                    &mut instance.uses
+                };
+                uses.join(&before.ready);
                 written.push((directory, piece));
             }
             _ => {
@@ -1058,7 +1242,9 @@ impl State {
         let piece = known.claim(region, frame, &mut self.instances, |instances, holder| {
             let instance = &mut instances[holder.at];
             instance.valid -= 1;
-            instance.uses.join(&holder.ready);
+            if !instance.adopted {
+                instance.uses.join(&holder.ready);
+            }
             if instance.valid == 0 {
                 emptied.push(holder.at);
             }
@@ -1075,9 +1261,16 @@ impl State {
         if let Some(stream) = held.stream {
             for want in held.wants.iter().filter(|want| want.touch.writes()) {
                 let writers = &mut self.instances[want.at].writers;
-                let place = writers.iter().position(|writer| *writer == stream);
+                let region = want.region.as_deref().filter(|_| want.adopted);
+                let is_own = |it: &Writer| it.stream == stream && it.region.as_deref() == region;
+                let place = writers.iter().position(is_own);
                 writers.swap_remove(place.expect("it was entered"));
             }
+        }
+        for want in held.wants.iter().filter(|want| want.adopted) {
+            let directory = &mut self.directories[want.directory];
+            directory.frames[want.frame].pins -= 1;
+            directory.tidy(want.frame);
         }
         for at in held.pins.drain(..) {
             self.unpin(at);
@@ -1116,6 +1309,44 @@ impl State {
         // They stay on the list: it may be that nobody waits for them after all.
         piece.home.prune(machine);
         behind.join(&piece.home);
+    }
+
+    /// Brings the last version of an array to the memory that it brought along, as far as anybody has it.
+    /// Nothing happens if that is not there any more.
+    fn return_to_owner(&mut self, machine: &Machine, directory: u32, behind: &mut Events) {
+        let Some(own) = self.directories[directory].own else {
+            return;
+        };
+        let pieces: Vec<u32> = self.directories[directory]
+            .pieces
+            .iter()
+            .map(|it| it.0)
+            .collect();
+        for piece in pieces {
+            // To bring one may have made one of several.
+            let known = &self.directories[directory];
+            let Some(known) = known.pieces.get(piece).filter(|it| !it.holders.is_empty()) else {
+                continue;
+            };
+            let region = known.region.clone();
+            let brought = self.bring(machine, directory, None, &region, own, behind);
+            // What else cannot be had stays there as it is.
+            if let Err(DeviceError::Lost(device, _)) = brought {
+                self.lose(device);
+                if self.directories[directory].own.is_none() {
+                    return;
+                }
+            }
+        }
+    }
+
+    /// All arrays that brought memory along are there again. What cannot be had is lost.
+    fn give_all_back(&mut self, machine: &Machine) {
+        let adopting = self.directories.iter().filter(|it| it.1.own.is_some());
+        let adopting: Vec<u32> = adopting.map(|it| it.0).collect();
+        for directory in adopting {
+            self.return_to_owner(machine, directory, &mut Events::new());
+        }
     }
 
     /// Drops an instance that nobody has pinned, and gives its memory back.
@@ -1167,6 +1398,7 @@ impl State {
                 directory, frame, ..
             } = self.instances[at];
             let known = &mut self.directories[directory];
+            known.own = known.own.filter(|own| *own != at);
             known.frames[frame]
                 .instances
                 .retain(|(_, other)| *other != at);

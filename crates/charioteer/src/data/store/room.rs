@@ -29,7 +29,7 @@ use crate::region::Span;
 
 pub(super) struct Room {
     pub(super) device: DeviceId,
-    capacity: u64,
+    pub(super) capacity: u64,
     /// Bytes of the instances that are there.
     pub(super) resident: u64,
     pub(super) peak: u64,
@@ -46,6 +46,8 @@ pub(super) struct Room {
     ranks: BinaryHeap<(Rank, u32)>,
     /// Memory is taken and given back here.
     stream: Option<Stream>,
+    /// Here what owners of adopted memory have enqueued is waited for.
+    pub(super) visitors: Option<Stream>,
     pub(super) lost: bool,
 }
 
@@ -63,6 +65,7 @@ impl Room {
             pressed: false,
             ranks: BinaryHeap::new(),
             stream: None,
+            visitors: None,
             lost: false,
         }
     }
@@ -99,7 +102,8 @@ impl State {
         if !room.pressed {
             return;
         }
-        let rank = (instance.pins == 0 && instance.dead.is_none()).then(|| {
+        let may_go = instance.pins == 0 && instance.dead.is_none() && !instance.adopted;
+        let rank = may_go.then(|| {
             let next = if instance.valid == 0 {
                 Rank::EMPTY
             } else {
@@ -382,6 +386,7 @@ impl State {
             frame,
             view,
             bytes,
+            adopted: false,
             pins: 0,
             writers: SmallVec::new(),
             valid: 0,
@@ -446,6 +451,6 @@ impl State {
         room.lost = true;
         (room.resident, room.pinned) = (0, 0);
         room.ranks.clear();
-        room.stream = None;
+        (room.stream, room.visitors) = (None, None);
     }
 }

@@ -1,4 +1,5 @@
-//! What a store knows of an array: where its bytes are on the host, and how they lie there.
+//! What a store knows of an array: where its bytes are on the host, and how they lie there; and where they
+//! are on a device, if they are there from the beginning.
 
 use std::any::Any;
 use std::fmt;
@@ -7,7 +8,7 @@ use std::sync::{Arc, Weak};
 use smallvec::SmallVec;
 
 use super::graves::Graves;
-use crate::machine::Device;
+use crate::machine::{Device, DeviceId, DevicePointer, Foreign};
 use crate::region::Region;
 use crate::sync::{AtomicBool, AtomicU32, Mutex, OnceLock, Ordering};
 
@@ -20,6 +21,10 @@ pub struct Storage {
     pub(super) whole: Region,
     /// Bytes from one index to the next of each axis, on the host.
     pub(super) strides: SmallVec<[u64; 4]>,
+    /// Memory of a device that has the elements at first.
+    pub(super) adopted: Option<Adopted>,
+    /// Whether the host's memory was prepared for copies, or need not be.
+    prepared: AtomicBool,
     /// Whether it has ever been anywhere but on the host.
     scattered: AtomicBool,
     /// The datum whose bytes these are.
@@ -27,6 +32,16 @@ pub struct Storage {
     /// Where a store had its directory when it was last asked.
     pub(super) hint: AtomicU32,
     life: Mutex<Life>,
+}
+
+/// Memory of a device that is somebody else's: it has all elements of an array, in C order, and stays
+/// there as long as the array is kept.
+#[derive(Clone, Debug)]
+pub struct Adopted {
+    /// Where it begins.
+    pub pointer: DevicePointer,
+    /// What its owner has enqueued that uses it.
+    pub behind: Foreign,
 }
 
 struct Life {
@@ -69,6 +84,24 @@ impl Storage {
         address: u64,
         keep: Box<dyn Any + Send + Sync>,
     ) -> Arc<Self> {
+        Self::adopting(id, label, shape, item, address, keep, None)
+    }
+
+    /// The same, whose elements are in memory of a device at first, and what the host's buffer has is
+    /// nothing. `keep` keeps both.
+    ///
+    /// # Panics
+    /// As [`new`](Self::new).
+    #[must_use]
+    pub fn adopting(
+        id: u64,
+        label: impl Into<Box<str>>,
+        shape: &[u64],
+        item: u64,
+        address: u64,
+        keep: Box<dyn Any + Send + Sync>,
+        adopted: Option<Adopted>,
+    ) -> Arc<Self> {
         let whole = Region::whole(shape);
         let bytes = whole.elements().checked_mul(item);
         assert!(
@@ -81,8 +114,10 @@ impl Storage {
             item,
             address,
             strides: strides(&whole, item),
+            scattered: AtomicBool::new(adopted.is_some() && !whole.is_empty()),
             whole,
-            scattered: AtomicBool::new(false),
+            adopted,
+            prepared: AtomicBool::new(false),
             owner: OnceLock::new(),
             hint: AtomicU32::new(u32::MAX),
             life: Mutex::new(Life {
@@ -152,16 +187,32 @@ impl Storage {
         }
     }
 
+    /// Memory of a device that has the elements at first.
+    #[must_use]
+    pub fn adopted(&self) -> Option<&Adopted> {
+        self.adopted.as_ref()
+    }
+
+    /// Whether the host's memory is still to be prepared, for elements that go to the device, or to the host.
+    /// Where they are in memory of the device's that is the array's own the host has no part in it.
+    #[inline]
+    pub(super) fn is_unprepared(&self, device: DeviceId) -> bool {
+        let own = self.adopted.as_ref().map(|own| own.pointer.device);
+        !self.prepared.load(Ordering::Relaxed) && own != Some(device)
+    }
+
     /// Has the host's memory prepared for copies, before the first of them. It may take a while.
     #[cold]
     pub(super) fn prepare(&self, device: &Arc<dyn Device>) {
         if self.bytes() < WORTHY {
+            self.prepared.store(true, Ordering::Relaxed);
             return;
         }
         let mut life = self.life.lock();
-        if let Some(buffer) = &mut life.buffer
-            && buffer.registered.is_none()
-        {
+        if self.prepared.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        if let Some(buffer) = &mut life.buffer {
             // SAFETY: the memory is kept for as long as the buffer is, which undoes this first.
             let done = unsafe { device.register_host(self.address, self.bytes()) };
             if done == Ok(true) {

@@ -72,8 +72,8 @@ use self::state::{LATE, LOST, Shared, Stamp, Work, unknown};
 use self::timeline::{Timeline, Timelines};
 use super::description::Description;
 use super::device::{
-    Completion, Device, DeviceError, DeviceId, DeviceInfo, DevicePointer, Event, HOST, Mark,
-    Operation, Stream, Traffic,
+    Completion, Device, DeviceError, DeviceId, DeviceInfo, DevicePointer, Event, Foreign, HOST,
+    Mark, Operation, Stream, Traffic,
 };
 use super::observer::{Enqueued, Observed, Observers};
 use super::strided::Strided;
@@ -122,6 +122,13 @@ impl DeviceBytes {
     pub fn is_empty(&self) -> bool {
         self.bytes == 0
     }
+}
+
+/// Work of somebody else.
+struct Visitor {
+    core: Arc<Core>,
+    device: DeviceId,
+    behind: Option<Event>,
 }
 
 /// A GPU in host memory. See the module.
@@ -239,6 +246,23 @@ impl VirtualGpu {
         Arc::ptr_eq(&self.core, &other.core)
     }
 
+    /// The work on this device up to an event, or none, for whoever takes over memory of it that was allocated
+    /// here.
+    #[must_use]
+    pub fn foreign(&self, behind: Option<Event>) -> Foreign {
+        Foreign(Arc::new(Visitor {
+            core: Arc::clone(&self.core),
+            device: self.id,
+            behind,
+        }))
+    }
+
+    fn visitor<'a>(&self, foreign: &'a Foreign) -> Option<&'a Visitor> {
+        let visitor = foreign.0.downcast_ref::<Visitor>()?;
+        let is_here = visitor.device == self.id && Arc::ptr_eq(&visitor.core, &self.core);
+        is_here.then_some(visitor)
+    }
+
     /// Whether it may reach the memory of the other: see [`enable_peer`](Device::enable_peer).
     #[must_use]
     pub fn has_peer(&self, peer: DeviceId) -> bool {
@@ -344,6 +368,20 @@ impl Device for VirtualGpu {
     fn follow(&self, stream: Stream, event: Event) -> Result<(), DeviceError> {
         self.put_wait(stream, event, false)
     }
+
+    fn knows(&self, foreign: &Foreign) -> bool {
+        self.visitor(foreign).is_some()
+    }
+
+    fn follow_foreign(&self, stream: Stream, foreign: &Foreign) -> Result<(), DeviceError> {
+        self.check(stream)?;
+        let Some(visitor) = self.visitor(foreign) else {
+            return Err(DeviceError::NoAccess(self.id, self.id));
+        };
+        let behind = visitor.behind;
+        behind.map_or(Ok(()), |event| self.put_wait(stream, event, false))
+    }
+
     #[inline]
     fn is_complete(&self, event: Event) -> Result<bool, DeviceError> {
         let complete = self.core.query(event);

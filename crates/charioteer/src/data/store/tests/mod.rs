@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::machine::virtual_gpu::VirtualGpu;
-use crate::machine::{Description, Gpu, Host, Link, Links, Time};
+use crate::machine::{Description, Device, Gpu, Host, Link, Links, Time};
 use crate::region::Span;
 
 /// A machine in virtual time with so many devices of so many bytes.
@@ -57,6 +57,56 @@ fn array(shape: &[u64], item: u64, bytes: Vec<u8>) -> Arc<Storage> {
         address,
         Box::new(bytes),
     )
+}
+
+/// The same array in memory of a device, where it is still to be written when this returns. The host has
+/// nothing of it.
+fn abroad(machine: &Machine, device: DeviceId, host: &Storage) -> Arc<Storage> {
+    let gpu = gpu(machine, device);
+    let stream = gpu.create_stream().unwrap();
+    let pointer = gpu.allocate(host.bytes(), stream).unwrap();
+    gpu.busy(stream, Duration::from_micros(500)).unwrap();
+    let view = View {
+        pointer,
+        strides: host.strides.clone(),
+        origin: SmallVec::from_elem(0, host.strides.len()),
+    };
+    let elements = bytes(host);
+    operate(machine, stream, &view, host.bytes(), move |there| {
+        there.copy_from_slice(&elements)
+    });
+    let nothing = vec![0xBD; host.bytes() as usize];
+    let address = nothing.as_ptr().expose_provenance() as u64;
+    let shape: Vec<u64> = host.whole.spans().iter().map(Span::count).collect();
+    Storage::adopting(
+        crate::trace::next_id(),
+        "A",
+        &shape,
+        host.item,
+        address,
+        Box::new(nothing),
+        Some(Adopted {
+            pointer,
+            behind: gpu.foreign(Some(gpu.record(stream).unwrap())),
+        }),
+    )
+}
+
+/// What is in memory of a device, when all is done.
+fn fetched(machine: &Machine, pointer: DevicePointer, bytes: u64) -> Vec<u8> {
+    let stream = machine.device(pointer.device).create_stream().unwrap();
+    let view = View {
+        pointer,
+        strides: SmallVec::new(),
+        origin: SmallVec::new(),
+    };
+    let found: Arc<Mutex<Vec<u8>>> = Arc::default();
+    let keep = Arc::clone(&found);
+    operate(machine, stream, &view, bytes, move |there| {
+        keep.lock().unwrap().extend_from_slice(there);
+    });
+    finish(machine);
+    std::mem::take(&mut *found.lock().unwrap())
 }
 
 /// The bytes of an array on the host.

@@ -4,7 +4,8 @@
 //! on one device, on two, or on the host, with announcements, prefetches, evictions and plans that come
 //! to nothing between them. It is played through the store in virtual time, each task as an operation on
 //! its stream, and at once on plain arrays. What tasks write follows from what they read, so that an
-//! element that was not where it should have been shows in the end.
+//! element that was not where it should have been shows in the end. Some arrays are in memory of a device at
+//! first, where their owner has them still to be written, and are there again in the end.
 //!
 //! Beside that a *model* is told what the store tells: which version of each element is in which
 //! instance. It refuses a copy of what is not there, and one into a memory that has the same version
@@ -187,6 +188,11 @@ struct Model {
     copies: u64,
 }
 
+/// On which device an array brought memory along.
+fn home_of(storage: &Storage) -> Option<DeviceId> {
+    storage.adopted().map(|own| own.pointer.device)
+}
+
 impl Model {
     fn new(storages: &[Arc<Storage>]) -> Self {
         let mut model = Self {
@@ -201,9 +207,11 @@ impl Model {
             each(&storage.whole, |index| {
                 versions.insert(index.to_vec(), 0);
             });
-            model
-                .there
-                .insert((array, HOST, storage.whole.clone()), versions.clone());
+            if home_of(storage).is_none() {
+                model
+                    .there
+                    .insert((array, HOST, storage.whole.clone()), versions.clone());
+            }
             model.versions.push(versions);
         }
         model
@@ -216,6 +224,12 @@ impl Model {
                 .there
                 .remove(&(array, moved.from, moved.source.clone()));
             assert!(gone.is_some(), "{moved:?} drops what was not there");
+            return;
+        }
+        if moved.bytes == 0 {
+            let place = (array, moved.to, moved.target.clone());
+            let before = self.there.insert(place, self.versions[array].clone());
+            assert!(before.is_none(), "{moved:?} is there already");
             return;
         }
         self.copies += 1;
@@ -401,7 +415,7 @@ impl Play {
         members
             .map(|(device, accesses)| {
                 let wants = Self::wants(&self.storages, &accesses);
-                (device, memory + self.store.footprint(&wants))
+                (device, memory + self.store.footprint(&wants, Some(device)))
             })
             .collect()
     }
@@ -514,7 +528,7 @@ impl Play {
         }
         // Wherever it was, it is not the last version any more.
         for (device, accesses) in task.members() {
-            let hulls = hulls(&self.storages, &accesses);
+            let hulls = hulls(&self.storages, &accesses, device);
             for (access, hull) in accesses.iter().zip(hulls) {
                 if access.touch.writes() && !access.region.is_empty() {
                     let version = task.number;
@@ -650,15 +664,18 @@ impl Play {
             let mut accesses = open.task.accesses.iter();
             accesses.any(|it| it.array == array && it.touch.writes() && it.region.overlaps(&region))
         });
-        match self.dice.below(4) {
+        let is_used = |open: &Open| open.task.accesses.iter().any(|it| it.array == array);
+        let is_used = self.open.iter().any(is_used);
+        match self.dice.below(5) {
             // A task that reads would have its place in the order, too.
-            0 if !is_written && self.store.footprint(&[read]) <= self.memory => {
+            0 if !is_written && self.store.footprint(&[read], Some(device)) <= self.memory => {
                 match self.store.prefetch(storage, &region, device) {
                     Ok(_) | Err(DeviceError::OutOfMemory { .. }) => {}
                     Err(error) => panic!("{error}"),
                 }
             }
             1 if !is_written => drop(self.store.evict(storage, &region, device).unwrap()),
+            2 if !is_used => drop(self.store.return_memory(storage)),
             _ => {
                 for _ in 0..self.dice.below(30) {
                     self.machine.as_virtual().unwrap().clock().advance();
@@ -676,7 +693,7 @@ fn reach(layout: &Layout, region: &Region) -> u64 {
 }
 
 /// The box of the instance that serves each access, worked out by itself.
-fn hulls(storages: &[Arc<Storage>], accesses: &[Access]) -> Vec<Region> {
+fn hulls(storages: &[Arc<Storage>], accesses: &[Access], device: DeviceId) -> Vec<Region> {
     let mut hulls: Vec<Region> = accesses
         .iter()
         .map(|it| it.region.hull(&it.region))
@@ -694,7 +711,12 @@ fn hulls(storages: &[Arc<Storage>], accesses: &[Access]) -> Vec<Region> {
             break;
         }
     }
-    assert!(accesses.iter().all(|it| it.array < storages.len()));
+    for (access, hull) in accesses.iter().zip(&mut hulls) {
+        let storage = &storages[access.array];
+        if home_of(storage) == Some(device) {
+            *hull = storage.whole.clone();
+        }
+    }
     hulls
 }
 
@@ -740,13 +762,31 @@ fn play(seed: u64) {
             0
         };
         let members = task.members().into_iter();
-        let needs = members
-            .map(|(_, accesses)| memory + probe.footprint(&Play::wants(&storages, &accesses)));
+        let needs = members.map(|(_, accesses)| {
+            memory + probe.footprint(&Play::wants(&storages, &accesses), None)
+        });
         needs.collect::<Vec<_>>()
     });
     let memory = needs.max().unwrap_or(1).max(1) * slack / 100;
-    let machine = machine(usize::from(gpus), memory, peers);
+    // Beside that there is room for what others have.
+    let others: u64 = storages.iter().map(|it| it.bytes()).sum();
+    let machine = machine(usize::from(gpus), memory + others, peers);
+    let mut taken = vec![0; usize::from(gpus)];
+    let storages: Vec<Arc<Storage>> = storages
+        .into_iter()
+        .map(|storage| {
+            if dice.percent(60) {
+                return storage;
+            }
+            let device = dice.below(u64::from(gpus)) as u16;
+            taken[usize::from(device)] += storage.bytes();
+            abroad(&machine, DeviceId::gpu(device), &storage)
+        })
+        .collect();
     let store = Store::new(Arc::clone(&machine));
+    for room in &mut store.state.lock().rooms {
+        room.capacity = memory;
+    }
     let streams = (0..gpus).map(|index| {
         let device = machine.device(DeviceId::gpu(index));
         (0..1 + dice.below(3))
@@ -794,13 +834,18 @@ fn play(seed: u64) {
     }
     assert_eq!(*play.wrong.lock().unwrap(), [""; 0], "read something else");
     for (storage, plain) in play.storages.iter().zip(&play.plain) {
-        assert_eq!(&bytes(storage), plain, "{storage:?} differs");
+        let found = match storage.adopted() {
+            Some(own) => fetched(&play.machine, own.pointer, storage.bytes()),
+            None => bytes(storage),
+        };
+        assert_eq!(&found, plain, "{storage:?} differs");
     }
     for (counters, index) in play.store.counters().iter().zip(0..) {
         assert_eq!(counters.resident, 0);
         assert!(counters.peak <= memory);
         let device = play.machine.device(DeviceId::gpu(index));
-        assert_eq!(device.free_memory(), memory, "something was not given back");
+        let left = memory + others - taken[usize::from(index)];
+        assert_eq!(device.free_memory(), left, "something was not given back");
     }
 }
 

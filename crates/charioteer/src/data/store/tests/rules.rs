@@ -647,7 +647,7 @@ fn arrays_without_axes_or_elements_are_arrays() {
         want(&point, &one, Touch::Update),
         want(&nothing, &none, Touch::Update),
     ];
-    assert_eq!(bench.store.footprint(&wants), 8);
+    assert_eq!(bench.store.footprint(&wants, None), 8);
     assert!(!bench.store.missing(&wants, ONE).time.is_zero());
     let stream = bench.stream(ONE);
     let held = bench.store.ensure(0, stream, &wants, 0).unwrap();
