@@ -36,8 +36,8 @@ pub(crate) use loom::thread::yield_now;
 /// `loom`'s macro knows no constant initialisers.
 #[cfg(loom)]
 macro_rules! loom_thread_local {
-    ($(#[$attribute:meta])* static $name:ident: $type:ty = const $init:block;) => {
-        loom::thread_local! { $(#[$attribute])* static $name: $type = $init; }
+    ($($(#[$attribute:meta])* static $name:ident: $type:ty = const $init:block;)+) => {
+        $(loom::thread_local! { $(#[$attribute])* static $name: $type = $init; })+
     };
 }
 #[cfg(loom)]
