@@ -107,6 +107,25 @@ def torch() -> Any:
 
 
 @pytest.fixture(scope="session")
+def numba_cuda() -> Any:
+    """``numba.cuda``, if it finds what it needs of CUDA and knows this NumPy."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what it has to say while it is imported
+        try:
+            from numba import cuda
+            from numba.cuda.cudadrv import nvvm
+
+            there = cuda.is_available() and nvvm.is_available()
+        except ImportError as error:
+            pytest.skip(f"there is no Numba with CUDA: {error}")
+        except AttributeError as error:
+            pytest.skip(f"this Numba does not know this NumPy: {error}")
+    if not there:
+        pytest.skip("this Numba finds no driver, or no NVVM")
+    return cuda
+
+
+@pytest.fixture(scope="session")
 def spin(cp: Any) -> Callable[..., None]:
     """``spin(seconds, target=None, value=0)``: occupies the current stream, then writes."""
     kernel = cp.RawKernel(SPIN, "spin")

@@ -6,7 +6,6 @@ import random
 import subprocess
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -255,33 +254,15 @@ def test_torch_tensors_pass_from_task_to_task(rt: ch.Runtime, torch: Any) -> Non
     assert found.result() == pytest.approx(float(((a @ b) @ (c @ d)).trace()), rel=1e-4)
 
 
-def _numba() -> Any:
-    """``numba.cuda``, if it finds what it needs of CUDA and knows this NumPy."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what it has to say while it is imported
-        try:
-            from numba import cuda
-        except ImportError as error:
-            pytest.skip(f"there is no Numba with CUDA: {error}")
-        if not cuda.is_available():
-            pytest.skip("this Numba finds no driver, or no NVVM")
-    return cuda
-
-
 @pytest.mark.filterwarnings("ignore:.*Grid size")
-def test_numba_takes_the_stream(rt: ch.Runtime, cp: Any) -> None:
-    cuda = _numba()
+def test_numba_takes_the_stream(rt: ch.Runtime, cp: Any, numba_cuda: Any) -> None:
+    cuda = numba_cuda
 
     @cuda.jit
     def scale(x: Any, factor: float) -> None:
         at = cuda.grid(1)
         if at < x.size:
             x[at] *= factor
-
-    try:
-        scale[4, 256](cp.ones(10), 1.0)
-    except AttributeError as error:
-        pytest.skip(f"this Numba does not know this NumPy: {error}")
 
     @ch.task(placement=gpu(0))
     def body() -> Any:
@@ -333,8 +314,10 @@ def test_what_is_not_the_bodys_own_is_not_told(checking: ch.Runtime, cp: Any, sp
 
 
 @pytest.mark.filterwarnings("ignore:.*Grid size")
-def test_a_kernel_of_numba_without_a_stream_is_told(checking: ch.Runtime, cp: Any) -> None:
-    cuda = _numba()
+def test_a_kernel_of_numba_without_a_stream_is_told(
+    checking: ch.Runtime, cp: Any, numba_cuda: Any
+) -> None:
+    cuda = numba_cuda
 
     @cuda.jit
     def slow(x: Any, turns: int) -> None:

@@ -127,8 +127,8 @@ def test_kernels_of_cuda_core(rt: ch.Runtime, cp: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_numbas_kernels(rt: ch.Runtime, cp: Any) -> None:
-    cuda = pytest.importorskip("numba.cuda")
+def test_numbas_kernels(rt: ch.Runtime, cp: Any, numba_cuda: Any) -> None:
+    cuda = numba_cuda
 
     @cuda.jit
     def axpy(y: Any, x: Any, a: float) -> None:
