@@ -243,10 +243,6 @@ def run(
                     x += rest[0]
             elif what == "nested":
                 other, place = rest
-                if gpus and not workers:
-                    # With one thread for all, the end of a reduction, which waits for partials to
-                    # come home on top of a body that waits for it, may be taken for a cycle.
-                    continue
                 y, worse = oracle.at(other)
                 if np.shares_memory(x, y) or not y.size:
                     continue
