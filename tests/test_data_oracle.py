@@ -244,8 +244,9 @@ def run(
             elif what == "nested":
                 other, place = rest
                 if gpus and not workers:
-                    # With one thread for all, the end of a reduction, which waits for partials to
-                    # come home on top of a body that waits for it, may be taken for a cycle.
+                    # With one thread, a body that waits runs what is ready on top of itself.
+                    # The end of a reduction waits there for its partials to come home, and perhaps
+                    # for what comes after that body: a cycle of the stack, which the graph has not.
                     continue
                 y, worse = oracle.at(other)
                 if np.shares_memory(x, y) or not y.size:

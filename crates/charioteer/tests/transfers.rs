@@ -887,3 +887,41 @@ fn by_locality_a_call_goes_where_its_data_are() {
         assert_eq!(copies(&machine), [(0, 3, 1), (3, 0, 1)]);
     });
 }
+
+#[test]
+fn a_body_that_waits_for_a_set_that_needs_its_device_is_not_taken_for_stuck() {
+    within(60, || {
+        for (runahead, workers) in [(64, 0), (0, 0), (0, 2), (64, 2)] {
+            for _ in 0..20 {
+                let machine = machine(2, MEMORY, Time::Real);
+                let builder = builder(&machine, workers).runahead(runahead);
+                let runtime = builder.open().unwrap();
+                let arrays = ["A", "B", "C"].map(|label| Array::new(label, 4));
+                let [a, b, c] = [0, 1, 2].map(|at| arrays[at].datum.whole());
+                let first = runtime.task().on(set(&[GPU])).updates(&c);
+                let first = first.spawn(on_row(&machine, 4, |row| row.fill(1)));
+                let inner = Arc::clone(&machine);
+                let both = runtime.task().on(set(&[GPU, GPU]));
+                let both = both.accesses(Access::new(&a, Mode::InOut).sharded(0));
+                let both = both.spawn(move || {
+                    enqueue(&inner, 0, &[2, 2], |row| {
+                        row.fill(2);
+                        Ok(())
+                    });
+                });
+                let (spawn, part, inner) = (runtime.handle(), a.clone(), Arc::clone(&machine));
+                let body = move || {
+                    on_row(&inner, 4, |row| row.fill(3))();
+                    let child = spawn.task().updates(&part).spawn(|| ()).unwrap();
+                    child.result().unwrap();
+                };
+                let waits = runtime.task().on(set(&[GPU])).updates(&b).spawn(body);
+                waits.unwrap().result().unwrap();
+                both.unwrap().result().unwrap();
+                first.unwrap().result().unwrap();
+                runtime.close().unwrap();
+                assert_eq!(arrays[0].values(), [2; 4]);
+            }
+        }
+    });
+}

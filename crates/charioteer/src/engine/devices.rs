@@ -1186,8 +1186,10 @@ impl<D: Domain> Engine<D> {
         }
     }
 
-    /// Tells the ledger when an event is complete.
+    /// Tells the ledger when an event is complete; until then something moves, though perhaps no task is
+    /// launched that would say so.
     fn tell_when_complete(self: &Arc<Self>, event: Event) {
+        self.elsewhere.fetch_add(1, Ordering::SeqCst);
         let engine = Arc::clone(self);
         self.devices().device(event.stream.device).when_complete(
             event,
@@ -1197,6 +1199,7 @@ impl<D: Domain> Engine<D> {
                         engine.note_failure(event, error);
                     }
                     engine.post(Letter::Landed(event));
+                    engine.elsewhere.fetch_sub(1, Ordering::SeqCst);
                 });
             }),
         );

@@ -208,6 +208,12 @@ impl Book {
         self.unfinished + self.aside
     }
 
+    /// Whether all that was granted is complete, or of bodies that are paused, and nothing of what those gave
+    /// back is still in flight.
+    pub(super) fn is_at_rest(&self) -> bool {
+        self.unfinished() == 0 && self.flights.is_empty()
+    }
+
     /// Whether a task could start here, if `held` were somebody else's.
     pub(super) fn fits(&self, wanted: Amount, held: Amount, runahead: u32) -> bool {
         if self.lost || (wanted.share == 0 && self.aside >= runahead.max(1)) {

@@ -609,10 +609,7 @@ impl<T> Gang<T> {
         self.keeping > 0
             && self.waiting() > 0
             && self.returning.is_empty()
-            && self
-                .books
-                .iter()
-                .all(|book| book.lost || book.unfinished() == 0)
+            && self.books.iter().all(|book| book.lost || book.is_at_rest())
     }
 
     /// Gives a task up that waits: the first of a shape that is `chosen`, else the first.
