@@ -79,8 +79,11 @@ class Transforms(Protocol):
     def columns(self, y: Any) -> None:
         """Overwrite all columns with their transforms."""
 
+    def pack(self, block: Any) -> Any:
+        """What other devices may fetch of an array of this one."""
+
     def fetch(self, source: Any, target: Any) -> None:
-        """Copy a block of another device, or of this one, to this one."""
+        """Copy what was packed, here or on another device, to this one."""
 
 
 class Partitions(Protocol):
@@ -133,6 +136,10 @@ class Portable:
     def columns(self, y: Any) -> None:
         """See :class:`Transforms`."""
         y[...] = ch.current().xp.fft.fft(y, axis=0)
+
+    def pack(self, block: Any) -> Any:
+        """See :class:`Transforms`."""
+        return block.copy()
 
     def fetch(self, source: Any, target: Any) -> None:
         """See :class:`Transforms`."""
@@ -255,8 +262,12 @@ class CuFft:
             store[key] = plan
         plan.fft(y, y, cufft.CUFFT_FORWARD)
 
+    def pack(self, block: Any) -> Any:
+        """See :class:`Transforms`. The copy engines take rows that lie apart."""
+        return block
+
     def fetch(self, source: Any, target: Any) -> None:
-        """See :class:`Transforms`. The copy engines take rows that lie apart: nothing is packed."""
+        """See :class:`Transforms`."""
         cuda = self._cupy.cuda
         rows, width = target.shape
         cuda.runtime.memcpy2DAsync(
@@ -269,74 +280,115 @@ class CuFft:
 _PARTITION = r"""
 // Blocks of keys are brought into buckets in the order in which blocks come to it. `next` has where
 // each bucket goes on, and is moved on by what a block has. Without `out` that is all: it counts.
-// Within a block keys of a warp and bucket stay together, so that writes do.
+// A block brings its keys into buckets in shared memory first: neighbours are written together.
 extern "C" __global__ void partition(const unsigned* keys, long long n, const unsigned* splitters,
-                                     int buckets, unsigned long long* next, unsigned* out) {
-    const int PER_THREAD = 16;
-    __shared__ unsigned held[32], least[32];
-    __shared__ unsigned long long begin[32];
-    const unsigned lane = threadIdx.x % 32;
-    const long long first = (long long)blockIdx.x * blockDim.x * PER_THREAD + threadIdx.x;
-    unsigned key[PER_THREAD], place[PER_THREAD];
-    int bucket[PER_THREAD];
-    if (threadIdx.x < 32) held[threadIdx.x] = 0;
-    if (threadIdx.x < buckets - 1) least[threadIdx.x] = splitters[threadIdx.x];
+                                     unsigned long long* next, unsigned* out) {
+    __shared__ unsigned held[THREADS * EACH];
+    __shared__ unsigned of_warp[BUCKETS][THREADS / 32], start[BUCKETS + 1], least[BUCKETS];
+    __shared__ unsigned long long begin[BUCKETS];
+    const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const long long first = (long long)blockIdx.x * THREADS * EACH;
+    const unsigned here = (unsigned)min((long long)THREADS * EACH, n - first);
+    if (threadIdx.x < BUCKETS - 1) least[threadIdx.x] = splitters[threadIdx.x];
     __syncthreads();
+    unsigned key[EACH], count[BUCKETS];
+    int bucket[EACH];
 #pragma unroll
-    for (int k = 0; k < PER_THREAD; k++) {
-        const long long at = first + (long long)k * blockDim.x;
+    for (int b = 0; b < BUCKETS; b++) count[b] = 0;
+#pragma unroll
+    for (int k = 0; k < EACH; k++) {
+        const unsigned at = k * THREADS + threadIdx.x;
         bucket[k] = -1;
-        if (at < n) {
-            key[k] = keys[at];
+        if (at < here) {
+            key[k] = keys[first + at];
             bucket[k] = 0;
-#pragma unroll 1
-            for (int s = 0; s < buckets - 1; s++) bucket[k] += key[k] >= least[s];
+#pragma unroll
+            for (int b = 0; b < BUCKETS - 1; b++) bucket[k] += key[k] >= least[b];
         }
-#pragma unroll 1
-        for (int b = 0; b < buckets; b++) {
-            const unsigned mates = __ballot_sync(~0u, bucket[k] == b);
-            unsigned start = 0;
-            if (lane == 0 && mates) start = atomicAdd(&held[b], (unsigned)__popc(mates));
-            start = __shfl_sync(~0u, start, 0);
-            if (bucket[k] == b) place[k] = start + __popc(mates & ((1u << lane) - 1));
+#pragma unroll
+        for (int b = 0; b < BUCKETS; b++) count[b] += bucket[k] == b;
+    }
+    // How many keys of each bucket the threads before this one have: in its warp, then before that.
+    unsigned before[BUCKETS];
+#pragma unroll
+    for (int b = 0; b < BUCKETS; b++) {
+        unsigned sum = count[b];
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) {
+            const unsigned other = __shfl_up_sync(~0u, sum, step);
+            if (lane >= step) sum += other;
         }
+        before[b] = sum - count[b];
+        if (lane == 31) of_warp[b][warp] = sum;
     }
     __syncthreads();
-    if (threadIdx.x < buckets) {
-        begin[threadIdx.x] = atomicAdd(&next[threadIdx.x], (unsigned long long)held[threadIdx.x]);
+    if (threadIdx.x < BUCKETS) {
+        unsigned sum = 0;
+        for (int w = 0; w < THREADS / 32; w++) {
+            const unsigned own = of_warp[threadIdx.x][w];
+            of_warp[threadIdx.x][w] = sum;
+            sum += own;
+        }
+        begin[threadIdx.x] = atomicAdd(&next[threadIdx.x], (unsigned long long)sum);
+        start[threadIdx.x + 1] = sum;
     }
     if (!out) return;
     __syncthreads();
+    if (threadIdx.x == 0) {
+        start[0] = 0;
+        for (int b = 0; b < BUCKETS; b++) start[b + 1] += start[b];
+    }
+    __syncthreads();
 #pragma unroll
-    for (int k = 0; k < PER_THREAD; k++) {
-        if (bucket[k] >= 0) out[begin[bucket[k]] + place[k]] = key[k];
+    for (int b = 0; b < BUCKETS; b++) {
+        unsigned place = start[b] + of_warp[b][warp] + before[b];
+#pragma unroll
+        for (int k = 0; k < EACH; k++) {
+            if (bucket[k] == b) held[place++] = key[k];
+        }
+    }
+    __syncthreads();
+    for (unsigned at = threadIdx.x; at < here; at += THREADS) {
+        int b = 0;
+#pragma unroll
+        for (int other = 1; other < BUCKETS; other++) b += at >= start[other];
+        out[begin[b] + (at - start[b])] = held[at];
     }
 }
 """
-_THREADS, _PER_THREAD = 256, 16
+_THREADS, _EACH = 256, 16
 
 
 class Buckets:
-    """Partitions keys of uint32 into up to 32 buckets by a kernel, which reads them twice, to
-    count and to place them, and writes them once."""
+    """Partitions keys of uint32 into a few buckets, up to 32, by a kernel, which reads them twice,
+    to count and to place them, and writes them once."""
 
     def __init__(self) -> None:
         import cupy
 
         self._cupy = cupy
-        self._kernel = cupy.RawKernel(_PARTITION, "partition")
+        self._kernels: dict[int, Any] = {}
+
+    def _kernel(self, buckets: int) -> Any:
+        """Compiled for so many, whose counts are in registers."""
+        if buckets not in self._kernels:
+            sizes = {"BUCKETS": buckets, "THREADS": _THREADS, "EACH": _EACH}
+            options = tuple(f"-D{name}={size}" for name, size in sizes.items())
+            self._kernels[buckets] = self._cupy.RawKernel(_PARTITION, "partition", options)
+        return self._kernels[buckets]
 
     def partition(self, keys: Any, splitters: Any, out: Any, cuts: Any) -> None:
         """See :class:`Partitions`."""
         count, buckets = len(keys), len(splitters) + 1
         following = self._cupy.zeros(buckets, np.int64)
-        shape = (-(-count // (_THREADS * _PER_THREAD)),), (_THREADS,)
-        given = keys, np.int64(count), splitters, np.int32(buckets), following
-        self._kernel(*shape, (*given, np.uint64(0)))
+        kernel = self._kernel(buckets)
+        shape = (-(-count // (_THREADS * _EACH)),), (_THREADS,)
+        given = keys, np.int64(count), splitters, following
+        kernel(*shape, (*given, np.uint64(0)))
         cuts[:1] = 0
         self._cupy.cumsum(following, out=cuts[1:])
         following[...] = cuts[:-1]
-        self._kernel(*shape, (*given, out))
+        kernel(*shape, (*given, out))
 
 
 def spread(regions: Any, gpus: int, lower: bool = False) -> list[ch.Task[Any]]:
@@ -526,19 +578,22 @@ def fft2(
         transforms: what each does.
         rounds: how many, one after the other.
     """
-    # The rows' transforms, and as much again to work in.
-    memory = 2 * x.nbytes // gpus
+    # The rows' transforms, what is packed of them, and as much again to work in.
+    memory = 3 * x.nbytes // gpus
 
     @ch.task(placement=gpu * gpus, shards={"x": 0, "y": 1}, memory=memory)
     def transform(x: ch.In[Sequence[Any]], y: ch.Out[Sequence[Any]]) -> None:
         context = ch.current()
         rows, columns = _cuts([len(one) for one in x]), _cuts([one.shape[1] for one in y])
-        transformed = [transforms.rows(x[i]) for i, _ in enumerate(context.each())]
+        packed = []
+        for i, _ in enumerate(context.each()):
+            transformed = transforms.rows(x[i])
+            packed.append([transforms.pack(transformed[:, block]) for block in columns])
         # Before this a device may still write what another one is about to fetch.
         context.barrier()
         for j, _ in enumerate(context.each()):
             for i in range(gpus):
-                transforms.fetch(transformed[i][:, columns[j]], y[j][rows[i]])
+                transforms.fetch(packed[i][j], y[j][rows[i]])
             transforms.columns(y[j])
 
     return [transform(x, y) for _ in range(rounds)]
