@@ -11,7 +11,7 @@ crate::sync::thread_local! {
     static KEPT: RefCell<Option<Vec<Box<dyn Any>>>> = const { RefCell::new(None) };
 }
 
-/// Calls `tell`, which calls back for several completions. Not to be nested.
+/// Calls `tell`, which calls back for several completions. Within another call it is a part of that one.
 pub fn together(tell: impl FnOnce()) {
     struct End;
     impl Drop for End {
@@ -21,8 +21,13 @@ pub fn together(tell: impl FnOnce()) {
             drop(kept);
         }
     }
-    KEPT.with(|kept| *kept.borrow_mut() = Some(Vec::new()));
-    let _end = End;
+    let is_first = KEPT.with(|kept| {
+        let mut kept = kept.borrow_mut();
+        let is_first = kept.is_none();
+        kept.get_or_insert_default();
+        is_first
+    });
+    let _end = is_first.then(|| End);
     tell();
 }
 
@@ -60,7 +65,8 @@ mod tests {
             for call in ["first", "second"] {
                 seen.borrow_mut().push(call);
                 if call == "first" {
-                    assert!(keep_until_told(|| Box::new(Kept(Rc::clone(&seen)))));
+                    // What is told within is told together with the rest.
+                    together(|| assert!(keep_until_told(|| Box::new(Kept(Rc::clone(&seen))))));
                 }
             }
         });

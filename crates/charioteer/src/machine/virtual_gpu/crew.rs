@@ -42,6 +42,7 @@ use crate::machine::cpus::unpinned;
 use crate::machine::description::{Description, Time};
 use crate::machine::device::{Completion, DeviceError, DeviceId, Event, Kind, Operation, Stream};
 use crate::machine::observer::{Observed, Observers};
+use crate::machine::together::together;
 use crate::sync::{AtomicU64, Condvar, Guard, Mutex, Ordering, assert_unlocked, thread_local};
 
 #[derive(Clone, Copy)]
@@ -274,8 +275,12 @@ impl Core {
         for signal in out.signals {
             signal.set();
         }
-        for (event, call, result) in out.calls {
-            self.call(event, call, result);
+        if !out.calls.is_empty() {
+            together(|| {
+                for (event, call, result) in out.calls {
+                    self.call(event, call, result);
+                }
+            });
         }
         drop((out.drops, out.memory));
     }
