@@ -177,11 +177,15 @@ def run(
                     options["placement"] = (gpu, cpu)
                 if splits:
                     options["shards"] = {"a": 0}
+            if function is commute:
+                # What the body itself allocates on its device.
+                options["memory"] = 2 * x.nbytes
         try:
             task: ch.Task[Any] = function.options(**options)(*arguments)
-        except ch.OutOfDeviceMemoryError:
+        except (ch.OutOfDeviceMemoryError, ch.PlacementError):
+            # With what the body allocates, or by that alone.
             assert memory < 1 << 20
-            task = function(*arguments)
+            task = function.options(placement=cpu)(*arguments)
         return task
 
     with runtime:
