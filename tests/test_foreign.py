@@ -15,6 +15,8 @@ import charioteer as ch
 from charioteer import gpu, virtual
 from charioteer.machine import Machine
 
+pytestmark = pytest.mark.thread_unsafe(reason="copies are counted for the whole runtime")
+
 Array = Any
 SHAPE = (6, 8)
 VALUES = np.arange(48.0).reshape(SHAPE)
