@@ -165,12 +165,7 @@ impl State {
                 piece.home.join(&holder.ready);
             } else {
                 let instance = &mut self.instances[holder.at];
-                let uses = if instance.adopted {
-                    &mut piece.own
-                } else {
-                    &mut instance.uses
-                };
-                uses.join(&holder.ready);
+                instance.uses_of_mut(piece).join(&holder.ready);
                 instance.valid -= 1;
                 self.rerank(holder.at);
             }
@@ -200,11 +195,8 @@ impl State {
                 .lanes
                 .time(machine, self.device_of(holder.at), to, bytes)?;
             // Of equals who has it already, and has given least.
-            let given = match self.instances.get(holder.at) {
-                Some(instance) if instance.adopted => piece.own.len(),
-                Some(instance) => instance.uses.len(),
-                None => 0,
-            };
+            let instance = self.instances.get(holder.at);
+            let given = instance.map_or(0, |instance| instance.uses_of(piece).len());
             Some(((time, !holder.ready.is_empty(), given), holder.at))
         });
         holders.min().map(|(_, at)| at)

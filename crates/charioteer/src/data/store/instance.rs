@@ -3,6 +3,7 @@
 use smallvec::SmallVec;
 
 use super::View;
+use super::directory::Piece;
 use super::events::Events;
 use crate::machine::{DeviceId, DevicePointer, Stream};
 use crate::region::Region;
@@ -64,6 +65,20 @@ impl Instance {
         let mut events = self.born.clone();
         events.join(&self.uses);
         events
+    }
+
+    /// Who uses of it what a piece has: of adopted memory that is known piece by piece.
+    pub(super) fn uses_of<'a>(&'a self, piece: &'a Piece) -> &'a Events {
+        if self.adopted { &piece.own } else { &self.uses }
+    }
+
+    /// The same, for one who used it.
+    pub(super) fn uses_of_mut<'a>(&'a mut self, piece: &'a mut Piece) -> &'a mut Events {
+        if self.adopted {
+            &mut piece.own
+        } else {
+            &mut self.uses
+        }
     }
 }
 

@@ -1028,11 +1028,7 @@ impl State {
         };
         let has_copies = |events: &Events| self.lanes.copies(events).next().is_some();
         let instance = &self.instances[want.at];
-        let uses = if instance.adopted {
-            &piece.own
-        } else {
-            &instance.uses
-        };
+        let uses = instance.uses_of(piece);
         let is_there = match piece.holder(want.at) {
             Some(holder) => !has_copies(&holder.ready),
             None => !want.touch.reads(),
@@ -1111,12 +1107,7 @@ impl State {
             {
                 let holder = holders.remove(place);
                 let instance = &mut self.instances[at];
-                let uses = if instance.adopted {
-                    &mut piece.own
-                } else {
-                    &mut instance.uses
-                };
-                uses.join(&holder.ready);
+                instance.uses_of_mut(piece).join(&holder.ready);
                 instance.valid -= 1;
             }
         }
@@ -1184,12 +1175,7 @@ impl State {
                 let known = &mut known.pieces[piece];
                 let before = std::mem::replace(&mut known.holders[0], holder);
                 let instance = &mut self.instances[at];
-                let uses = if instance.adopted {
-                    &mut known.own
-                } else {
-                    &mut instance.uses
-                };
-                uses.join(&before.ready);
+                instance.uses_of_mut(known).join(&before.ready);
                 written.push((directory, piece));
             }
             _ => {
