@@ -241,12 +241,35 @@ class Communicator:
                 f"the communicator is for the body of {self._context.task!r} that asked for it"
             )
 
+    def _enqueue(
+        self,
+        name: str,
+        sent: list[_Buffer],
+        got: list[_Buffer],
+        words: tuple[int, ...],
+        send: _Arrays,
+        receive: _Arrays,
+    ) -> None:
+        """Carries an operation out, unless there are no elements.
+
+        Args:
+            name: as NCCL has it.
+            sent: what each member sends.
+            got: where each member gets something.
+            words: what its call has behind the addresses, elements first.
+            send: the arrays of ``sent``.
+            receive: those of ``got``.
+        """
+        self._check_task()
+        if words[0]:
+            self._carry_out(name, sent, got, words, send, receive)
+
     # ---- what differs -------------------------------------------------------------------------
 
     def _buffer(self, array: Any) -> _Buffer | None:
         raise NotImplementedError
 
-    def _enqueue(
+    def _carry_out(
         self,
         name: str,
         sent: list[_Buffer],
@@ -461,7 +484,7 @@ class _OnCuda(Communicator):
             not read_only,
         )
 
-    def _enqueue(
+    def _carry_out(
         self,
         name: str,
         sent: list[_Buffer],
@@ -470,9 +493,6 @@ class _OnCuda(Communicator):
         send: _Arrays,
         receive: _Arrays,
     ) -> None:
-        self._check_task()
-        if not words[0]:
-            return
         calls = [(a.address, b.address, *words) for a, b in zip(sent, got, strict=True)]
         self._communicators.issue(self._clique, self._streams, name, calls)
 
@@ -586,7 +606,7 @@ class _OnVirtual(Communicator):
             0, array.size, array.dtype.name, array.device.index, contiguous, array._writable
         )
 
-    def _enqueue(
+    def _carry_out(
         self,
         name: str,
         sent: list[_Buffer],
@@ -595,9 +615,6 @@ class _OnVirtual(Communicator):
         send: _Arrays,
         receive: _Arrays,
     ) -> None:
-        self._check_task()
-        if not words[0]:
-            return
         context = self._context
         before = context.make_current(self._places[0])
         try:

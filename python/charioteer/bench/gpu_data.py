@@ -733,6 +733,16 @@ def _linked(
     )
 
 
+def _make_on_two(array: ch.Array, make: Any) -> None:
+    """Has an array made in pieces, half of them on each of two GPUs: ``make(part, first)`` fills a
+    part, which begins at this index of the first axis."""
+    first = 0
+    parts = array.shards(min(32, len(array)))
+    for at, part in enumerate(parts):
+        make.options(placement=gpu(2 * at // len(parts)))(part, first)
+        first += len(part)
+
+
 def _fft(sizes: Sizes, params: dict[str, Any], need: Need) -> Measure:
     n = sizes.fft
     case = f"2-D FFT, complex64, {n} x {n}"
@@ -777,11 +787,7 @@ def _fft(sizes: Sizes, params: dict[str, Any], need: Need) -> Measure:
 
         x, y = ch.empty((n, n), np.complex64), ch.empty((n, n), np.complex64)
         with ch.Runtime(workers=1):
-            first = 0
-            parts = x.shards(min(32, n))
-            for at, part in enumerate(parts):
-                make.options(placement=gpu(2 * at // len(parts)))(part, first)
-                first += len(part)
+            _make_on_two(x, make)
             time = 0.0
             # The first time plans are made, and the shards become one region a GPU.
             for _ in range(2):
@@ -845,11 +851,7 @@ def _sort(sizes: Sizes, params: dict[str, Any], need: Need) -> Measure:
 
         keys, scratch, result = (ch.empty(n, np.uint32) for _ in range(3))
         with ch.Runtime(workers=4):
-            first = 0
-            parts = keys.shards(min(32, n))
-            for at, part in enumerate(parts):
-                make.options(placement=gpu(2 * at // len(parts)))(part, first)
-                first += len(part)
+            _make_on_two(keys, make)
             time = 0.0
             for _ in range(3):  # the first two warm up
                 start = perf_counter()
