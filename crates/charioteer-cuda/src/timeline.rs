@@ -24,8 +24,8 @@
 //!
 //! An event for which a thread may sleep costs its recorder half of what a launch does. So only the first
 //! few that are pending on a stream are such, and none while many in a row were told of without a sleep. For
-//! others a thread sleeps a while, looks, and sleeps an eighth of what it has waited: it looks a few times as
-//! the time doubles, and is late by an eighth at most.
+//! others a thread sleeps a while, looks, and sleeps a small part of what it has waited, a millisecond at most:
+//! it looks some twenty times as the time doubles, and is late by a few per cent.
 //!
 //! There is one a stream, and not one a device, because the driver lets a thread sleep for one
 //! event only: with one thread, a short task beside a long one would be reported late, or the thread
@@ -110,8 +110,10 @@ const QUICK: u32 = 32;
 /// After so many records that found the stream busy it is asked at each so manieth alone.
 const BUSY: u32 = 4;
 const AGAIN: u32 = 16;
-/// A thread that may not sleep for its event sleeps this part of what it has waited before it looks again.
-const PART: u32 = 8;
+/// A thread that may not sleep for its event sleeps this part of what it has waited before it looks again,
+/// and so long at most.
+const PART: u32 = 32;
+const NAP: Duration = Duration::from_millis(1);
 
 /// How fast a stream gets on, as the thread that tells sees it.
 struct Pace {
@@ -427,7 +429,7 @@ impl<L: Lane> Timeline<L> {
         }
         let start = Instant::now();
         while !self.is_known_done(position) && !self.lane.is_done(event)? {
-            std::thread::sleep(LET_PASS.max(start.elapsed() / PART));
+            std::thread::sleep((start.elapsed() / PART).clamp(LET_PASS, NAP));
             if self.lock().lost {
                 return Ok(());
             }
