@@ -297,6 +297,11 @@ impl Context {
         let flags = sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as c_uint;
         // SAFETY: a place for the handle.
         check(unsafe { sys::cuStreamCreate(&raw mut stream, flags) })?;
+        if confirms() {
+            // Such a tool does not take a new stream for behind what the host waited for before.
+            // SAFETY: the context is current.
+            check(unsafe { sys::cuCtxSynchronize() })?;
+        }
         Ok(Handle(stream))
     }
 
