@@ -34,6 +34,7 @@ __all__ = [
         "fft2",
         "jacobi",
         "kmeans",
+        "owner",
         "product",
         "sample_sort",
         "spread",
@@ -73,31 +74,24 @@ class Products(Protocol):
 class Transforms(Protocol):
     """What a Fourier transform does with a part of its image."""
 
-    def rows(self, x: Any) -> Any:
-        """The transforms of all rows, in new memory."""
+    def rows(self, x: Any, out: Any) -> None:
+        """Write the transforms of all rows to ``out``."""
 
-    def columns(self, y: Any) -> None:
-        """Overwrite all columns with their transforms."""
-
-    def pack(self, block: Any) -> Any:
-        """What other devices may fetch of an array of this one."""
-
-    def fetch(self, source: Any, target: Any) -> None:
-        """Copy what was packed, here or on another device, to this one."""
+    def columns(self, x: Any, out: Any) -> None:
+        """Write the transforms of all columns to ``out``."""
 
 
 class Partitions(Protocol):
-    """What a sort does with a shard of its keys."""
+    """What a sort does with a part of its keys, which are in any order.
 
-    def partition(self, keys: Any, splitters: Any, out: Any, cuts: Any) -> None:
-        """Put the keys into ``out`` bucket by bucket.
+    The splitters, in order, are the least key of each bucket but the first.
+    """
 
-        Args:
-            keys: in any order.
-            splitters: the least key of each bucket but the first, in order.
-            out: as many keys.
-            cuts: where in ``out`` each bucket begins, and where the last one ends.
-        """
+    def count(self, keys: Any, splitters: Any, counts: Any) -> None:
+        """Write how many keys belong to each bucket."""
+
+    def place(self, keys: Any, splitters: Any, pieces: Sequence[Any]) -> None:
+        """Write the keys to the pieces of their buckets, which have the lengths that it takes."""
 
 
 class Portable:
@@ -129,27 +123,26 @@ class Portable:
         """See :class:`Products`."""
         c += a @ b
 
-    def rows(self, x: Any) -> Any:
+    def rows(self, x: Any, out: Any) -> None:
         """See :class:`Transforms`."""
-        return ch.current().xp.fft.fft(x, axis=1)
+        out[...] = ch.current().xp.fft.fft(x, axis=1)
 
-    def columns(self, y: Any) -> None:
+    def columns(self, x: Any, out: Any) -> None:
         """See :class:`Transforms`."""
-        y[...] = ch.current().xp.fft.fft(y, axis=0)
+        out[...] = ch.current().xp.fft.fft(x, axis=0)
 
-    def pack(self, block: Any) -> Any:
-        """See :class:`Transforms`."""
-        return block.copy()
+    def count(self, keys: Any, splitters: Any, counts: Any) -> None:
+        """See :class:`Partitions`."""
+        ends = np.searchsorted(np.sort(keys), splitters)
+        counts[-1:] = len(keys)
+        counts[:-1] = ends
+        counts[1:] -= ends
 
-    def fetch(self, source: Any, target: Any) -> None:
-        """See :class:`Transforms`."""
-        target[...] = source
-
-    def partition(self, keys: Any, splitters: Any, out: Any, cuts: Any) -> None:
+    def place(self, keys: Any, splitters: Any, pieces: Sequence[Any]) -> None:
         """See :class:`Partitions`. What is in order is in buckets too."""
-        out[...] = np.sort(keys)
-        cuts[0], cuts[-1] = 0, len(keys)
-        cuts[1:-1] = np.searchsorted(out, splitters)
+        ordered = np.sort(keys)
+        for piece, where in zip(pieces, _cuts([len(piece) for piece in pieces]), strict=True):
+            piece[...] = ordered[where]
 
 
 class Blas:
@@ -235,54 +228,74 @@ class Bfloat16:
         c.view(self._type).addmm_(a.view(self._type), b.view(self._type))
 
 
+_TRANSPOSE = r"""
+// A square at a time goes through shared memory, so that neighbours are read together, and written
+// together.
+extern "C" __global__ void transpose(const float2* source, long long source_row, float2* target,
+                                     long long target_row, int rows, int columns) {
+    __shared__ float2 square[SIDE][SIDE + 1];
+    const int row = blockIdx.y * SIDE, column = blockIdx.x * SIDE, x = threadIdx.x;
+#pragma unroll
+    for (int y = threadIdx.y; y < SIDE; y += LINES)
+        if (row + y < rows && column + x < columns)
+            square[y][x] = source[(row + y) * source_row + column + x];
+    __syncthreads();
+#pragma unroll
+    for (int y = threadIdx.y; y < SIDE; y += LINES)
+        if (row + x < rows && column + y < columns)
+            target[(column + y) * target_row + row + x] = square[x][y];
+}
+"""
+_SIDE, _LINES = 32, 8
+
+
 class CuFft:
-    """Transforms of complex64 by cuFFT. Columns are transformed where they are, by a plan with
-    strides: CuPy itself would transpose them, twice. A plan and its workspace belong to a device,
-    and serve one task at a time."""
+    """Transforms of complex64 by cuFFT, of rows alone: with columns, whose elements lie apart, it
+    takes four times as long. So a kernel makes them rows, and columns again. A plan and its
+    workspace belong to a device, and serve one task at a time."""
 
     def __init__(self) -> None:
         import cupy
         from cupy.cuda import cufft
 
         self._cupy, self._cufft = cupy, cufft
+        sizes = {"SIDE": _SIDE, "LINES": _LINES}
+        options = tuple(f"-D{name}={size}" for name, size in sizes.items())
+        self._kernel = cupy.RawKernel(_TRANSPOSE, "transpose", options)
 
-    def rows(self, x: Any) -> Any:
+    def rows(self, x: Any, out: Any) -> None:
         """See :class:`Transforms`."""
-        return self._cupy.fft.fft(x, axis=1)
-
-    def columns(self, y: Any) -> None:
-        """See :class:`Transforms`."""
-        cufft, store, (n, width) = self._cufft, ch.current().store, y.shape
-        key = "columns", n, width
-        plan = store.get(key)
+        cufft, store, (count, length) = self._cufft, ch.current().store, x.shape
+        plan = store.get(("rows", x.shape))
         if plan is None:
-            # Elements of a column are a row apart, columns one element.
-            layout = (n,), width, 1
-            plan = cufft.PlanNd((n,), *layout, *layout, cufft.CUFFT_C2C, width, "C", 0, None)
-            store[key] = plan
-        plan.fft(y, y, cufft.CUFFT_FORWARD)
+            plan = cufft.Plan1d(length, cufft.CUFFT_C2C, count)
+            store["rows", x.shape] = plan
+        # CuPy's own function would copy the rows first.
+        plan.fft(x, out, cufft.CUFFT_FORWARD)
 
-    def pack(self, block: Any) -> Any:
-        """See :class:`Transforms`. The copy engines take rows that lie apart."""
-        return block
-
-    def fetch(self, source: Any, target: Any) -> None:
+    def columns(self, x: Any, out: Any) -> None:
         """See :class:`Transforms`."""
-        cuda = self._cupy.cuda
-        rows, width = target.shape
-        cuda.runtime.memcpy2DAsync(
-            target.data.ptr, target.strides[0], source.data.ptr, source.strides[0],
-            width * target.itemsize, rows, cuda.runtime.memcpyDefault,
-            cuda.get_current_stream().ptr,
-        )  # fmt: skip
+        rows = self._cupy.empty(x.shape[::-1], x.dtype)
+        self._transpose(x, rows)
+        self.rows(rows, rows)
+        self._transpose(rows, out)
+
+    def _transpose(self, source: Any, target: Any) -> None:
+        """``target[...] = source.T``, both with rows that are contiguous."""
+        rows, columns = source.shape
+        grid = -(-columns // _SIDE), -(-rows // _SIDE)
+        given: list[Any] = []
+        for array in (source, target):
+            given += array, np.int64(array.strides[0] // array.itemsize)
+        self._kernel(grid, (_SIDE, _LINES), (*given, np.int32(rows), np.int32(columns)))
 
 
 _PARTITION = r"""
-// Blocks of keys are brought into buckets in the order in which blocks come to it. `next` has where
-// each bucket goes on, and is moved on by what a block has. Without `out` that is all: it counts.
-// A block brings its keys into buckets in shared memory first: neighbours are written together.
+// Blocks of keys are brought into buckets in the order in which blocks come to it. `next` has how
+// many keys of each bucket there were so far. Without `pieces` that is all: it counts. A block
+// brings its keys into buckets in shared memory first: neighbours are written together.
 extern "C" __global__ void partition(const unsigned* keys, long long n, const unsigned* splitters,
-                                     unsigned long long* next, unsigned* out) {
+                                     unsigned long long* next, unsigned* const* pieces) {
     __shared__ unsigned held[THREADS * EACH];
     __shared__ unsigned of_warp[BUCKETS][THREADS / 32], start[BUCKETS + 1], least[BUCKETS];
     __shared__ unsigned long long begin[BUCKETS];
@@ -332,7 +345,7 @@ extern "C" __global__ void partition(const unsigned* keys, long long n, const un
         begin[threadIdx.x] = atomicAdd(&next[threadIdx.x], (unsigned long long)sum);
         start[threadIdx.x + 1] = sum;
     }
-    if (!out) return;
+    if (!pieces) return;
     __syncthreads();
     if (threadIdx.x == 0) {
         start[0] = 0;
@@ -352,7 +365,7 @@ extern "C" __global__ void partition(const unsigned* keys, long long n, const un
         int b = 0;
 #pragma unroll
         for (int other = 1; other < BUCKETS; other++) b += at >= start[other];
-        out[begin[b] + (at - start[b])] = held[at];
+        pieces[b][begin[b] + (at - start[b])] = held[at];
     }
 }
 """
@@ -377,18 +390,28 @@ class Buckets:
             self._kernels[buckets] = self._cupy.RawKernel(_PARTITION, "partition", options)
         return self._kernels[buckets]
 
-    def partition(self, keys: Any, splitters: Any, out: Any, cuts: Any) -> None:
+    def count(self, keys: Any, splitters: Any, counts: Any) -> None:
         """See :class:`Partitions`."""
-        count, buckets = len(keys), len(splitters) + 1
-        following = self._cupy.zeros(buckets, np.int64)
-        kernel = self._kernel(buckets)
-        shape = (-(-count // (_THREADS * _EACH)),), (_THREADS,)
-        given = keys, np.int64(count), splitters, following
-        kernel(*shape, (*given, np.uint64(0)))
-        cuts[:1] = 0
-        self._cupy.cumsum(following, out=cuts[1:])
-        following[...] = cuts[:-1]
-        kernel(*shape, (*given, out))
+        counts.fill(0)
+        self._run(keys, splitters, counts, np.uint64(0))
+
+    def place(self, keys: Any, splitters: Any, pieces: Sequence[Any]) -> None:
+        """See :class:`Partitions`."""
+        cupy = self._cupy
+        pointers = cupy.asarray(np.array([piece.data.ptr for piece in pieces], np.uint64))
+        self._run(keys, splitters, cupy.zeros(len(pieces), np.int64), pointers)
+
+    def _run(self, keys: Any, splitters: Any, following: Any, pieces: Any) -> None:
+        blocks = -(-len(keys) // (_THREADS * _EACH))
+        given = keys, np.int64(len(keys)), splitters, following, pieces
+        self._kernel(len(following))((blocks,), (_THREADS,), given)
+
+
+def owner(row: int, gpus: int) -> Any:
+    """Whose a row of tiles of a lower triangle is: to and fro, so that nobody has the longer one of
+    each two."""
+    turn = row % (2 * gpus)
+    return gpu(min(turn, 2 * gpus - 1 - turn))
 
 
 def spread(regions: Any, gpus: int, lower: bool = False) -> list[ch.Task[Any]]:
@@ -396,12 +419,12 @@ def spread(regions: Any, gpus: int, lower: bool = False) -> list[ch.Task[Any]]:
 
     Args:
         regions: a grid of tiles of two dimensions.
-        gpus: how many GPUs own them, row by row in turns.
+        gpus: how many GPUs own them, row by row: see :func:`owner`.
         lower: only those on the diagonal and below it.
     """
     rows, columns = regions.shape
     return [
-        regions[i, j].prefetch(gpu(i % gpus))
+        regions[i, j].prefetch(owner(i, gpus))
         for i in range(rows)
         for j in range(min(i + 1, columns) if lower else columns)
     ]
@@ -412,7 +435,7 @@ def cholesky(A: Any, gpus: int, kernels: Kernels) -> None:
 
     Args:
         A: the tiles of the matrix, a grid of two dimensions.
-        gpus: how many GPUs own them, row by row in turns.
+        gpus: how many GPUs own them, row by row: see :func:`owner`.
         kernels: what to do with tiles.
     """
 
@@ -433,7 +456,7 @@ def cholesky(A: Any, gpus: int, kernels: Kernels) -> None:
         kernels.gemm(a, b, c)
 
     n = A.shape[0]
-    owners = [gpu(i % gpus) for i in range(n)]
+    owners = [owner(i, gpus) for i in range(n)]
     # Those of the next column come before all others.
     for k in range(n):
         potrf.options(priority=3 * (n - k), placement=owners[k])(A[k, k])
@@ -525,78 +548,91 @@ def jacobi(old: Stripes, new: Stripes, sweeps: int, gpus: int) -> Stripes:
     return old
 
 
-def kmeans(
-    points: ch.Array, centers: ch.Array, totals: ch.Array, rounds: int, gpus: int, shards: int = 1
-) -> None:
-    """Spawns rounds of k-means: shards of the points, some for each GPU, add to one array.
+def kmeans(points: ch.Array, centers: ch.Array, rounds: int, gpus: int, shards: int = 1) -> None:
+    """Spawns rounds of k-means. Each shard of the points, some for each GPU, has totals of its own:
+    what reduces into one array, ``ch.Sum``, is combined on the host, which has to wait for it.
 
     Args:
         points: (n, d).
         centers: (k, d).
-        totals: (k, d + 1) of zeros: sums, and numbers of points.
         rounds: how many.
         gpus: over how many GPUs.
         shards: how many tasks a round on each.
     """
 
     @ch.task
-    def assign(points: ch.In[Any], centers: ch.In[Any], totals: ch.Sum[Any]) -> None:
+    def assign(points: ch.In[Any], centers: ch.In[Any], totals: ch.Out[Any]) -> None:
         xp = ch.current().xp
         distances = (centers**2).sum(axis=1) - 2.0 * points @ centers.T
         nearest = distances.argmin(axis=1)
         # One-hot rows, so that sums are products.
         member = (nearest[None, :] == xp.arange(len(centers))[:, None]).astype(points.dtype)
-        totals[:, :-1] += member @ points
-        totals[:, -1] += member.sum(axis=1)
+        totals[:, :-1] = member @ points
+        totals[:, -1] = member.sum(axis=1)
 
     @ch.task
-    def move(totals: ch.InOut[Any], centers: ch.InOut[Any]) -> None:
+    def move(totals: ch.In[Any], centers: ch.InOut[Any]) -> None:
         xp = ch.current().xp
-        count = totals[:, -1:]
-        centers[...] = xp.where(count > 0, totals[:, :-1] / xp.maximum(count, 1), centers)
-        totals[...] = 0.0
+        every = totals.sum(axis=0)
+        count = every[:, -1:]
+        centers[...] = xp.where(count > 0, every[:, :-1] / xp.maximum(count, 1), centers)
 
-    parts = points.shards(gpus * shards)
+    (k, d), parts = centers.shape, points.shards(gpus * shards)
+    # Sums, and numbers of points.
+    totals = ch.empty((len(parts), k, d + 1), centers.dtype)
     for _ in range(rounds):
         for at, part in enumerate(parts):
-            assign.options(placement=gpu(at // shards))(part, centers, totals)
+            assign.options(placement=gpu(at // shards))(part, centers, totals[at])
         move.options(placement=gpu(0))(totals, centers)
 
 
 def fft2(
-    x: ch.Array, y: ch.Array, gpus: int, transforms: Transforms, rounds: int = 1
+    x: ch.Array,
+    between: ch.Array,
+    y: ch.Array,
+    gpus: int,
+    transforms: Transforms,
+    rounds: int = 1,
+    parts: int = 4,
 ) -> list[ch.Task[None]]:
-    """Spawns two-dimensional Fourier transforms of an image, one task each, over a set of GPUs.
+    """Spawns two-dimensional Fourier transforms of an image, of tasks over a set of GPUs.
 
-    Each GPU transforms its rows. When all are as far it fetches what is in its columns, over the
-    links, and transforms these. The host enqueues all that.
+    A task transforms the rows, of which each GPU has some. Then each is to have columns, part by
+    part, and a task transforms those. What other GPUs have of them comes over the links, while the
+    parts before are transformed. The host enqueues all that.
 
     Args:
         x: the image, of complex64; each GPU of the set has some of its rows.
-        y: the transform, of the same shape; each GPU has some of its columns.
+        between: of the same shape and type, for the transforms of rows.
+        y: the transform, of the same shape; each GPU has some of the columns of each part.
         gpus: how many are in the set.
         transforms: what each does.
         rounds: how many, one after the other.
+        parts: in how many parts the columns are transformed.
+
+    Returns:
+        The last task of each.
     """
-    # The rows' transforms, what is packed of them, and as much again to work in.
-    memory = 3 * x.nbytes // gpus
+    width = x.shape[1]
+    parts = min(parts, width // gpus)
+    edges = [width * part // parts for part in range(parts + 1)]
 
-    @ch.task(placement=gpu * gpus, shards={"x": 0, "y": 1}, memory=memory)
-    def transform(x: ch.In[Sequence[Any]], y: ch.Out[Sequence[Any]]) -> None:
-        context = ch.current()
-        rows, columns = _cuts([len(one) for one in x]), _cuts([one.shape[1] for one in y])
-        packed = []
-        for i, _ in enumerate(context.each()):
-            transformed = transforms.rows(x[i])
-            packed.append([transforms.pack(transformed[:, block]) for block in columns])
-        # Before this a device may still write what another one is about to fetch.
-        context.barrier()
-        for j, _ in enumerate(context.each()):
-            for i in range(gpus):
-                transforms.fetch(packed[i][j], y[j][rows[i]])
-            transforms.columns(y[j])
+    @ch.task(placement=gpu * gpus, shards={"x": 0, "out": 0})
+    def rows(x: ch.In[Sequence[Any]], out: ch.Out[Sequence[Any]]) -> None:
+        for at, _ in enumerate(ch.current().each()):
+            transforms.rows(x[at], out[at])
 
-    return [transform(x, y) for _ in range(rounds)]
+    @ch.task(placement=gpu * gpus, shards={"x": 1, "out": 1}, memory=2 * x.nbytes // gpus // parts)
+    def columns(x: ch.In[Sequence[Any]], out: ch.Out[Sequence[Any]]) -> None:
+        for at, _ in enumerate(ch.current().each()):
+            transforms.columns(x[at], out[at])
+
+    found = []
+    for _ in range(rounds):
+        rows(x, between)
+        blocks = (slice(a, b) for a, b in itertools.pairwise(edges))
+        found.append([columns(between[:, block], y[:, block]) for block in blocks][-1])
+    return found
 
 
 def _cuts(extents: Sequence[int]) -> list[slice]:
@@ -605,71 +641,81 @@ def _cuts(extents: Sequence[int]) -> list[slice]:
     return [slice(a, b) for a, b in itertools.pairwise(ends)]
 
 
-SAMPLES = 4096
-"""Samples at most that a shard gives."""
+SAMPLES = 16_384
+"""Samples at most that the keys of a GPU give."""
 
 
 def sample_sort(
-    keys: ch.Array, scratch: ch.Array, result: ch.Array, gpus: int, partitions: Partitions
+    keys: ch.Array, result: ch.Array, gpus: int, partitions: Partitions, parts: int = 4
 ) -> list[ch.Task[None]]:
     """Spawns the tasks that sort keys over several GPUs.
 
-    Each GPU has a shard of the keys, and gives samples of it. These give splitters, by which each
-    shard is brought into buckets, two a GPU. When it is known how large they are, which the host
-    waits for, a task a bucket collects its pieces and sorts them. Pieces from other GPUs come over
-    the links while buckets before them are sorted.
+    Each GPU has a shard of the keys, and gives samples of it. These give splitters, one bucket a
+    GPU. When it is known how many keys are in each, which the host waits for, the keys are written,
+    part by part, to where they are in their bucket, and a task a bucket sorts it. What it gets from
+    other GPUs comes over the links while these write their next part.
 
     Args:
-        keys: in any order; they stay so.
-        scratch: of the same length and type, for the shards in buckets.
-        result: likewise, for the keys in order.
+        keys: in any order; they stay so. One a GPU at least.
+        result: of the same length and type, for the keys in order.
         gpus: how many.
-        partitions: how a shard is brought into buckets.
+        partitions: how keys are brought into buckets.
+        parts: in how many parts each shard is.
 
     Returns:
         The last tasks.
     """
-    buckets = 2 * gpus
-    few = max(1, min(SAMPLES, len(keys) // gpus))
+    least = len(keys) // gpus
+    few, parts = min(SAMPLES, least), min(parts, least)
     samples = ch.empty((gpus, few), keys.dtype)
-    splitters = ch.empty(buckets - 1, keys.dtype)
-    cuts = ch.empty((gpus, buckets + 1), np.int64)
+    splitters = ch.empty(gpus - 1, keys.dtype)
+    counts = ch.empty((gpus * parts, gpus), np.int64)
 
     @ch.task
-    def sample(part: ch.In[Any], few: ch.Out[Any]) -> None:
-        few[...] = part[:: len(part) // len(few)][: len(few)]
+    def sample(shard: ch.In[Any], few: ch.Out[Any]) -> None:
+        few[...] = shard[:: len(shard) // len(few)][: len(few)]
 
     @ch.task(placement=gpu(0))
     def split(samples: ch.In[Any], splitters: ch.Out[Any]) -> None:
         every = np.sort(samples.reshape(-1))
-        step = len(every) / buckets
-        for at in range(1, buckets):
-            splitters[at - 1 : at] = every[int(at * step)]
+        for at in range(1, gpus):
+            splitters[at - 1 : at] = every[at * len(every) // gpus]
 
     @ch.task
-    def partition(
-        part: ch.In[Any], splitters: ch.In[Any], out: ch.Out[Any], cuts: ch.Out[Any]
-    ) -> None:
-        partitions.partition(part, splitters, out, cuts)
+    def count(part: ch.In[Any], splitters: ch.In[Any], counts: ch.Out[Any]) -> None:
+        partitions.count(part, splitters, counts)
 
     @ch.task
-    def collect(pieces: ch.In[list[Any]], bucket: ch.Out[Any]) -> None:
-        np.concatenate(pieces, out=bucket)
+    def place(part: ch.In[Any], splitters: ch.In[Any], pieces: ch.Out[list[Any]]) -> None:
+        partitions.place(part, splitters, pieces)
+
+    @ch.task
+    def sort(bucket: ch.InOut[Any]) -> None:
         bucket.sort()
 
-    parts, shards = keys.shards(gpus), scratch.shards(gpus)
-    for at in range(gpus):
-        sample.options(placement=gpu(at))(parts[at], samples[at])
+    shards = keys.shards(gpus)
+    # Part by part, so that all GPUs begin at once.
+    owned = [
+        (gpu(at), part)
+        for every in zip(*(shard.shards(parts) for shard in shards), strict=True)
+        for at, part in enumerate(every)
+    ]
+    for at, shard in enumerate(shards):
+        sample.options(placement=gpu(at))(shard, samples[at])
     split(samples, splitters)
-    for at in range(gpus):
-        partition.options(placement=gpu(at))(parts[at], splitters, shards[at], cuts[at])
+    for (owner, part), found in zip(owned, counts, strict=True):
+        count.options(placement=owner)(part, splitters, found)
 
-    begins, start, last = cuts.numpy(), 0, []
-    for at in range(buckets):
-        pieces = [
-            shard[begin[at] : begin[at + 1]] for shard, begin in zip(shards, begins, strict=True)
-        ]
-        stop = start + sum(piece.size for piece in pieces)
-        last.append(collect.options(placement=gpu(at // 2))(pieces, result[start:stop]))
-        start = stop
-    return last
+    # Bucket by bucket, and in each of them part by part.
+    ends = counts.numpy().T.cumsum().reshape(gpus, len(owned))
+    edges = np.concatenate([[0], ends.reshape(-1)])
+    for at, (owner, part) in enumerate(owned):
+        first = range(at, gpus * len(owned), len(owned))
+        place.options(placement=owner)(
+            part, splitters, [result[edges[piece] : edges[piece + 1]] for piece in first]
+        )
+    buckets = itertools.pairwise([0, *ends[:, -1]])
+    return [
+        sort.options(placement=gpu(at))(result[begin:end])
+        for at, (begin, end) in enumerate(buckets)
+    ]
