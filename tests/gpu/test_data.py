@@ -390,10 +390,10 @@ def test_transforms(rt: ch.Runtime, cp: Any, gpus: int) -> None:
 @pytest.mark.parametrize("different", [3, 2**32])
 def test_sorts(rt: ch.Runtime, cp: Any, gpus: int, different: int) -> None:
     values = np.random.default_rng(0).integers(0, different, 100_003, np.uint32)
-    kinds: list[tiled.Partitions] = [tiled.Portable(), tiled.Buckets()]
-    for partitions in kinds:
+    kinds: list[tiled.Merges] = [tiled.Portable(), tiled.MergePaths()]
+    for merges in kinds:
         result = ch.empty(len(values), np.uint32)
-        tiled.sample_sort(ch.array(values), result, gpus, partitions)
+        tiled.merge_sort(ch.array(values), result, gpus, merges)
         np.testing.assert_array_equal(result.numpy(), np.sort(values))
 
 

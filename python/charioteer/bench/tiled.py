@@ -3,14 +3,14 @@
 Each is one function that spawns its tasks and gives what tells when they are done. Where a task
 runs is said: tiles and shards have an owner each, in turns, so that what is measured is the
 runtime and not a policy. Kernels are a parameter: :class:`Portable` ones are NumPy's interface, for
-any device; :class:`Blas`, :class:`Bfloat16`, :class:`CuFft` and :class:`Buckets` call the libraries
-of NVIDIA's GPUs, or are kernels of their own, and work in place where they can.
+any device; :class:`Blas`, :class:`Bfloat16`, :class:`CuFft` and :class:`MergePaths` call the
+libraries of NVIDIA's GPUs, or are kernels of their own, and work in place where they can.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -22,10 +22,10 @@ __all__ = [
     *(
         "Bfloat16",
         "Blas",
-        "Buckets",
         "CuFft",
         "Kernels",
-        "Partitions",
+        "MergePaths",
+        "Merges",
         "Portable",
         "Products",
         "Stripes",
@@ -34,9 +34,9 @@ __all__ = [
         "fft2",
         "jacobi",
         "kmeans",
+        "merge_sort",
         "owner",
         "product",
-        "sample_sort",
         "spread",
     ),
 ]
@@ -81,17 +81,18 @@ class Transforms(Protocol):
         """Write the transforms of all columns to ``out``."""
 
 
-class Partitions(Protocol):
-    """What a sort does with a part of its keys, which are in any order.
+class Merges(Protocol):
+    """What a sort does with runs of keys that are in order."""
 
-    The splitters, in order, are the least key of each bucket but the first.
-    """
+    def merge(self, first: Sequence[Any], second: Sequence[Any], begin: int, out: Any) -> None:
+        """Write a part of what two runs come to.
 
-    def count(self, keys: Any, splitters: Any, counts: Any) -> None:
-        """Write how many keys belong to each bucket."""
-
-    def place(self, keys: Any, splitters: Any, pieces: Sequence[Any]) -> None:
-        """Write the keys to the pieces of their buckets, which have the lengths that it takes."""
+        Args:
+            first: a run, in pieces on devices of the set.
+            second: another one.
+            begin: where in both, merged, the part begins.
+            out: the part, on the current device.
+        """
 
 
 class Portable:
@@ -131,18 +132,14 @@ class Portable:
         """See :class:`Transforms`."""
         out[...] = ch.current().xp.fft.fft(x, axis=0)
 
-    def count(self, keys: Any, splitters: Any, counts: Any) -> None:
-        """See :class:`Partitions`."""
-        ends = np.searchsorted(np.sort(keys), splitters)
-        counts[-1:] = len(keys)
-        counts[:-1] = ends
-        counts[1:] -= ends
-
-    def place(self, keys: Any, splitters: Any, pieces: Sequence[Any]) -> None:
-        """See :class:`Partitions`. What is in order is in buckets too."""
-        ordered = np.sort(keys)
-        for piece, where in zip(pieces, _cuts([len(piece) for piece in pieces]), strict=True):
-            piece[...] = ordered[where]
+    def merge(self, first: Sequence[Any], second: Sequence[Any], begin: int, out: Any) -> None:
+        """See :class:`Merges`."""
+        pieces = [*first, *second]
+        every = ch.current().xp.empty(sum(map(len, pieces)), out.dtype)
+        for piece, where in zip(pieces, _cuts(map(len, pieces)), strict=True):
+            every[where] = piece
+        every.sort()
+        out[...] = every[begin : begin + len(out)]
 
 
 class Blas:
@@ -290,121 +287,144 @@ class CuFft:
         self._kernel(grid, (_SIDE, _LINES), (*given, np.int32(rows), np.int32(columns)))
 
 
-_PARTITION = r"""
-// Blocks of keys are brought into buckets in the order in which blocks come to it. `next` has how
-// many keys of each bucket there were so far. Without `pieces` that is all: it counts. A block
-// brings its keys into buckets in shared memory first: neighbours are written together.
-extern "C" __global__ void partition(const unsigned* keys, long long n, const unsigned* splitters,
-                                     unsigned long long* next, unsigned* const* pieces) {
-    __shared__ unsigned held[THREADS * EACH];
-    __shared__ unsigned of_warp[BUCKETS][THREADS / 32], start[BUCKETS + 1], least[BUCKETS];
-    __shared__ unsigned long long begin[BUCKETS];
-    const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const long long first = (long long)blockIdx.x * THREADS * EACH;
-    const unsigned here = (unsigned)min((long long)THREADS * EACH, n - first);
-    if (threadIdx.x < BUCKETS - 1) least[threadIdx.x] = splitters[threadIdx.x];
-    __syncthreads();
-    unsigned key[EACH], count[BUCKETS];
-    int bucket[EACH];
+_MERGE = r"""
+// An ordered run lies on several GPUs, piece after piece.
+template <int PIECES>
+struct Run {
+    const unsigned* piece[PIECES];
+    long long end[PIECES];
+    __device__ long long length() const { return end[PIECES - 1]; }
+    __device__ unsigned operator[](long long at) const {
+        const unsigned* found = piece[0] + at;
 #pragma unroll
-    for (int b = 0; b < BUCKETS; b++) count[b] = 0;
+        for (int p = 1; p < PIECES; p++)
+            if (at >= end[p - 1]) found = piece[p] + (at - end[p - 1]);
+        return *found;
+    }
+};
+#define RUNS const Run<FIRST> first = {{FIRST_PIECES}, {FIRST_ENDS}}; \
+             const Run<SECOND> second = {{SECOND_PIECES}, {SECOND_ENDS}};
+#define TILE (THREADS * EACH)
+
+// How many of the first `before` elements of both runs are of the first one: from `low` to `high`.
+template <class A, class B>
+__device__ long long divide(const A& first, const B& second, long long before, long long low,
+                            long long high) {
+    while (low < high) {
+        const long long middle = (low + high) / 2;
+        if (first[middle] <= second[before - 1 - middle]) low = middle + 1;
+        else high = middle;
+    }
+    return low;
+}
+
+// Divides where tiles of the output begin, and where the last one ends. Without `fine` at each
+// COARSEth: then those between are searched for in what that leaves, side by side.
+extern "C" __global__ void split(PARAMETERS, long long begin, long long count, int fine,
+                                 long long* splits) {
+    RUNS
+    const int tiles = (int)((count + TILE - 1) / TILE);
+    int tile = blockIdx.x * THREADS + threadIdx.x;
+    if (!fine) tile = (int)min((long long)tile * COARSE, (long long)tiles);
+    else if (tile >= tiles || tile % COARSE == 0) return;
+    const long long before = begin + min((long long)tile * TILE, count);
+    long long low = max(0ll, before - second.length()), high = min(before, first.length());
+    if (fine) {
+        const int last = tile / COARSE * COARSE, next = min(last + COARSE, tiles);
+        low = max(low, splits[last]);
+        high = min(high, splits[next]);
+    }
+    splits[tile] = divide(first, second, before, low, high);
+}
+
+// Merges a tile a block: brings it into shared memory, where each thread merges a part.
+extern "C" __global__ void __launch_bounds__(THREADS, 3)
+    merge(PARAMETERS, long long begin, long long count,
+                                 const long long* splits, unsigned* out) {
+    RUNS
+    __shared__ unsigned held[TILE + EACH];
+    const long long offset = (long long)blockIdx.x * TILE;
+    const int total = (int)min((long long)TILE, count - offset);
+    const long long from = splits[blockIdx.x], other = begin + offset - from;
+    const int some = (int)(splits[blockIdx.x + 1] - from);
+    unsigned key[EACH];
 #pragma unroll
     for (int k = 0; k < EACH; k++) {
-        const unsigned at = k * THREADS + threadIdx.x;
-        bucket[k] = -1;
-        if (at < here) {
-            key[k] = keys[first + at];
-            bucket[k] = 0;
-#pragma unroll
-            for (int b = 0; b < BUCKETS - 1; b++) bucket[k] += key[k] >= least[b];
-        }
-#pragma unroll
-        for (int b = 0; b < BUCKETS; b++) count[b] += bucket[k] == b;
+        const int at = k * THREADS + threadIdx.x;
+        if (at < total) key[k] = at < some ? first[from + at] : second[other + at - some];
     }
-    // How many keys of each bucket the threads before this one have: in its warp, then before that.
-    unsigned before[BUCKETS];
 #pragma unroll
-    for (int b = 0; b < BUCKETS; b++) {
-        unsigned sum = count[b];
-#pragma unroll
-        for (int step = 1; step < 32; step *= 2) {
-            const unsigned other = __shfl_up_sync(~0u, sum, step);
-            if (lane >= step) sum += other;
-        }
-        before[b] = sum - count[b];
-        if (lane == 31) of_warp[b][warp] = sum;
+    for (int k = 0; k < EACH; k++) {
+        const int at = k * THREADS + threadIdx.x;
+        if (at < total) held[at] = key[k];
     }
     __syncthreads();
-    if (threadIdx.x < BUCKETS) {
-        unsigned sum = 0;
-        for (int w = 0; w < THREADS / 32; w++) {
-            const unsigned own = of_warp[threadIdx.x][w];
-            of_warp[threadIdx.x][w] = sum;
-            sum += own;
-        }
-        begin[threadIdx.x] = atomicAdd(&next[threadIdx.x], (unsigned long long)sum);
-        start[threadIdx.x + 1] = sum;
-    }
-    if (!pieces) return;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        start[0] = 0;
-        for (int b = 0; b < BUCKETS; b++) start[b + 1] += start[b];
+    const int before = min((int)threadIdx.x * EACH, total);
+    const unsigned* rest = held + some;
+    int a = (int)divide(held, rest, before, max(0, before - (total - some)), min(before, some));
+    int b = before - a;
+#pragma unroll
+    for (int k = 0; k < EACH; k++) {
+        const bool is_first = b >= total - some || (a < some && held[a] <= rest[b]);
+        key[k] = is_first ? held[a++] : rest[b++];
     }
     __syncthreads();
 #pragma unroll
-    for (int b = 0; b < BUCKETS; b++) {
-        unsigned place = start[b] + of_warp[b][warp] + before[b];
-#pragma unroll
-        for (int k = 0; k < EACH; k++) {
-            if (bucket[k] == b) held[place++] = key[k];
-        }
-    }
+    for (int k = 0; k < EACH; k++) held[threadIdx.x * EACH + k] = key[k];
     __syncthreads();
-    for (unsigned at = threadIdx.x; at < here; at += THREADS) {
-        int b = 0;
 #pragma unroll
-        for (int other = 1; other < BUCKETS; other++) b += at >= start[other];
-        pieces[b][begin[b] + (at - start[b])] = held[at];
+    for (int k = 0; k < EACH; k++) {
+        const int at = k * THREADS + threadIdx.x;
+        if (at < total) out[offset + at] = held[at];
     }
 }
 """
-_THREADS, _EACH = 256, 16
+_MERGERS, _KEYS, _COARSE = 512, 15, 64
 
 
-class Buckets:
-    """Partitions keys of uint32 into a few buckets, up to 32, by a kernel, which reads them twice,
-    to count and to place them, and writes them once."""
+class MergePaths:
+    """Merges runs of keys of uint32 by kernels, each GPU its part, whose ends it finds by binary
+    search. They read what other GPUs have over the links."""
 
     def __init__(self) -> None:
         import cupy
 
         self._cupy = cupy
-        self._kernels: dict[int, Any] = {}
+        self._kernels: dict[tuple[int, int], Any] = {}
 
-    def _kernel(self, buckets: int) -> Any:
-        """Compiled for so many, whose counts are in registers."""
-        if buckets not in self._kernels:
-            sizes = {"BUCKETS": buckets, "THREADS": _THREADS, "EACH": _EACH}
+    def _module(self, first: int, second: int) -> Any:
+        """Compiled for runs of so many pieces, which are parameters."""
+        if (first, second) not in self._kernels:
+            source, pieces = _MERGE, range(first + second)
+            for name, given in {
+                "PARAMETERS": [f"const unsigned* piece{at}, long long end{at}" for at in pieces],
+                "FIRST_PIECES": [f"piece{at}" for at in pieces[:first]],
+                "FIRST_ENDS": [f"end{at}" for at in pieces[:first]],
+                "SECOND_PIECES": [f"piece{at}" for at in pieces[first:]],
+                "SECOND_ENDS": [f"end{at}" for at in pieces[first:]],
+            }.items():
+                source = source.replace(name, ", ".join(given))
+            sizes = {"THREADS": _MERGERS, "EACH": _KEYS, "COARSE": _COARSE}
+            sizes |= {"FIRST": first, "SECOND": second}
             options = tuple(f"-D{name}={size}" for name, size in sizes.items())
-            self._kernels[buckets] = self._cupy.RawKernel(_PARTITION, "partition", options)
-        return self._kernels[buckets]
+            self._kernels[first, second] = self._cupy.RawModule(code=source, options=options)
+        return self._kernels[first, second]
 
-    def count(self, keys: Any, splitters: Any, counts: Any) -> None:
-        """See :class:`Partitions`."""
-        counts.fill(0)
-        self._run(keys, splitters, counts, np.uint64(0))
-
-    def place(self, keys: Any, splitters: Any, pieces: Sequence[Any]) -> None:
-        """See :class:`Partitions`."""
-        cupy = self._cupy
-        pointers = cupy.asarray(np.array([piece.data.ptr for piece in pieces], np.uint64))
-        self._run(keys, splitters, cupy.zeros(len(pieces), np.int64), pointers)
-
-    def _run(self, keys: Any, splitters: Any, following: Any, pieces: Any) -> None:
-        blocks = -(-len(keys) // (_THREADS * _EACH))
-        given = keys, np.int64(len(keys)), splitters, following, pieces
-        self._kernel(len(following))((blocks,), (_THREADS,), given)
+    def merge(self, first: Sequence[Any], second: Sequence[Any], begin: int, out: Any) -> None:
+        """See :class:`Merges`."""
+        tiles = -(-len(out) // (_MERGERS * _KEYS))
+        splits = self._cupy.empty(tiles + 1, np.int64)
+        given: list[Any] = []
+        for run in (first, second):
+            for piece, end in zip(run, itertools.accumulate(map(len, run)), strict=True):
+                # The address, since CuPy warns of arrays of other GPUs.
+                given += np.uint64(piece.data.ptr), np.int64(end)
+        given += np.int64(begin), np.int64(len(out))
+        module = self._module(len(first), len(second))
+        split, threads = module.get_function("split"), (_MERGERS,)
+        for fine, searches in enumerate((-(-tiles // _COARSE) + 1, tiles)):
+            split((-(-searches // _MERGERS),), threads, (*given, np.int32(fine), splits))
+        module.get_function("merge")((tiles,), threads, (*given, splits, out))
 
 
 def owner(row: int, gpus: int) -> Any:
@@ -430,6 +450,26 @@ def spread(regions: Any, gpus: int, lower: bool = False) -> list[ch.Task[Any]]:
     ]
 
 
+@ch.task
+def _potrf(kernels: Kernels, a: ch.InOut[Any]) -> None:
+    kernels.potrf(a)
+
+
+@ch.task
+def _trsm(kernels: Kernels, diagonal: ch.In[Any], a: ch.InOut[Any]) -> None:
+    kernels.trsm(diagonal, a)
+
+
+@ch.task
+def _syrk(kernels: Kernels, a: ch.In[Any], c: ch.InOut[Any]) -> None:
+    kernels.syrk(a, c)
+
+
+@ch.task
+def _gemm(kernels: Kernels, a: ch.In[Any], b: ch.In[Any], c: ch.InOut[Any]) -> None:
+    kernels.gemm(a, b, c)
+
+
 def cholesky(A: Any, gpus: int, kernels: Kernels) -> None:
     """Spawns the tasks that overwrite the lower triangle of a matrix with its Cholesky factor.
 
@@ -438,35 +478,30 @@ def cholesky(A: Any, gpus: int, kernels: Kernels) -> None:
         gpus: how many GPUs own them, row by row: see :func:`owner`.
         kernels: what to do with tiles.
     """
-
-    @ch.task
-    def potrf(a: ch.InOut[Any]) -> None:
-        kernels.potrf(a)
-
-    @ch.task
-    def trsm(diagonal: ch.In[Any], a: ch.InOut[Any]) -> None:
-        kernels.trsm(diagonal, a)
-
-    @ch.task
-    def syrk(a: ch.In[Any], c: ch.InOut[Any]) -> None:
-        kernels.syrk(a, c)
-
-    @ch.task
-    def gemm(a: ch.In[Any], b: ch.In[Any], c: ch.InOut[Any]) -> None:
-        kernels.gemm(a, b, c)
-
     n = A.shape[0]
     owners = [owner(i, gpus) for i in range(n)]
     # Those of the next column come before all others.
     for k in range(n):
-        potrf.options(priority=3 * (n - k), placement=owners[k])(A[k, k])
+        _potrf.options(priority=3 * (n - k), placement=owners[k])(kernels, A[k, k])
         for i in range(k + 1, n):
-            trsm.options(priority=3 * (n - k), placement=owners[i])(A[k, k], A[i, k])
+            solve = _trsm.options(priority=3 * (n - k), placement=owners[i])
+            solve(kernels, A[k, k], A[i, k])
         for j in range(k + 1, n):
-            syrk.options(priority=3 * (n - j), placement=owners[j])(A[j, k], A[j, j])
+            update = _syrk.options(priority=3 * (n - j), placement=owners[j])
+            update(kernels, A[j, k], A[j, j])
             for i in range(j + 1, n):
-                update = gemm.options(priority=3 * (n - j), placement=owners[i])
-                update(A[i, k], A[j, k], A[i, j])
+                multiply = _gemm.options(priority=3 * (n - j), placement=owners[i])
+                multiply(kernels, A[i, k], A[j, k], A[i, j])
+
+
+@ch.task
+def _multiply(kernels: Products, a: ch.In[Any], b: ch.In[Any], c: ch.Out[Any]) -> None:
+    kernels.multiply(a, b, c)
+
+
+@ch.task
+def _multiply_add(kernels: Products, a: ch.In[Any], b: ch.In[Any], c: ch.InOut[Any]) -> None:
+    kernels.multiply_add(a, b, c)
 
 
 def product(A: Any, B: Any, C: Any, gpus: int, kernels: Products) -> None:
@@ -475,22 +510,16 @@ def product(A: Any, B: Any, C: Any, gpus: int, kernels: Products) -> None:
     An owner begins with the column of its row's number: where columns of tiles of B have owners in
     turns too, it has that one, and the others come meanwhile.
     """
-
-    @ch.task(array_library=kernels.library)
-    def multiply(a: ch.In[Any], b: ch.In[Any], c: ch.Out[Any]) -> None:
-        kernels.multiply(a, b, c)
-
-    @ch.task(array_library=kernels.library)
-    def multiply_add(a: ch.In[Any], b: ch.In[Any], c: ch.InOut[Any]) -> None:
-        kernels.multiply_add(a, b, c)
-
     (rows, inner), columns = A.shape, B.shape[1]
     for i in range(rows):
-        placement = gpu(i % gpus)
+        multiply, multiply_add = (
+            one.options(placement=gpu(i % gpus), array_library=kernels.library)
+            for one in (_multiply, _multiply_add)
+        )
         for j in ((i + step) % columns for step in range(columns)):
-            multiply.options(placement=placement)(A[i, 0], B[0, j], C[i, j])
+            multiply(kernels, A[i, 0], B[0, j], C[i, j])
             for k in range(1, inner):
-                multiply_add.options(placement=placement)(A[i, k], B[k, j], C[i, j])
+                multiply_add(kernels, A[i, k], B[k, j], C[i, j])
 
 
 class Stripes:
@@ -515,6 +544,20 @@ class Stripes:
         return np.vstack([first[:1].numpy(), *inner, last[-1:].numpy()])
 
 
+@ch.task
+def _relax(old: ch.In[Any], new: ch.InOut[Any]) -> None:
+    inner = new[1:-1, 1:-1]
+    np.add(old[:-2, 1:-1], old[2:, 1:-1], out=inner)
+    inner += old[1:-1, :-2]
+    inner += old[1:-1, 2:]
+    inner *= 0.25
+
+
+@ch.task
+def _send(row: ch.In[Any], halo: ch.Out[Any]) -> None:
+    halo[...] = row
+
+
 def jacobi(old: Stripes, new: Stripes, sweeps: int, gpus: int) -> Stripes:
     """Spawns sweeps of Jacobi's iteration: a task a stripe, and one for each row that a neighbour
     needs. Stripes next to each other have one owner, as far as they can.
@@ -522,30 +565,36 @@ def jacobi(old: Stripes, new: Stripes, sweeps: int, gpus: int) -> Stripes:
     Returns:
         The one of the two that has the last sweep.
     """
-
-    @ch.task
-    def relax(old: ch.In[Any], new: ch.InOut[Any]) -> None:
-        inner = new[1:-1, 1:-1]
-        np.add(old[:-2, 1:-1], old[2:, 1:-1], out=inner)
-        inner += old[1:-1, :-2]
-        inner += old[1:-1, 2:]
-        inner *= 0.25
-
-    @ch.task
-    def send(row: ch.In[Any], halo: ch.Out[Any]) -> None:
-        halo[...] = row
-
     count = len(old.arrays)
     owners = [gpu(at * gpus // count) for at in range(count)]
     for _ in range(sweeps):
         for at in range(count):
-            relax.options(placement=owners[at])(old.arrays[at], new.arrays[at])
+            _relax.options(placement=owners[at])(old.arrays[at], new.arrays[at])
         for at in range(count - 1):
             upper, lower = new.arrays[at], new.arrays[at + 1]
-            send.options(placement=owners[at + 1])(upper[-2:-1], lower[:1])
-            send.options(placement=owners[at])(lower[1:2], upper[-1:])
+            _send.options(placement=owners[at + 1])(upper[-2:-1], lower[:1])
+            _send.options(placement=owners[at])(lower[1:2], upper[-1:])
         old, new = new, old
     return old
+
+
+@ch.task
+def _assign(points: ch.In[Any], centers: ch.In[Any], totals: ch.Out[Any]) -> None:
+    xp = ch.current().xp
+    distances = (centers**2).sum(axis=1) - 2.0 * points @ centers.T
+    nearest = distances.argmin(axis=1)
+    # One-hot rows, so that sums are products.
+    member = (nearest[None, :] == xp.arange(len(centers))[:, None]).astype(points.dtype)
+    totals[:, :-1] = member @ points
+    totals[:, -1] = member.sum(axis=1)
+
+
+@ch.task
+def _move(totals: ch.In[Any], centers: ch.InOut[Any]) -> None:
+    xp = ch.current().xp
+    every = totals.sum(axis=0)
+    count = every[:, -1:]
+    centers[...] = xp.where(count > 0, every[:, :-1] / xp.maximum(count, 1), centers)
 
 
 def kmeans(points: ch.Array, centers: ch.Array, rounds: int, gpus: int, shards: int = 1) -> None:
@@ -559,31 +608,25 @@ def kmeans(points: ch.Array, centers: ch.Array, rounds: int, gpus: int, shards: 
         gpus: over how many GPUs.
         shards: how many tasks a round on each.
     """
-
-    @ch.task
-    def assign(points: ch.In[Any], centers: ch.In[Any], totals: ch.Out[Any]) -> None:
-        xp = ch.current().xp
-        distances = (centers**2).sum(axis=1) - 2.0 * points @ centers.T
-        nearest = distances.argmin(axis=1)
-        # One-hot rows, so that sums are products.
-        member = (nearest[None, :] == xp.arange(len(centers))[:, None]).astype(points.dtype)
-        totals[:, :-1] = member @ points
-        totals[:, -1] = member.sum(axis=1)
-
-    @ch.task
-    def move(totals: ch.In[Any], centers: ch.InOut[Any]) -> None:
-        xp = ch.current().xp
-        every = totals.sum(axis=0)
-        count = every[:, -1:]
-        centers[...] = xp.where(count > 0, every[:, :-1] / xp.maximum(count, 1), centers)
-
     (k, d), parts = centers.shape, points.shards(gpus * shards)
     # Sums, and numbers of points.
     totals = ch.empty((len(parts), k, d + 1), centers.dtype)
     for _ in range(rounds):
         for at, part in enumerate(parts):
-            assign.options(placement=gpu(at // shards))(part, centers, totals[at])
-        move.options(placement=gpu(0))(totals, centers)
+            _assign.options(placement=gpu(at // shards))(part, centers, totals[at])
+        _move.options(placement=gpu(0))(totals, centers)
+
+
+@ch.task(shards={"x": 0, "out": 0})
+def _rows(transforms: Transforms, x: ch.In[Sequence[Any]], out: ch.Out[Sequence[Any]]) -> None:
+    for at, _ in enumerate(ch.current().each()):
+        transforms.rows(x[at], out[at])
+
+
+@ch.task(shards={"x": 1, "out": 1})
+def _columns(transforms: Transforms, x: ch.In[Sequence[Any]], out: ch.Out[Sequence[Any]]) -> None:
+    for at, _ in enumerate(ch.current().each()):
+        transforms.columns(x[at], out[at])
 
 
 def fft2(
@@ -617,105 +660,64 @@ def fft2(
     parts = min(parts, width // gpus)
     edges = [width * part // parts for part in range(parts + 1)]
 
-    @ch.task(placement=gpu * gpus, shards={"x": 0, "out": 0})
-    def rows(x: ch.In[Sequence[Any]], out: ch.Out[Sequence[Any]]) -> None:
-        for at, _ in enumerate(ch.current().each()):
-            transforms.rows(x[at], out[at])
-
-    @ch.task(placement=gpu * gpus, shards={"x": 1, "out": 1}, memory=2 * x.nbytes // gpus // parts)
-    def columns(x: ch.In[Sequence[Any]], out: ch.Out[Sequence[Any]]) -> None:
-        for at, _ in enumerate(ch.current().each()):
-            transforms.columns(x[at], out[at])
-
+    rows = _rows.options(placement=gpu * gpus)
+    columns = _columns.options(placement=gpu * gpus, memory=2 * x.nbytes // gpus // parts)
     found = []
     for _ in range(rounds):
-        rows(x, between)
+        rows(transforms, x, between)
         blocks = (slice(a, b) for a, b in itertools.pairwise(edges))
-        found.append([columns(between[:, block], y[:, block]) for block in blocks][-1])
+        found.append([columns(transforms, between[:, one], y[:, one]) for one in blocks][-1])
     return found
 
 
-def _cuts(extents: Sequence[int]) -> list[slice]:
+def _cuts(extents: Iterable[int]) -> list[slice]:
     """The ranges that follow one another with these extents."""
     ends = list(itertools.accumulate(extents, initial=0))
     return [slice(a, b) for a, b in itertools.pairwise(ends)]
 
 
-SAMPLES = 16_384
-"""Samples at most that the keys of a GPU give."""
+@ch.task(shards={"keys": 0, "result": 0})
+def _sort(merges: Merges, keys: ch.InOut[Sequence[Any]], result: ch.Out[Sequence[Any]]) -> None:
+    context = ch.current()
+    for at, _ in enumerate(context.each()):
+        keys[at].sort()
+    pieces, runs = list(keys), [[at] for at in range(len(keys))]
+    while True:
+        # Before this another GPU may still write what is about to be read.
+        context.barrier()
+        pairs = [runs[at : at + 2] for at in range(0, len(runs), 2)]
+        runs, merged = [[*itertools.chain(*pair)] for pair in pairs], []
+        for at, _ in enumerate(context.each()):
+            which = next(which for which, run in enumerate(runs) if at in run)
+            out = result[at] if len(runs) == 1 else context.xp.empty_like(keys[at])
+            first, *others = [[pieces[one] for one in run] for run in pairs[which]]
+            if others:
+                begin = sum(len(pieces[one]) for one in runs[which] if one < at)
+                merges.merge(first, others[0], begin, out)
+            else:
+                out[...] = pieces[at]
+            merged.append(out)
+        if len(runs) == 1:
+            return
+        pieces = merged
 
 
-def sample_sort(
-    keys: ch.Array, result: ch.Array, gpus: int, partitions: Partitions, parts: int = 4
-) -> list[ch.Task[None]]:
-    """Spawns the tasks that sort keys over several GPUs.
+def merge_sort(keys: ch.Array, result: ch.Array, gpus: int, merges: Merges) -> ch.Task[None]:
+    """Spawns the task that sorts keys over a set of GPUs.
 
-    Each GPU has a shard of the keys, and gives samples of it. These give splitters, one bucket a
-    GPU. When it is known how many keys are in each, which the host waits for, the keys are written,
-    part by part, to where they are in their bucket, and a task a bucket sorts it. What it gets from
-    other GPUs comes over the links while these write their next part.
+    Each GPU sorts its shard. Then runs of one GPU become runs of two, and so on, until one is left:
+    each GPU makes that part of a merged run which is to be its own, and reads what it needs of both
+    runs, also on other GPUs. The host enqueues all that.
 
     Args:
-        keys: in any order; they stay so. One a GPU at least.
+        keys: in any order; then each GPU has its shard in order.
         result: of the same length and type, for the keys in order.
-        gpus: how many.
-        partitions: how keys are brought into buckets.
-        parts: in how many parts each shard is.
+        gpus: how many are in the set.
+        merges: how runs are merged.
 
     Returns:
-        The last tasks.
+        The task.
     """
-    least = len(keys) // gpus
-    few, parts = min(SAMPLES, least), min(parts, least)
-    samples = ch.empty((gpus, few), keys.dtype)
-    splitters = ch.empty(gpus - 1, keys.dtype)
-    counts = ch.empty((gpus * parts, gpus), np.int64)
-
-    @ch.task
-    def sample(shard: ch.In[Any], few: ch.Out[Any]) -> None:
-        few[...] = shard[:: len(shard) // len(few)][: len(few)]
-
-    @ch.task(placement=gpu(0))
-    def split(samples: ch.In[Any], splitters: ch.Out[Any]) -> None:
-        every = np.sort(samples.reshape(-1))
-        for at in range(1, gpus):
-            splitters[at - 1 : at] = every[at * len(every) // gpus]
-
-    @ch.task
-    def count(part: ch.In[Any], splitters: ch.In[Any], counts: ch.Out[Any]) -> None:
-        partitions.count(part, splitters, counts)
-
-    @ch.task
-    def place(part: ch.In[Any], splitters: ch.In[Any], pieces: ch.Out[list[Any]]) -> None:
-        partitions.place(part, splitters, pieces)
-
-    @ch.task
-    def sort(bucket: ch.InOut[Any]) -> None:
-        bucket.sort()
-
-    shards = keys.shards(gpus)
-    # Part by part, so that all GPUs begin at once.
-    owned = [
-        (gpu(at), part)
-        for every in zip(*(shard.shards(parts) for shard in shards), strict=True)
-        for at, part in enumerate(every)
-    ]
-    for at, shard in enumerate(shards):
-        sample.options(placement=gpu(at))(shard, samples[at])
-    split(samples, splitters)
-    for (owner, part), found in zip(owned, counts, strict=True):
-        count.options(placement=owner)(part, splitters, found)
-
-    # Bucket by bucket, and in each of them part by part.
-    ends = counts.numpy().T.cumsum().reshape(gpus, len(owned))
-    edges = np.concatenate([[0], ends.reshape(-1)])
-    for at, (owner, part) in enumerate(owned):
-        first = range(at, gpus * len(owned), len(owned))
-        place.options(placement=owner)(
-            part, splitters, [result[edges[piece] : edges[piece + 1]] for piece in first]
-        )
-    buckets = itertools.pairwise([0, *ends[:, -1]])
-    return [
-        sort.options(placement=gpu(at))(result[begin:end])
-        for at, (begin, end) in enumerate(buckets)
-    ]
+    # What a sort works in, or two runs between the first and the last.
+    memory = 2 * -(-keys.nbytes // gpus)
+    return _sort.options(placement=gpu * gpus, memory=memory)(merges, keys, result)
