@@ -480,14 +480,16 @@ def cholesky(A: Any, gpus: int, kernels: Kernels) -> None:
     """
     n = A.shape[0]
     owners = [owner(i, gpus) for i in range(n)]
-    # Those of the next column come before all others.
+    # The further left a task writes the more urgent it is, and the diagonal, for which its column
+    # waits, before all below. A solution is as urgent as the updates that read it: in front of old
+    # updates it would hold up a GPU, whose bodies run ahead, until the diagonal's factor comes.
     for k in range(n):
-        _potrf.options(priority=3 * (n - k), placement=owners[k])(kernels, A[k, k])
+        _potrf.options(priority=3 * (n - k) + 2, placement=owners[k])(kernels, A[k, k])
         for i in range(k + 1, n):
-            solve = _trsm.options(priority=3 * (n - k), placement=owners[i])
+            solve = _trsm.options(priority=3 * (n - k - 1), placement=owners[i])
             solve(kernels, A[k, k], A[i, k])
         for j in range(k + 1, n):
-            update = _syrk.options(priority=3 * (n - j), placement=owners[j])
+            update = _syrk.options(priority=3 * (n - j) + 1, placement=owners[j])
             update(kernels, A[j, k], A[j, j])
             for i in range(j + 1, n):
                 multiply = _gemm.options(priority=3 * (n - j), placement=owners[i])
