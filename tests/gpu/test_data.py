@@ -174,6 +174,33 @@ def test_what_goes_home_may_come_back_at_once(
         assert (A.numpy() == value + 1).all()
 
 
+def test_memory_of_the_host_is_pinned_for_who_uses_it(rt: ch.Runtime, cp: Any) -> None:
+    """Not for an array that is written and read on GPUs alone: that takes as long as to copy it."""
+    A = ch.empty(4 * MiB, np.uint8)
+    with A.host("w") as a:
+        address = a.ctypes.data
+
+    def is_pinned() -> bool:
+        return bool(cp.cuda.runtime.pointerGetAttributes(address).type == 1)
+
+    @ch.task(placement=gpu(0))
+    def write(x: ch.Out[Array]) -> None:
+        x.fill(3)
+
+    @ch.task(placement=gpu(0))
+    def change(x: ch.InOut[Array]) -> None:
+        x += 1
+
+    ch.wait([write(A), change(A)])
+    assert not is_pinned()
+    with A.host("r") as a:
+        assert a.ctypes.data == address
+        assert (a == 4).all()
+    assert is_pinned()
+    change(A).result()
+    assert (A.numpy() == 5).all()
+
+
 def test_torch_tensors(rt: ch.Runtime, torch: Any) -> None:
     a = np.arange(12.0, dtype=np.float32).reshape(3, 4)
     A, B = ch.array(a), ch.empty((4, 3), np.float32)

@@ -186,7 +186,13 @@ impl State {
     }
 
     /// Who gives a piece to a device soonest.
-    fn source(&self, machine: &Machine, directory: u32, piece: u32, to: DeviceId) -> Option<u32> {
+    pub(super) fn source(
+        &self,
+        machine: &Machine,
+        directory: u32,
+        piece: u32,
+        to: DeviceId,
+    ) -> Option<u32> {
         let directory = &self.directories[directory];
         let piece = &directory.pieces[piece];
         let bytes = directory.bytes(&piece.region);

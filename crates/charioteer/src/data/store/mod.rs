@@ -453,15 +453,18 @@ impl Store {
         wants: &[Want<'_>],
         memory: u64,
     ) -> Result<Held, DeviceError> {
-        self.prepare(wants, stream.device);
-        self.change(|state, machine| {
+        self.prepared(stream.device, |state, machine| {
             let mut held = state.hold(machine, stream.device, wants, memory, &self.graves)?;
+            if let Some(storage) = state.unprepared(machine, &held) {
+                state.release(&mut held);
+                return Ok(Err(storage));
+            }
             let ready = state.ready(machine, stream, &mut held);
             for want in &held.wants {
                 state.unwant(number, want.directory, want.frame);
             }
             match ready {
-                Ok(()) => Ok(Held(held)),
+                Ok(()) => Ok(Ok(Held(held))),
                 Err(error) => {
                     state.release(&mut held);
                     Err(error)
@@ -470,12 +473,20 @@ impl Store {
         })
     }
 
-    /// Has the memory of arrays that come to a device for the first time prepared for copies.
+    /// Makes a change that may find that elements are about to come from the host's memory of an array for the
+    /// first time. That is prepared for copies then, with no lock held, since it may take a while, and the
+    /// change is made anew. What is on devices alone takes no such time; if it goes home for want of room, that
+    /// is a copy from or to memory like any other's, and a slow one.
     #[inline]
-    fn prepare(&self, wants: &[Want<'_>], device: DeviceId) {
-        for want in wants {
-            if want.storage.is_unprepared(device) {
-                want.storage.prepare(self.machine.device(device));
+    fn prepared<R>(
+        &self,
+        device: DeviceId,
+        mut call: impl FnMut(&mut State, &Machine) -> Result<Result<R, Arc<Storage>>, DeviceError>,
+    ) -> Result<R, DeviceError> {
+        loop {
+            match self.change(&mut call)? {
+                Ok(result) => return Ok(result),
+                Err(storage) => storage.prepare(self.machine.device(device)),
             }
         }
     }
@@ -514,11 +525,11 @@ impl Store {
             return Ok(SmallVec::new());
         }
         for want in wants {
-            if let Some(own) = &want.storage.adopted
-                && want.storage.is_unprepared(HOST)
-            {
-                want.storage
-                    .prepare(self.machine.device(own.pointer.device));
+            let storage = want.storage;
+            if want.touch.reads() && storage.is_scattered() && storage.is_unprepared(HOST) {
+                let own = storage.adopted.as_ref();
+                let device = own.map_or(DeviceId::gpu(0), |own| own.pointer.device);
+                storage.prepare(self.machine.device(device));
             }
         }
         self.change(|state, machine| {
@@ -557,9 +568,12 @@ impl Store {
         if device == HOST {
             return self.ensure_host(&wants);
         }
-        self.prepare(&wants, device);
-        self.change(|state, machine| {
+        self.prepared(device, |state, machine| {
             let mut held = state.hold(machine, device, &wants, 0, &self.graves)?;
+            if let Some(storage) = state.unprepared(machine, &held) {
+                state.release(&mut held);
+                return Ok(Err(storage));
+            }
             let mut behind = Events::new();
             let brought = held.wants.iter().try_for_each(|want| {
                 let frame = Some(want.frame);
@@ -567,7 +581,7 @@ impl Store {
             });
             state.release(&mut held);
             brought?;
-            Ok(behind.unmet(machine))
+            Ok(Ok(behind.unmet(machine)))
         })
     }
 
@@ -1034,6 +1048,34 @@ impl State {
             None => !want.touch.reads(),
         };
         is_there && instance.born.is_empty() && !(want.touch.writes() && has_copies(uses))
+    }
+
+    /// An array of which something that is held comes from the host's memory, where that is not prepared yet.
+    #[inline]
+    fn unprepared(&mut self, machine: &Machine, held: &Hold) -> Option<Arc<Storage>> {
+        let device = held.device;
+        let want = held.wants.iter().find(|want| {
+            want.touch.reads()
+                && want.storage.is_unprepared(device)
+                && !self.is_ready(want)
+                && self.comes_from_home(machine, want)
+        })?;
+        Some(Arc::clone(&want.storage))
+    }
+
+    #[cold]
+    fn comes_from_home(&mut self, machine: &Machine, want: &Pinned) -> bool {
+        let (known, device) = (want.directory, self.device_of(want.at));
+        let region = self.region_of(want).clone();
+        let directory = &mut self.directories[known];
+        let numbers = directory.cover(&region, Some(want.frame), &mut self.instances);
+        numbers.iter().any(|&number| {
+            let piece = &self.directories[known].pieces[number];
+            piece.holder(want.at).is_none()
+                && self
+                    .source(machine, known, number, device)
+                    .is_none_or(|from| from == HOME)
+        })
     }
 
     /// Brings what is read, and has the stream wait for what it has to.

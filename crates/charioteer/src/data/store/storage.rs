@@ -66,8 +66,12 @@ impl Drop for Buffer {
     }
 }
 
-/// Arrays of fewer bytes are not worth the call that prepares their memory for copies.
-const WORTHY: u64 = 1 << 20;
+/// Arrays of fewer bytes are not worth the call that prepares their memory for copies. Tests have small ones.
+const WORTHY: u64 = if cfg!(any(test, feature = "validate")) {
+    1 << 6
+} else {
+    1 << 20
+};
 
 impl Storage {
     /// An array of this shape, with elements of `item` bytes, in C order from `address` on. The buffer
@@ -117,7 +121,7 @@ impl Storage {
             scattered: AtomicBool::new(adopted.is_some() && !whole.is_empty()),
             whole,
             adopted,
-            prepared: AtomicBool::new(false),
+            prepared: AtomicBool::new(bytes.is_some_and(|bytes| bytes < WORTHY)),
             owner: OnceLock::new(),
             hint: AtomicU32::new(u32::MAX),
             life: Mutex::new(Life {
@@ -204,10 +208,6 @@ impl Storage {
     /// Has the host's memory prepared for copies, before the first of them. It may take a while.
     #[cold]
     pub(super) fn prepare(&self, device: &Arc<dyn Device>) {
-        if self.bytes() < WORTHY {
-            self.prepared.store(true, Ordering::Relaxed);
-            return;
-        }
         let mut life = self.life.lock();
         if self.prepared.swap(true, Ordering::Relaxed) {
             return;
