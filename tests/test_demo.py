@@ -334,15 +334,15 @@ def test_the_factorization_may_run_on_devices() -> None:
         ["gp_classification.py", "--tile", "300", "--workers", "2"],
         ["adaptive_quadrature.py", "--lines", "40", "--workers", "2"],
         ["wide_and_narrow.py", "--tasks", "500", "--seed", "1"],
-        ["lu.py", "--size", "100", "--tile", "32"],
-        ["jacobi.py", "--size", "50", "--block", "16", "--sweeps", "9"],
-        ["matrix_product.py", "--size", "90", "--tile", "40"],
-        ["kmeans.py", "--rounds", "3", "--shards", "5"],
-        ["tsqr.py", "--rows", "500", "--columns", "6", "--shards", "7"],
-        ["sample_sort.py", "--count", "3000", "--buckets", "5"],
-        ["fft2d.py", "--images", "4", "--size", "96"],
-        ["batched_cholesky.py", "--machine", "virtual:0", "--sizes", "32,48"],
-        ["fft2d.py", "--gpus", "3", "--width", "3", "--images", "2", "--size", "31"],
+        ["apps/lu.py", "--size", "100", "--tile", "32"],
+        ["apps/jacobi.py", "--size", "50", "--block", "16", "--sweeps", "9"],
+        ["apps/matrix_product.py", "--size", "90", "--tile", "40"],
+        ["apps/kmeans.py", "--rounds", "3", "--shards", "5"],
+        ["apps/tsqr.py", "--rows", "500", "--columns", "6", "--shards", "7"],
+        ["apps/sample_sort.py", "--count", "3000", "--buckets", "5"],
+        ["apps/fft2d.py", "--images", "4", "--size", "96"],
+        ["apps/batched_cholesky.py", "--machine", "virtual:0", "--sizes", "32,48"],
+        ["apps/fft2d.py", "--gpus", "3", "--width", "3", "--images", "2", "--size", "31"],
         ["adaptive_quadrature.py", "--lines", "1", "--tolerance", "1e-10", "--workers", "0"],
     ],
 )
@@ -360,7 +360,7 @@ def test_example(command_line: list[str]) -> None:
 
 def test_batched_cholesky_takes_the_fastest_set_for_each_size() -> None:
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "batched_cholesky.py"), "--matrices", "36"],
+        [sys.executable, str(EXAMPLES / "apps" / "batched_cholesky.py"), "--matrices", "36"],
         capture_output=True,
         text=True,
         check=False,

@@ -19,7 +19,7 @@ from charioteer.bench import tiled
 from charioteer.bench.gpu_data import belady, bfloat16
 from charioteer.demo import gp
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[1] / "examples" / "apps"
 GPUS = pytest.mark.parametrize("gpus", [1, 2, 4])
 
 

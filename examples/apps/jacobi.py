@@ -5,7 +5,7 @@ each neighbour. So the regions that tasks read overlap, and a block of one sweep
 neighbours in the sweep before and for nobody else: sweeps run into each other.
 
     pip install charioteer
-    python examples/jacobi.py
+    python examples/apps/jacobi.py
 
 The exit status is 1 if NumPy, sweep by sweep, gives another grid.
 """

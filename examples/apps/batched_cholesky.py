@@ -11,9 +11,9 @@ for each other; then the other one fetches it over the link, and both update the
 right that are theirs.
 
     pip install charioteer
-    python examples/batched_cholesky.py                        # cores and 4 virtual GPUs
-    python examples/batched_cholesky.py --machine virtual:0    # cores alone
-    python examples/batched_cholesky.py --sizes 64,1024 --matrices 100
+    python examples/apps/batched_cholesky.py                        # cores and 4 virtual GPUs
+    python examples/apps/batched_cholesky.py --machine virtual:0    # cores alone
+    python examples/apps/batched_cholesky.py --sizes 64,1024 --matrices 100
 
 The GPUs are virtual and so is their time: NumPy computes the factors, and the clock is told what a
 GPU would take for that. Work on cores takes no time on that clock, so what it takes is declared

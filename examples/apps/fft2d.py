@@ -7,9 +7,9 @@ other, on the devices; then every device fetches its blocks over the links and t
 columns. The host enqueues all that and waits once, for the result.
 
     pip install charioteer
-    python examples/fft2d.py                      # 4 virtual GPUs, 2 a transform
-    python examples/fft2d.py --gpus 8 --width 4
-    python examples/fft2d.py --gpus 0             # the GPUs of this machine
+    python examples/apps/fft2d.py                      # 4 virtual GPUs, 2 a transform
+    python examples/apps/fft2d.py --gpus 8 --width 4
+    python examples/apps/fft2d.py --gpus 0             # the GPUs of this machine
 
 Transforms of different images are independent, so two sets of two devices work side by side on four
 GPUs, and the host runs ahead of both. Each result is checked against ``numpy.fft.fft2``; the exit

@@ -5,7 +5,7 @@ The shards add to one array, ``ch.Sum``: tasks get partial sums of their own, ru
 what they found is combined before the task that moves the centers reads it.
 
     pip install "charioteer[demo]"
-    python examples/kmeans.py
+    python examples/apps/kmeans.py
 
 The exit status is 1 if plain NumPy comes to other centers.
 """

@@ -6,7 +6,7 @@ program waits for them, as for any array, and spawns a task a bucket, which coll
 every shard into its region of the result.
 
     pip install charioteer
-    python examples/sample_sort.py
+    python examples/apps/sample_sort.py
 
 The exit status is 1 if NumPy sorts otherwise.
 """

@@ -6,7 +6,7 @@ regions of the three matrices; on GPUs it is what their array library makes of `
 them it is the runtime finds out, and it copies tiles to where they are needed.
 
     pip install "charioteer[demo]"
-    python examples/matrix_product.py
+    python examples/apps/matrix_product.py
 
 The exit status is 1 if NumPy gives another product.
 """

@@ -6,7 +6,7 @@ by side follows from the tiles that they read and write. On cores the updates ar
 which the arrays there have.
 
     pip install "charioteer[demo]"
-    python examples/lu.py
+    python examples/apps/lu.py
 
 The exit status is 1 if the product of the factors is not the matrix.
 """

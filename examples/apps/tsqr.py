@@ -5,7 +5,7 @@ until one is left. The triangles lie in one array; which task waits for which fo
 of it that they read and write.
 
     pip install charioteer
-    python examples/tsqr.py
+    python examples/apps/tsqr.py
 
 The exit status is 1 if NumPy gives another factor.
 """
