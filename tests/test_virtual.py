@@ -653,3 +653,31 @@ def test_the_test_of_programs_notices_a_missing_wait() -> None:
                 program.step(lambda _: next(choices))
             noticed += not program.check()
     assert noticed == 1
+
+
+def test_operations_take_what_is_said() -> None:
+    seen: list[tuple[str, list[tuple[int, ...]]]] = []
+
+    def cost(name: str, arrays: Any) -> float:
+        seen.append((name, [array.shape for array in arrays]))
+        return 1.0
+
+    machine = ch.Machine.virtual(gpus=1, memory="8MiB", time="virtual", link="1TB/s")
+    with machine.open() as opened, xp.stream(opened.stream(0)) as stream:
+        a = xp.asarray(np.eye(4))
+        a += a @ a  # takes no time: nothing is timed yet
+        stream.synchronize()
+        before = opened.clock.now
+        with xp.timed(cost):
+            lower = np.linalg.cholesky(a @ a.T)
+            lower += 1.0
+            with pytest.raises(RuntimeError, match="timed already"), xp.timed(cost):
+                pass
+        float(a.sum())
+        taken = (opened.clock.now - before) / 1e9
+    assert seen == [
+        ("matmul", [(4, 4), (4, 4), (4, 4)]),
+        ("cholesky", [(4, 4), (4, 4)]),
+        ("add", [(4, 4), (4, 4)]),
+    ]
+    assert 3.0 <= taken < 3.1

@@ -8,21 +8,21 @@ between them is a column to each side, over the link, and what comes to the host
 shard.
 
     pip install charioteer
-    python examples/apps/advection.py                 # on cores
-    python examples/apps/advection.py --gpus 4        # on virtual GPUs
+    python examples/apps/advection.py                        # the GPUs there are, else cores
+    python examples/apps/advection.py --machine virtual:4
 
 The exit status is 1 if the distribution differs from the serial program's, or electrons were lost.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import application
 import numpy as np
 import numpy.typing as npt
 
@@ -30,7 +30,12 @@ import charioteer as ch
 
 Array = npt.NDArray[np.float64]
 
-SIZES = {"small": (128, 64, 10), "medium": (512, 512, 20), "large": (2048, 1024, 20)}
+SIZES = {
+    "tiny": (32, 24, 4),
+    "small": (128, 64, 10),
+    "medium": (512, 512, 20),
+    "large": (2048, 1024, 20),
+}
 """Places, velocities, steps."""
 SHARDS = 4
 FASTEST = 6.0
@@ -59,6 +64,11 @@ class Problem:
     def time(self) -> float:
         """A step: nobody moves by more than a place."""
         return float(0.5 * self.width / FASTEST)
+
+    @cached_property
+    def end(self) -> Array:
+        """The distribution after all steps, by the serial program."""
+        return serially(self)
 
 
 def problem(places: int, velocities: int, steps: int) -> Problem:
@@ -165,11 +175,8 @@ def tasks(given: Problem, gpus: int = 0) -> Array:
     return np.concatenate([f if isinstance(f, np.ndarray) else f.get() for f in found], axis=1)
 
 
-Every = Callable[[Callable[[int], Array]], list[Array]]
-
-
-def by_hand(given: Problem, every: Every) -> Array:
-    """The same with plain NumPy; ``every`` gives what a function makes of each shard."""
+def by_hand(given: Problem, every: application.Every) -> Array:
+    """The same with plain NumPy; ``every`` calls a function with each number."""
     shards = np.split(given.start, SHARDS, axis=1)
     for _ in range(given.steps):
 
@@ -178,31 +185,31 @@ def by_hand(given: Problem, every: Every) -> Array:
             found: Array = transported(np, old[at], left, right, given)
             return found
 
-        moved = every(move)
+        moved = every(move, range(SHARDS))
         parts = solve.fn([f.sum(axis=0) for f in moved])
 
         def push(at: int, old: list[Array] = moved, parts: list[Array] = parts) -> Array:
             found: Array = accelerated(np, old[at], parts[at], given)
             return found
 
-        shards = every(push)
+        shards = every(push, range(SHARDS))
     return np.concatenate(shards, axis=1)
 
 
 def serially(given: Problem) -> Array:
     """One shard after the other."""
-    return by_hand(given, lambda function: [function(at) for at in range(SHARDS)])
+    return by_hand(given, application.in_turn)
 
 
 def threads(given: Problem, workers: int) -> Array:
     """Shards on threads by hand, half a step after the other."""
-    with ThreadPoolExecutor(workers) as executor:
-        return by_hand(given, lambda function: list(executor.map(function, range(SHARDS))))
+    with application.side_by_side(workers) as every:
+        return by_hand(given, every)
 
 
 def error(found: Array, given: Problem) -> float:
     """What part of the electrons is lost; infinite if the distribution is not the serial one."""
-    if np.abs(found - serially(given)).max() > 1e-12:
+    if not np.abs(found - given.end).max() < 1e-12:
         return float("inf")
     return float(abs(found.sum() / given.start.sum() - 1))
 
@@ -214,22 +221,9 @@ CORE: Sequence[Callable[..., object]] = (
     *(here, tasks),
 )
 """What a user writes: bodies and the program that spawns them."""
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Advance the plasma, and compare."""
-    parser = argparse.ArgumentParser(description="Vlasov-Poisson by shards")
-    parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--gpus", type=int, default=0, help="virtual GPUs; 0 for cores")
-    options = parser.parse_args(arguments)
-    given = problem(*SIZES[options.size])
-    machine = ch.Machine.virtual(gpus=options.gpus) if options.gpus else None
-    with ch.Runtime(machine):
-        found = tasks(given, options.gpus)
-    wrong = error(found, given)
-    print(f"{given.steps} steps of {found.shape[1]} places: error {wrong:.1e}")
-    return 0 if wrong <= LIMIT else 1
+PORTABLE = ()
+"""Nothing is left to the runtime: shards stay where ``tasks`` puts them."""
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(application.main(sys.modules[__name__]))

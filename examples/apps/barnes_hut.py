@@ -2,40 +2,44 @@
 
 Space is a tree of squares. A group of neighbouring bodies looks at squares from the root down: one
 that is far away for its size counts as a single body at its centre of mass, others are looked into.
-A step is one task for the tree, and a task a group for the forces and the motion. Groups read the
-whole tree and write their own bodies; that is all the order there is.
+A step is one task for the tree, and two a group: one looks at the tree, on a core, since which
+squares it meets only their values tell; the other computes what they do to the group's bodies and
+moves these, on a core or a GPU. Groups read the whole tree and write their own bodies; that is all
+the order there is.
 
     pip install charioteer
     python examples/apps/barnes_hut.py
 
 The exit status is 1 if forces are far from those of all pairs, or the motion is not that of the
-serial program, to the bit.
+serial program.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
+import application
 import numpy as np
 import numpy.typing as npt
 
 import charioteer as ch
+from charioteer import cpu, gpu
 
 Array = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-SIZES = {"small": (2_000, 2), "medium": (10_000, 3), "large": (40_000, 3)}
+SIZES = {"tiny": (600, 2), "small": (2_000, 2), "medium": (10_000, 2), "large": (20_000, 2)}
 """Bodies, steps."""
 LEVELS = 6
 OPENING = 0.4
 """A square counts as a body where its side is below this part of the distance."""
 SOFTENING = 1e-4
 STEP = 1e-4
-GROUP = 250
+GROUP = 125
 """Bodies of a task."""
 
 
@@ -46,6 +50,11 @@ class Problem:
     positions: Array
     velocities: Array
     steps: int
+
+    @cached_property
+    def moved(self) -> Array:
+        """Where they are after all steps, by the serial program."""
+        return serially(self)
 
 
 @dataclass
@@ -61,6 +70,8 @@ class Level:
 
 Tree = tuple[Ints, list[Level]]
 """The order of the bodies along the curve, and the levels from the root down."""
+Others = tuple[Array, Array]
+"""Where what a group meets is, squares and bodies, and their masses."""
 
 
 def problem(bodies: int, steps: int) -> Problem:
@@ -115,29 +126,31 @@ def ranges(first: Ints, last: Ints) -> Ints:
     return np.asarray(starts + np.arange(len(starts)))
 
 
-def forces(own: Array, positions: Array, order: Ints, levels: Sequence[Level]) -> Array:
-    """The accelerations of a group of bodies."""
+def met(own: Array, positions: Array, whole: Tree) -> Others:
+    """What a group of bodies meets as it looks at a tree."""
+    order, levels = whole
     low, high = own.min(axis=0), own.max(axis=0)
-    found = np.zeros_like(own)
+    centres, masses = [], []
     squares = np.zeros(1, np.int64)
-    for depth, level in enumerate(levels):
+    for level in levels:
         centre = level.centre[squares]
         beyond = np.maximum(np.maximum(low - centre, centre - high), 0.0)
         far = level.side < OPENING * np.sqrt((beyond**2).sum(axis=1))
-        found += attraction(own, centre[far], level.mass[squares[far]])
+        centres.append(centre[far])
+        masses.append(level.mass[squares[far]])
         near = squares[~far]
         squares = ranges(level.first[near], level.last[near])
-        if depth == LEVELS:
-            bodies = positions[order[squares]]
-            found += attraction(own, bodies, np.ones(len(bodies)))
-    return found
+    centres.append(positions[order[squares]])
+    masses.append(np.ones(len(squares)))
+    return np.concatenate(centres), np.concatenate(masses)
 
 
-def attraction(own: Array, others: Array, mass: Array) -> Array:
+def attraction(own: Any, others: Any, mass: Any) -> Any:
     """What bodies of these masses do to a group's own."""
-    apart = others[None, :, :] - own[:, None, :]
-    square = (apart**2).sum(axis=2) + SOFTENING
-    return np.asarray(((mass / (square * np.sqrt(square)))[:, :, None] * apart).sum(axis=1))
+    x, y = others[:, 0] - own[:, :1], others[:, 1] - own[:, 1:]
+    square = x * x + y * y + SOFTENING
+    pull = mass / (square * np.sqrt(square))
+    return np.stack([(pull * x).sum(axis=1), (pull * y).sum(axis=1)], axis=1)
 
 
 @ch.task
@@ -147,19 +160,31 @@ def build(positions: ch.In[Array]) -> Tree:
 
 
 @ch.task
+def look(whole: Tree, positions: ch.In[Array], own: ch.In[Array]) -> Others:
+    """What a group meets."""
+    return met(own, positions, whole)
+
+
+@ch.task(placement=[gpu, cpu])
 def move(
-    whole: Tree,
-    positions: ch.In[Array],
+    others: Others,
+    bodies: int,
     own: ch.In[Array],
     velocities: ch.InOut[Array],
     moved: ch.Out[Array],
 ) -> None:
     """A group's motion in a step."""
-    velocities += STEP / len(positions) * forces(own, positions, *whole)
+    centres, masses = map(ch.current().xp.asarray, others)
+    push(centres, masses, bodies, own, velocities, moved)
+
+
+def push(centres: Any, masses: Any, bodies: int, own: Any, velocities: Any, moved: Any) -> None:
+    """The motion of a group, by what it met."""
+    velocities += STEP / bodies * attraction(own, centres, masses)
     moved[...] = np.clip(own + STEP * velocities, 0.0, 1.0 - 1e-12)
 
 
-def tasks(given: Problem) -> Array:
+def tasks(given: Problem, gpus: int = 0) -> Array:
     """Where the bodies are after all steps."""
     groups = -(-len(given.positions) // GROUP)
     old, new = ch.array(given.positions, name="even"), ch.array(given.positions, name="odd")
@@ -169,12 +194,12 @@ def tasks(given: Problem) -> Array:
         for own, velocity, moved in zip(
             old.shards(groups), velocities, new.shards(groups), strict=True
         ):
-            move(whole, old, own, velocity, moved)
+            move(look(whole, old, own), len(given.positions), own, velocity, moved)
         old, new = new, old
-    return old.numpy()
+    return np.asarray(old.numpy())
 
 
-def by_hand(given: Problem, every: Callable[[Callable[[int], None], range], object]) -> Array:
+def by_hand(given: Problem, every: application.Every) -> Array:
     """The same with plain NumPy; ``every`` calls a function with each number."""
     positions, velocities = given.positions.copy(), given.velocities.copy()
     groups = -(-len(positions) // GROUP)
@@ -184,7 +209,8 @@ def by_hand(given: Problem, every: Callable[[Callable[[int], None], range], obje
 
         def group(at: int, old: Array = positions, new: Array = moved, whole: Tree = whole) -> None:
             part = slice(edges[at], edges[at + 1])
-            move.fn(whole, old, old[part], velocities[part], new[part])
+            others = met(old[part], old, whole)
+            push(*others, len(old), old[part], velocities[part], new[part])
 
         every(group, range(groups))
         positions = moved
@@ -193,50 +219,33 @@ def by_hand(given: Problem, every: Callable[[Callable[[int], None], range], obje
 
 def serially(given: Problem) -> Array:
     """One group after the other."""
-
-    def every(function: Callable[[int], None], groups: range) -> None:
-        for at in groups:
-            function(at)
-
-    return by_hand(given, every)
+    return by_hand(given, application.in_turn)
 
 
 def threads(given: Problem, workers: int) -> Array:
     """Groups on threads by hand, step by step."""
-    with ThreadPoolExecutor(workers) as executor:
-        return by_hand(given, lambda function, groups: list(executor.map(function, groups)))
+    with application.side_by_side(workers) as every:
+        return by_hand(given, every)
 
 
 def error(found: Array, given: Problem) -> float:
     """How far the forces on some bodies are from those of all pairs, relatively; infinite if the
     motion is not the serial one."""
-    if not np.array_equal(found, serially(given)):
+    if not np.abs(found - given.moved).max() < 1e-13:
         return float("inf")
-    order, levels = tree(given.positions)
     own = given.positions[:GROUP]
     right = attraction(own, given.positions, np.ones(len(given.positions)))
-    wrong = forces(own, given.positions, order, levels) - right
+    wrong = attraction(own, *met(own, given.positions, tree(given.positions))) - right
     return float(np.linalg.norm(wrong) / np.linalg.norm(right))
 
 
 LIMIT = 2e-2
 """What that may be."""
-CORE: Sequence[Callable[..., object]] = (build.fn, move.fn, tasks)
+CORE: Sequence[Callable[..., object]] = (build.fn, look.fn, move.fn, push, tasks)
 """What a user writes: bodies and the program that spawns them."""
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Move the bodies, and compare."""
-    parser = argparse.ArgumentParser(description="Barnes-Hut n-body simulation")
-    parser.add_argument("--size", choices=SIZES, default="small")
-    options = parser.parse_args(arguments)
-    given = problem(*SIZES[options.size])
-    with ch.Runtime():
-        found = tasks(given)
-    wrong = error(found, given)
-    print(f"{len(found)} bodies, {given.steps} steps: error of the forces {wrong:.1e}")
-    return 0 if wrong <= LIMIT else 1
+PORTABLE = ("move",)
+"""What may run on cores or on GPUs."""
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(application.main(sys.modules[__name__]))

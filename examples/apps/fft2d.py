@@ -7,21 +7,22 @@ other, on the devices; then every device fetches its blocks over the links and t
 columns. The host enqueues all that and waits once, for the result.
 
     pip install charioteer
-    python examples/apps/fft2d.py                      # 4 virtual GPUs, 2 a transform
-    python examples/apps/fft2d.py --gpus 8 --width 4
-    python examples/apps/fft2d.py --gpus 0             # the GPUs of this machine
+    python examples/apps/fft2d.py                        # the GPUs of this machine, else its cores
+    python examples/apps/fft2d.py --machine virtual:4
 
 Transforms of different images are independent, so two sets of two devices work side by side on four
-GPUs, and the host runs ahead of both. Each result is checked against ``numpy.fft.fft2``; the exit
-status is 1 if one of them disagrees.
+GPUs, and the host runs ahead of both. Without GPUs each is a task on a core. Each result is checked
+against ``numpy.fft.fft2``; the exit status is 1 if one of them disagrees.
 """
 
-import argparse
+from __future__ import annotations
+
 import itertools
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import application
 import numpy as np
 import numpy.typing as npt
 
@@ -63,34 +64,65 @@ def fft2(image: Image) -> Spectrum:
     return np.concatenate([band.get() for band in bands], axis=1)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Transform some images, check all results, and tell how long it took."""
-    parser = argparse.ArgumentParser(description="2-D transforms, each over several devices")
-    parser.add_argument("--gpus", type=int, default=4, help="virtual GPUs; 0 for real ones")
-    parser.add_argument("--width", type=int, default=2, help="devices of one transform")
-    parser.add_argument("--images", type=int, default=16, help="how many images")
-    parser.add_argument("--size", type=int, default=256, help="rows and columns of an image")
-    options = parser.parse_args(arguments)
+SIZES = {"tiny": (3, 31), "small": (16, 128), "medium": (16, 512), "large": (24, 1024)}
+"""Images, and their rows and columns."""
+WIDTH = 2
+"""Devices of a transform, where there are as many."""
 
-    random = np.random.default_rng(0)
-    images = [random.standard_normal((options.size, options.size)) for _ in range(options.images)]
-    transform = ch.task(fft2, placement=ch.gpu * options.width)
-    machine = ch.Machine.virtual(gpus=options.gpus) if options.gpus else ch.Machine.detect()
-    with ch.Runtime(machine):
-        start = time.perf_counter()
-        spectra = [task.result() for task in [transform(image) for image in images]]
-        seconds = time.perf_counter() - start
 
-    worst = max(
-        float(np.abs(spectrum - np.fft.fft2(image)).max())
-        for image, spectrum in zip(images, spectra, strict=True)
+@dataclass
+class Problem:
+    """Images to be transformed."""
+
+    images: list[Image]
+
+
+def problem(count: int, size: int) -> Problem:
+    """Images at random."""
+    chance = np.random.default_rng(0)
+    return Problem([chance.standard_normal((size, size)) for _ in range(count)])
+
+
+def fft2_on_core(image: Image) -> Spectrum:
+    """The transform of an image on a core, by NumPy, rows and then columns."""
+    return np.fft.fft(np.fft.fft(image, axis=1), axis=0)
+
+
+def tasks(given: Problem, gpus: int = 0) -> list[Spectrum]:
+    """The transforms, each on :data:`WIDTH` devices, or where there are none on a core."""
+    if gpus:
+        transform = ch.task(fft2, placement=ch.gpu * min(WIDTH, gpus))
+    else:
+        transform = ch.task(fft2_on_core)
+    return [task.result() for task in [transform(image) for image in given.images]]
+
+
+def serially(given: Problem) -> list[Spectrum]:
+    """One image after the other."""
+    return [fft2_on_core(image) for image in given.images]
+
+
+def threads(given: Problem, workers: int) -> list[Spectrum]:
+    """Images on threads by hand."""
+    with application.side_by_side(workers) as every:
+        return every(lambda at: fft2_on_core(given.images[at]), range(len(given.images)))
+
+
+def error(found: list[Spectrum], given: Problem) -> float:
+    """The largest difference from NumPy's transforms in two dimensions, over the size."""
+    return max(
+        float(np.abs(spectrum - np.fft.fft2(image)).max()) / image.size
+        for spectrum, image in zip(found, given.images, strict=True)
     )
-    print(
-        f"{len(images)} transforms of {options.size} x {options.size}, {options.width} of"
-        f" {len(machine.gpus)} devices each: {1e3 * seconds:.0f} ms, largest difference {worst:.1e}"
-    )
-    return 0 if worst <= 1e-11 * options.size**2 else 1
+
+
+LIMIT = 1e-11
+"""What that may be."""
+CORE: Sequence[Callable[..., object]] = (cuts, fft2, fft2_on_core, tasks)
+"""What a user writes: bodies and the program that spawns them."""
+PORTABLE = ()
+"""Nothing is left to the runtime: ``tasks`` says where transforms run."""
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(application.main(sys.modules[__name__]))

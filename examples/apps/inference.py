@@ -7,22 +7,24 @@ token. As many batches are under way as there are stages, so that every device h
 request gets does not depend on whom it shares a batch with: the model computes with whole numbers.
 
     pip install charioteer
-    python examples/apps/inference.py                 # on cores
-    python examples/apps/inference.py --gpus 4        # on virtual GPUs
+    python examples/apps/inference.py                        # the GPUs there are, else cores
+    python examples/apps/inference.py --machine virtual:4
 
 The exit status is 1 if a request got other tokens than it gets alone.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import application
 import numpy as np
 import numpy.typing as npt
 
@@ -30,7 +32,12 @@ import charioteer as ch
 
 Ints = npt.NDArray[np.int64]
 
-SIZES = {"small": (24, 64, 4), "medium": (128, 256, 8), "large": (512, 512, 16)}
+SIZES = {
+    "tiny": (7, 16, 3),
+    "small": (24, 64, 4),
+    "medium": (96, 256, 8),
+    "large": (256, 384, 16),
+}
 """Requests, width of the model, requests of a batch at most."""
 STAGES = 4
 PRIME = 8191
@@ -58,6 +65,11 @@ class Problem:
     def requests(self) -> list[Request]:
         """The requests, as they come in."""
         return [Request(p.copy(), n) for p, n in zip(self.prompts, self.wanted, strict=True)]
+
+    @cached_property
+    def tokens(self) -> list[list[int]]:
+        """What each request gets alone."""
+        return serially(self)
 
 
 def problem(requests: int, width: int, most: int) -> Problem:
@@ -148,31 +160,45 @@ def serially(given: Problem) -> list[list[int]]:
     return [request.tokens for request in requests]
 
 
+def threads(given: Problem, workers: int) -> list[list[int]]:
+    """Batches on threads by hand: each has one under way, and takes it through all stages."""
+    requests = given.requests()
+    waiting = deque(requests)
+
+    def serve() -> None:
+        batch: list[Request] = []
+        while True:
+            batch = [request for request in batch if len(request.tokens) < request.wanted]
+            while len(batch) < given.most:
+                try:
+                    batch.append(waiting.popleft())
+                except IndexError:  # another thread took the last one
+                    break
+            if not batch:
+                return
+            states: Any = np.stack([request.state for request in batch])
+            for weights in given.weights:
+                states = layer(states, weights)
+            sample.fn(states, batch)
+
+    with ThreadPoolExecutor(workers) as executor:
+        for served in [executor.submit(serve) for _ in range(workers)]:
+            served.result()
+    return [request.tokens for request in requests]
+
+
 def error(found: list[list[int]], given: Problem) -> float:
     """How many requests got other tokens than alone."""
-    return float(sum(a != b for a, b in zip(found, serially(given), strict=True)))
+    return float(sum(a != b for a, b in zip(found, given.tokens, strict=True)))
 
 
 LIMIT = 0.0
 """What that may be."""
 CORE: Sequence[Callable[..., object]] = (stage.fn, sample.fn, lane, tasks)
 """What a user writes: bodies and the program that spawns them."""
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve the requests, and compare."""
-    parser = argparse.ArgumentParser(description="Inference in stages with dynamic batches")
-    parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--gpus", type=int, default=0, help="virtual GPUs; 0 for cores")
-    options = parser.parse_args(arguments)
-    given = problem(*SIZES[options.size])
-    machine = ch.Machine.virtual(gpus=options.gpus) if options.gpus else None
-    with ch.Runtime(machine):
-        found = tasks(given, options.gpus)
-    wrong = error(found, given)
-    print(f"{len(found)} requests, {sum(given.wanted)} tokens: {wrong:.0f} wrong requests")
-    return 0 if wrong <= LIMIT else 1
+PORTABLE = ()
+"""Nothing is left to the runtime: stages stay where their weights are."""
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(application.main(sys.modules[__name__]))

@@ -7,14 +7,16 @@ neighbours in the sweep before and for nobody else: sweeps run into each other.
     pip install charioteer
     python examples/apps/jacobi.py
 
-The exit status is 1 if NumPy, sweep by sweep, gives another grid.
+The exit status is 1 if NumPy, sweep by sweep, gives another grid, to the bit.
 """
 
-import argparse
-import sys
-import time
-from collections.abc import Sequence
+from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import application
 import numpy as np
 import numpy.typing as npt
 
@@ -22,6 +24,31 @@ import charioteer as ch
 from charioteer import cpu, gpu
 
 Grid = npt.NDArray[np.float64]
+Region = tuple[slice, slice]
+
+SIZES = {
+    "tiny": (30, 50, 16, 5),
+    "small": (512, 512, 128, 20),
+    "medium": (1024, 1024, 256, 50),
+    "large": (3072, 3072, 512, 20),
+}
+"""Inner rows and columns, rows and columns of a block, sweeps."""
+
+
+@dataclass
+class Problem:
+    """A grid with a boundary of one around it."""
+
+    grid: Grid
+    block: int
+    sweeps: int
+
+
+def problem(rows: int, columns: int, block: int, sweeps: int) -> Problem:
+    """A cold grid with a hot side."""
+    grid = np.zeros((rows + 2, columns + 2))
+    grid[0] = 1.0
+    return Problem(grid, block, sweeps)
 
 
 @ch.task(placement=[gpu, cpu])
@@ -33,48 +60,70 @@ def relax(old: ch.In[Grid], new: ch.Out[Grid]) -> None:
     new *= 0.25
 
 
-def jacobi(grid: Grid, sweeps: int, block: int) -> Grid:
-    """The grid after so many sweeps; its boundary stays."""
-    old, new = ch.array(grid, name="even"), ch.array(grid, name="odd")
-    rows, columns = grid.shape
-    for _ in range(sweeps):
-        for i in range(1, rows - 1, block):
-            for j in range(1, columns - 1, block):
-                below, right = min(i + block, rows - 1), min(j + block, columns - 1)
-                halo = old[i - 1 : below + 1, j - 1 : right + 1]
-                relax(halo, new[i:below, j:right])
+def blocks(shape: tuple[int, ...], block: int) -> list[tuple[Region, Region]]:
+    """The regions of the blocks of a grid, with a halo of one and without."""
+    found = []
+    for i in range(1, shape[0] - 1, block):
+        for j in range(1, shape[1] - 1, block):
+            below, right = min(i + block, shape[0] - 1), min(j + block, shape[1] - 1)
+            halo = np.s_[i - 1 : below + 1, j - 1 : right + 1]
+            found.append((halo, np.s_[i:below, j:right]))
+    return found
+
+
+def tasks(given: Problem, gpus: int = 0) -> Grid:
+    """The grid after all sweeps; its boundary stays."""
+    old, new = ch.array(given.grid, name="even"), ch.array(given.grid, name="odd")
+    regions = blocks(old.shape, given.block)
+    for _ in range(given.sweeps):
+        for halo, inner in regions:
+            relax(old[halo], new[inner])
         old, new = new, old
-    return old.numpy()
+    return np.asarray(old.numpy())
 
 
-def serially(grid: Grid, sweeps: int) -> Grid:
-    """The same with plain NumPy."""
-    old, new = grid.copy(), grid.copy()
-    for _ in range(sweeps):
-        relax.fn(old, new[1:-1, 1:-1])
+def by_hand(given: Problem, every: application.Every) -> Grid:
+    """The same with plain NumPy; ``every`` calls a function with each number."""
+    old, new = given.grid.copy(), given.grid.copy()
+    regions = blocks(old.shape, given.block)
+    for _ in range(given.sweeps):
+
+        def step(at: int, old: Grid = old, new: Grid = new) -> None:
+            halo, inner = regions[at]
+            relax.fn(old[halo], new[inner])
+
+        every(step, range(len(regions)))
         old, new = new, old
     return old
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Relax a grid with one hot side, and compare with NumPy."""
-    parser = argparse.ArgumentParser(description="Jacobi's iteration with halo regions")
-    parser.add_argument("--size", type=int, default=1024, help="inner rows and columns")
-    parser.add_argument("--block", type=int, default=256, help="rows and columns of a block")
-    parser.add_argument("--sweeps", type=int, default=20, help="how many sweeps")
-    parser.add_argument("--machine", help="virtual:4, or a machine file; else what is found")
-    options = parser.parse_args(arguments)
+def serially(given: Problem) -> Grid:
+    """One block after the other."""
+    return by_hand(given, application.in_turn)
 
-    grid = np.zeros((options.size + 2, options.size + 2))
-    grid[0] = 1.0
-    with ch.Runtime(options.machine):
-        start = time.perf_counter()
-        relaxed = jacobi(grid, options.sweeps, options.block)
-        seconds = time.perf_counter() - start
-    equal = bool(np.array_equal(relaxed, serially(grid, options.sweeps)))
-    print(f"{options.sweeps} sweeps: {1e3 * seconds:.0f} ms, {'equal' if equal else 'other'} bits")
-    return 0 if equal else 1
+
+def threads(given: Problem, workers: int) -> Grid:
+    """Blocks on threads by hand, which meet after each sweep."""
+    with application.side_by_side(workers) as every:
+        return by_hand(given, every)
+
+
+def error(found: Grid, given: Problem) -> float:
+    """The largest difference from the grid that NumPy gives for whole sweeps."""
+    old, new = given.grid.copy(), given.grid.copy()
+    for _ in range(given.sweeps):
+        relax.fn(old, new[1:-1, 1:-1])
+        old, new = new, old
+    return float(np.abs(found - old).max())
+
+
+LIMIT = 0.0
+"""What that may be."""
+CORE: Sequence[Callable[..., object]] = (relax.fn, blocks, tasks)
+"""What a user writes: bodies and the program that spawns them."""
+PORTABLE = ("relax",)
+"""What may run on cores or on GPUs."""
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(application.main(sys.modules[__name__]))

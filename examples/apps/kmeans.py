@@ -1,20 +1,22 @@
-"""k-means on handwritten digits: a reduction over shards of the points.
+"""k-means: a reduction over shards of the points.
 
 Each round assigns the points to the nearest center, shard by shard, and adds up where they are.
 The shards add to one array, ``ch.Sum``: tasks get partial sums of their own, run side by side, and
 what they found is combined before the task that moves the centers reads it.
 
-    pip install "charioteer[demo]"
+    pip install charioteer
     python examples/apps/kmeans.py
 
 The exit status is 1 if plain NumPy comes to other centers.
 """
 
-import argparse
-import sys
-import time
-from collections.abc import Sequence
+from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import application
 import numpy as np
 import numpy.typing as npt
 
@@ -54,8 +56,8 @@ def kmeans(points: Matrix, k: int, rounds: int, shards: int) -> Matrix:
     return np.asarray(centers.numpy())
 
 
-def serially(points: Matrix, k: int, rounds: int) -> Matrix:
-    """The same with plain NumPy."""
+def whole(points: Matrix, k: int, rounds: int) -> Matrix:
+    """The same with plain NumPy, without shards."""
     centers, totals = points[:k].copy(), np.zeros((k, points.shape[1] + 1))
     for _ in range(rounds):
         assign.fn(points, centers, totals)
@@ -63,30 +65,77 @@ def serially(points: Matrix, k: int, rounds: int) -> Matrix:
     return centers
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Cluster the digits, and compare with NumPy."""
-    from sklearn.datasets import load_digits
+SIZES = {
+    "tiny": (300, 4, 5, 3, 4),
+    "small": (20_000, 8, 10, 10, 8),
+    "medium": (100_000, 16, 16, 10, 8),
+    "large": (400_000, 16, 16, 10, 16),
+}
+"""Points, numbers of a point, clusters, rounds, shards."""
 
-    parser = argparse.ArgumentParser(description="k-means with a reduction")
-    parser.add_argument("--rounds", type=int, default=20, help="how many rounds")
-    parser.add_argument("--shards", type=int, default=4, help="tasks of a round")
-    parser.add_argument("--machine", help="virtual:4, or a machine file; else what is found")
-    options = parser.parse_args(arguments)
 
-    points, digits = load_digits(return_X_y=True)
-    with ch.Runtime(options.machine):
-        start = time.perf_counter()
-        centers = kmeans(points, 10, options.rounds, options.shards)
-        seconds = time.perf_counter() - start
-    error = float(np.abs(centers - serially(points, 10, options.rounds)).max())
-    nearest = ((centers**2).sum(axis=1) - 2.0 * points @ centers.T).argmin(axis=1)
-    pure = sum(np.bincount(digits[nearest == c], minlength=1).max() for c in range(10))
-    print(
-        f"{len(points)} digits, {options.rounds} rounds: {1e3 * seconds:.0f} ms, difference"
-        f" {error:.1e}, {pure / len(points):.0%} with the majority of their cluster"
-    )
-    return 0 if error < 1e-9 else 1
+@dataclass
+class Problem:
+    """Points, a row each, and how they are clustered."""
+
+    points: Matrix
+    clusters: int
+    rounds: int
+    shards: int
+
+
+def problem(count: int, numbers: int, clusters: int, rounds: int, shards: int) -> Problem:
+    """Clouds of points at random places."""
+    chance = np.random.default_rng(0)
+    middles = 10 * chance.random((clusters, numbers))
+    points = middles[chance.integers(0, clusters, count)] + chance.standard_normal((count, numbers))
+    return Problem(points, clusters, rounds, shards)
+
+
+def tasks(given: Problem, gpus: int = 0) -> Matrix:
+    """The centers."""
+    return kmeans(given.points, given.clusters, given.rounds, given.shards)
+
+
+def by_hand(given: Problem, every: application.Every) -> Matrix:
+    """The same shard by shard; ``every`` calls a function with each number."""
+    centers = given.points[: given.clusters].copy()
+    shards = np.array_split(given.points, given.shards)
+    for _ in range(given.rounds):
+
+        def part(at: int) -> Matrix:
+            totals = np.zeros((len(centers), centers.shape[1] + 1))
+            assign.fn(shards[at], centers, totals)
+            return totals
+
+        move.fn(np.sum(every(part, range(len(shards))), axis=0), centers)
+    return centers
+
+
+def serially(given: Problem) -> Matrix:
+    """One shard after the other."""
+    return by_hand(given, application.in_turn)
+
+
+def threads(given: Problem, workers: int) -> Matrix:
+    """Shards on threads by hand, each with totals of its own, which are added up."""
+    with application.side_by_side(workers) as every:
+        return by_hand(given, every)
+
+
+def error(found: Matrix, given: Problem) -> float:
+    """The largest difference from the centers that NumPy comes to without shards."""
+    wanted = whole(given.points, given.clusters, given.rounds)
+    return float(np.abs(found - wanted).max())
+
+
+LIMIT = 1e-9
+"""What that may be."""
+CORE: Sequence[Callable[..., object]] = (assign.fn, move.fn, kmeans)
+"""What a user writes: bodies and the program that spawns them."""
+PORTABLE = ("assign", "move")
+"""What may run on cores or on GPUs."""
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(application.main(sys.modules[__name__]))

@@ -11,16 +11,44 @@ them it is the runtime finds out, and it copies tiles to where they are needed.
 The exit status is 1 if NumPy gives another product.
 """
 
-import argparse
+from __future__ import annotations
+
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import application
 import numpy as np
+import numpy.typing as npt
 
 import charioteer as ch
 from charioteer import blas, cpu, gpu
+
+Matrix = npt.NDArray[np.float64]
+
+SIZES = {
+    "tiny": (90, 70, 40),
+    "small": (512, 300, 128),
+    "medium": (1536, 1024, 256),
+    "large": (3072, 2048, 256),
+}
+"""Rows and columns of the product, the extent that goes, rows and columns of a tile."""
+
+
+@dataclass
+class Problem:
+    """Two matrices, and how large tiles are."""
+
+    a: Matrix
+    b: Matrix
+    tile: int
+
+
+def problem(size: int, common: int, tile: int) -> Problem:
+    """Two matrices at random."""
+    chance = np.random.default_rng(0)
+    return Problem(chance.random((size, common)), chance.random((common, size)), tile)
 
 
 @ch.task(placement=gpu)
@@ -48,24 +76,50 @@ def product(a: ch.Array, b: ch.Array, tile: int) -> ch.Array:
     return c
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Multiply two random matrices, and compare with NumPy."""
-    parser = argparse.ArgumentParser(description="blocked matrix product")
-    parser.add_argument("--size", type=int, default=1000, help="rows and columns of the matrices")
-    parser.add_argument("--tile", type=int, default=256, help="rows and columns of a tile")
-    parser.add_argument("--machine", help="virtual:4, or a machine file; else what is found")
-    options = parser.parse_args(arguments)
+def tasks(given: Problem, gpus: int = 0) -> Matrix:
+    """The product."""
+    return np.asarray(product(ch.asarray(given.a), ch.asarray(given.b), given.tile).numpy())
 
-    random = np.random.default_rng(0)
-    a, b = random.random((options.size, 300)), random.random((300, options.size))
-    with ch.Runtime(options.machine):
-        start = time.perf_counter()
-        c = product(ch.asarray(a), ch.asarray(b), options.tile).numpy()
-        seconds = time.perf_counter() - start
-    error = float(np.abs(c - a @ b).max() / np.abs(c).max())
-    print(f"{options.size} x {options.size}: {1e3 * seconds:.0f} ms, relative error {error:.1e}")
-    return 0 if error < 1e-13 else 1
+
+def by_hand(given: Problem, every: application.Every) -> Matrix:
+    """The same with plain loops; ``every`` calls a function with each number."""
+    a, b, tile = given.a, given.b, given.tile
+    c = np.empty((len(a), b.shape[1]))
+    places = [(i, j) for i in range(0, len(c), tile) for j in range(0, c.shape[1], tile)]
+
+    def chain(at: int) -> None:
+        i, j = places[at]
+        for k in range(0, len(b), tile):
+            left, right = a[i : i + tile, k : k + tile], b[k : k + tile, j : j + tile]
+            blas.gemm.fn(left, right, c[i : i + tile, j : j + tile], beta=float(k > 0))
+
+    every(chain, range(len(places)))
+    return c
+
+
+def serially(given: Problem) -> Matrix:
+    """One tile after the other."""
+    return by_hand(given, application.in_turn)
+
+
+def threads(given: Problem, workers: int) -> Matrix:
+    """Tiles of the product on threads by hand."""
+    with application.side_by_side(workers) as every:
+        return by_hand(given, every)
+
+
+def error(found: Matrix, given: Problem) -> float:
+    """The largest difference from NumPy's product, relatively."""
+    return float(np.abs(found - given.a @ given.b).max() / np.abs(found).max())
+
+
+LIMIT = 1e-13
+"""What that may be."""
+CORE: Sequence[Callable[..., object]] = (gemm.fn, product, tasks)
+"""What a user writes: bodies and the program that spawns them."""
+PORTABLE = ("gemm",)
+"""What may run on cores or on GPUs."""
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(application.main(sys.modules[__name__]))

@@ -11,11 +11,13 @@ every shard into its region of the result.
 The exit status is 1 if NumPy sorts otherwise.
 """
 
-import argparse
-import sys
-import time
-from collections.abc import Sequence
+from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import application
 import numpy as np
 import numpy.typing as npt
 
@@ -78,23 +80,81 @@ def sample_sort(numbers: Numbers, buckets: int) -> Numbers:
     return np.asarray(result.numpy())
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Sort random numbers, and compare with NumPy."""
-    parser = argparse.ArgumentParser(description="sample sort")
-    parser.add_argument("--count", type=int, default=1_000_000, help="how many numbers")
-    parser.add_argument("--buckets", type=int, default=8, help="shards, and buckets")
-    parser.add_argument("--machine", help="virtual:4, or a machine file; else what is found")
-    options = parser.parse_args(arguments)
+SIZES = {
+    "tiny": (2_000, 4),
+    "small": (200_000, 8),
+    "medium": (2_000_000, 8),
+    "large": (16_000_000, 16),
+}
+"""Numbers, and buckets."""
 
-    numbers = np.random.default_rng(0).standard_normal(options.count)
-    with ch.Runtime(options.machine):
-        start = time.perf_counter()
-        ordered = sample_sort(numbers, options.buckets)
-        seconds = time.perf_counter() - start
-    right = bool(np.array_equal(ordered, np.sort(numbers)))
-    print(f"{options.count} numbers: {1e3 * seconds:.0f} ms, {'in' if right else 'out of'} order")
-    return 0 if right else 1
+
+@dataclass
+class Problem:
+    """Numbers in any order, and in how many shards and buckets they are sorted."""
+
+    numbers: Numbers
+    buckets: int
+
+
+def problem(count: int, buckets: int) -> Problem:
+    """Numbers at random."""
+    return Problem(np.random.default_rng(0).standard_normal(count), buckets)
+
+
+def tasks(given: Problem, gpus: int = 0) -> Numbers:
+    """The numbers in order."""
+    return sample_sort(given.numbers, given.buckets)
+
+
+def by_hand(given: Problem, every: application.Every) -> Numbers:
+    """The same with plain NumPy; ``every`` calls a function with each number."""
+    buckets = range(given.buckets)
+    shards = np.array_split(given.numbers.copy(), given.buckets)
+    samples = np.empty((given.buckets, 8 * given.buckets))
+    cuts = np.empty((given.buckets, given.buckets + 1), np.intp)
+    splitters = np.empty(given.buckets - 1)
+    every(lambda at: sort.fn(shards[at], samples[at]), buckets)
+    split.fn(samples, splitters)
+    every(lambda at: cut.fn(shards[at], splitters, cuts[at]), buckets)
+    stops = np.cumsum(np.diff(cuts, axis=1).sum(axis=0))
+    result = np.empty_like(given.numbers)
+
+    def gather(bucket: int) -> None:
+        pieces = [
+            shard[begin[bucket] : begin[bucket + 1]]
+            for shard, begin in zip(shards, cuts, strict=True)
+        ]
+        stop = stops[bucket]
+        collect.fn(pieces, result[stop - sum(map(len, pieces)) : stop])
+
+    every(gather, buckets)
+    return result
+
+
+def serially(given: Problem) -> Numbers:
+    """One shard after the other."""
+    return by_hand(given, application.in_turn)
+
+
+def threads(given: Problem, workers: int) -> Numbers:
+    """Shards, then buckets, on threads by hand."""
+    with application.side_by_side(workers) as every:
+        return by_hand(given, every)
+
+
+def error(found: Numbers, given: Problem) -> float:
+    """How many numbers are not where NumPy's sort has them."""
+    return float((found != np.sort(given.numbers)).sum())
+
+
+LIMIT = 0.0
+"""What that may be."""
+CORE: Sequence[Callable[..., object]] = (sort.fn, split.fn, cut.fn, collect.fn, sample_sort)
+"""What a user writes: bodies and the program that spawns them."""
+PORTABLE = ("sort", "split", "cut", "collect")
+"""What may run on cores or on GPUs."""
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(application.main(sys.modules[__name__]))

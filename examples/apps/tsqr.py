@@ -10,12 +10,14 @@ of it that they read and write.
 The exit status is 1 if NumPy gives another factor.
 """
 
-import argparse
+from __future__ import annotations
+
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import application
 import numpy as np
 import numpy.typing as npt
 
@@ -23,6 +25,27 @@ import charioteer as ch
 from charioteer import cpu, gpu
 
 Matrix = npt.NDArray[np.float64]
+
+SIZES = {
+    "tiny": (300, 5, 5),
+    "small": (20_000, 16, 8),
+    "medium": (100_000, 32, 8),
+    "large": (400_000, 64, 16),
+}
+"""Rows, columns, shards."""
+
+
+@dataclass
+class Problem:
+    """A matrix with many more rows than columns, and in how many shards it is factored."""
+
+    matrix: Matrix
+    shards: int
+
+
+def problem(rows: int, columns: int, shards: int) -> Problem:
+    """A matrix at random."""
+    return Problem(np.random.default_rng(0).standard_normal((rows, columns)), shards)
 
 
 def triangle(matrix: Any) -> Any:
@@ -43,10 +66,10 @@ def merge(r: ch.InOut[Matrix], other: ch.In[Matrix]) -> None:
     r[...] = triangle(np.vstack([r, other]))
 
 
-def tsqr(matrix: Matrix, shards: int) -> Matrix:
-    """The triangular factor of a matrix with many more rows than columns."""
-    columns = matrix.shape[1]
-    A, R = ch.asarray(matrix), ch.empty((shards, columns, columns))
+def tasks(given: Problem, gpus: int = 0) -> Matrix:
+    """The triangular factor."""
+    columns, shards = given.matrix.shape[1], given.shards
+    A, R = ch.asarray(given.matrix), ch.empty((shards, columns, columns))
     for rows, r in zip(A.shards(shards), R, strict=True):
         factor(rows, r)
     step = 1
@@ -57,25 +80,46 @@ def tsqr(matrix: Matrix, shards: int) -> Matrix:
     return np.asarray(R[0].numpy())
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Factor a random matrix, and compare with NumPy."""
-    parser = argparse.ArgumentParser(description="QR factorization of a tall matrix")
-    parser.add_argument("--rows", type=int, default=100_000, help="rows of the matrix")
-    parser.add_argument("--columns", type=int, default=32, help="columns of the matrix")
-    parser.add_argument("--shards", type=int, default=8, help="factorizations side by side")
-    parser.add_argument("--machine", help="virtual:4, or a machine file; else what is found")
-    options = parser.parse_args(arguments)
+def by_hand(given: Problem, every: application.Every) -> Matrix:
+    """The same with plain NumPy; ``every`` calls a function with each number."""
+    shards = np.array_split(given.matrix, given.shards)
+    found = every(lambda at: triangle(shards[at]), range(len(shards)))
+    while len(found) > 1:
+        pairs = [found[at : at + 2] for at in range(0, len(found), 2)]
 
-    matrix = np.random.default_rng(0).standard_normal((options.rows, options.columns))
-    with ch.Runtime(options.machine):
-        start = time.perf_counter()
-        r = tsqr(matrix, options.shards)
-        seconds = time.perf_counter() - start
-    wanted = triangle(matrix)
-    error = float(np.abs(r - wanted).max() / np.abs(wanted).max())
-    print(f"{options.rows} x {options.columns}: {1e3 * seconds:.0f} ms, relative error {error:.1e}")
-    return 0 if error < 1e-12 else 1
+        def pair(at: int, pairs: list[list[Matrix]] = pairs) -> Matrix:
+            return (
+                np.asarray(triangle(np.vstack(pairs[at]))) if len(pairs[at]) > 1 else pairs[at][0]
+            )
+
+        found = every(pair, range(len(pairs)))
+    return np.asarray(found[0])
+
+
+def serially(given: Problem) -> Matrix:
+    """One shard after the other."""
+    return by_hand(given, application.in_turn)
+
+
+def threads(given: Problem, workers: int) -> Matrix:
+    """Shards, then pairs of triangles, on threads by hand."""
+    with application.side_by_side(workers) as every:
+        return by_hand(given, every)
+
+
+def error(found: Matrix, given: Problem) -> float:
+    """How far the factor is from NumPy's of the whole matrix, relatively."""
+    wanted = triangle(given.matrix)
+    return float(np.abs(found - wanted).max() / np.abs(wanted).max())
+
+
+LIMIT = 1e-12
+"""What that may be."""
+CORE: Sequence[Callable[..., object]] = (triangle, factor.fn, merge.fn, tasks)
+"""What a user writes: bodies and the program that spawns them."""
+PORTABLE = ("factor", "merge")
+"""What may run on cores or on GPUs."""
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(application.main(sys.modules[__name__]))

@@ -72,6 +72,7 @@ __all__ = [
     "ones",
     "random",
     "stream",
+    "timed",
     "zeros",
 ]
 
@@ -117,6 +118,36 @@ def stream(current: Stream) -> Generator[Stream]:
         yield current
     finally:
         _stream.reset(before)
+
+
+_cost: Callable[[str, Sequence[ndarray]], float] | None = None
+"""What operations take, in a block of :func:`timed`."""
+
+
+@contextmanager
+def timed(cost: Callable[[str, Sequence[ndarray]], float]) -> Generator[None]:
+    """Lets operations take the time in a block that kernels of a GPU would: behind each the stream
+    is busy for what is said here. Copies over links have their own time.
+
+    It holds for operations that any thread enqueues meanwhile, and in virtual time it is what a
+    program's makespan comes of. Blocks do not nest.
+
+    Args:
+        cost: called as an operation is enqueued, with the name of NumPy's function, such as
+            ``"matmul"`` (copies within a device have names of this module's), and its arrays on the
+            device, operands before results; gives seconds.
+
+    Raises:
+        RuntimeError: there is such a block already.
+    """
+    global _cost
+    if _cost is not None:
+        raise RuntimeError("operations are timed already")
+    _cost = cost
+    try:
+        yield
+    finally:
+        _cost = None
 
 
 class _Waits:
@@ -720,6 +751,12 @@ def _submit(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
             function(*args, **kwargs)
 
     current.enqueue(operation)
+    cost = _cost
+    if cost is not None:
+        arrays: list[ndarray] = []
+        _replace((args, kwargs), arrays.append)
+        known = args[0] if function in (_call_into, _copy_into) else function
+        current.busy(cost(getattr(known, "__name__", "").removeprefix("_"), arrays))
 
 
 def _call_into(function: Callable[..., Any], args: Any, kwargs: Any, outs: tuple[Any, ...]) -> None:
