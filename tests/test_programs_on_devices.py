@@ -1,13 +1,10 @@
-"""Do the programs of the examples, the demonstration and the benchmark run on devices, unchanged?
+"""Do the programs of the demonstration and the benchmark run on devices, unchanged?
 
 Each checks itself against NumPy or SciPy. Sizes are small and leave a rest.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,35 +16,7 @@ from charioteer.bench import tiled
 from charioteer.bench.gpu_data import belady, bfloat16
 from charioteer.demo import gp
 
-EXAMPLES = Path(__file__).parents[1] / "examples" / "apps"
 GPUS = pytest.mark.parametrize("gpus", [1, 2, 4])
-
-
-def load(name: str) -> ModuleType:
-    """The module of an example."""
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@GPUS
-@pytest.mark.parametrize(
-    ("name", "arguments"),
-    [
-        ("lu", "--size 70 --tile 32"),
-        ("jacobi", "--size 30 --block 16 --sweeps 5"),
-        ("matrix_product", "--size 90 --tile 40"),
-        ("kmeans", "--rounds 2 --shards 3"),
-        ("tsqr", "--rows 300 --columns 5 --shards 5"),
-        ("sample_sort", "--count 2000 --buckets 4"),
-    ],
-)
-def test_examples(name: str, arguments: str, gpus: int) -> None:
-    if name == "kmeans":
-        pytest.importorskip("sklearn")
-    assert load(name).main([*arguments.split(), "--machine", f"virtual:{gpus}"]) == 0
 
 
 @GPUS

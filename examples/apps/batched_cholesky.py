@@ -32,6 +32,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import application
 import numpy as np
@@ -45,6 +46,8 @@ from charioteer.machine import Machine
 Matrix = npt.NDArray[np.float64]
 Factor = tuple[str, Matrix]
 """The set that it was computed on, and the lower factor."""
+Columns = tuple[str, list[Any]]
+"""The same in block columns from their diagonal blocks down, each on some device."""
 
 SIZES = {
     "tiny": (6, (32, 48)),
@@ -81,24 +84,24 @@ def problem(matrices: int, sizes: Sequence[int]) -> Problem:
 
 
 @ch.task(base=False, size=lambda matrix: len(matrix))
-def factor(matrix: Matrix) -> Factor:
+def factor(matrix: Matrix) -> Columns:
     """The set that was taken, and the lower factor of a symmetric positive definite matrix."""
     raise NotImplementedError
 
 
 @factor.variant(ch.cpu, cost=lambda matrix: len(matrix) ** 3 / 3 / SPEED)
-def factor_on_core(matrix: Matrix) -> Factor:
-    return "cpu", on_core(matrix)
+def factor_on_core(matrix: Matrix) -> Columns:
+    return "cpu", [on_core(matrix)]
 
 
 @factor.variant(ch.gpu)
-def factor_on_gpu(matrix: Matrix) -> Factor:
+def factor_on_gpu(matrix: Matrix) -> Columns:
     xp = ch.current().xp
-    return "gpu", xp.linalg.cholesky(xp.asarray(matrix)).get()
+    return "gpu", [xp.linalg.cholesky(xp.asarray(matrix))]
 
 
 @factor.variant(ch.gpu * 2)
-def factor_on_two(matrix: Matrix) -> Factor:
+def factor_on_two(matrix: Matrix) -> Columns:
     context = ch.current()
     xp = context.xp
     edges = [*range(0, len(matrix), BLOCK), len(matrix)]
@@ -133,10 +136,21 @@ def factor_on_two(matrix: Matrix) -> Factor:
                     upper = rest[: edges[j + 1] - edges[j]]
                     columns[j] -= rest @ upper.T
 
-    lower = np.zeros_like(matrix)
-    for k in blocks:
-        lower[edges[k] :, edges[k] : edges[k + 1]] = columns[k].get()
-    return "gpu*2", lower
+    return "gpu*2", [columns[k] for k in blocks]
+
+
+def whole(found: Columns) -> Factor:
+    """A factor on the host, of block columns where they are."""
+    where, columns = found
+    if where == "cpu":
+        return where, columns[0]
+    lower = np.zeros((len(columns[0]), len(columns[0])))
+    begin = 0
+    for column in columns:
+        end = begin + column.shape[1]
+        lower[begin:, begin:end] = column.get()
+        begin = end
+    return where, lower
 
 
 def on_core(matrix: Matrix) -> Matrix:
@@ -146,13 +160,13 @@ def on_core(matrix: Matrix) -> Matrix:
 
 def tasks(given: Problem, gpus: int = 0) -> list[Factor]:
     """The factors, and on which set each was computed."""
-    under_way: collections.deque[ch.Task[Factor]] = collections.deque()
+    under_way: collections.deque[ch.Task[Columns]] = collections.deque()
     found = []
     for matrix in given.batch:
         if len(under_way) == PENDING:
-            found.append(under_way.popleft().result())
+            found.append(whole(under_way.popleft().result()))
         under_way.append(factor(matrix))
-    return [*found, *(task.result() for task in under_way)]
+    return [*found, *(whole(task.result()) for task in under_way)]
 
 
 def serially(given: Problem) -> list[Factor]:
@@ -180,7 +194,7 @@ LIMIT = 1e-12
 """What that may be."""
 CORE: Sequence[Callable[..., object]] = (
     *(factor_on_core, factor_on_gpu, factor_on_two),
-    *(on_core, tasks),
+    *(on_core, whole, tasks),
 )
 """What a user writes: bodies and the program that spawns them."""
 PORTABLE = ()

@@ -3,7 +3,7 @@
 The tasks are those of LAPACK's algorithm by blocks, written down in its order; which may run side
 by side follows from the tiles that they read and write. On cores they are routines of
 ``charioteer.blas``, which run without the GIL; on GPUs they are written with NumPy's interface,
-which the arrays there have. A task is the more urgent the further left the column is that it writes.
+which the arrays there have. A task is the more urgent the further left the column that it writes.
 
     pip install "charioteer[demo]"
     python examples/apps/cholesky.py

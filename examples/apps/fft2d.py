@@ -1,10 +1,11 @@
-"""A 2-D Fourier transform as one task over several devices.
+"""2-D Fourier transforms, each a task over several devices.
 
-Each transform is one task that holds a set of GPUs at once, all of it or none. The image is cut
-into bands of rows, one a device. Every device transforms its rows, cuts the result into blocks and
-packs each for the device that gets it; ``ctx.barrier()`` makes the streams of the set wait for each
-other, on the devices; then every device fetches its blocks over the links and transforms its
-columns. The host enqueues all that and waits once, for the result.
+Each transform is one task that holds a set of GPUs at once, all of it or none. The runtime splits
+the image into bands of rows, one a device, and its transform into bands of columns
+(``shards=``). Every device transforms its rows, cuts the result into blocks and packs each for the
+device that gets it; ``ctx.barrier()`` makes the streams of the set wait for each other, on the
+devices; then every device fetches its blocks over the links and transforms its columns. The host
+enqueues all that and waits once, for all results.
 
     pip install charioteer
     python examples/apps/fft2d.py                        # the GPUs of this machine, else its cores
@@ -21,48 +22,18 @@ import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import application
 import numpy as np
 import numpy.typing as npt
 
 import charioteer as ch
+from charioteer import cpu, gpu
 
-Image = npt.NDArray[np.float64]
-Spectrum = npt.NDArray[np.complex128]
-
-
-def cuts(extent: int, parts: int) -> list[slice]:
-    """``parts`` ranges of an axis, as equal as they can be."""
-    edges = [extent * part // parts for part in range(parts + 1)]
-    return [slice(a, b) for a, b in itertools.pairwise(edges)]
-
-
-def fft2(image: Image) -> Spectrum:
-    """The transform of an image on the devices of the running task."""
-    context = ch.current()
-    height, width = image.shape
-    rows = cuts(height, len(context.devices))
-    columns = cuts(width, len(context.devices))
-
-    packed = []  # packed[i][j]: what device i has for device j
-    for _, own in zip(context.each(), rows, strict=True):
-        xp = context.xp
-        transformed = xp.fft.fft(xp.asarray(image[own]), axis=1)
-        packed.append([transformed[:, block].copy() for block in columns])
-
-    # Before this a device may still write what another one is about to fetch.
-    context.barrier()
-
-    bands = []
-    for j, _ in enumerate(context.each()):
-        xp = context.xp
-        band = xp.empty((height, columns[j].stop - columns[j].start), complex)
-        for i, own in enumerate(rows):
-            band[own] = packed[i][j]
-        bands.append(xp.fft.fft(band, axis=0))
-    return np.concatenate([band.get() for band in bands], axis=1)
-
+Images = npt.NDArray[np.float64]
+Spectra = npt.NDArray[np.complex128]
 
 SIZES = {"tiny": (3, 31), "small": (16, 128), "medium": (16, 512), "large": (24, 1024)}
 """Images, and their rows and columns."""
@@ -72,53 +43,96 @@ WIDTH = 2
 
 @dataclass
 class Problem:
-    """Images to be transformed."""
+    """Images to be transformed, in one array."""
 
-    images: list[Image]
+    images: Images
+
+    @cached_property
+    def right(self) -> Spectra:
+        """NumPy's transforms in two dimensions."""
+        return np.fft.fft2(self.images)
 
 
 def problem(count: int, size: int) -> Problem:
     """Images at random."""
-    chance = np.random.default_rng(0)
-    return Problem([chance.standard_normal((size, size)) for _ in range(count)])
+    return Problem(np.random.default_rng(0).standard_normal((count, size, size)))
 
 
-def fft2_on_core(image: Image) -> Spectrum:
-    """The transform of an image on a core, by NumPy, rows and then columns."""
-    return np.fft.fft(np.fft.fft(image, axis=1), axis=0)
+@ch.task(placement=[gpu, cpu])
+def transform(image: ch.In[Any], spectrum: ch.Out[Any]) -> None:
+    """The transform of an image on one device, rows and then columns."""
+    fft = ch.current().xp.fft.fft
+    spectrum[...] = fft(fft(image, axis=1), axis=0)
 
 
-def tasks(given: Problem, gpus: int = 0) -> list[Spectrum]:
-    """The transforms, each on :data:`WIDTH` devices, or where there are none on a core."""
-    if gpus:
-        transform = ch.task(fft2, placement=ch.gpu * min(WIDTH, gpus))
-    else:
-        transform = ch.task(fft2_on_core)
-    return [task.result() for task in [transform(image) for image in given.images]]
+@transform.variant(gpu * WIDTH, shards={"image": 0, "spectrum": 1})
+def on_set(image: ch.In[Any], spectrum: ch.Out[Any]) -> None:
+    """The same on a set of devices: each has a band of rows, and makes a band of columns."""
+    context = ch.current()
+    rows, columns = cuts(image, axis=0), cuts(spectrum, axis=1)
+
+    packed = []  # packed[i][j]: what device i has for device j
+    for _, band in zip(context.each(), image, strict=True):
+        transformed = context.xp.fft.fft(band, axis=1)
+        packed.append([transformed[:, block].copy() for block in columns])
+
+    # Before this a device may still write what another one is about to fetch.
+    context.barrier()
+
+    for j, _ in enumerate(context.each()):
+        band = spectrum[j]
+        for i, own in enumerate(rows):
+            band[own] = packed[i][j]
+        band[...] = context.xp.fft.fft(band, axis=0)
 
 
-def serially(given: Problem) -> list[Spectrum]:
+def cuts(bands: Sequence[Any], axis: int) -> list[slice]:
+    """Where bands begin and end, along their axis."""
+    edges = [0, *itertools.accumulate(band.shape[axis] for band in bands)]
+    return [slice(begin, end) for begin, end in itertools.pairwise(edges)]
+
+
+def tasks(given: Problem, gpus: int = 0) -> Spectra:
+    """The transforms, each on :data:`WIDTH` devices; on one, or on a core, if there are fewer."""
+    on = gpu * WIDTH if gpus >= WIDTH else gpu if gpus else cpu
+    spectra = np.empty(given.images.shape, complex)
+    images, results = ch.asarray(given.images), ch.asarray(spectra)
+    for image, spectrum in zip(images, results, strict=True):
+        transform.options(placement=on)(image, spectrum)
+    results.release()  # waits for all, and gives the memory back
+    return spectra
+
+
+def by_hand(given: Problem, every: application.Every) -> Spectra:
+    """The same with plain NumPy; ``every`` calls a function with each number."""
+    spectra = np.empty(given.images.shape, complex)
+
+    def one(at: int) -> None:
+        spectra[at] = np.fft.fft(np.fft.fft(given.images[at], axis=1), axis=0)
+
+    every(one, range(len(spectra)))
+    return spectra
+
+
+def serially(given: Problem) -> Spectra:
     """One image after the other."""
-    return [fft2_on_core(image) for image in given.images]
+    return by_hand(given, application.in_turn)
 
 
-def threads(given: Problem, workers: int) -> list[Spectrum]:
+def threads(given: Problem, workers: int) -> Spectra:
     """Images on threads by hand."""
     with application.side_by_side(workers) as every:
-        return every(lambda at: fft2_on_core(given.images[at]), range(len(given.images)))
+        return by_hand(given, every)
 
 
-def error(found: list[Spectrum], given: Problem) -> float:
-    """The largest difference from NumPy's transforms in two dimensions, over the size."""
-    return max(
-        float(np.abs(spectrum - np.fft.fft2(image)).max()) / image.size
-        for spectrum, image in zip(found, given.images, strict=True)
-    )
+def error(found: Spectra, given: Problem) -> float:
+    """The largest difference from NumPy's transforms, over the size of an image."""
+    return float(np.abs(found - given.right).max() / given.images[0].size)
 
 
 LIMIT = 1e-11
 """What that may be."""
-CORE: Sequence[Callable[..., object]] = (cuts, fft2, fft2_on_core, tasks)
+CORE: Sequence[Callable[..., object]] = (transform.fn, on_set, cuts, tasks)
 """What a user writes: bodies and the program that spawns them."""
 PORTABLE = ()
 """Nothing is left to the runtime: ``tasks`` says where transforms run."""

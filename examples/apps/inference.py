@@ -15,7 +15,6 @@ The exit status is 1 if a request got other tokens than it gets alone.
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -118,17 +117,22 @@ def sample(states: Any, batch: list[Request]) -> None:
         request.tokens.append(int(row.sum() % WORDS))
 
 
-async def lane(given: Problem, waiting: deque[Request], gpus: int) -> int:
-    """One batch under way, until nobody waits; gives the tokens that were made one at a time."""
-    batch: list[Request] = []
-    passes = 0
-    while True:
-        batch = [request for request in batch if len(request.tokens) < request.wanted]
-        while waiting and len(batch) < given.most:
+def refilled(batch: list[Request], waiting: deque[Request], most: int) -> list[Request]:
+    """A batch for its next token: without those that have all theirs, with others that wait."""
+    batch = [request for request in batch if len(request.tokens) < request.wanted]
+    while len(batch) < most:
+        try:
             batch.append(waiting.popleft())
-        if not batch:
-            return passes
-        passes += 1
+        except IndexError:  # nobody waits
+            break
+    return batch
+
+
+@ch.task
+async def lane(given: Problem, waiting: deque[Request], gpus: int) -> None:
+    """One batch under way, until nobody waits."""
+    batch: list[Request] = []
+    while batch := refilled(batch, waiting, given.most):
         states: Any = np.stack([request.state for request in batch])
         for at in range(STAGES):
             on = ch.gpu(at % gpus) if gpus else ch.cpu
@@ -140,11 +144,7 @@ def tasks(given: Problem, gpus: int = 0) -> list[list[int]]:
     """The tokens of all requests."""
     requests = given.requests()
     waiting = deque(requests)
-
-    async def all_lanes() -> None:
-        await asyncio.gather(*(lane(given, waiting, gpus) for _ in range(STAGES)))
-
-    asyncio.run(all_lanes())
+    ch.wait([lane(given, waiting, gpus) for _ in range(STAGES)])
     return [request.tokens for request in requests]
 
 
@@ -167,15 +167,7 @@ def threads(given: Problem, workers: int) -> list[list[int]]:
 
     def serve() -> None:
         batch: list[Request] = []
-        while True:
-            batch = [request for request in batch if len(request.tokens) < request.wanted]
-            while len(batch) < given.most:
-                try:
-                    batch.append(waiting.popleft())
-                except IndexError:  # another thread took the last one
-                    break
-            if not batch:
-                return
+        while batch := refilled(batch, waiting, given.most):
             states: Any = np.stack([request.state for request in batch])
             for weights in given.weights:
                 states = layer(states, weights)
@@ -194,7 +186,7 @@ def error(found: list[list[int]], given: Problem) -> float:
 
 LIMIT = 0.0
 """What that may be."""
-CORE: Sequence[Callable[..., object]] = (stage.fn, sample.fn, lane, tasks)
+CORE: Sequence[Callable[..., object]] = (stage.fn, sample.fn, refilled, lane.fn, tasks)
 """What a user writes: bodies and the program that spawns them."""
 PORTABLE = ()
 """Nothing is left to the runtime: stages stay where their weights are."""

@@ -231,7 +231,30 @@ def _application_plots(entries: Sequence[Entry]) -> list[Block]:
     return [
         *_drawn([("", lines)], "Speed over the serial program", "", "speed-up"),
         *([Grid(heads, rows)] if rows else []),
+        *_simulated_applications(entries),
     ]
+
+
+def _simulated_applications(entries: Sequence[Entry]) -> list[Block]:
+    """What applications take on virtual GPUs, a row each and number of GPUs."""
+    found: dict[str, dict[str, Entry]] = {}
+    for entry in entries:
+        if "devices" in entry["params"] and entry["runs"]:
+            found.setdefault(entry["case"], {})[entry["metric"]] = entry
+    if not found:
+        return []
+    metrics = list(dict.fromkeys(metric for each in found.values() for metric in each))
+    rows = [
+        [
+            case,
+            *(
+                quantity(each[metric]["median"], each[metric]["unit"]) if metric in each else ""
+                for metric in metrics
+            ),
+        ]
+        for case, each in found.items()
+    ]
+    return [Grid(["on virtual GPUs, in virtual time", *metrics], rows)]
 
 
 def _drawn(panels: Sequence[Panel], caption: str, across: str, up: str) -> list[Block]:
