@@ -9,6 +9,7 @@ release of references; it asserts that they happen, never how fast.
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import re
 import signal
@@ -20,10 +21,26 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any
 
 import charioteer as ch
+
+APPS = Path(__file__).parents[1] / "examples" / "apps"
+APPLICATIONS = sorted(
+    path.stem for path in APPS.glob("*.py") if path.stem not in ("application", "study")
+)
+"""The names of the applications among the examples."""
+
+
+def application(name: str) -> ModuleType:
+    """A module of their folder, which is where its modules look first meanwhile."""
+    sys.path.insert(0, str(APPS))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(APPS))
+
 
 OVERRIDE = os.environ.get("CHARIOTEER_WORKERS")
 """The worker count that a perturbation run imposes on the tests that leave it open."""

@@ -3,43 +3,22 @@ program in virtual time on known ones; the study of them."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+from support import APPLICATIONS, APPS
+from support import application as load
 
 import charioteer as ch
 from charioteer import cpu, gpu, virtual
 from charioteer.bench.simulated import LAUNCH, MEMORY, kernel, simulate
 
-APPS = Path(__file__).parents[1] / "examples" / "apps"
-NAMES = sorted(path.stem for path in APPS.glob("*.py") if path.stem not in ("application", "study"))
-EVERY = pytest.mark.parametrize("name", NAMES)
-
-
-@contextlib.contextmanager
-def importable() -> Iterator[None]:
-    """The folder is where scripts of it look first."""
-    sys.path.insert(0, str(APPS))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(APPS))
-
-
-def load(name: str) -> ModuleType:
-    """A module of the folder."""
-    with importable():
-        return importlib.import_module(name)
-
+EVERY = pytest.mark.parametrize("name", APPLICATIONS)
 
 # BLAS threads of SciPy start here: they are nobody's leak.
 application, cases = load("application"), load("study")
@@ -178,9 +157,9 @@ def test_kernels_take_what_their_arithmetic_or_memory_takes() -> None:
 
 @pytest.mark.surface
 def test_the_folder_is_what_is_measured_and_told() -> None:
-    assert sorted(app.__name__ for app in cases.APPS.values()) == NAMES
+    assert sorted(app.__name__ for app in cases.APPS.values()) == APPLICATIONS
     told = (APPS.parent / "README.md").read_text()
-    for name in NAMES:
+    for name in APPLICATIONS:
         assert f"(apps/{name}.py)" in told
         app = load(name)
         for part in application.Application.__annotations__:
