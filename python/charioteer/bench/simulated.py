@@ -8,8 +8,9 @@ on that clock.
 
 What a task was busy for is added up as its operations are enqueued; who waited for whom is in the
 trace of the run. Both give the longest chain of tasks and the work over the devices: bounds of any
-schedule. The third one, what the busiest link was busy for, is a bound of schedules that make the
-copies that this one made.
+schedule. (A body that awaits tasks, or a program that waits before it spawns others, is an order
+that no trace tells of, so the chain may be longer than is known.) The third one, what the busiest
+link was busy for, is a bound of schedules that make the copies that this one made.
 """
 
 from __future__ import annotations

@@ -91,7 +91,8 @@ def parts(*, quick: bool = False, apps: Path | None = None) -> list[Part]:
             bench(f"graphs-{pattern}", 20, "graphs", "--only", pattern)
     if apps is not None:
         script = str(apps / EXAMPLES)
-        found.append(Part("applications", (script, *(("--quick",) if quick else ())), 30))
+        arguments = (script, "--quick") if quick else (script,)
+        found.append(Part("applications", arguments, 30 if quick else 500))
     return found
 
 
