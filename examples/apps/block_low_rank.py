@@ -90,14 +90,16 @@ def multiply_low(u: ch.In[Array], v: ch.In[Array], x: ch.In[Array], y: ch.Sum[Ar
 def tasks(given: Problem, gpus: int = 0) -> Array:
     """The product, a task a block."""
     x = ch.asarray(given.vectors, name="x").shards(len(given.vectors) // given.block)
-    result = ch.zeros(given.vectors.shape, name="y")
-    y = result.shards(len(x))
+    result = np.zeros(given.vectors.shape)
+    Y = ch.asarray(result, name="y")
+    y = Y.shards(len(x))
     for (i, j), block in given.blocks.items():
         if isinstance(block, tuple):
             multiply_low(*map(ch.asarray, block), x[j], y[i])
         else:
             multiply.options(priority=1)(ch.asarray(block), x[j], y[i])
-    return np.asarray(result.numpy())
+    Y.release()  # waits for the tasks, and gives the memory back
+    return result
 
 
 def row(given: Problem, i: int) -> Array:

@@ -98,9 +98,11 @@ def cholesky(matrix: ch.Array, tile: int) -> None:
 
 def tasks(given: Problem, gpus: int = 0) -> Matrix:
     """The factor, and above its diagonal whatever was there."""
-    A = ch.array(given.matrix)
+    whole = given.matrix.copy()
+    A = ch.asarray(whole)
     cholesky(A, given.tile)
-    return np.asarray(A.numpy())
+    A.release()  # waits for the tasks, and gives the memory back
+    return whole
 
 
 def by_hand(given: Problem, every: application.Every) -> Matrix:

@@ -48,7 +48,7 @@ def move(totals: ch.InOut[Matrix], centers: ch.InOut[Matrix]) -> None:
 
 def kmeans(points: Matrix, k: int, rounds: int, shards: int) -> Matrix:
     """The centers after so many rounds, beginning with the first points."""
-    all_points, centers = ch.array(points), ch.array(points[:k])
+    all_points, centers = ch.asarray(points), ch.array(points[:k])
     totals = ch.zeros((k, points.shape[1] + 1))
     for _ in range(rounds):
         for shard in all_points.shards(shards):

@@ -107,9 +107,11 @@ def lu(A: ch.Array, width: int) -> list[ch.Array]:
 
 def tasks(given: Problem, gpus: int = 0) -> Factors:
     """The factors, and the order of the rows."""
-    A = ch.array(given.matrix)
+    whole = given.matrix.copy()
+    A = ch.asarray(whole)
     orders = lu(A, given.panel)
-    return A.numpy(), combined([order.numpy() for order in orders])
+    A.release()  # waits for the tasks, and gives the memory back
+    return whole, combined([order.numpy() for order in orders])
 
 
 def combined(orders: Sequence[Order]) -> Order:
