@@ -35,7 +35,7 @@ SIZES = {
     "tiny": (7, 16, 3),
     "small": (24, 64, 4),
     "medium": (96, 256, 8),
-    "large": (256, 384, 16),
+    "large": (128, 512, 16),
 }
 """Requests, width of the model, requests of a batch at most."""
 STAGES = 4
