@@ -46,8 +46,6 @@ from charioteer.machine import Machine
 Matrix = npt.NDArray[np.float64]
 Factor = tuple[str, Matrix]
 """The set that it was computed on, and the lower factor."""
-Columns = tuple[str, list[Any]]
-"""The same in block columns from their diagonal blocks down, each on some device."""
 
 SIZES = {
     "tiny": (6, (32, 48)),
@@ -58,7 +56,7 @@ SIZES = {
 """Matrices, and their rows, one after the other."""
 SETS = ("cpu", "gpu", "gpu*2")
 BLOCK = 128
-SPEED = 1e10
+SPEED = 5e9
 """Floating-point operations a second, of a core."""
 GPU = 1e11
 """The same of the slow GPU on which the script shows which body is taken."""
@@ -83,44 +81,46 @@ def problem(matrices: int, sizes: Sequence[int]) -> Problem:
     return Problem([kinds[at % len(kinds)] for at in range(matrices)])
 
 
-@ch.task(base=False, size=lambda matrix: len(matrix))
-def factor(matrix: Matrix) -> Columns:
-    """The set that was taken, and the lower factor of a symmetric positive definite matrix."""
+@ch.task(base=False, size=lambda matrix, lower: len(matrix))
+def factor(matrix: ch.In[Any], lower: ch.Out[Any]) -> str:
+    """The lower factor of a symmetric positive definite matrix; gives the set that was taken."""
     raise NotImplementedError
 
 
-@factor.variant(ch.cpu, cost=lambda matrix: len(matrix) ** 3 / 3 / SPEED)
-def factor_on_core(matrix: Matrix) -> Columns:
-    return "cpu", [on_core(matrix)]
+@factor.variant(ch.cpu, cost=lambda matrix, lower: len(matrix) ** 3 / 3 / SPEED)
+def factor_on_core(matrix: ch.In[Any], lower: ch.Out[Any]) -> str:
+    lower[...] = np.linalg.cholesky(matrix)
+    return "cpu"
 
 
 @factor.variant(ch.gpu)
-def factor_on_gpu(matrix: Matrix) -> Columns:
-    xp = ch.current().xp
-    return "gpu", [xp.linalg.cholesky(xp.asarray(matrix))]
+def factor_on_gpu(matrix: ch.In[Any], lower: ch.Out[Any]) -> str:
+    lower[...] = np.linalg.cholesky(matrix)
+    return "gpu"
 
 
-@factor.variant(ch.gpu * 2)
-def factor_on_two(matrix: Matrix) -> Columns:
+@factor.variant(ch.gpu * 2, shards={"lower": 1})
+def factor_on_two(matrix: ch.In[Any], lower: ch.Out[Any]) -> str:
     context = ch.current()
-    xp = context.xp
-    edges = [*range(0, len(matrix), BLOCK), len(matrix)]
+    n, half = len(matrix[0]), lower[0].shape[1]
+    # No block column is in both halves of the result.
+    edges = [*range(0, half, BLOCK), *range(half, n, BLOCK), n]
     blocks = range(len(edges) - 1)
 
     # Block column k, from its diagonal block down, on the device whose turn it is.
     columns = {}
     for turn, _ in enumerate(context.each()):
+        lower[turn][...] = 0
         for k in blocks[turn::2]:
-            columns[k] = xp.asarray(matrix[edges[k] :, edges[k] : edges[k + 1]])
+            columns[k] = matrix[turn][edges[k] :, edges[k] : edges[k + 1]].copy()
 
     for k in blocks:
         width = edges[k + 1] - edges[k]
         for turn, _ in enumerate(context.each()):
             if turn == k % 2:
-                top = xp.linalg.cholesky(columns[k][:width])
-                below = xp.linalg.solve(top, columns[k][width:].T).T
+                top = np.linalg.cholesky(columns[k][:width])
+                columns[k][width:] = np.linalg.solve(top, columns[k][width:].T).T
                 columns[k][:width] = top
-                columns[k][width:] = below
 
         # Before this the other device must not fetch what may not be there yet.
         context.barrier()
@@ -128,56 +128,48 @@ def factor_on_two(matrix: Matrix) -> Columns:
         for turn, _ in enumerate(context.each()):
             panel = columns[k]
             if turn != k % 2:
-                panel = xp.empty(columns[k].shape)
+                panel = context.xp.empty(columns[k].shape)
                 panel[...] = columns[k]
+            if turn == (edges[k] >= half):
+                begin = edges[k] - turn * half
+                lower[turn][edges[k] :, begin : begin + width] = panel
             for j in blocks[k + 1 :]:
                 if j % 2 == turn:
                     rest = panel[edges[j] - edges[k] :]
-                    upper = rest[: edges[j + 1] - edges[j]]
-                    columns[j] -= rest @ upper.T
-
-    return "gpu*2", [columns[k] for k in blocks]
-
-
-def whole(found: Columns) -> Factor:
-    """A factor on the host, of block columns where they are."""
-    where, columns = found
-    if where == "cpu":
-        return where, columns[0]
-    lower = np.zeros((len(columns[0]), len(columns[0])))
-    begin = 0
-    for column in columns:
-        end = begin + column.shape[1]
-        lower[begin:, begin:end] = column.get()
-        begin = end
-    return where, lower
-
-
-def on_core(matrix: Matrix) -> Matrix:
-    """The factor by NumPy."""
-    return np.asarray(np.linalg.cholesky(matrix))
+                    columns[j] -= rest @ rest[: edges[j + 1] - edges[j]].T
+    return "gpu*2"
 
 
 def tasks(given: Problem, gpus: int = 0) -> list[Factor]:
     """The factors, and on which set each was computed."""
-    under_way: collections.deque[ch.Task[Columns]] = collections.deque()
-    found = []
-    for matrix in given.batch:
-        if len(under_way) == PENDING:
-            found.append(whole(under_way.popleft().result()))
-        under_way.append(factor(matrix))
-    return [*found, *(whole(task.result()) for task in under_way)]
+    results = [np.empty_like(matrix) for matrix in given.batch]
+    regions = [ch.asarray(result) for result in results]
+    matrices = {id(matrix): ch.asarray(matrix) for matrix in given.batch}
+    spawned: list[ch.Task[str]] = []
+    for matrix, region in zip(given.batch, regions, strict=True):
+        if len(spawned) >= PENDING:
+            spawned[-PENDING].result()
+        spawned.append(factor(matrices[id(matrix)], region))
+        region.prefetch(ch.cpu)  # it comes home while others are computed
+    for region in regions:
+        region.release()  # waits for its task, and gives the memory back
+    return [(task.result(), result) for task, result in zip(spawned, results, strict=True)]
+
+
+def by_hand(given: Problem, every: application.Every) -> list[Factor]:
+    """The same with plain NumPy; ``every`` calls a function with each number."""
+    return every(lambda at: ("cpu", np.linalg.cholesky(given.batch[at])), range(len(given.batch)))
 
 
 def serially(given: Problem) -> list[Factor]:
     """One matrix after the other."""
-    return [("cpu", on_core(matrix)) for matrix in given.batch]
+    return by_hand(given, application.in_turn)
 
 
 def threads(given: Problem, workers: int) -> list[Factor]:
     """Matrices on threads by hand."""
     with application.side_by_side(workers) as every:
-        return every(lambda at: ("cpu", on_core(given.batch[at])), range(len(given.batch)))
+        return by_hand(given, every)
 
 
 def error(found: list[Factor], given: Problem) -> float:
@@ -193,8 +185,10 @@ def error(found: list[Factor], given: Problem) -> float:
 LIMIT = 1e-12
 """What that may be."""
 CORE: Sequence[Callable[..., object]] = (
-    *(factor_on_core, factor_on_gpu, factor_on_two),
-    *(on_core, whole, tasks),
+    factor_on_core,
+    factor_on_gpu,
+    factor_on_two,
+    tasks,
 )
 """What a user writes: bodies and the program that spawns them."""
 PORTABLE = ()
