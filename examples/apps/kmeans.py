@@ -70,7 +70,7 @@ SIZES = {
     "tiny": (300, 4, 5, 3, 4),
     "small": (20_000, 8, 10, 10, 8),
     "medium": (100_000, 16, 16, 10, 8),
-    "large": (400_000, 16, 16, 10, 16),
+    "large": (400_000, 16, 16, 10, 48),
 }
 """Points, numbers of a point, clusters, rounds, shards."""
 
