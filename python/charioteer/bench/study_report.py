@@ -229,9 +229,28 @@ def _application_plots(entries: Sequence[Entry]) -> list[Block]:
         )
     heads = ["application", "run as", "speed over serial", "95 %", "tasks", "lines"]
     return [
-        *_drawn([("", lines)], "Speed over the serial program", "", "speed-up"),
+        *_drawn(_by_size(lines), "Speed over the serial program", "", "speed-up"),
         *([Grid(heads, rows)] if rows else []),
         *_simulated_applications(entries),
+    ]
+
+
+def _by_size(lines: Mapping[str, Mapping[str, float]]) -> list[Panel]:
+    """Panels of some applications each, which are of one size."""
+    cases = dict.fromkeys(case for line in lines.values() for case in line)
+    sizes: dict[str, list[str]] = {}
+    for case in cases:
+        sizes.setdefault(case.partition(", ")[2], []).append(case)
+    return [
+        (
+            size,
+            {
+                name: {case.partition(", ")[0]: line[case] for case in some if case in line}
+                for name, line in lines.items()
+            },
+        )
+        for size, all_ in sizes.items()
+        for some in (all_[at : at + 7] for at in range(0, len(all_), 7))
     ]
 
 
