@@ -247,11 +247,6 @@ def run(
                     x += rest[0]
             elif what == "nested":
                 other, place = rest
-                if gpus and not workers:
-                    # With one thread, a body that waits runs what is ready on top of itself.
-                    # The end of a reduction waits there for its partials to come home, and perhaps
-                    # for what comes after that body: a cycle of the stack, which the graph has not.
-                    continue
                 y, worse = oracle.at(other)
                 if np.shares_memory(x, y) or not y.size:
                     continue

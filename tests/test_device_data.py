@@ -560,6 +560,29 @@ def test_a_reduction_that_nobody_reads_is_combined_at_the_end() -> None:
     assert total.numpy().tolist() == [5, 5]
 
 
+def test_the_end_of_a_reduction_runs_no_body_on_top_of_itself() -> None:
+    """With one thread. A body that waits for what comes after it would have to wait for itself."""
+    machine = ch.Machine.virtual(1, time="virtual")
+    with ch.Runtime(machine, workers=0):
+        total = ch.zeros(2)
+
+        @ch.task(placement=gpu)
+        def one(total: ch.Sum[Array]) -> None:
+            total += 1
+
+        @ch.task
+        def wait() -> None:
+            add(total, 1.0).result()
+
+        member = one(total)
+        # The end of the reduction is ready at the same time as these, between the two.
+        first = wait.options(dependencies=[member])()
+        add(total, 1.0)
+        second = wait.options(dependencies=[member])()
+        ch.wait([first, second])
+        assert total.numpy().tolist() == [4, 4]
+
+
 def test_a_reduction_with_a_failure() -> None:
     total = ch.zeros(2)
 

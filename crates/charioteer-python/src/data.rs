@@ -1246,11 +1246,21 @@ pub struct HostEntry {
 
 impl HostEntry {
     pub fn enter(py: Python<'_>, region: &Region, mode: data::Mode) -> PyResult<Self> {
-        Self::enter_all(py, &[region], mode)
+        Self::enter_all(py, &[region], mode, false)
     }
 
-    /// Of several regions at once, so that they come home side by side; there is a first one.
-    pub fn enter_all(py: Python<'_>, regions: &[&Region], mode: data::Mode) -> PyResult<Self> {
+    /// Of the partials of a reduction at its end, at once, so that they come home side by side. There is a
+    /// first one.
+    pub fn at_last(py: Python<'_>, partials: &[&Region]) -> PyResult<Self> {
+        Self::enter_all(py, partials, data::Mode::In, true)
+    }
+
+    fn enter_all(
+        py: Python<'_>,
+        regions: &[&Region],
+        mode: data::Mode,
+        at_last: bool,
+    ) -> PyResult<Self> {
         let accesses = regions
             .iter()
             .map(|region| data::Access::new(&region.part, mode))
@@ -1283,7 +1293,11 @@ impl HostEntry {
         }
         let engine = Arc::clone(&runtime::active(py)?.engine);
         let label = || Label::Name(format!("host access to {}", region.text()).into());
-        let entered = engine.host_access(label, &accesses, None);
+        let entered = if at_last {
+            engine.host_access_at_last(label, &accesses)
+        } else {
+            engine.host_access(label, &accesses, None)
+        };
         match entered {
             Ok(access) => Ok(Self {
                 _access: Some(access),

@@ -17,7 +17,9 @@
 //! Where the task may run on devices its partial is its own (see [`crate::local`]), a managed array: when
 //! the body begins the group notes it, and the task that ends the group waits for those on the host, as for
 //! any array. They come after the others, in the order in which their tasks were spawned, wherever those
-//! ran.
+//! ran. Those tasks are done, and nobody else knows their partials: so what it waits for are copies, and
+//! without workers it runs no other body on top of itself, which might wait for what comes after the
+//! reduction.
 //!
 //! # Checking
 //!
@@ -229,7 +231,7 @@ impl Reduction {
             return Ok(());
         }
         let partials: Vec<&Region> = own.iter().map(|(_, own)| own.bind(py).get()).collect();
-        let access = HostEntry::enter_all(py, &partials, charioteer::data::Mode::In)?;
+        let access = HostEntry::at_last(py, &partials)?;
         for partial in &partials {
             let rows = partial.readonly_view(py)?;
             data.call1(("combine_rows", name, target, rows))?;

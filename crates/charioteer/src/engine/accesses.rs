@@ -30,13 +30,13 @@ use super::{Engine, Refused, Settled, SpawnError, WaitError, graph, hand_on};
 use crate::data::{
     self, Access, AccessTrouble, Found, Group, Mode, Move, Refusal, Session, Turn, Uses,
 };
-use crate::sync::{Ordering, fence};
+use crate::sync::{Ordering, assert_unlocked, fence};
 use crate::task::state::{AHEAD, DIRTY, HOST, JOINS, ORDERED, Snapshot, USES};
 use crate::task::{
     Content, Domain, Ending, Failure, Link, Options, Outcome, Phase, Task, TaskRef, Until,
 };
 use crate::trace::Event;
-use crate::work::Worker;
+use crate::work::{self, Worker};
 
 /// What came of a registration.
 pub(super) struct Registered<D: Domain> {
@@ -485,6 +485,41 @@ impl<D: Domain> Engine<D> {
         accesses: &[Access<'_, D>],
         deadline: Option<Instant>,
     ) -> Result<HostAccess<D>, HostError<D>> {
+        self.enter_host(label, accesses, |gate| {
+            self.wait(std::slice::from_ref(gate), Until::All, deadline)
+        })
+    }
+
+    /// The same in a body that came after all other tasks which access these parts, so that it waits for
+    /// copies alone. In a runtime without workers it runs no other body meanwhile, which might wait for what
+    /// comes after this one.
+    ///
+    /// # Errors
+    /// [`HostError`].
+    ///
+    /// # Panics
+    /// If a mode commutes or reduces.
+    pub fn host_access_at_last(
+        self: &Arc<Self>,
+        label: impl Fn() -> D::Label,
+        accesses: &[Access<'_, D>],
+    ) -> Result<HostAccess<D>, HostError<D>> {
+        self.enter_host(label, accesses, |gate| {
+            assert_unlocked();
+            if self.workers == 0 {
+                return Ok(work::hold(self, gate));
+            }
+            self.wait(std::slice::from_ref(gate), Until::All, None)
+        })
+    }
+
+    /// Has the host enter, and `wait` for the gate.
+    fn enter_host(
+        self: &Arc<Self>,
+        label: impl Fn() -> D::Label,
+        accesses: &[Access<'_, D>],
+        wait: impl FnOnce(&TaskRef<D>) -> Result<bool, WaitError>,
+    ) -> Result<HostAccess<D>, HostError<D>> {
         assert_eq!(flags_of(accesses), ORDERED, "the host reads and writes");
         data::check(accesses, self.machine().map(Arc::as_ref)).map_err(HostError::Access)?;
         let admit = || self.admit().map_err(|_| HostError::Closed);
@@ -525,7 +560,7 @@ impl<D: Domain> Engine<D> {
         self.record_edges(time, &task, &registered.edges);
         let turn = task.turn().expect("put there above");
         self.release(&task, registered.done + 1);
-        let waited = self.wait(std::slice::from_ref(&gate), Until::All, deadline);
+        let waited = wait(&gate);
         if turn.swap(Turn::GIVEN_UP) == Turn::COME {
             let access = HostAccess {
                 engine: Arc::clone(self),

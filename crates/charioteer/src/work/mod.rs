@@ -32,6 +32,12 @@
 //! ready. What another thread makes ready (it wakes a future, or cancels) is run by the threads that
 //! wait for tasks, which are nudged for it, or by the next spawn.
 //!
+//! A body that waits there has others run on top of it, and goes on when these are over. If one of them
+//! waits for what comes after the body below, that is a cycle of the stack, which the graph has not. Where
+//! a body of the user's waits that cannot be helped. The runtime's own, the end of a reduction, waits for
+//! copies alone, of what tasks wrote that are done: these need the devices, and nobody's body. So it
+//! [holds](hold) its thread and runs nothing, like a body that computes.
+//!
 //! [`Places`]: crate::schedule::places::Places
 //! [`Apart`]: crate::machine::cpus::Apart
 
@@ -846,6 +852,23 @@ fn block_alone<D: Domain>(
         .helpers
         .lock()
         .retain(|other| !Arc::ptr_eq(other, latch));
+}
+
+/// The wait of a body for a task that needs nothing but work of devices which is enqueued already, in a
+/// runtime without workers. It runs no other body, and whoever looks what may move finds a body that runs.
+pub(crate) fn hold<D: Domain>(engine: &Arc<Engine<D>>, task: &TaskRef<D>) -> bool {
+    let latch = Latch::new(1, Until::All, Waker::Thread(None));
+    let tasks = std::slice::from_ref(task);
+    engine
+        .watch(&latch, tasks, None)
+        .expect("only the wait of a body can close a cycle");
+    while !latch.is_open() && engine.advance_time() {}
+    block_patiently(engine, &latch, None, || (), || false);
+    let opened = !latch.give_up();
+    if !opened {
+        abandon(&latch, tasks);
+    }
+    opened
 }
 
 /// Blocks on a latch, after `first`, and lets the domain end the wait in between.
