@@ -30,10 +30,12 @@
 //! | [`machine`] | devices, streams, events, links | nobody |
 //! | [`trace`] | event rings, trace files, and what is proved from them | words of `machine`, [`region`], [`data`] |
 //! | [`hash`] | a quick hash of numbers | nobody |
+//! | `fetch` | memory that is asked for before it is used | nobody |
 //! | [`native`] | the Rust API: closures as tasks, typed handles, task spaces | the façade |
 
 pub mod data;
 pub mod engine;
+mod fetch;
 mod graph;
 pub mod hash;
 #[cfg(all(test, loom))]

@@ -17,6 +17,8 @@
 //! validating builds whose environment has `CHARIOTEER_PERTURB=SEED`. It widens races that a quiet
 //! machine would hardly ever show.
 
+use crate::fetch::fetch;
+
 #[cfg(not(loom))]
 pub(crate) use std::sync::atomic::{
     AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence,
@@ -80,6 +82,37 @@ impl<T> Cell<T> {
         return f(self.0.get());
         #[cfg(loom)]
         return self.0.with_mut(f);
+    }
+}
+
+/// Where something was, for who wants to ask for it early: a guess, which may be wrong in any way. So it
+/// orders nothing, and loom need not try what it might say.
+#[derive(Debug, Default)]
+pub(crate) struct Hint(std::sync::atomic::AtomicUsize);
+
+impl Hint {
+    /// Asks for the memory there.
+    #[inline]
+    pub(crate) fn fetch(&self) {
+        let address = self.0.load(Ordering::Relaxed);
+        if address != 0 {
+            fetch(std::ptr::without_provenance::<()>(address));
+        }
+    }
+
+    /// It is there now. That is written where it is news, since many threads read it.
+    #[inline]
+    pub(crate) fn set<T>(&self, place: &T) {
+        let address = std::ptr::from_ref(place).addr();
+        if self.0.load(Ordering::Relaxed) != address {
+            self.0.store(address, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Clone for Hint {
+    fn clone(&self) -> Self {
+        Self(self.0.load(Ordering::Relaxed).into())
     }
 }
 

@@ -22,12 +22,24 @@
 //!
 //! What nobody needs any more (see the module above) is dropped where it is met, and all of it every so
 //! many registrations, in proportion to how many records there are.
+//!
+//! # What a look-up fetches
+//!
+//! Among many live accesses it costs what it fetches from far away, and how often it has to wait for that. For
+//! a tile these are three cache lines, each of which says where the next one is: the part, its cell, and the
+//! task that wrote last, with which the new one registers. So a part remembers where the other two were. When
+//! a spawn meets its parts it asks for all of these, and makes its task meanwhile. Of boxes the tree finds all
+//! that meet before one is looked at, so that they come together, and then their tasks.
+//!
+//! What a part remembers may be wrong: somebody else may have written since by another handle of the same tile,
+//! and the cell may be gone. So it is asked for and not read.
 
 use std::sync::Arc;
 
 use smallvec::SmallVec;
 
 use super::{Access, Datum, Group, Mode, Part, Place, Uses, tile_region};
+use crate::fetch::fetch;
 use crate::hash::QuickMap;
 use crate::machine::{DeviceError, DeviceId};
 use crate::region::Region;
@@ -176,6 +188,14 @@ impl<D: Domain> Write<D> {
         match &self.by {
             Writers::One(task) => std::slice::from_ref(task),
             Writers::Joint(joint) => &joint.members,
+        }
+    }
+
+    /// Asks for its task.
+    #[inline]
+    fn fetch(&self) {
+        if let Writers::One(task) = &self.by {
+            fetch(Arc::as_ptr(task));
         }
     }
 
@@ -613,13 +633,15 @@ impl<D: Domain> Index<D> {
                 }
             }
             Layout::Boxes(boxes) => {
-                boxes
-                    .writes
-                    .visit(&part.datum.bounds(&part.region), &mut |entry, exact| {
-                        if exact || entry.region.overlaps(&part.region) {
-                            f(&entry.write, Some(&entry.region));
-                        }
-                    });
+                let found = boxes.writes.find(&part.datum.bounds(&part.region));
+                for (entry, _) in &found {
+                    entry.write.fetch();
+                }
+                for (entry, exact) in found {
+                    if exact || entry.region.overlaps(&part.region) {
+                        f(&entry.write, Some(&entry.region));
+                    }
+                }
             }
         }
     }
@@ -636,13 +658,15 @@ impl<D: Domain> Index<D> {
                 }
             }
             Layout::Boxes(boxes) => {
-                boxes
-                    .reads
-                    .visit(&part.datum.bounds(&part.region), &mut |entry, exact| {
-                        if exact || entry.region.overlaps(&part.region) {
-                            f(&entry.task);
-                        }
-                    });
+                let found = boxes.reads.find(&part.datum.bounds(&part.region));
+                for (entry, _) in &found {
+                    fetch(Arc::as_ptr(&entry.task));
+                }
+                for (entry, exact) in found {
+                    if exact || entry.region.overlaps(&part.region) {
+                        f(&entry.task);
+                    }
+                }
             }
         }
     }
@@ -759,6 +783,7 @@ impl<D: Domain> Index<D> {
         match &mut self.layout {
             Layout::Tiles(tiles) => {
                 let cell = tiles.cell_mut(part.place.tile);
+                part.cell.set(cell);
                 cell.read(at);
                 if cell
                     .reads
@@ -787,8 +812,15 @@ impl<D: Domain> Index<D> {
     }
 
     fn put_write(&mut self, part: &Part<D>, write: Write<D>) {
+        if let Writers::One(task) = &write.by {
+            part.writer.set(&**task);
+        }
         match &mut self.layout {
-            Layout::Tiles(tiles) => tiles.cell_mut(part.place.tile).writes.push(write),
+            Layout::Tiles(tiles) => {
+                let cell = tiles.cell_mut(part.place.tile);
+                part.cell.set(cell);
+                cell.writes.push(write);
+            }
             Layout::Boxes(boxes) => {
                 let region = part.region.clone();
                 boxes

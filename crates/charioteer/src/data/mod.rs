@@ -54,10 +54,11 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
+use crate::fetch::fetch;
 use crate::machine::{DeviceId, Machine};
 use crate::region::tree::{Axes, Bounds};
 use crate::region::{Region, Span};
-use crate::sync::{AtomicBool, Guard, Mutex, Ordering};
+use crate::sync::{AtomicBool, Guard, Hint, Mutex, Ordering};
 use crate::task::{Domain, TaskRef};
 use index::{Gone, Index};
 use store::{Adopted, Storage};
@@ -189,6 +190,8 @@ impl<D: Domain> Datum<D> {
             datum: Arc::clone(self),
             region,
             place,
+            cell: Hint::default(),
+            writer: Hint::default(),
         }
     }
 
@@ -210,6 +213,8 @@ impl<D: Domain> Datum<D> {
             datum: Arc::clone(self),
             region,
             place,
+            cell: Hint::default(),
+            writer: Hint::default(),
         }
     }
 
@@ -300,6 +305,8 @@ impl<D: Domain> Grid<D> {
                 grid: self.id,
                 tile: number,
             },
+            cell: Hint::default(),
+            writer: Hint::default(),
         }
     }
 }
@@ -347,6 +354,9 @@ impl Place {
 pub struct Part<D: Domain> {
     datum: Arc<Datum<D>>,
     place: Place,
+    /// Where the records of its tile were, and the task that wrote last by this handle.
+    cell: Hint,
+    writer: Hint,
     region: Region,
 }
 
@@ -363,6 +373,19 @@ impl<D: Domain> Part<D> {
         &self.region
     }
 
+    /// Asks for what a look-up will probably look at.
+    #[inline]
+    fn fetch(&self) {
+        self.writer.fetch();
+        if self.place.grid == Place::NOWHERE.grid {
+            fetch(&raw const self.region);
+            // Of two axes the second one, which may be on the next line.
+            fetch((&raw const self.region).cast::<u8>().wrapping_add(64));
+        } else {
+            self.cell.fetch();
+        }
+    }
+
     /// Whether the two have an element in common.
     #[must_use]
     pub fn overlaps(&self, other: &Self) -> bool {
@@ -376,6 +399,8 @@ impl<D: Domain> Clone for Part<D> {
             datum: Arc::clone(&self.datum),
             region: self.region.clone(),
             place: self.place,
+            cell: self.cell.clone(),
+            writer: self.writer.clone(),
         }
     }
 }
@@ -579,7 +604,12 @@ pub(crate) fn check<D: Domain>(
     accesses: &[Access<'_, D>],
     machine: Option<&Machine>,
 ) -> Result<(), AccessTrouble> {
-    for Access { part, .. } in accesses.iter().filter(|it| it.part.datum.adopts) {
+    for Access { part, .. } in accesses {
+        // Here a spawn meets its parts, and its task is still to be made.
+        part.fetch();
+        if !part.datum.adopts {
+            continue;
+        }
         let storage = part.datum.storage.as_ref();
         let adopted = storage.and_then(|it| it.adopted());
         let adopted = adopted.expect("it is said to have some");

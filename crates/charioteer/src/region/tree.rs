@@ -17,22 +17,29 @@
 //!
 //! # Layout
 //!
-//! What a look-up costs among many boxes is what it has to fetch. So a node has the edges of all its
-//! children side by side, an array for each edge: they are compared all at once, without branches, and
-//! neither children nor items are touched that do not meet. Edges are words of 32 bits. Along an axis that
-//! is too long for these they are in units of a power of two, rounded so that boxes only grow.
+//! What a look-up costs among many boxes is what it has to fetch, and how often it waits for that. So a node
+//! has the edges of all its children side by side, an array for each edge: they are compared all at once,
+//! without branches, and neither children nor items are touched that do not meet. And it goes down level by
+//! level, and asks for all nodes that it will look at in the next one before it looks at the first of them.
+//!
+//! Edges are words of 32 bits. Along an axis that is too long for these they are in units of a power of two,
+//! rounded so that boxes only grow.
 
 use std::cmp::Ordering;
 
 use smallvec::SmallVec;
 
 use super::Region;
+use crate::fetch::fetch;
 
 /// The most children of a node.
 const MOST: usize = 16;
 
 /// The least of each half of a node that is split.
 const LEAST: usize = 5;
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
 
 /// How many axes boxes have.
 const AXES: usize = 3;
@@ -132,12 +139,23 @@ impl Bounds {
 }
 
 /// The boxes of a node's children, by axis: the low edges of all, and the high ones.
-#[repr(align(64))]
+#[repr(C, align(64))] // LINE
 struct Edges([[[i32; MOST]; 2]; AXES]);
 
 impl Edges {
     const fn new() -> Self {
         Self([[[0; MOST]; 2]; AXES])
+    }
+
+    /// Those of these children, and which are exact, a bit each.
+    fn of<C>(children: &Children<C>) -> (Self, u16) {
+        let mut edges = Self::new();
+        let mut exact = 0;
+        for (at, (bounds, _)) in children.iter().enumerate() {
+            edges.set(at, bounds);
+            exact |= u16::from(bounds.exact) << at;
+        }
+        (edges, exact)
     }
 
     fn get(&self, child: usize) -> Bounds {
@@ -230,12 +248,20 @@ struct Child<T> {
     node: Box<Node<T>>,
 }
 
+/// In this order, so that what a look-up needs is in the first lines.
+#[repr(C)]
 enum Below<T> {
     /// In no order.
     Items(Vec<T>),
-    Nodes(Vec<Child<T>>),
+    Nodes {
+        /// In the node itself, so that they come with it.
+        nodes: SmallVec<[Box<Node<T>>; MOST]>,
+        /// A look-up does not need the marks between them.
+        firsts: Vec<Bounds>,
+    },
 }
 
+#[repr(C)]
 struct Node<T> {
     edges: Edges,
     /// Which items have exact boxes, a bit each.
@@ -246,12 +272,18 @@ struct Node<T> {
 /// See the module.
 pub(crate) struct Tree<T> {
     root: Option<Box<Node<T>>>,
+    /// How many nodes are above one with items.
+    height: usize,
     len: usize,
 }
 
 impl<T> Tree<T> {
     pub(crate) const fn new() -> Self {
-        Self { root: None, len: 0 }
+        Self {
+            root: None,
+            height: 0,
+            len: 0,
+        }
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -269,15 +301,55 @@ impl<T> Tree<T> {
             let children = [Child { first, node }, other];
             let children = children.map(|child| (child.node.bounds(), child));
             self.root = Some(Box::new(Node::inner(children.into_iter().collect())));
+            self.height += 1;
         }
     }
 
-    /// Calls `f` with each item whose box meets `bounds`, and with whether both are exact, so that the
-    /// regions have an index in common.
+    /// The items whose boxes meet `bounds`, each with whether both are exact, so that the regions have an
+    /// index in common. They are on their way from memory.
+    #[inline]
+    pub(crate) fn find(&self, bounds: &Bounds) -> Finds<'_, T> {
+        let mut found = Finds::new();
+        let Some(root) = &self.root else {
+            return found;
+        };
+        // Level by level: what of the next one is looked at comes from memory at once.
+        let mut queue: SmallVec<[&Node<T>; 32]> = SmallVec::new();
+        queue.push(root);
+        let axes = bounds.axes().last().map_or(0, |axis| axis + 1);
+        let (mut at, mut end, mut height) = (0, 1, self.height);
+        while let Some(&node) = queue.get(at) {
+            at += 1;
+            let children = node.edges.meeting(bounds, node.len());
+            match &node.below {
+                Below::Items(items) => {
+                    let exact = if bounds.exact { node.exact } else { 0 };
+                    for child in children {
+                        fetch(&raw const items[child]);
+                        found.push((&items[child], exact & 1 << child != 0));
+                    }
+                }
+                Below::Nodes { nodes, .. } => {
+                    for child in children {
+                        nodes[child].fetch(axes, height > 1);
+                        queue.push(&nodes[child]);
+                    }
+                }
+            }
+            if at == end {
+                // The last one of its level; below items there is none.
+                end = queue.len();
+                height = height.saturating_sub(1);
+            }
+        }
+        found
+    }
+
+    /// Calls `f` with each item whose box meets `bounds`, and with whether both are exact.
     #[inline]
     pub(crate) fn visit<'a>(&'a self, bounds: &Bounds, f: &mut impl FnMut(&'a T, bool)) {
-        if let Some(root) = &self.root {
-            root.visit(bounds, f);
+        for (item, exact) in self.find(bounds) {
+            f(item, exact);
         }
     }
 
@@ -304,17 +376,22 @@ impl<T> Tree<T> {
         self.len -= taken.len() - before;
         if self.len == 0 {
             self.root = None;
+            self.height = 0;
         }
         while let Some(Node {
-            below: Below::Nodes(nodes),
+            below: Below::Nodes { nodes, .. },
             ..
         }) = self.root.as_deref_mut()
             && nodes.len() == 1
         {
-            self.root = nodes.pop().map(|child| child.node);
+            self.root = nodes.pop();
+            self.height -= 1;
         }
     }
 }
+
+/// Items that were found, see [`Tree::find`].
+pub(crate) type Finds<'a, T> = SmallVec<[(&'a T, bool); 8]>;
 
 /// Children of a node that is made or split.
 type Children<C> = SmallVec<[(Bounds, C); MOST + 1]>;
@@ -337,30 +414,51 @@ impl<T> Node<T> {
         }
     }
 
-    fn of<C>(children: Children<C>, below: fn(Vec<C>) -> Below<T>) -> Self {
-        let mut edges = Edges::new();
-        let mut exact = 0;
-        for (at, (bounds, _)) in children.iter().enumerate() {
-            edges.set(at, bounds);
-            exact |= u16::from(bounds.exact) << at;
-        }
+    fn of_items(items: Children<T>) -> Self {
+        let (edges, exact) = Edges::of(&items);
         let mut list = Vec::with_capacity(MOST);
-        list.extend(children.into_iter().map(|(_, child)| child));
+        list.extend(items.into_iter().map(|(_, item)| item));
         Self {
             edges,
             exact,
-            below: below(list),
+            below: Below::Items(list),
         }
     }
 
     fn inner(children: Children<Child<T>>) -> Self {
-        Self::of(children, Below::Nodes)
+        let (edges, exact) = Edges::of(&children);
+        let mut nodes = SmallVec::new();
+        let mut firsts = Vec::with_capacity(MOST);
+        for (_, Child { first, node }) in children {
+            nodes.push(node);
+            firsts.push(first);
+        }
+        Self {
+            edges,
+            exact,
+            below: Below::Nodes { nodes, firsts },
+        }
     }
 
     fn len(&self) -> usize {
         match &self.below {
             Below::Items(items) => items.len(),
-            Below::Nodes(nodes) => nodes.len(),
+            Below::Nodes { nodes, .. } => nodes.len(),
+        }
+    }
+
+    /// Asks for what is looked at when children are looked for along so many axes.
+    #[inline]
+    fn fetch(&self, axes: usize, is_inner: bool) {
+        for edges in self.edges.0[..axes].as_flattened() {
+            fetch(edges);
+        }
+        let below = (&raw const self.exact).cast::<u8>();
+        fetch(below);
+        if is_inner {
+            for line in 1..=MOST * size_of::<usize>() / LINE {
+                fetch(below.wrapping_add(line * LINE));
+            }
         }
     }
 
@@ -398,15 +496,15 @@ impl<T> Node<T> {
                 items.push((*bounds, item));
                 items.sort_unstable_by(|(one, _), (other, _)| one.differ(other).1);
                 let upper = halve(&mut items, |(bounds, _)| bounds);
-                *self = Self::of(items, Below::Items);
+                *self = Self::of_items(items);
                 Some(Child {
                     first: upper[0].0,
-                    node: Box::new(Self::of(upper, Below::Items)),
+                    node: Box::new(Self::of_items(upper)),
                 })
             }
-            Below::Nodes(nodes) => {
-                let after = nodes[1..].partition_point(|it| it.first.differ(bounds).1.is_le());
-                let node = &mut nodes[after].node;
+            Below::Nodes { nodes, firsts } => {
+                let after = firsts[1..].partition_point(|first| first.differ(bounds).1.is_le());
+                let node = &mut nodes[after];
                 let Some(other) = node.insert(bounds, item) else {
                     edges.grow(after, bounds);
                     return None;
@@ -416,12 +514,18 @@ impl<T> Node<T> {
                 if len < MOST {
                     edges.shift(at..len, at + 1);
                     edges.set(at, &other.node.bounds());
-                    nodes.insert(at, other);
+                    nodes.insert(at, other.node);
+                    firsts.insert(at, other.first);
                     return None;
                 }
-                let nodes = std::mem::take(nodes).into_iter().enumerate();
-                let nodes = nodes.map(|(at, child)| (self.edges.get(at), child));
-                let mut nodes: Children<Child<T>> = nodes.collect();
+                let children = std::mem::take(nodes)
+                    .into_iter()
+                    .zip(std::mem::take(firsts));
+                let children = children.enumerate().map(|(at, (node, first))| {
+                    let child = Child { first, node };
+                    (self.edges.get(at), child)
+                });
+                let mut nodes: Children<Child<T>> = children.collect();
                 nodes.insert(at, (other.node.bounds(), other));
                 let upper = halve(&mut nodes, |(_, child)| &child.first);
                 *self = Self::inner(nodes);
@@ -433,22 +537,11 @@ impl<T> Node<T> {
         }
     }
 
-    fn visit<'a>(&'a self, bounds: &Bounds, f: &mut impl FnMut(&'a T, bool)) {
-        let found = self.edges.meeting(bounds, self.len());
-        match &self.below {
-            Below::Items(items) => {
-                let exact = if bounds.exact { self.exact } else { 0 };
-                found.for_each(|at| f(&items[at], exact & 1 << at != 0));
-            }
-            Below::Nodes(nodes) => found.for_each(|at| nodes[at].node.visit(bounds, f)),
-        }
-    }
-
     fn visit_mut(&mut self, bounds: &Bounds, f: &mut impl FnMut(&mut T)) {
         let found = self.edges.meeting(bounds, self.len());
         match &mut self.below {
             Below::Items(items) => found.for_each(|at| f(&mut items[at])),
-            Below::Nodes(nodes) => found.for_each(|at| nodes[at].node.visit_mut(bounds, f)),
+            Below::Nodes { nodes, .. } => found.for_each(|at| nodes[at].visit_mut(bounds, f)),
         }
     }
 
@@ -475,9 +568,9 @@ impl<T> Node<T> {
                         *exact = *exact & !(1 << at) | (*exact >> last & 1) << at;
                     }
                 }
-                Below::Nodes(nodes) => {
+                Below::Nodes { nodes, firsts } => {
                     let before = taken.len();
-                    let node = &mut nodes[at].node;
+                    let node = &mut nodes[at];
                     node.extract(bounds, chosen, taken);
                     if taken.len() == before {
                         continue;
@@ -485,6 +578,7 @@ impl<T> Node<T> {
                     if node.len() == 0 {
                         edges.shift(at + 1..nodes.len(), at);
                         nodes.remove(at);
+                        firsts.remove(at);
                     } else {
                         edges.set(at, &node.bounds());
                     }
