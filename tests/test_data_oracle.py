@@ -177,9 +177,11 @@ def run(
                     options["placement"] = (gpu, cpu)
                 if splits:
                     options["shards"] = {"a": 0}
+            # What the body itself allocates on its device: copies, or sums of one element.
             if function is commute:
-                # What the body itself allocates on its device.
                 options["memory"] = 2 * x.nbytes
+            elif function is total:
+                options["memory"] = 4 * x.itemsize
         try:
             task: ch.Task[Any] = function.options(**options)(*arguments)
         except (ch.OutOfDeviceMemoryError, ch.PlacementError):
