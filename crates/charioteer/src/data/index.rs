@@ -74,7 +74,8 @@ pub(crate) struct Found<'s, D: Domain> {
 }
 
 impl<'s, D: Domain> Found<'s, D> {
-    pub(super) fn new() -> Self {
+    #[inline]
+    pub(crate) fn new() -> Self {
         Self {
             before: SmallVec::new(),
             open: None,
@@ -83,14 +84,27 @@ impl<'s, D: Domain> Found<'s, D> {
     }
 
     fn add(&mut self, task: &'s TaskRef<D>, reads: bool) {
-        let latest = self.before.iter_mut().rev().take(8);
-        for (other, other_reads) in latest {
+        let latest = self.before.len().saturating_sub(8);
+        for (other, other_reads) in &mut self.before[latest..] {
             if Arc::ptr_eq(other, task) {
                 *other_reads |= reads;
                 return;
             }
         }
         self.before.push((task, reads));
+    }
+
+    /// Adds a writer of what `task` accesses with `mode`, if it comes after that.
+    #[inline]
+    fn add_writer(&mut self, other: &'s TaskRef<D>, task: &TaskRef<D>, mode: Mode) {
+        if Arc::ptr_eq(other, task) {
+            return;
+        }
+        match (other.past(), mode) {
+            (Past::Well, _) | (Past::Failed, Mode::Out) => {}
+            (Past::Not, Mode::Out) => self.add(other, false),
+            (Past::Not | Past::Failed, _) => self.add(other, true),
+        }
     }
 }
 
@@ -153,16 +167,55 @@ impl Turn {
     }
 }
 
-/// A record that a write took the place of while its task was live.
+/// A record that a write took the place of while its task was live. There may be as many as tasks.
 struct Shadow<D: Domain> {
     task: TaskRef<D>,
-    writes: bool,
     what: What,
 }
 
 enum What {
-    Tile(Place),
-    Region(Box<Region>),
+    Tile { writes: bool, grid: u32, tile: u64 },
+    Region { writes: bool, region: Box<Region> },
+}
+
+/// Shadows, in blocks: a list that grew as a whole would be copied, into memory that the system has to clear.
+struct Shadows<D: Domain>(Vec<Vec<Shadow<D>>>);
+
+impl<D: Domain> Shadows<D> {
+    const FIRST: usize = 16;
+    const BLOCK: usize = 256;
+
+    fn push(&mut self, shadow: Shadow<D>) {
+        const { assert!(size_of::<Shadow<D>>() == 24) };
+        match self.0.last_mut() {
+            Some(last) if last.len() < last.capacity() => last.push(shadow),
+            last => {
+                let room = last.map_or(Self::FIRST, |_| Self::BLOCK);
+                let mut block = Vec::with_capacity(room);
+                block.push(shadow);
+                self.0.push(block);
+            }
+        }
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &Shadow<D>> {
+        self.0.iter().flatten()
+    }
+
+    fn len(&self) -> usize {
+        self.0.iter().map(Vec::len).sum()
+    }
+
+    /// Drops those whose tasks are past.
+    fn sweep(&mut self, gone: &mut GoneTasks<D>) {
+        for shadow in std::mem::take(&mut self.0).into_iter().flatten() {
+            if shadow.task.past() == Past::Not {
+                self.push(shadow);
+            } else {
+                gone.push(shadow.task);
+            }
+        }
+    }
 }
 
 /// Who wrote last, and has no reader but those that came later.
@@ -241,6 +294,25 @@ fn writer_matters<D: Domain>(task: &TaskRef<D>) -> bool {
 
 fn reader_matters<D: Domain>(task: &TaskRef<D>) -> bool {
     task.past() == Past::Not
+}
+
+/// Takes out of the records of a cell what does not matter.
+fn take_out<A: smallvec::Array>(
+    list: &mut SmallVec<A>,
+    matters: impl Fn(&A::Item) -> bool,
+    mut gone: impl FnMut(A::Item),
+) {
+    let mut at = 0;
+    while at < list.len() {
+        if matters(&list[at]) {
+            at += 1;
+        } else {
+            gone(list.swap_remove(at));
+        }
+    }
+    if list.is_empty() && list.spilled() {
+        *list = SmallVec::new();
+    }
 }
 
 /// Takes out of a list what does not matter, and makes room so that this costs each task little.
@@ -354,16 +426,10 @@ impl<D: Domain> Tiles<D> {
                 let chunk = chunks.get_mut(&(tile / CHUNK as u64));
                 &mut chunk.expect("a cell in use is there")[(tile % CHUNK as u64) as usize]
             };
-            if cell.writes.iter().any(|write| !write.matters()) {
-                let (kept, others) = cell.writes.drain(..).partition(Write::matters);
-                cell.writes = kept;
-                gone.writes.extend::<SmallVec<[Write<D>; 1]>>(others);
-            }
-            if cell.reads.iter().any(|task| !reader_matters(task)) {
-                let (kept, others) = cell.reads.drain(..).partition(reader_matters);
-                cell.reads = kept;
-                gone.tasks.extend::<SmallVec<[TaskRef<D>; 2]>>(others);
-            }
+            take_out(&mut cell.writes, Write::matters, |old| {
+                gone.writes.push(old)
+            });
+            take_out(&mut cell.reads, reader_matters, |old| gone.tasks.push(old));
             let is_empty = cell.writes.is_empty() && cell.reads.is_empty();
             if is_empty {
                 cell.last_read &= !Cell::<D>::LISTED;
@@ -437,16 +503,11 @@ pub(super) struct Index<D: Domain> {
     grids: Vec<Box<[u64]>>,
     layout: Layout<D>,
     lines: Tree<Standing<D>>,
-    shadows: Vec<Shadow<D>>,
+    shadows: Shadows<D>,
     /// Registrations until the next sweep.
     patience: usize,
     /// Accesses to tiles until it is looked again whether they can have cells.
     retry: usize,
-}
-
-fn sweep_shadows<D: Domain>(shadows: &mut Vec<Shadow<D>>, gone: &mut GoneTasks<D>) {
-    let old = shadows.extract_if(.., |shadow| shadow.task.past() != Past::Not);
-    gone.extend(old.map(|shadow| shadow.task));
 }
 
 /// Registrations between two sweeps, at least.
@@ -460,7 +521,7 @@ impl<D: Domain> Index<D> {
             grids: Vec::new(),
             layout: Layout::Tiles(Tiles::new(0)),
             lines: Tree::new(),
-            shadows: Vec::new(),
+            shadows: Shadows(Vec::new()),
             patience: PATIENCE,
             retry: 0,
         }
@@ -524,7 +585,7 @@ impl<D: Domain> Index<D> {
             }
         };
         self.sweep_lines(gone);
-        sweep_shadows(&mut self.shadows, &mut gone.tasks);
+        self.shadows.sweep(&mut gone.tasks);
         let left = left + self.lines.len() + self.shadows.len();
         self.patience = PATIENCE.max(4 * left);
     }
@@ -532,19 +593,21 @@ impl<D: Domain> Index<D> {
     /// Whether `task` has a record that others took the place of and that conflicts with `access`.
     pub(super) fn shadows(&self, task: &TaskRef<D>, access: &Access<'_, D>) -> bool {
         let part = access.part;
-        self.shadows.iter().any(|shadow| {
-            Arc::ptr_eq(&shadow.task, task)
-                && (shadow.writes || access.mode.writes())
-                && match &shadow.what {
-                    What::Tile(place) if place.grid == part.place.grid => {
-                        place.tile == part.place.tile
+        let of_task = self.shadows.iter().filter(|it| Arc::ptr_eq(&it.task, task));
+        of_task.map(|shadow| &shadow.what).any(|what| match *what {
+            What::Tile { writes, grid, tile } => {
+                let place = Place { grid, tile };
+                let is_met = || {
+                    if grid == part.place.grid {
+                        return tile == part.place.tile;
                     }
-                    What::Tile(place) => {
-                        let region = self.region_of(&part.datum, *place);
-                        region.overlaps(&part.region)
-                    }
-                    What::Region(region) => region.overlaps(&part.region),
-                }
+                    self.region_of(&part.datum, place).overlaps(&part.region)
+                };
+                (writes || access.mode.writes()) && is_met()
+            }
+            What::Region { writes, ref region } => {
+                (writes || access.mode.writes()) && region.overlaps(&part.region)
+            }
         })
     }
 
@@ -646,26 +709,16 @@ impl<D: Domain> Index<D> {
         }
     }
 
+    /// Calls `f` with the reads of boxes that overlap a part.
     fn reads<'s>(&'s self, part: &Part<D>, f: &mut impl FnMut(&'s TaskRef<D>)) {
-        match &self.layout {
-            Layout::Tiles(tiles) => {
-                for task in tiles
-                    .cell(part.place.tile)
-                    .iter()
-                    .flat_map(|cell| &cell.reads)
-                {
-                    f(task);
-                }
+        if let Layout::Boxes(boxes) = &self.layout {
+            let found = boxes.reads.find(&part.datum.bounds(&part.region));
+            for (entry, _) in &found {
+                fetch(Arc::as_ptr(&entry.task));
             }
-            Layout::Boxes(boxes) => {
-                let found = boxes.reads.find(&part.datum.bounds(&part.region));
-                for (entry, _) in &found {
-                    fetch(Arc::as_ptr(&entry.task));
-                }
-                for (entry, exact) in found {
-                    if exact || entry.region.overlaps(&part.region) {
-                        f(&entry.task);
-                    }
+            for (entry, exact) in found {
+                if exact || entry.region.overlaps(&part.region) {
+                    f(&entry.task);
                 }
             }
         }
@@ -713,8 +766,39 @@ impl<D: Domain> Index<D> {
         let boundary = if joins { self.boundary(part, mode) } else { 0 };
         let is_parent =
             |other: &TaskRef<D>| parent.is_some_and(|parent| Arc::ptr_eq(parent, other));
+        let cell = match &self.layout {
+            Layout::Tiles(tiles) => match tiles.cell(part.place.tile) {
+                Some(cell) => Some(cell),
+                None => return false,
+            },
+            Layout::Boxes(_) => None,
+        };
         let mut conflict = false;
-        self.writes(part, &mut |write, region| {
+        let mut covered = false;
+        if mode.writes() {
+            let mut read = |other: &'s TaskRef<D>| {
+                if is_parent(other) {
+                    conflict = true;
+                } else if !Arc::ptr_eq(other, task) && other.past() == Past::Not {
+                    found.add(other, false);
+                    covered = true;
+                }
+            };
+            match cell {
+                Some(cell) => cell.reads.iter().for_each(read),
+                None => self.reads(part, &mut read),
+            }
+        }
+        // Who read a tile came after who wrote it: who comes after the reader has that order too.
+        covered &= mode == Mode::Out && cell.is_some();
+        let mut written = |write: &'s Write<D>, region: Option<&'s Region>| {
+            if let Writers::One(other) = &write.by {
+                conflict |= is_parent(other);
+                if !covered {
+                    found.add_writer(other, task, mode);
+                }
+                return;
+            }
             let equal = || region.is_none_or(|region| *region == part.region);
             // Commuting tasks on other parts are kept apart by their line; reductions there are not.
             let joined =
@@ -736,24 +820,12 @@ impl<D: Domain> Index<D> {
                 }
             }
             for other in write.tasks() {
-                if Arc::ptr_eq(other, task) {
-                    continue;
-                }
-                match (other.past(), mode) {
-                    (Past::Well, _) | (Past::Failed, Mode::Out) => {}
-                    (Past::Not, Mode::Out) => found.add(other, false),
-                    (Past::Not | Past::Failed, _) => found.add(other, true),
-                }
+                found.add_writer(other, task, mode);
             }
-        });
-        if mode.writes() {
-            self.reads(part, &mut |other| {
-                if is_parent(other) {
-                    conflict = true;
-                } else if !Arc::ptr_eq(other, task) && other.past() == Past::Not {
-                    found.add(other, false);
-                }
-            });
+        };
+        match cell {
+            Some(cell) => cell.writes.iter().for_each(|write| written(write, None)),
+            None => self.writes(part, &mut written),
         }
         conflict
     }
@@ -768,11 +840,7 @@ impl<D: Domain> Index<D> {
         let at = self.last + 1;
         match access.mode {
             Mode::In => self.enter_read(task, access.part, at, gone),
-            Mode::Out | Mode::InOut => {
-                self.take_place(task, access.part, gone);
-                let by = Writers::One(Arc::clone(task));
-                self.put_write(access.part, Write { at, by });
-            }
+            Mode::Out | Mode::InOut => self.enter_write(task, access.part, at, gone),
             Mode::Commute | Mode::Reduce(_) => self.join(task, access, at, gone),
         }
         self.last = at;
@@ -793,9 +861,7 @@ impl<D: Domain> Index<D> {
                     return;
                 }
                 if cell.reads.len() == cell.reads.capacity() {
-                    let (kept, others) = cell.reads.drain(..).partition(reader_matters);
-                    cell.reads = kept;
-                    gone.tasks.extend::<SmallVec<[TaskRef<D>; 2]>>(others);
+                    take_out(&mut cell.reads, reader_matters, |old| gone.tasks.push(old));
                     cell.reads.reserve(cell.reads.len());
                 }
                 cell.reads.push(Arc::clone(task));
@@ -812,9 +878,6 @@ impl<D: Domain> Index<D> {
     }
 
     fn put_write(&mut self, part: &Part<D>, write: Write<D>) {
-        if let Writers::One(task) = &write.by {
-            part.writer.set(&**task);
-        }
         match &mut self.layout {
             Layout::Tiles(tiles) => {
                 let cell = tiles.cell_mut(part.place.tile);
@@ -830,8 +893,11 @@ impl<D: Domain> Index<D> {
         }
     }
 
-    /// Takes out what a write of `task` to `part` contains.
-    fn take_place(&mut self, task: &TaskRef<D>, part: &Part<D>, gone: &mut Gone<D>) {
+    /// Enters a write, which takes the place of what it contains.
+    fn enter_write(&mut self, task: &TaskRef<D>, part: &Part<D>, at: u64, gone: &mut Gone<D>) {
+        part.writer.set(&**task);
+        let by = Writers::One(Arc::clone(task));
+        let write = Write { at, by };
         let shadows = &mut self.shadows;
         let gone_tasks = &mut gone.tasks;
         // The reference goes where the task is kept: to count it again would cost each task.
@@ -840,23 +906,23 @@ impl<D: Domain> Index<D> {
                 gone_tasks.push(other);
                 return;
             }
-            if shadows.len() == shadows.capacity() {
-                sweep_shadows(shadows, gone_tasks);
-                let more = shadows.len().max(64);
-                shadows.reserve(more);
-            }
-            let what = region.map_or(What::Tile(part.place), |region| {
-                What::Region(Box::new(region.clone()))
-            });
-            shadows.push(Shadow {
-                task: other,
-                writes,
-                what,
-            });
+            let what = match region {
+                None => What::Tile {
+                    writes,
+                    grid: part.place.grid,
+                    tile: part.place.tile,
+                },
+                Some(region) => What::Region {
+                    writes,
+                    region: Box::new(region.clone()),
+                },
+            };
+            shadows.push(Shadow { task: other, what });
         };
         match &mut self.layout {
             Layout::Tiles(tiles) => {
                 let cell = tiles.cell_mut(part.place.tile);
+                part.cell.set(cell);
                 while let Some(write) = cell.writes.pop() {
                     match write.by {
                         Writers::One(other) => put_aside(other, true, None),
@@ -871,6 +937,7 @@ impl<D: Domain> Index<D> {
                 while let Some(other) = cell.reads.pop() {
                     put_aside(other, false, None);
                 }
+                cell.writes.push(write);
             }
             Layout::Boxes(boxes) => {
                 let bounds = part.datum.bounds(&part.region);
@@ -897,6 +964,8 @@ impl<D: Domain> Index<D> {
                     }
                     gone.writes.push(entry.write);
                 }
+                let region = part.region.clone();
+                boxes.writes.insert(bounds, BoxWrite { region, write });
             }
         }
     }

@@ -622,9 +622,9 @@ pub(crate) fn check<D: Domain>(
     }
     for (at, first) in accesses.iter().enumerate() {
         for second in &accesses[at + 1..] {
-            if first.counts()
+            if !first.mode.agrees(second.mode)
+                && first.counts()
                 && second.counts()
-                && !first.mode.agrees(second.mode)
                 && (first.mode.writes() || second.mode.writes())
                 && first.part.overlaps(second.part)
             {
@@ -683,67 +683,108 @@ pub(crate) enum Refusal<D: Domain> {
 
 /// All data of some accesses, locked. What was taken out is dropped after the locks: it is declared so.
 pub(crate) struct Session<'a, D: Domain> {
-    locked: SmallVec<[Locked<'a, D>; 4]>,
-    accesses: &'a [Access<'a, D>],
+    entries: SmallVec<[Entry<'a, D>; 4]>,
     gone: Gone<D>,
 }
 
-struct Locked<'a, D: Domain> {
-    datum: &'a Datum<D>,
-    index: Guard<'a, Index<D>>,
+/// An access that counts. Those to one datum stand together, in the order in which they were given, and the
+/// first of them has the index, so that there is nothing to look for.
+struct Entry<'a, D: Domain> {
+    access: &'a Access<'a, D>,
+    index: Option<Guard<'a, Index<D>>>,
+}
+
+impl<'a, D: Domain> Entry<'a, D> {
+    #[inline]
+    fn datum(&self) -> &'a Datum<D> {
+        &self.access.part.datum
+    }
 }
 
 impl<'a, D: Domain> Session<'a, D> {
-    /// Locks the data of the accesses, in the order of their numbers.
+    /// One that has locked nothing.
     #[inline]
-    pub(crate) fn open(accesses: &'a [Access<'a, D>]) -> Self {
-        let mut data: SmallVec<[(&'a Datum<D>, u32); 4]> = SmallVec::new();
-        for access in accesses.iter().filter(|access| access.counts()) {
-            let datum = &**access.part.datum();
-            let grid = access.part.place.grid;
-            match data.iter_mut().find(|(other, _)| other.id == datum.id) {
-                Some((_, common)) if *common != grid => *common = Place::NOWHERE.grid,
-                Some(_) => {}
-                None => data.push((datum, grid)),
-            }
-        }
-        data.sort_unstable_by_key(|(datum, _)| datum.id);
-        let mut session = Self {
-            locked: SmallVec::new(),
-            accesses,
+    pub(crate) fn new() -> Self {
+        Self {
+            entries: SmallVec::new(),
             gone: Gone::new(),
-        };
-        for &(datum, grid) in &data {
-            let mut index = datum.index.lock();
-            index.prepare(datum, grid, &mut session.gone);
-            session.locked.push(Locked { datum, index });
         }
-        session
     }
 
-    fn at(&self, datum: &Datum<D>) -> usize {
-        self.locked
-            .iter()
-            .position(|locked| locked.datum.id == datum.id)
-            .expect("each datum was locked")
+    /// Locks the data of the accesses, in the order of their numbers. It stays where it is: to move it would
+    /// cost each task.
+    #[inline]
+    pub(crate) fn open(&mut self, accesses: &'a [Access<'a, D>]) {
+        let counting = accesses.iter().filter(|access| access.counts());
+        let entries = counting.map(|access| Entry {
+            access,
+            index: None,
+        });
+        self.entries.extend(entries);
+        let mut rest = &mut self.entries[..];
+        if !rest.is_sorted_by_key(|entry| entry.datum().id) {
+            rest.sort_by_key(|entry| entry.datum().id);
+        }
+        while let [first, others @ ..] = rest {
+            let datum = first.datum();
+            let mut grid = first.access.part.place.grid;
+            let mut more = 0;
+            for other in others.iter().take_while(|it| it.datum().id == datum.id) {
+                more += 1;
+                if other.access.part.place.grid != grid {
+                    grid = Place::NOWHERE.grid;
+                }
+            }
+            let mut index = datum.index.lock();
+            index.prepare(datum, grid, &mut self.gone);
+            first.index = Some(index);
+            rest = &mut others[more..];
+        }
     }
 
-    /// Whom `task` comes after. `closing`: the reduction that it combines.
-    pub(crate) fn look_up(
-        &self,
+    /// The accesses, each with its index.
+    #[inline]
+    fn each(&self) -> impl Iterator<Item = (&'a Access<'a, D>, &Index<D>)> {
+        let mut index = None;
+        self.entries.iter().map(move |entry| {
+            if let Some(own) = &entry.index {
+                index = Some(&**own);
+            }
+            let index = index.expect("the first access to a datum has locked it");
+            (entry.access, index)
+        })
+    }
+
+    /// Calls `f` with each access and its index, and where to put what is to be dropped.
+    #[inline]
+    fn for_each(&mut self, mut f: impl FnMut(&'a Access<'a, D>, &mut Index<D>, &mut Gone<D>)) {
+        let mut index = None;
+        for entry in &mut self.entries {
+            if let Some(own) = &mut entry.index {
+                index = Some(&mut **own);
+            }
+            let index = index.as_deref_mut();
+            let index = index.expect("the first access to a datum has locked it");
+            f(entry.access, index, &mut self.gone);
+        }
+    }
+
+    /// Finds whom `task` comes after. `closing`: the reduction that it combines.
+    #[inline]
+    pub(crate) fn look_up<'s>(
+        &'s self,
         task: &TaskRef<D>,
         parent: Option<&TaskRef<D>>,
         closing: Option<&Group<D>>,
-    ) -> Result<Found<'_, D>, Refusal<D>> {
-        let mut found = Found::new();
-        for access in self.accesses.iter().filter(|access| access.counts()) {
-            let Locked { datum, index } = &self.locked[self.at(&access.part.datum)];
+        found: &mut Found<'s, D>,
+    ) -> Result<(), Refusal<D>> {
+        for (access, index) in self.each() {
             if index.is_closed() {
-                let label = datum.label.to_string();
+                let label = access.part.datum.label.to_string();
                 return Err(Refusal::Trouble(AccessTrouble::Closed(label)));
             }
             let shadowed = parent.is_some_and(|parent| index.shadows(parent, access));
-            if shadowed || index.look_up(task, parent, closing, access, &mut found) {
+            if shadowed || index.look_up(task, parent, closing, access, found) {
                 return Err(Refusal::Trouble(AccessTrouble::ParentConflict {
                     task: parent.map_or_else(String::new, |parent| parent.label.to_string()),
                     access: name(access),
@@ -756,49 +797,36 @@ impl<'a, D: Domain> Session<'a, D> {
         if closing.is_some() && !found.closes {
             return Err(Refusal::Combined);
         }
-        Ok(found)
+        Ok(())
     }
 
     /// Takes note that the task may take elements to a device, or says whether one that was registered
     /// before may have.
     pub(crate) fn travels(&self, goes: bool) -> bool {
-        let stored = |locked: &&Locked<'a, D>| locked.datum.storage.is_some();
-        let mut all = self
-            .locked
-            .iter()
-            .filter(stored)
-            .map(|it| &it.datum.travels);
+        let mut stored = (self.entries.iter().map(Entry::datum)).filter(|it| it.storage.is_some());
         if goes {
-            all.for_each(|travels| travels.store(true, Ordering::Relaxed));
+            stored.for_each(|datum| datum.travels.store(true, Ordering::Relaxed));
             return true;
         }
-        all.any(|travels| travels.load(Ordering::Relaxed))
+        stored.any(|datum| datum.travels.load(Ordering::Relaxed))
     }
 
-    /// Enters the records of `task`. Gives the number of each access in the order of its datum, 0 for one
-    /// without.
-    pub(crate) fn enter(&mut self, task: &TaskRef<D>) -> SmallVec<[u64; 4]> {
-        let mut numbers = SmallVec::new();
-        for access in self.accesses {
-            if !access.counts() {
-                numbers.push(0);
-                continue;
-            }
-            let at = self.at(&access.part.datum);
-            let Locked { index, .. } = &mut self.locked[at];
-            numbers.push(index.enter(task, access, &mut self.gone));
-        }
-        numbers
+    /// Enters the records of `task`. Tells the number of each access in the order of its datum.
+    #[inline]
+    pub(crate) fn enter(
+        &mut self,
+        task: &TaskRef<D>,
+        mut tell: impl FnMut(&'a Access<'a, D>, u64),
+    ) {
+        self.for_each(|access, index, gone| tell(access, index.enter(task, access, gone)));
     }
 
     /// Puts `task` into its lines, behind those that it gives.
     pub(crate) fn stand_in_line(&mut self, task: &TaskRef<D>) -> SmallVec<[TaskRef<D>; 2]> {
         let mut before = SmallVec::new();
-        for access in self.accesses {
-            let at = self.at(&access.part.datum);
-            let Locked { datum, index } = &mut self.locked[at];
-            index.stand_in_line(datum, task, access, &mut before, &mut self.gone);
-        }
+        self.for_each(|access, index, gone| {
+            index.stand_in_line(&access.part.datum, task, access, &mut before, gone);
+        });
         before
     }
 }
@@ -806,15 +834,11 @@ impl<'a, D: Domain> Session<'a, D> {
 /// The root of a failure that left elements undefined which one of `accesses` reads, or of a task that
 /// is still to write them: for readers outside of any runtime.
 pub fn undefined<D: Domain>(accesses: &[Access<'_, D>]) -> Option<TaskRef<D>> {
-    let session = Session::open(accesses);
-    let writer = accesses
-        .iter()
-        .filter(|access| access.counts())
-        .find_map(|access| {
-            session.locked[session.at(&access.part.datum)]
-                .index
-                .last_failure(access)
-        });
+    let mut session = Session::new();
+    session.open(accesses);
+    let writer = session
+        .each()
+        .find_map(|(access, index)| index.last_failure(access));
     drop(session);
     writer.map(|task| Arc::clone(task.root()))
 }

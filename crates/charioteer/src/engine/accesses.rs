@@ -42,8 +42,6 @@ use crate::work::{self, Worker};
 pub(super) struct Registered<D: Domain> {
     /// How many of the predecessors were past.
     pub(super) done: u32,
-    /// Whether one of them is not spawned, or has such behind it.
-    loose: bool,
     /// Their numbers, if somebody wants to know.
     pub(super) edges: Vec<u64>,
     /// They themselves, of a task that may run ahead of them.
@@ -54,12 +52,14 @@ impl<D: Domain> Default for Registered<D> {
     fn default() -> Self {
         Self {
             done: 0,
-            loose: false,
             edges: Vec::new(),
             before: Vec::new(),
         }
     }
 }
+
+/// Accesses, and their numbers in the order of their data.
+type Numbers<'a, D> = SmallVec<[(&'a Access<'a, D>, u64); 4]>;
 
 /// Which way a task may go that is registered.
 #[derive(Clone, Copy)]
@@ -144,13 +144,16 @@ impl<D: Domain> Engine<D> {
         accesses: &[Access<'_, D>],
     ) -> Result<(), SpawnError> {
         let time = self.now();
-        let loose = dependencies.iter().any(|task| graph::is_loose(task));
-        if loose {
-            task.state.set(DIRTY);
-            task.links.lock().rare().predecessors = dependencies.to_vec();
+        let mut connected = 0;
+        if !dependencies.is_empty() {
+            if dependencies.iter().any(|task| graph::is_loose(task)) {
+                task.state.set(DIRTY);
+                task.links.lock().rare().predecessors = dependencies.to_vec();
+            }
+            connected = self.connect(&task, dependencies);
         }
-        let connected = self.connect(&task, dependencies);
-        let way = Way::of(task.state.load().has(AHEAD), task.state.load().has(USES));
+        let state = task.state.load();
+        let way = Way::of(state.has(AHEAD), state.has(USES));
         let registered = self.register(&task, dependencies, accesses, None, way, |_, _, _| Ok(()));
         let (registered, ()) = match registered {
             Ok(registered) => registered,
@@ -162,9 +165,15 @@ impl<D: Domain> Engine<D> {
             }
             Err(Refused::Cycle(..)) => unreachable!("nothing leads on from a task without a name"),
         };
-        self.record_spawn(time, &task, dependencies);
-        self.record_edges(time, &task, &registered.edges);
-        let launched = self.catch_up(&task, dependencies, &registered.before);
+        if self.trace.is_some() {
+            self.record_spawn(time, &task, dependencies);
+            self.record_edges(time, &task, &registered.edges);
+        }
+        let launched = if way.ahead {
+            self.catch_up(&task, dependencies, &registered.before)
+        } else {
+            0
+        };
         if task.release(connected + registered.done + launched + 1) {
             self.released_last(task);
         }
@@ -218,29 +227,33 @@ impl<D: Domain> Engine<D> {
             self.parent()
         };
         loop {
-            let mut session = Session::open(accesses);
-            let looked = session
-                .look_up(task, parent.as_ref(), combines)
-                .map(|found| {
-                    let registered = self.link_behind(task, dependencies, &found, way.ahead);
-                    let published = publish(&found, registered.done, registered.loose)?;
-                    Ok((registered, published))
-                });
-            let refusal = match looked {
-                Ok(linked) => {
-                    let linked = linked?;
-                    let travels = self.devices.is_some() && session.travels(way.goes);
-                    let numbers = session.enter(task);
-                    drop(session);
-                    if travels && !way.goes {
-                        self.keep_uses_at_home(task, accesses);
+            let mut session = Session::new();
+            session.open(accesses);
+            let mut found = Found::new();
+            let looked = session.look_up(task, parent.as_ref(), combines, &mut found);
+            let Err(refusal) = looked else {
+                let (registered, loose) = self.link_behind(task, dependencies, &found, way.ahead);
+                let published = publish(&found, registered.done, loose)?;
+                drop(found);
+                let travels = self.devices.is_some() && session.travels(way.goes);
+                let mut numbers = Numbers::new();
+                let traced = self.trace.is_some();
+                session.enter(task, |access, number| {
+                    if traced {
+                        numbers.push((access, number));
                     }
-                    self.record_accesses(task, accesses, &numbers);
-                    self.note_open(task, accesses);
-                    return Ok(linked);
+                });
+                drop(session);
+                if travels && !way.goes {
+                    self.keep_uses_at_home(task, accesses);
                 }
-                Err(refusal) => refusal,
+                self.record_accesses(task, accesses, &numbers);
+                if task.state.load().has(JOINS) {
+                    self.note_open(task, accesses);
+                }
+                return Ok((registered, published));
             };
+            drop(found);
             drop(session);
             match refusal {
                 Refusal::Open(group) => self.combine(&group).map_err(Refused::Error)?,
@@ -264,20 +277,17 @@ impl<D: Domain> Engine<D> {
         })
     }
 
-    /// Links a task to those that it comes after. Called under the locks of the data.
+    /// Links a task to those that it comes after; whether one of them is not spawned, or has such behind it.
+    /// Called under the locks of the data.
     fn link_behind(
         &self,
         task: &TaskRef<D>,
         dependencies: &[TaskRef<D>],
         found: &Found<'_, D>,
         ahead: bool,
-    ) -> Registered<D> {
+    ) -> (Registered<D>, bool) {
         let count = u32::try_from(found.before.len()).expect("fewer than 2^32 predecessors");
-        let mut registered = Registered {
-            done: 0,
-            loose: found.before.iter().any(|(task, _)| graph::is_loose(task)),
-            ..Registered::default()
-        };
+        let mut registered = Registered::default();
         if ahead {
             let before = found.before.iter();
             registered.before = before.map(|&(task, _)| Arc::clone(task)).collect();
@@ -285,7 +295,8 @@ impl<D: Domain> Engine<D> {
         if self.trace.is_some() {
             registered.edges = found.before.iter().map(|(task, _)| task.id).collect();
         }
-        if registered.loose {
+        let loose = found.before.iter().any(|(task, _)| graph::is_loose(task));
+        if loose {
             let all = found
                 .before
                 .iter()
@@ -309,13 +320,20 @@ impl<D: Domain> Engine<D> {
                 }
             }
         }
-        registered
+        (registered, loose)
     }
 
-    fn record_accesses(&self, task: &Task<D>, accesses: &[Access<'_, D>], numbers: &[u64]) {
+    fn record_accesses(
+        &self,
+        task: &Task<D>,
+        accesses: &[Access<'_, D>],
+        numbers: &[(&Access<'_, D>, u64)],
+    ) {
         if let Some(trace) = &self.trace {
-            for (access, &number) in accesses.iter().zip(numbers) {
-                trace.record_access(task.id, access, number);
+            for access in accesses {
+                let known = numbers.iter().find(|(it, _)| std::ptr::eq(*it, access));
+                // 0 of one that does not count.
+                trace.record_access(task.id, access, known.map_or(0, |(_, number)| *number));
             }
         }
     }
@@ -369,7 +387,8 @@ impl<D: Domain> Engine<D> {
                 .iter()
                 .map(|part| Access::new(part, Mode::Commute))
                 .collect();
-            let mut session = Session::open(&accesses);
+            let mut session = Session::new();
+            session.open(&accesses);
             let before = session.stand_in_line(task);
             task.expect(u32::try_from(before.len()).expect("fewer than 2^32 predecessors"));
             for other in &before {

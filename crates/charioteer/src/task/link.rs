@@ -34,19 +34,22 @@ pub(crate) enum List<D: Domain> {
 impl<D: Domain> List<D> {
     #[inline]
     pub(crate) fn push(&mut self, link: Link<D>) {
-        if let Self::Many(links) = self {
-            return links.push(link);
-        }
-        *self = match std::mem::take(self) {
-            Self::Empty => Self::One(link),
-            Self::One(first) => Self::Two([first, link]),
-            Self::Two([first, second]) => {
-                let mut links = Vec::with_capacity(8);
-                links.extend([first, second, link]);
-                Self::Many(links)
+        match self {
+            // Nothing was there: the compiler is told that there is nothing to drop.
+            Self::Empty => std::mem::forget(std::mem::replace(self, Self::One(link))),
+            Self::Many(links) => links.push(link),
+            Self::One(_) | Self::Two(_) => {
+                *self = match std::mem::take(self) {
+                    Self::One(first) => Self::Two([first, link]),
+                    Self::Two([first, second]) => {
+                        let mut links = Vec::with_capacity(8);
+                        links.extend([first, second, link]);
+                        Self::Many(links)
+                    }
+                    Self::Empty | Self::Many(_) => unreachable!("looked above"),
+                };
             }
-            Self::Many(_) => unreachable!("looked above"),
-        };
+        }
     }
 
     #[inline]
