@@ -379,7 +379,7 @@ impl Builder {
             },
         )?;
         Ok(Runtime {
-            engine,
+            spawn: Spawn(engine),
             closed: false,
         })
     }
@@ -401,7 +401,7 @@ fn pins(pinning: Pinning, workers: usize) -> std::io::Result<Pins> {
 /// An open runtime. Dropping it waits for its tasks and forgets failures; [`Runtime::close`] gives
 /// them.
 pub struct Runtime {
-    engine: Arc<Engine<Native>>,
+    spawn: Spawn,
     closed: bool,
 }
 
@@ -426,12 +426,12 @@ impl Runtime {
         T: Send + Sync + 'static,
         F: FnOnce() -> T + Send + 'static,
     {
-        self.handle().spawn(body)
+        self.spawn.spawn(body)
     }
 
     /// Spawns a closure whose result nobody asks for: cheaper than a [`Task`].
     pub fn spawn_detached(&self, body: impl FnOnce() + Send + 'static) {
-        self.handle().spawn_detached(body);
+        self.spawn.spawn_detached(body);
     }
 
     /// Spawns a future.
@@ -440,18 +440,18 @@ impl Runtime {
         T: Send + Sync + 'static,
         F: Future<Output = T> + Send + 'static,
     {
-        self.handle().spawn_future(future)
+        self.spawn.spawn_future(future)
     }
 
     /// A task with options.
-    pub fn task<'a>(&self) -> Spawner<'a> {
-        self.handle().task()
+    pub fn task(&self) -> Spawner<'_> {
+        self.spawn.task()
     }
 
     /// What tasks capture to spawn from inside.
     #[must_use]
     pub fn handle(&self) -> Spawn {
-        Spawn(Arc::clone(&self.engine))
+        self.spawn.clone()
     }
 
     /// Waits until this thread may access data, in the order of this call among the spawns, until what it
@@ -464,7 +464,7 @@ impl Runtime {
     /// If a mode commutes or reduces.
     pub fn host(&self, accesses: &[Access<'_, Native>]) -> Result<HostAccess, HostError> {
         let label = || Label::Name("host".into());
-        self.engine.host_access(label, accesses, None)
+        self.spawn.0.host_access(label, accesses, None)
     }
 
     /// Brings a part to a device, in the order of this call among the spawns, where it stays until its room is
@@ -474,7 +474,7 @@ impl Runtime {
     /// [`SpawnError`]; [`SpawnError::Devices`] if there is no such device.
     pub fn prefetch(&self, part: &Part, device: DeviceId) -> Result<Task<()>, SpawnError> {
         let label = Label::Name("prefetch".into());
-        self.engine.prefetch(label, part, device).map(Task::of)
+        self.spawn.0.prefetch(label, part, device).map(Task::of)
     }
 
     /// Drops what a device has of a part, in the order of this call among the spawns; what is there alone is
@@ -484,13 +484,13 @@ impl Runtime {
     /// As [`prefetch`](Self::prefetch).
     pub fn evict(&self, part: &Part, device: DeviceId) -> Result<Task<()>, SpawnError> {
         let label = Label::Name("evict".into());
-        self.engine.evict(label, part, device).map(Task::of)
+        self.spawn.0.evict(label, part, device).map(Task::of)
     }
 
     /// What devices have of data; nothing without devices.
     #[must_use]
     pub fn data_counters(&self) -> Vec<data::store::Counters> {
-        let store = self.engine.data();
+        let store = self.spawn.0.data();
         store.map_or_else(Vec::new, |store| store.counters())
     }
 
@@ -499,19 +499,19 @@ impl Runtime {
     /// # Errors
     /// [`SpawnError::Devices`] if the machine can never serve any.
     pub fn choices(&self, function: &str, list: Vec<Choice>) -> Result<Arc<Choices>, SpawnError> {
-        self.engine.choices(function, list)
+        self.spawn.0.choices(function, list)
     }
 
     /// What is known of run times.
     #[must_use]
     pub fn models(&self) -> &Arc<Models> {
-        self.engine.models()
+        self.spawn.0.models()
     }
 
     /// What it did so far.
     #[must_use]
     pub fn counts(&self) -> Counts {
-        self.engine.counts()
+        self.spawn.0.counts()
     }
 
     /// Waits for every task and ends the threads.
@@ -535,8 +535,8 @@ impl Runtime {
         if std::mem::replace(&mut self.closed, true) {
             return Vec::new();
         }
-        self.engine.close_when_quiet(&mut || false);
-        self.engine.close()
+        self.spawn.0.close_when_quiet(&mut || false);
+        self.spawn.0.close()
     }
 }
 
@@ -597,11 +597,11 @@ impl Spawn {
 
     /// As [`Runtime::task`].
     #[inline]
-    pub fn task<'a>(&self) -> Spawner<'a> {
+    pub fn task(&self) -> Spawner<'_> {
         Spawner {
-            engine: Arc::clone(&self.0),
+            engine: &self.0,
             label: Label::None,
-            options: Options::DEFAULT,
+            options: None,
             dependencies: Vec::new(),
             accesses: SmallVec::new(),
         }
@@ -611,9 +611,9 @@ impl Spawn {
 /// A task that is being described.
 #[must_use = "nothing runs before one of the spawn methods is called"]
 pub struct Spawner<'a> {
-    engine: Arc<Engine<Native>>,
+    engine: &'a Arc<Engine<Native>>,
     label: Label,
-    options: Options,
+    options: Option<Box<Options>>,
     dependencies: Vec<TaskRef<Native>>,
     accesses: SmallVec<[Access<'a, Native>; 4]>,
 }
@@ -674,19 +674,19 @@ impl<'a> Spawner<'a> {
 
     /// Larger is sooner; zero unless said.
     pub fn priority(mut self, priority: i32) -> Self {
-        self.options.priority = priority;
+        self.options().priority = priority;
         self
     }
 
     /// What one attempt may take. Then it is asked to end, and fails when it does.
     pub fn timeout(mut self, limit: Duration) -> Self {
-        self.options.timeout = Some(limit);
+        self.options().timeout = Some(limit);
         self
     }
 
     /// It needs so many cores at once.
     pub fn cores(mut self, cores: u16) -> Self {
-        self.options.need = if cores == 1 {
+        self.options().need = if cores == 1 {
             Need::Core
         } else {
             Need::Cores(cores)
@@ -699,8 +699,8 @@ impl<'a> Spawner<'a> {
     /// whole; such a task begins when what it depends on is complete. It is refused if one of the sets
     /// has more cores than the runtime.
     pub fn on(mut self, alternatives: impl Into<Arc<[Alternative]>>) -> Self {
-        self.options.need = Need::Devices;
-        self.options.devices = Some(alternatives.into());
+        self.options().need = Need::Devices;
+        self.options().devices = Some(alternatives.into());
         self
     }
 
@@ -709,8 +709,8 @@ impl<'a> Spawner<'a> {
     /// counts where there are several devices for it.
     pub fn choices(mut self, choices: &Arc<Choices>, size: u64) -> Self {
         let mapping = Mapping::new(Arc::clone(choices), size);
-        self.options.need = Need::Mapped;
-        self.options.mapping = Some(Box::new(mapping));
+        self.options().need = Need::Mapped;
+        self.options().mapping = Some(Box::new(mapping));
         self
     }
 
@@ -723,7 +723,7 @@ impl<'a> Spawner<'a> {
         // The cast is exact enough: the product is between 0 and 65,536.
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
         let part = (share * f64::from(WHOLE_CORE)).ceil() as u32;
-        self.options.need = if part == WHOLE_CORE {
+        self.options().need = if part == WHOLE_CORE {
             Need::Core
         } else {
             Need::Share(part)
@@ -731,17 +731,15 @@ impl<'a> Spawner<'a> {
         self
     }
 
-    #[inline]
-    fn options(&self) -> Option<Box<Options>> {
-        (self.options != Options::DEFAULT).then(|| Box::new(self.options.clone()))
+    fn options(&mut self) -> &mut Options {
+        self.options.get_or_insert_default()
     }
 
     fn anonymous<T>(self, body: Body) -> Result<Task<T>, SpawnError> {
-        let options = self.options();
         let handle = self.engine.spawn_handle(
             self.label,
             body,
-            options,
+            self.options,
             &self.dependencies,
             &self.accesses,
         )?;
@@ -749,11 +747,10 @@ impl<'a> Spawner<'a> {
     }
 
     fn named<T>(self, task: &Task<T>, body: Body) -> Result<(), SpawnError> {
-        let options = self.options();
         self.engine.spawn_as(
             task.handle.task(),
             body,
-            options,
+            self.options,
             &self.dependencies,
             &self.accesses,
         )
@@ -765,12 +762,10 @@ impl<'a> Spawner<'a> {
     /// [`SpawnError`].
     #[inline]
     pub fn spawn_detached(self, body: impl FnOnce() + Send + 'static) -> Result<(), SpawnError> {
-        let options = self.options();
-        let body = Body::once(body);
         self.engine.spawn_detached(
             self.label,
-            body,
-            options,
+            Body::once(body),
+            self.options,
             &self.dependencies,
             &self.accesses,
         )
@@ -799,7 +794,7 @@ impl<'a> Spawner<'a> {
         E: std::error::Error + Send + Sync + 'static,
         F: FnMut() -> Result<T, E> + Send + 'static,
     {
-        self.options.retries = retries;
+        self.options().retries = retries;
         self.anonymous(Body::repeated(body))
     }
 
@@ -842,7 +837,7 @@ impl<'a> Spawner<'a> {
         E: std::error::Error + Send + Sync + 'static,
         F: FnMut() -> Result<T, E> + Send + 'static,
     {
-        self.options.retries = retries;
+        self.options().retries = retries;
         self.named(task, Body::repeated(body))
     }
 
