@@ -820,14 +820,7 @@ impl<D: Domain> Engine<D> {
         if !accesses.is_empty() {
             flags |= accesses::flags_of(accesses);
         }
-        // Made where it stays: to move it there costs each task.
-        let task = Arc::new(Task::new(
-            label,
-            phase,
-            Content::Body(body),
-            options,
-            handles,
-        ));
+        let task = Task::allocate(label, phase, Content::Body(body), options, handles);
         if let Some(uses) = uses {
             self.keep_uses(&task, uses);
         }

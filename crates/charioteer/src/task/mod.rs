@@ -337,6 +337,7 @@ pub(crate) enum Content<D: Domain> {
 }
 
 /// What is registered with a task, under its lock.
+#[repr(C)]
 pub(crate) struct Links<D: Domain> {
     pub(crate) list: List<D>,
     pub(crate) rare: Option<Box<Rare<D>>>,
@@ -413,23 +414,24 @@ impl<D: Domain> Links<D> {
 }
 
 /// A task; see the module's protocol. What those need who come after it is at its start, in one cache line
-/// with the counts of its references: they meet it long after it was spawned.
+/// with the counts of its references: they meet it long after it was spawned. In the next one is what its
+/// worker changes, and behind that what stays as the spawner made it.
 #[repr(C)]
 pub struct Task<D: Domain> {
     pub(crate) state: State,
     /// Unfinished predecessors, plus one during construction.
     pub(crate) pending: AtomicU32,
     pub(crate) links: Mutex<Links<D>>,
-    /// Handles that users hold.
-    handles: AtomicU32,
-    /// The engine it was spawned in, zero before.
-    pub(crate) engine: AtomicU32,
-    /// Its number in traces.
-    pub(crate) id: u64,
     /// Written by the spawner with the content, by the running thread at a retry.
     pub(crate) options: Cell<Option<Box<Options>>>,
     /// See "who owns what" in the module's protocol.
     pub(crate) content: Cell<Content<D>>,
+    /// The engine it was spawned in, zero before.
+    pub(crate) engine: AtomicU32,
+    /// Handles that users hold.
+    handles: AtomicU32,
+    /// Its number in traces.
+    pub(crate) id: u64,
     pub(crate) label: D::Label,
 }
 
@@ -484,6 +486,24 @@ impl<D: Domain> Task<D> {
             }),
             content: Cell::new(content),
             options: Cell::new(options),
+        }
+    }
+
+    /// As [`new`](Self::new), made where it stays: to move it there would cost each task.
+    #[inline]
+    pub(crate) fn allocate(
+        label: D::Label,
+        phase: Phase,
+        content: Content<D>,
+        options: Option<Box<Options>>,
+        handles: u32,
+    ) -> TaskRef<D> {
+        let place = Arc::<Self>::new_uninit();
+        let task = Arc::as_ptr(&place).cast_mut().cast::<Self>();
+        // SAFETY: the place is for such a task, nobody else has a reference to it, and all of it is written.
+        unsafe {
+            task.write(Self::new(label, phase, content, options, handles));
+            place.assume_init()
         }
     }
 
@@ -623,13 +643,10 @@ impl<D: Domain> Task<D> {
         Ok(())
     }
 
-    /// As [`Task::link`], of a dependent that comes after this task's accesses: the link is given back
-    /// when the task is [past](Task::past).
+    /// As [`Task::link`], of a dependent that comes after this task's accesses, which was not
+    /// [past](Task::past) just now: the link is given back if it is meanwhile.
     #[inline]
     pub(crate) fn link_behind(&self, link: Link<D>) -> Result<(), Link<D>> {
-        if self.past() != Past::Not {
-            return Err(link);
-        }
         let mut links = self.links.lock();
         links.list.push(link);
         let mut state = self.state.load();
