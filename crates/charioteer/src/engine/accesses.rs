@@ -9,8 +9,9 @@
 //! nothing leads on from a task by its accesses before all its own edges stand, and the edge that closes a
 //! cycle is always put by a spawn that searches, or by a wait, as `graph` says.
 //!
-//! Tasks with accesses keep their count of predecessors until it is zero, also those that have none: it
-//! tells whether they are [past](crate::task::Task::past). Those that may run ahead of work on devices remember
+//! Tasks with accesses keep their count of predecessors until it is zero: it tells whether they are
+//! [past](crate::task::Task::past). One that turns out to have none, and may begin without a further look, is
+//! ready before its records are entered, as long as nobody else knows it. Those that may run ahead of work on devices remember
 //! whom they came after until they are registered, and catch up with those who were launched before that.
 //!
 //! # Accesses of the host
@@ -154,8 +155,16 @@ impl<D: Domain> Engine<D> {
         }
         let state = task.state.load();
         let way = Way::of(state.has(AHEAD), state.has(USES));
-        let registered = self.register(&task, dependencies, accesses, None, way, |_, _, _| Ok(()));
-        let (registered, ()) = match registered {
+        let is_plain = dependencies.is_empty() && self.devices.is_none();
+        let may_be_ready = is_plain && !state.has(JOINS | HOST | USES);
+        let registered = self.register(&task, dependencies, accesses, None, way, |found, _, _| {
+            let is_ready = may_be_ready && found.before.is_empty();
+            if is_ready {
+                task.begin_ready();
+            }
+            Ok(is_ready)
+        });
+        let (registered, is_ready) = match registered {
             Ok(registered) => registered,
             Err(Refused::Error(error)) => {
                 // Nobody knows it, and predecessors that are on their way find that it is not ready.
@@ -168,6 +177,11 @@ impl<D: Domain> Engine<D> {
         if self.trace.is_some() {
             self.record_spawn(time, &task, dependencies);
             self.record_edges(time, &task, &registered.edges);
+        }
+        if is_ready {
+            self.make_ready(task, time);
+            self.drain_if_alone();
+            return Ok(());
         }
         let launched = if way.ahead {
             self.catch_up(&task, dependencies, &registered.before)

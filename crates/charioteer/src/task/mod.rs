@@ -802,6 +802,13 @@ impl<D: Domain> Task<D> {
         }
     }
 
+    /// Makes a task ready that has no predecessors and that nobody else knows yet.
+    #[inline]
+    pub(crate) fn begin_ready(&self) {
+        self.pending.store(0, Ordering::Relaxed);
+        self.state.begin_ready();
+    }
+
     /// One predecessor is done; true for the one that makes the count zero.
     #[inline]
     pub(crate) fn release(&self, predecessors: u32) -> bool {

@@ -147,6 +147,18 @@ impl State {
         self.0.store(word | flags, Ordering::Relaxed);
     }
 
+    /// Moves a waiting task that nobody else knows yet to `Ready`.
+    #[inline]
+    pub(crate) fn begin_ready(&self) {
+        let word = self.0.load(Ordering::Relaxed);
+        validate(
+            Phase::of(word) == Phase::Waiting,
+            "a task is ready once it was spawned",
+        );
+        self.0
+            .store((word & !PHASE) | Phase::Ready as u32, Ordering::Relaxed);
+    }
+
     #[inline]
     pub(crate) fn load(&self) -> Snapshot {
         Snapshot(self.0.load(Ordering::Acquire))
