@@ -15,7 +15,8 @@
 //!
 //! **Edges.** Who reads depends on the last writers of what it reads: their failure is its failure. Who
 //! writes comes after the readers, and who writes without reading (`Out`) after the writers, in *order*
-//! only: [`Link::After`](crate::task::Link::After) counts down and does not poison.
+//! only: [`Link::After`](crate::task::Link::After) counts down and does not poison. Where a reader of the same
+//! tile has come after a writer already, that is order enough.
 //!
 //! **Order is transitive though tasks may end early.** A new write takes the place of the records that it
 //! contains, since who comes after it comes after those as well. But a task that is cancelled before its
