@@ -330,18 +330,16 @@ impl Signature {
         Ok(None)
     }
 
-    /// The keywords of a call, and the defaults of parameters with modes for which it gives nothing;
-    /// `None` if there are none such. A default that is no region stays where it is: the body may well
+    /// The keywords of a call with so many positional arguments, and the defaults of parameters with modes for
+    /// which it gives nothing; `None` if there are none such. A default that is no region stays where it is: the body may well
     /// take `None`.
     fn filled<'py>(
         &self,
         py: Python<'py>,
         function: &Bound<'py, PyAny>,
-        offset: usize,
-        positional: Option<&Bound<'py, PyTuple>>,
+        given: usize,
         keyword: Option<&Bound<'py, PyDict>>,
     ) -> PyResult<Option<Bound<'py, PyDict>>> {
-        let given = offset + positional.map_or(0, |given| given.len());
         if given >= self.moded {
             return Ok(None);
         }
@@ -585,12 +583,15 @@ pub fn body_data<'py>(
     checks: bool,
     retried: bool,
 ) -> PyResult<Option<Box<BodyData>>> {
+    let mut any = deferral.is_some() || claims.iter().any(Claim::reduces);
+    if !any && !checks && said.is_none() {
+        return Ok(None);
+    }
     let mut data = BodyData {
         alone: retried,
         deferral: deferral.cloned().map(Box::new),
         ..BodyData::default()
     };
-    let mut any = deferral.is_some() || claims.iter().any(Claim::reduces);
     if let Some(said) = said {
         let regions = said
             .iter()
@@ -632,7 +633,12 @@ pub fn declared<'py>(py: Python<'py>, all: &[Declared], into: &mut Claims<'py>) 
 }
 
 /// The arguments of a call, with views in the place of regions.
-pub type Bindings<'py> = (Option<Bound<'py, PyTuple>>, Option<Bound<'py, PyDict>>);
+pub struct Bindings<'py> {
+    pub positional: Option<Bound<'py, PyTuple>>,
+    pub keyword: Option<Bound<'py, PyDict>>,
+    /// Whether there are others than regions among the positional ones.
+    pub others: bool,
+}
 
 /// Makes accesses of the regions at parameters with modes; `offset` is how many positional arguments are
 /// bound already; `deferral` is there where a device may be chosen. `AccessError` for what is no region
@@ -641,7 +647,7 @@ pub fn bind<'py>(
     py: Python<'py>,
     (signature, offset): (&Signature, usize),
     function: &Bound<'py, PyAny>,
-    positional: Option<&Bound<'py, PyTuple>>,
+    positional: Option<&[Bound<'py, PyAny>]>,
     keyword: Option<&Bound<'py, PyDict>>,
     deferral: Option<&Deferral>,
     into: &mut Claims<'py>,
@@ -649,25 +655,31 @@ pub fn bind<'py>(
     if let Some(shards) = deferral.and_then(|deferral| deferral.shards.as_ref()) {
         signature.check_names(py, shards)?;
     }
-    let filled = signature.filled(py, function, offset, positional, keyword)?;
+    let given = offset + positional.map_or(0, <[_]>::len);
+    let filled = signature.filled(py, function, given, keyword)?;
     let keyword = filled.as_ref().or(keyword);
     let overwritten = signature.overwritten(keyword)?;
     let in_call = |mode, name: Option<&Bound<'py, PyAny>>| match (overwritten, name) {
         (Some(written), Some(name)) if name.eq(written)? => Ok::<_, PyErr>(Mode::Out),
         _ => Ok(mode),
     };
+    let mut others = false;
     let positional = match positional {
         None => None,
         Some(given) => {
             let mut seen: SmallVec<[Bound<'py, PyAny>; 8]> = SmallVec::new();
-            for (place, argument) in given.iter_borrowed().enumerate() {
+            for (place, argument) in given.iter().enumerate() {
                 let place = offset + place;
                 seen.push(match signature.at(place) {
-                    None => argument.to_owned(),
+                    None => {
+                        others = true;
+                        argument.clone()
+                    }
                     Some(mode) => {
                         let mode = in_call(mode, signature.named(py, place))?;
                         let name = || signature.name_at(py, place);
-                        take(signature, mode, &argument, deferral, into, name)?
+                        others |= signature.takes_arrays;
+                        take(signature, mode, argument, deferral, into, name)?
                     }
                 });
             }
@@ -692,7 +704,11 @@ pub fn bind<'py>(
             Some(seen)
         }
     };
-    Ok((positional, keyword))
+    Ok(Bindings {
+        positional,
+        keyword,
+        others,
+    })
 }
 
 /// What a body gets for an argument with a mode.
@@ -835,15 +851,17 @@ fn take_one<'py>(
     let mut spread = Spread::Whole;
     let view = if let Ok(region) = thing.cast::<Region>() {
         spread = spread_of(py, region.get(), mode, split)?;
-        let mut slot = Slot {
+        let access = into.len();
+        let slot = || Slot {
             region: region.clone().unbind(),
             mode,
-            access: into.len(),
+            access,
             spread,
             partial: None,
         };
         match mode {
             Mode::Reduce(operation) => {
+                let mut slot = slot();
                 let name = OPERATIONS[operation as usize];
                 let data = support(py).data.bind(py);
                 data.call1(("reducible", name, region))?;
@@ -867,7 +885,7 @@ fn take_one<'py>(
                 }
                 Bound::new(py, slot)?.into_any()
             }
-            _ if deferral.is_some() => Bound::new(py, slot)?.into_any(),
+            _ if deferral.is_some() => Bound::new(py, slot())?.into_any(),
             Mode::In => region.get().readonly_view(py)?,
             Mode::Out | Mode::InOut | Mode::Commute => region.get().view(py)?,
         }

@@ -136,9 +136,9 @@ pub enum Callable {
 }
 
 impl Prepared {
-    /// The same for another task. Without a GIL a function that captures is copied, cells and all: the
-    /// counts of its references and theirs would be what all workers contend for. The interpreter does
-    /// not count those of functions that capture nothing.
+    /// The same for another task, without the modes. Without a GIL a function that captures is copied, cells
+    /// and all: the counts of its references and theirs would be what all workers contend for. The
+    /// interpreter does not count those of functions that capture nothing.
     pub fn again(&self, py: Python<'_>) -> PyResult<Self> {
         let callable = match &self.callable {
             Callable::Native(callee) => Callable::Native(callee.clone()),
@@ -154,7 +154,7 @@ impl Prepared {
         Ok(Self {
             callable,
             name: self.name,
-            modes: self.modes.clone(),
+            modes: None,
         })
     }
 

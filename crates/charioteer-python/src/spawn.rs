@@ -11,8 +11,8 @@ use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple, PyType};
 
-use crate::access::{self, Claim, Claims, Shards};
-use crate::callable::{self, Callable, Prepared};
+use crate::access::{self, Bindings, Claim, Claims, Shards};
+use crate::callable::{self, Callable, Modes, Prepared};
 use crate::gateway::{self, Hidden, PyRef};
 use crate::interp::{Arguments, Body, Core, Held, Interp, Label, PythonBody, Task};
 use crate::launches;
@@ -20,7 +20,6 @@ use crate::local::{Deferral, Library};
 use crate::native;
 use crate::options::{Keywords, Target, keywords};
 use crate::placement::Placement;
-use crate::reduce::BodyData;
 use crate::runtime;
 use crate::space::{TaskList, TaskSpace};
 use crate::support::{error, support};
@@ -117,45 +116,6 @@ fn hold<'py>(
     Ok(Some(Bound::new(py, Held(held.into()))?.into_any()))
 }
 
-/// The body of one call.
-#[expect(clippy::too_many_arguments, reason = "what one body depends on")]
-fn body_of(
-    py: Python<'_>,
-    engine: &Core,
-    place: (Option<&Options>, Option<usize>),
-    prepared: Prepared,
-    arguments: Arguments,
-    substitute: bool,
-    wide: bool,
-    data: Option<Box<BodyData>>,
-    name: &mut &'static str,
-) -> PyResult<Body> {
-    Ok(match prepared.callable {
-        Callable::Python(callable, watched) => Body::Python(PythonBody {
-            wide,
-            data,
-            callable,
-            arguments,
-            substitute,
-            context: context(py)?,
-            watched,
-            coroutine: None,
-        }),
-        Callable::Native(callee) => {
-            let own = std::ptr::eq(callee.name(), *name);
-            let call = native::Call::new(py, callee, arguments, substitute, wide)?;
-            if own {
-                *name = call.name();
-            }
-            Body::Native(call)
-        }
-        Callable::Kernel(launch) => {
-            let call = launches::Call::new(py, engine, launch, arguments, substitute, place)?;
-            Body::Kernel(Box::new(call))
-        }
-    })
-}
-
 /// Spawns bodies, of which one will run, with everything that is known of them.
 #[allow(clippy::too_many_arguments)]
 fn launch(
@@ -192,7 +152,7 @@ fn launch(
     };
     // A body in C is for cores, and gets its arrays here and now as ever. A kernel gets addresses by itself
     // when it is launched.
-    let of_its_own = |prepared: &Prepared, body: usize| {
+    let of_its_own = |prepared: &Prepared, body: usize, arguments: &Arguments| {
         match prepared.callable {
             Callable::Kernel(_) => return Ok(Some(arguments.clone_ref(py))),
             Callable::Native(_) if deferred => {}
@@ -206,38 +166,48 @@ fn launch(
             );
             return Err(error(py, "AccessError", (why,)));
         }
-        access::on_host(py, &arguments).map(Some)
+        access::on_host(py, arguments).map(Some)
     };
-    let mut name;
+    let mut name = bodies.name();
+    // `at`: which one it is of several, whose name is that of the first.
+    let mut body_of = |prepared: Prepared, at: Option<usize>, arguments: Arguments| {
+        let number = at.unwrap_or(0);
+        let (arguments, substitute) = match of_its_own(&prepared, number, &arguments)? {
+            Some(others) => (others, handles),
+            None => (arguments, substitute),
+        };
+        Ok::<_, PyErr>(match prepared.callable {
+            Callable::Python(callable, watched) => Body::Python(PythonBody {
+                wide,
+                data: data(number)?,
+                callable,
+                arguments,
+                substitute,
+                context: context(py)?,
+                watched,
+                coroutine: None,
+            }),
+            Callable::Native(callee) => {
+                let own = at.is_none() && std::ptr::eq(callee.name(), name);
+                let call = native::Call::new(py, callee, arguments, substitute, wide)?;
+                if own {
+                    name = call.name();
+                }
+                Body::Native(call)
+            }
+            Callable::Kernel(launch) => {
+                let place = (options.as_deref(), at);
+                let call = launches::Call::new(py, engine, launch, arguments, substitute, place)?;
+                Body::Kernel(Box::new(call))
+            }
+        })
+    };
     let body = match bodies {
-        Bodies::One(prepared) => {
-            name = prepared.name;
-            let (arguments, substitute) = match of_its_own(&prepared, 0)? {
-                Some(others) => (others, handles),
-                None => (arguments, substitute),
-            };
-            let (data, place) = (data(0)?, (options.as_deref(), None));
-            body_of(
-                py, engine, place, prepared, arguments, substitute, wide, data, &mut name,
-            )?
-        }
+        Bodies::One(prepared) => body_of(prepared, None, arguments)?,
         Bodies::Several(candidates) => {
-            name = candidates.bodies[0].name;
-            let bodies = candidates
-                .bodies
-                .into_iter()
-                .enumerate()
-                .map(|(at, prepared)| {
-                    let mut name = "";
-                    let (arguments, substitute) = match of_its_own(&prepared, at)? {
-                        Some(others) => (others, handles),
-                        None => (arguments.clone_ref(py), substitute),
-                    };
-                    let (data, place) = (data(at)?, (options.as_deref(), Some(at)));
-                    body_of(
-                        py, engine, place, prepared, arguments, substitute, wide, data, &mut name,
-                    )
-                })
+            let each = candidates.bodies.into_iter().enumerate();
+            let bodies = each
+                .map(|(at, prepared)| body_of(prepared, Some(at), arguments.clone_ref(py)))
                 .collect::<PyResult<_>>()?;
             Body::Several(Box::new(Several {
                 bodies,
@@ -346,6 +316,31 @@ fn refuse_retries(py: Python<'_>, claims: &[Claim<'_>]) -> PyResult<()> {
     Err(error(py, "AccessError", (why,)))
 }
 
+/// The positional arguments of a call.
+#[derive(Clone, Copy)]
+enum Positional<'a, 'py> {
+    /// As the caller gave them.
+    Tuple(&'a Bound<'py, PyTuple>),
+    /// One by one.
+    Each(&'a [Bound<'py, PyAny>]),
+}
+
+impl<'a, 'py> Positional<'a, 'py> {
+    fn as_slice(self) -> &'a [Bound<'py, PyAny>] {
+        match self {
+            Self::Tuple(tuple) => tuple.as_slice(),
+            Self::Each(each) => each,
+        }
+    }
+
+    fn to_tuple(self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        match self {
+            Self::Tuple(tuple) => Ok(tuple.clone()),
+            Self::Each(each) => PyTuple::new(py, each),
+        }
+    }
+}
+
 /// Spawns `function(*positional, **keyword)`.
 #[allow(clippy::too_many_arguments)]
 fn spawn_call(
@@ -354,19 +349,38 @@ fn spawn_call(
     function: &Bound<'_, PyAny>,
     options: Option<Box<Options>>,
     recipe: &Recipe,
-    bodies: Bodies,
+    mut bodies: Bodies,
     positional: Option<&Bound<'_, PyTuple>>,
     keyword: Option<&Bound<'_, PyDict>>,
+) -> PyResult<Option<Handle<Interp>>> {
+    let modes = bodies.take_modes(function)?;
+    let positional = positional.map(Positional::Tuple);
+    spawn_with(
+        py, said, function, options, recipe, bodies, &modes, positional, keyword,
+    )
+}
+
+/// The same, of a function with these modes.
+#[allow(clippy::too_many_arguments)]
+fn spawn_with<'py>(
+    py: Python<'py>,
+    said: &Keywords,
+    function: &Bound<'py, PyAny>,
+    options: Option<Box<Options>>,
+    recipe: &Recipe,
+    bodies: Bodies,
+    modes: &Modes,
+    positional: Option<Positional<'_, 'py>>,
+    keyword: Option<&Bound<'py, PyDict>>,
 ) -> PyResult<Option<Handle<Interp>>> {
     let active = runtime::active(py)?;
     let engine = &active.engine;
     let keyword = keyword.filter(|keyword| !keyword.is_empty());
-    let positional = positional.filter(|positional| !positional.is_empty());
+    let positional = positional.filter(|positional| !positional.as_slice().is_empty());
     let mut claims = Claims::new();
     if let Some(data) = &said.data {
         access::declared(py, data, &mut claims);
     }
-    let modes = bodies.modes(function)?;
     if positional.is_none() && keyword.is_none() && modes.is_none() {
         return launch(
             py,
@@ -382,23 +396,29 @@ fn spawn_call(
         );
     }
     let mut found = Vec::new();
-    let (mut positional, keyword) = match modes {
-        None => (
-            positional.cloned(),
-            keyword.map(|keyword| keyword.copy()).transpose()?,
-        ),
+    let Bindings {
+        mut positional,
+        keyword,
+        others,
+    } = match modes {
+        None => Bindings {
+            positional: positional.map(|it| it.to_tuple(py)).transpose()?,
+            keyword: keyword.map(|keyword| keyword.copy()).transpose()?,
+            others: true,
+        },
         Some((modes, bound)) => access::bind(
             py,
-            (&modes, bound),
+            (modes, *bound),
             function,
-            positional,
+            positional.map(Positional::as_slice),
             keyword,
             recipe.deferral(),
             &mut claims,
         )?,
     };
     let mut handles = false;
-    if let Some(given) = &positional
+    if others
+        && let Some(given) = &positional
         && given.iter_borrowed().any(|argument| has_handles(&argument))
     {
         handles = true;
@@ -1107,25 +1127,33 @@ fn many_handles(
     }
     let recipe = Recipe::new(py, said, function, table)?;
     // What the function captures is bound once, by this call, whatever the iterables do meanwhile.
-    let bound = recipe.prepare(function, table)?;
-    if iterables.len() == 1 {
-        for item in iterables.get_item(0)?.try_iter()? {
-            // One element, no keywords: no tuple is needed.
-            let item = item?;
-            let active = runtime::active(py)?;
-            let bodies = bound.again(py)?;
-            let options = recipe.options_of_one(py, said, function, table, &item)?;
-            if said.data.is_some() || bodies.modes(function)?.is_some() {
-                let item = PyTuple::new(py, [item])?;
-                let item = Some(&item);
-                let task = spawn_call(py, said, function, options, &recipe, bodies, item, None)?;
-                handles.extend(task);
-                continue;
+    let mut bound = recipe.prepare(function, table)?;
+    let modes = bound.take_modes(function)?;
+    let iterators = iterables
+        .iter()
+        .map(|iterable| iterable.try_iter())
+        .collect::<PyResult<Vec<_>>>()?;
+    let mut arguments = Vec::with_capacity(iterators.len());
+    'elements: loop {
+        arguments.clear();
+        for iterator in &iterators {
+            match iterator.clone().next() {
+                Some(argument) => arguments.push(argument?),
+                None => break 'elements,
             }
+        }
+        let options = recipe.options_of_each(py, said, function, table, &arguments)?;
+        let bodies = bound.again(py)?;
+        if said.data.is_none()
+            && modes.is_none()
+            && let [item] = &arguments[..]
+        {
+            // One element, no keywords: no tuple is needed.
+            let active = runtime::active(py)?;
             let mut found = Vec::new();
-            let held = hold(&item, &mut found)?;
+            let held = hold(item, &mut found)?;
             let substitute = held.is_some();
-            let item = held.unwrap_or(item);
+            let item = held.unwrap_or_else(|| item.clone());
             found.extend(said.dependencies.iter().cloned());
             handles.extend(launch(
                 py,
@@ -1139,35 +1167,11 @@ fn many_handles(
                 &recipe,
                 &[],
             )?);
+            continue;
         }
-        return Ok(handles);
-    }
-    let iterators = iterables
-        .iter()
-        .map(|iterable| iterable.try_iter())
-        .collect::<PyResult<Vec<_>>>()?;
-    'elements: loop {
-        let mut arguments = Vec::with_capacity(iterators.len());
-        for iterator in &iterators {
-            match iterator.clone().next() {
-                Some(argument) => arguments.push(argument?),
-                None => break 'elements,
-            }
-        }
-        let arguments = PyTuple::new(py, arguments)?;
-        let given = Given {
-            positional: Some(&arguments),
-            keyword: None,
-        };
-        let task = spawn_call(
-            py,
-            said,
-            function,
-            recipe.options(py, said, function, table, &given)?,
-            &recipe,
-            bound.again(py)?,
-            Some(&arguments),
-            None,
+        let given = Some(Positional::Each(&arguments));
+        let task = spawn_with(
+            py, said, function, options, &recipe, bodies, &modes, given, None,
         )?;
         handles.extend(task);
     }

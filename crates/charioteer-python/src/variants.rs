@@ -490,20 +490,20 @@ impl Recipe {
         Ok(options)
     }
 
-    /// The options of a call with one argument, which needs no tuple if nothing depends on it.
-    pub fn options_of_one(
+    /// The options of a call with these arguments, which need no tuple if nothing depends on them.
+    pub fn options_of_each(
         &self,
         py: Python<'_>,
         said: &Keywords,
         function: &Bound<'_, PyAny>,
         table: Option<&VariantTable>,
-        argument: &Bound<'_, PyAny>,
+        arguments: &[Bound<'_, PyAny>],
     ) -> PyResult<Option<Box<Options>>> {
         let mapped = |plan: &Arc<Plan>| matches!(plan.way, Way::Mapped(_));
         if !self.plan.as_ref().is_some_and(mapped) {
             return Ok(self.options.clone());
         }
-        let positional = PyTuple::new(py, [argument])?;
+        let positional = PyTuple::new(py, arguments)?;
         let given = Given {
             positional: Some(&positional),
             keyword: None,
@@ -733,7 +733,7 @@ pub enum Bodies {
 }
 
 impl Bodies {
-    /// The same for another task.
+    /// The same for another task, without the modes, which are those of the first one.
     pub fn again(&self, py: Python<'_>) -> PyResult<Self> {
         Ok(match self {
             Self::One(prepared) => Self::One(prepared.again(py)?),
@@ -752,11 +752,20 @@ impl Bodies {
         })
     }
 
-    /// The modes of the parameters: those of the function itself, whichever body runs.
+    /// What the task is called.
     #[inline]
-    pub fn modes(&self, function: &Bound<'_, PyAny>) -> PyResult<Modes> {
+    pub fn name(&self) -> &'static str {
         match self {
-            Self::One(prepared) => Ok(prepared.modes.clone()),
+            Self::One(prepared) => prepared.name,
+            Self::Several(candidates) => candidates.bodies[0].name,
+        }
+    }
+
+    /// Takes the modes of the parameters: those of the function itself, whichever body runs.
+    #[inline]
+    pub fn take_modes(&mut self, function: &Bound<'_, PyAny>) -> PyResult<Modes> {
+        match self {
+            Self::One(prepared) => Ok(prepared.modes.take()),
             Self::Several(_) => callable::modes(function),
         }
     }
