@@ -113,23 +113,33 @@ def here(xp: Any, array: Any, device: ch.Device) -> Any:
     if isinstance(array, np.ndarray) or getattr(array, "device", device) == device:
         return xp.asarray(array)
     copy = xp.empty(array.shape)
-    copy[...] = array
+    xp.copyto(copy, array)
     return copy
 
 
+def edged(f: Any) -> tuple[Any, Any, Any]:
+    """A shard, and its first and last columns, in one piece each for who is on another device."""
+    return f, f[:, :1].copy(), f[:, -1:].copy()
+
+
 @ch.task
-def load(part: Array) -> Any:
+def load(part: Array) -> tuple[Any, Any, Any]:
     """Brings a shard to its device."""
-    return ch.current().xp.asarray(part)
+    return edged(ch.current().xp.asarray(part))
 
 
 @ch.task
-def transport(f: Any, left: Any, right: Any, given: Problem) -> Any:
+def transport(
+    shard: tuple[Any, Any, Any],
+    left: tuple[Any, Any, Any],
+    right: tuple[Any, Any, Any],
+    given: Problem,
+) -> Any:
     """Moves the electrons of a shard; its neighbours are those of the step before."""
     context = ch.current()
     xp, device = context.xp, context.device
-    sides = (here(xp, left[:, -1:], device), here(xp, right[:, :1], device))
-    return transported(xp, f, *sides, given)
+    sides = (here(xp, left[2], device), here(xp, right[1], device))
+    return transported(xp, shard[0], *sides, given)
 
 
 @ch.task
@@ -147,9 +157,9 @@ def solve(parts: list[Any]) -> list[Array]:
 
 
 @ch.task
-def accelerate(f: Any, parts: list[Array], at: int, given: Problem) -> Any:
+def accelerate(f: Any, parts: list[Array], at: int, given: Problem) -> tuple[Any, Any, Any]:
     """Changes the velocities of a shard."""
-    return accelerated(ch.current().xp, f, parts[at], given)
+    return edged(accelerated(ch.current().xp, f, parts[at], given))
 
 
 def tasks(given: Problem, gpus: int = 0) -> Array:
@@ -171,7 +181,7 @@ def tasks(given: Problem, gpus: int = 0) -> Array:
         shards = [
             accelerate.options(placement=on[at])(f, whole, at, given) for at, f in enumerate(moved)
         ]
-    found = [shard.result() for shard in shards]
+    found = [shard.result()[0] for shard in shards]
     return np.concatenate([f if isinstance(f, np.ndarray) else f.get() for f in found], axis=1)
 
 

@@ -104,7 +104,7 @@ def stage(states: Any, at: int, given: Problem) -> Any:
         here = xp.asarray(states)
     else:
         here = xp.empty(states.shape, np.int64)
-        here[...] = states
+        xp.copyto(here, states)
     return layer(here, store["weights", at])
 
 

@@ -177,7 +177,7 @@ def test_what_goes_home_may_come_back_at_once(
 def test_memory_of_the_host_is_pinned_for_who_uses_it(rt: ch.Runtime, cp: Any) -> None:
     """Not for an array that is written and read on GPUs alone: that takes as long as to copy it."""
     A = ch.empty(4 * MiB, np.uint8)
-    with A.host("w") as a:
+    with A.host("rw") as a:
         address = a.ctypes.data
 
     def is_pinned() -> bool:
