@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import anything, run_script
+from support import anything, eventually, run_script, threads_of_process
 
 import charioteer as ch
 from charioteer import cpu, gpu
@@ -163,11 +163,11 @@ def test_threads_that_workers_start_for_the_runtime_are_not_pinned() -> None:
         starts.result(timeout=60)
         ch.spawn(timeout=60)(mask).result(timeout=60)
         ch.spawn(placement=gpu)(lambda: float(ch.current().xp.zeros(4).max())).result(timeout=60)
-        masks = {}
-        for thread in Path("/proc/self/task").iterdir():
-            name = (thread / "comm").read_text().strip()
-            if name in ("charioteer-time", "charioteer-gpu"):
-                masks[name] = sorted(os.sched_getaffinity(int(thread.name)))
+        ours = ("charioteer-time", "charioteer-gpu")
+        # A thread names itself, when it has a core for the first time.
+        eventually(lambda: {*ours} <= {*threads_of_process().values()}, "both have their names")
+        found = {name: thread for thread, name in threads_of_process().items() if name in ours}
+        masks = {name: sorted(os.sched_getaffinity(thread)) for name, thread in found.items()}
         assert masks == {"charioteer-time": CORES, "charioteer-gpu": CORES}
 
 
