@@ -330,9 +330,9 @@ impl Signature {
         Ok(None)
     }
 
-    /// The keywords of a call with so many positional arguments, and the defaults of parameters with modes for
-    /// which it gives nothing; `None` if there are none such. A default that is no region stays where it is: the body may well
-    /// take `None`.
+    /// The keywords of a call with so many positional arguments, and the defaults of parameters with
+    /// modes for which it gives nothing; `None` if there are none such. A default that is no region
+    /// stays where it is: the body may well take `None`.
     fn filled<'py>(
         &self,
         py: Python<'py>,

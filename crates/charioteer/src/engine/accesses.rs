@@ -10,9 +10,10 @@
 //! cycle is always put by a spawn that searches, or by a wait, as `graph` says.
 //!
 //! Tasks with accesses keep their count of predecessors until it is zero: it tells whether they are
-//! [past](crate::task::Task::past). One that turns out to have none, and may begin without a further look, is
-//! ready before its records are entered, as long as nobody else knows it. Those that may run ahead of work on devices remember
-//! whom they came after until they are registered, and catch up with those who were launched before that.
+//! [past](crate::task::Task::past). One that turns out to have none, and may begin without a
+//! further look, is ready before its records are entered, as long as nobody else knows it. Those
+//! that may run ahead of work on devices remember whom they came after until they are registered,
+//! and catch up with those who were launched before that.
 //!
 //! # Accesses of the host
 //!

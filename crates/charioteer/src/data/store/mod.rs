@@ -453,18 +453,13 @@ impl Store {
         wants: &[Want<'_>],
         memory: u64,
     ) -> Result<Held, DeviceError> {
-        self.prepared(stream.device, |state, machine| {
-            let mut held = state.hold(machine, stream.device, wants, memory, &self.graves)?;
-            if let Some(storage) = state.unprepared(machine, &held) {
-                state.release(&mut held);
-                return Ok(Err(storage));
-            }
+        self.with_held(stream.device, wants, memory, |state, machine, mut held| {
             let ready = state.ready(machine, stream, &mut held);
             for want in &held.wants {
                 state.unwant(number, want.directory, want.frame);
             }
             match ready {
-                Ok(()) => Ok(Ok(Held(held))),
+                Ok(()) => Ok(Held(held)),
                 Err(error) => {
                     state.release(&mut held);
                     Err(error)
@@ -473,18 +468,28 @@ impl Store {
         })
     }
 
-    /// Makes a change that may find that elements are about to come from the host's memory of an array for the
-    /// first time. That is prepared for copies then, with no lock held, since it may take a while, and the
-    /// change is made anew. What is on devices alone takes no such time; if it goes home for want of room, that
-    /// is a copy from or to memory like any other's, and a slow one.
+    /// Holds what is wanted on a device, and calls `call` with it. Where elements are about to come from the
+    /// host's memory of an array for the first time, that is prepared for copies before, with no lock held,
+    /// since it may take a while. What is on devices alone takes no such time; if it goes home for want of
+    /// room, that is a copy from or to memory like any other's, and a slow one.
     #[inline]
-    fn prepared<R>(
+    fn with_held<R>(
         &self,
         device: DeviceId,
-        mut call: impl FnMut(&mut State, &Machine) -> Result<Result<R, Arc<Storage>>, DeviceError>,
+        wants: &[Want<'_>],
+        memory: u64,
+        mut call: impl FnMut(&mut State, &Machine, Box<Hold>) -> Result<R, DeviceError>,
     ) -> Result<R, DeviceError> {
         loop {
-            match self.change(&mut call)? {
+            let outcome = self.change(|state, machine| {
+                let mut held = state.hold(machine, device, wants, memory, &self.graves)?;
+                if let Some(storage) = state.unprepared(machine, &held) {
+                    state.release(&mut held);
+                    return Ok(Err(storage));
+                }
+                call(state, machine, held).map(Ok)
+            })?;
+            match outcome {
                 Ok(result) => return Ok(result),
                 Err(storage) => storage.prepare(self.machine.device(device)),
             }
@@ -568,12 +573,7 @@ impl Store {
         if device == HOST {
             return self.ensure_host(&wants);
         }
-        self.prepared(device, |state, machine| {
-            let mut held = state.hold(machine, device, &wants, 0, &self.graves)?;
-            if let Some(storage) = state.unprepared(machine, &held) {
-                state.release(&mut held);
-                return Ok(Err(storage));
-            }
+        self.with_held(device, &wants, 0, |state, machine, mut held| {
             let mut behind = Events::new();
             let brought = held.wants.iter().try_for_each(|want| {
                 let frame = Some(want.frame);
@@ -581,7 +581,7 @@ impl Store {
             });
             state.release(&mut held);
             brought?;
-            Ok(Ok(behind.unmet(machine)))
+            Ok(behind.unmet(machine))
         })
     }
 
