@@ -89,23 +89,17 @@ def layer(states: Any, weights: Any) -> Any:
 
 
 @ch.task
-def stage(states: Any, at: int, given: Problem) -> Any:
+def stage(states: Any, weights: ch.In) -> Any:
     """A stage of the model, on its device, where its weights stay."""
-    context = ch.current()
-    xp = context.xp
-    if context.device.kind == ch.cpu:
-        return layer(states, given.weights[at])
-    store = context.store
-    if ("weights", at) not in store:
-        store["weights", at] = xp.asarray(given.weights[at])
-        context.record(f"weights {at}")
-    context.wait(f"weights {at}")
-    if isinstance(states, np.ndarray):
+    xp = ch.current().xp
+    if xp is np:
+        here = states
+    elif isinstance(states, np.ndarray):
         here = xp.asarray(states)
     else:
         here = xp.empty(states.shape, np.int64)
         xp.copyto(here, states)
-    return layer(here, store["weights", at])
+    return layer(here, weights)
 
 
 @ch.task
@@ -129,14 +123,14 @@ def refilled(batch: list[Request], waiting: deque[Request], most: int) -> list[R
 
 
 @ch.task
-async def lane(given: Problem, waiting: deque[Request], gpus: int) -> None:
+async def lane(weights: list[ch.Array], waiting: deque[Request], most: int, gpus: int) -> None:
     """One batch under way, until nobody waits."""
     batch: list[Request] = []
-    while batch := refilled(batch, waiting, given.most):
+    while batch := refilled(batch, waiting, most):
         states: Any = np.stack([request.state for request in batch])
         for at in range(STAGES):
             on = ch.gpu(at % gpus) if gpus else ch.cpu
-            states = stage.options(placement=on)(states, at, given)
+            states = stage.options(placement=on)(states, weights[at])
         await sample.options(placement=ch.cpu, priority=1)(states, list(batch))
 
 
@@ -144,7 +138,8 @@ def tasks(given: Problem, gpus: int = 0) -> list[list[int]]:
     """The tokens of all requests."""
     requests = given.requests()
     waiting = deque(requests)
-    ch.wait([lane(given, waiting, gpus) for _ in range(STAGES)])
+    weights = [ch.asarray(each) for each in given.weights]
+    ch.wait([lane(weights, waiting, given.most, gpus) for _ in range(STAGES)])
     return [request.tokens for request in requests]
 
 
