@@ -457,6 +457,30 @@ fn cancelled_tasks_give_their_devices_back() {
 }
 
 #[test]
+fn who_waited_behind_a_task_that_is_cancelled_waits_no_more() {
+    within(60, || {
+        let machine = machine(2, Time::Real);
+        let runtime = builder(&machine, 2).overtaking(0).open().unwrap();
+        let (open, gate) = std::sync::mpsc::channel::<()>();
+        let (tell, begun) = std::sync::mpsc::channel::<()>();
+        let long = runtime.task().on(this(0)).spawn(move || {
+            tell.send(()).unwrap();
+            gate.recv().unwrap();
+        });
+        begun.recv().unwrap();
+        // It waits for the first device, and the second is held for it.
+        let wide = runtime.task().on(set(2, WHOLE, 0)).spawn(|| ()).unwrap();
+        let narrow = runtime.task().on(any()).spawn(|| ()).unwrap();
+        assert!(!narrow.is_done());
+        assert!(wide.cancel());
+        narrow.result().unwrap();
+        open.send(()).unwrap();
+        long.unwrap().result().unwrap();
+        runtime.close().unwrap();
+    });
+}
+
+#[test]
 fn retries_follow_what_the_failed_attempt_enqueued() {
     within(60, || {
         let machine = machine(1, Time::Real);

@@ -6,7 +6,8 @@
 //! Whatever concerns it (a task that is ready, a body that ended, an event that is complete) goes into
 //! a mailbox, and then its sender tries to take the *turn*: the ledger's lock, which nobody ever waits
 //! for. Who has it empties the mailbox, takes the grants that are possible now, lets go, and dispatches
-//! them with no lock held.
+//! them with no lock held. A sender that finds the turn free keeps its letter, and reads it after those in the
+//! mailbox.
 //!
 //! **No letter is left.** A sender puts its letter in, passes a SeqCst fence, and tries the lock. Who
 //! has the turn lets go of the lock, passes a SeqCst fence, and looks into the mailbox again. Of two
@@ -76,9 +77,9 @@ use crate::schedule::map::DISTURBED;
 use crate::schedule::places;
 use crate::schedule::queues::{Injector, Steal};
 use crate::sync::{
-    AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Mutex, Ordering, fence, yield_now,
+    AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Guard, Mutex, Ordering, fence, yield_now,
 };
-use crate::task::state::{AHEAD, LAUNCHED, LINKED, Snapshot};
+use crate::task::state::{AHEAD, CANCELLED, LAUNCHED, LINKED, Snapshot};
 use crate::task::{
     Domain, Ending, Failure, Flight, Landed, Latch, Need, Options, Outcome, Phase, Task, TaskRef,
     Until, Waker,
@@ -98,6 +99,12 @@ const LETTERS: usize = 1024;
 const BATCH: usize = 64;
 
 type Events = SmallVec<[Event; 2]>;
+
+/// What a task has of the devices, and of the data there.
+type Loan = (Grant, Option<Box<Holding>>);
+
+/// Events that a request prefers the streams of.
+type Behind = SmallVec<[Event; 1]>;
 
 /// Who goes on when a body that waited has its share again.
 enum Resumer<D: Domain> {
@@ -167,7 +174,7 @@ struct Over {
 
 enum Letter<D: Domain> {
     /// And what it asks for.
-    Ask(TaskRef<D>, Box<Request>),
+    Ask(TaskRef<D>, Request),
     /// Behind these events, of which those are over, well or not.
     Launched(GrantId, SmallVec<[Option<Event>; 2]>, Over),
     Paused(GrantId, SmallVec<[Option<Event>; 2]>, Over),
@@ -176,6 +183,8 @@ enum Letter<D: Domain> {
     Landed(Event),
     /// The stream is of no use any more.
     Failed(Stream),
+    /// One that waited may wait no more.
+    Withdrawn,
     /// Nothing else moves in the engine.
     Stuck,
     Lost(DeviceId),
@@ -329,20 +338,22 @@ impl<D: Domain> Devices<D> {
             .unwrap_or(true)
     }
 
-    /// Reads the mail, and takes what can be granted now. True if there may be more.
-    fn rule(&self, book: &mut Book<D>, outbox: &mut Outbox<D>) -> bool {
+    /// Reads the mail, and after it a letter of the owner's, and takes what can be granted now. True if there
+    /// may be more.
+    fn rule(&self, book: &mut Book<D>, mut own: Option<Letter<D>>, outbox: &mut Outbox<D>) -> bool {
         let (ledger, owners) = (&mut book.ledger, &mut book.owners);
         let witness = self.witness.as_ref();
         let mut stuck = false;
         for _ in 0..LETTERS {
             let letter = match self.mail.steal() {
-                Steal::Success(letter) => letter,
+                Steal::Success(letter) => Some(letter),
                 Steal::Retry => continue,
-                Steal::Empty => break,
+                Steal::Empty => own.take(),
             };
+            let Some(letter) = letter else { break };
             match letter {
                 Letter::Ask(task, request) => {
-                    if let Err(task) = ledger.submit(task, *request) {
+                    if let Err(task) = ledger.submit(task, request) {
                         outbox.stranded.push(task);
                     }
                 }
@@ -366,9 +377,14 @@ impl<D: Domain> Devices<D> {
                 }
                 Letter::Landed(event) => ledger.completed(event),
                 Letter::Failed(stream) => ledger.failed(stream),
+                Letter::Withdrawn => ledger.withdrawn(),
                 Letter::Stuck => stuck = true,
                 Letter::Lost(device) => outbox.stranded.extend(ledger.fail_device(device)),
             }
+        }
+        if let Some(letter) = own {
+            // More than are read at once came before it.
+            self.mail.push(letter);
         }
         for _ in 0..BATCH {
             match ledger.next(|task| task.phase() == Phase::Ready) {
@@ -607,8 +623,13 @@ impl<D: Domain> Engine<D> {
     }
 
     fn post(self: &Arc<Self>, letter: Letter<D>) {
-        self.devices().mail.push(letter);
-        if !self.is_gathered() {
+        let devices = self.devices();
+        if self.is_gathered() {
+            devices.mail.push(letter);
+        } else if let Some(book) = devices.book.try_lock() {
+            self.take_turns(book, Some(letter));
+        } else {
+            devices.mail.push(letter);
             fence(Ordering::SeqCst);
             self.take_turn();
         }
@@ -623,20 +644,27 @@ impl<D: Domain> Engine<D> {
 
     /// See the module's protocol.
     fn take_turn(self: &Arc<Self>) {
+        if let Some(book) = self.devices().book.try_lock() {
+            self.take_turns(book, None);
+        }
+    }
+
+    /// As long as there are letters and nobody else has the turn. `own`: a letter of the owner's, which need
+    /// not go through the mailbox.
+    fn take_turns(self: &Arc<Self>, book: Guard<'_, Book<D>>, mut own: Option<Letter<D>>) {
         let devices = self.devices();
         let mut outbox = Outbox::default();
-        loop {
-            let more = {
-                let Some(mut book) = devices.book.try_lock() else {
-                    return;
-                };
-                devices.rule(&mut book, &mut outbox)
-            };
+        let mut turn = Some(book);
+        while let Some(mut book) = turn {
+            let more = devices.rule(&mut book, own.take(), &mut outbox);
+            drop(book);
             self.send(&mut outbox);
             fence(Ordering::SeqCst);
-            if !more && devices.mail.is_empty() {
-                return;
-            }
+            turn = if more || !devices.mail.is_empty() {
+                devices.book.try_lock()
+            } else {
+                None
+            };
         }
     }
 
@@ -710,19 +738,22 @@ impl<D: Domain> Engine<D> {
         sets: Option<Arc<[Alternative]>>,
     ) {
         let (loan, behind) = {
-            let mut links = task.links.lock();
-            let flight = links.flight();
-            (
-                flight.loan.as_ref().map(|loan| loan.id),
-                flight.behind.clone(),
-            )
+            let links = task.links.lock();
+            // Most have none yet: its memory is of the thread that dispatches the task.
+            match links.rare.as_ref().and_then(|rare| rare.flight.as_ref()) {
+                Some(flight) => (
+                    flight.loan.as_ref().map(|loan| loan.id),
+                    Behind::from_slice(&flight.behind),
+                ),
+                None => (None, Behind::new()),
+            }
         };
         self.post(match loan {
             // It waited, and has its devices.
             Some(id) => Letter::Resumed(id, Resumer::Task(task)),
             None => {
                 let request = self.request(&task, behind, sets);
-                Letter::Ask(task, Box::new(request))
+                Letter::Ask(task, request)
             }
         });
         if !self.is_gathered() {
@@ -739,14 +770,14 @@ impl<D: Domain> Engine<D> {
 
     /// Asks for all sets of devices of a task that the ledger has just given back.
     pub(super) fn ask_again(&self, task: TaskRef<D>) {
-        let behind = task.links.lock().flight().behind.clone();
-        let request = Box::new(self.request(&task, behind, None));
+        let behind = Behind::from_slice(&task.links.lock().flight().behind);
+        let request = self.request(&task, behind, None);
         // Who has the turn looks at the mail once more.
         self.devices().mail.push(Letter::Ask(task, request));
     }
 
     /// What a task asks the ledger for: for these sets, or for all that it says.
-    fn request(&self, task: &Task<D>, prefer: Events, sets: Option<Arc<[Alternative]>>) -> Request {
+    fn request(&self, task: &Task<D>, prefer: Behind, sets: Option<Arc<[Alternative]>>) -> Request {
         let options = task.options().expect("a task on devices has options");
         let estimates = options.mapping.as_ref().map(|mapping| mapping.estimates());
         let alternatives = sets.unwrap_or_else(|| Arc::clone(sets_of(options)));
@@ -870,6 +901,7 @@ impl<D: Domain> Engine<D> {
                 witness.log(DeviceEvent::Lent(stream), task.id);
             }
         }
+        let cores = set_of(&task, grant.alternative).cores();
         {
             let mut links = task.links.lock();
             let flight = links.flight();
@@ -882,7 +914,7 @@ impl<D: Domain> Engine<D> {
         if task.is_done() {
             self.return_loan(&task);
         } else if events.is_empty() {
-            self.board(task);
+            self.board_with(task, cores);
         } else {
             self.hold_until(&task, events);
         }
@@ -896,6 +928,11 @@ impl<D: Domain> Engine<D> {
             let loan = flight.and_then(|flight| flight.loan.as_ref());
             loan.map_or(0, |loan| set_of(&task, loan.alternative).cores())
         };
+        self.board_with(task, cores);
+    }
+
+    /// The same of one whose set has so many cores.
+    fn board_with(self: &Arc<Self>, task: TaskRef<D>, cores: usize) {
         // One core is what every worker has.
         if cores > 1 && self.workers != 0 {
             let need = Need::Cores(u16::try_from(cores).expect("fewer cores than 65,536"));
@@ -1083,10 +1120,7 @@ impl<D: Domain> Engine<D> {
     }
 
     /// Takes what a task has of the devices, and of the data there.
-    fn take_loan(
-        task: &Task<D>,
-        may: impl FnOnce(&Flight<D>) -> bool,
-    ) -> Option<(Grant, Option<Box<Holding>>)> {
+    fn take_loan(task: &Task<D>, may: impl FnOnce(&Flight<D>) -> bool) -> Option<Loan> {
         let mut links = task.links.lock();
         let flight = links.rare.as_mut()?.flight.as_mut()?;
         if may(flight) {
@@ -1094,6 +1128,20 @@ impl<D: Domain> Engine<D> {
         } else {
             None
         }
+    }
+
+    /// The same of one whose body ended for good, and whether all that it ran ahead of is done, and well.
+    fn take_last_loan(task: &Task<D>) -> (Option<Loan>, bool) {
+        let mut links = task.links.lock();
+        let Some(rare) = links.rare.as_mut() else {
+            return (None, false);
+        };
+        let Some(flight) = rare.flight.as_mut() else {
+            return (None, false);
+        };
+        let follows = rare.poison.is_none() && !flight.is_ahead();
+        let loan = flight.loan.take();
+        (loan.map(|loan| (loan, flight.holding.take())), follows)
     }
 
     /// Gives a loan back with what is held of data, if the body does not only pause, behind what was put on
@@ -1154,13 +1202,16 @@ impl<D: Domain> Engine<D> {
         }
     }
 
-    /// Gives back what a task has of the devices, if it has anything: no body uses it any more.
+    /// Gives back what a task has of the devices: no body uses it any more. False if it has nothing.
     #[cold]
-    pub(crate) fn return_loan(self: &Arc<Self>, task: &Task<D>) {
+    pub(crate) fn return_loan(self: &Arc<Self>, task: &Task<D>) -> bool {
         // What paused is about to have its share again, and comes back here then.
-        if let Some((grant, holding)) = Self::take_loan(task, |flight| !flight.paused) {
+        let loan = Self::take_loan(task, |flight| !flight.paused);
+        let has = loan.is_some();
+        if let Some((grant, holding)) = loan {
             self.hand_back(&grant, holding, false);
         }
+        has
     }
 
     /// As [`hand_in`](Self::hand_in), where nobody but the ledger waits for what is not complete.
@@ -1236,7 +1287,8 @@ impl<D: Domain> Engine<D> {
         let _gathering = self.gather();
         // Before anybody can hear of the launch: nobody may take the engine for quiet meanwhile.
         self.elsewhere.fetch_add(1, Ordering::SeqCst);
-        let (pending, failure) = match Self::take_loan(task, |_| true) {
+        let (loan, follows) = Self::take_last_loan(task);
+        let (pending, failure) = match loan {
             Some((grant, holding)) => {
                 self.mark_end(task, &grant);
                 self.hand_in(&grant, holding, false)
@@ -1246,6 +1298,12 @@ impl<D: Domain> Engine<D> {
         };
         if let (Some(error), Outcome::Value(_)) = (failure, &outcome) {
             outcome = Outcome::Failed(Failure::Device(error));
+        }
+        if pending.is_empty() && follows {
+            // It is done at once, and nobody need run ahead of it.
+            self.settle(task, outcome);
+            self.elsewhere.fetch_sub(1, Ordering::SeqCst);
+            return;
         }
         let leads = !pending.is_empty()
             && matches!(outcome, Outcome::Value(_))
@@ -1318,9 +1376,12 @@ impl<D: Domain> Engine<D> {
     /// A task that was launched, or is one on devices, has its outcome, and that was its word before: gives
     /// back what it has left.
     pub(super) fn arrived(self: &Arc<Self>, task: &Task<D>, before: Snapshot) {
-        self.return_loan(task);
+        let had = self.return_loan(task);
         if before.has(LAUNCHED) {
             self.elsewhere.fetch_sub(1, Ordering::SeqCst);
+        } else if !had && before.has(CANCELLED) {
+            // It waited for devices, perhaps, and others behind it.
+            self.post(Letter::Withdrawn);
         }
     }
 

@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use smallvec::SmallVec;
 
 use super::request::{Capacity, Coming, WHOLE};
+use crate::hash::QuickMap;
 use crate::machine::{DeviceId, Event, Stream};
 use crate::task::state::validate;
 
@@ -147,6 +148,8 @@ pub(super) struct Book {
     /// The last grant, by number.
     pub(super) tail: u64,
     tracks: Vec<Track>,
+    /// Their places by the streams' numbers.
+    places: QuickMap<u32, usize>,
     /// Streams that rest, or did when they were put here.
     resting: Vec<usize>,
 }
@@ -173,6 +176,7 @@ impl Book {
             past: Due::default(),
             tail: 0,
             tracks: Vec::new(),
+            places: QuickMap::default(),
             resting: Vec::new(),
         }
     }
@@ -182,6 +186,7 @@ impl Book {
         self.lost = true;
         self.flights.clear();
         self.tracks.clear();
+        self.places.clear();
         self.resting.clear();
     }
 
@@ -223,6 +228,12 @@ impl Book {
             || (self.may_follow(wanted, runahead) && self.both().without(held).covers(wanted))
     }
 
+    /// Whether a task with a share may start here at all: some of it is at rest, or in flight and may be taken.
+    pub(super) fn is_open(&self, runahead: u32) -> bool {
+        let flies = self.flying.share > 0 && runahead > self.unfinished;
+        !self.lost && (self.rest.share > 0 || flies)
+    }
+
     /// Whether it needs nothing of what is in flight.
     pub(super) fn fits_at_rest(&self, wanted: Amount, held: Amount) -> bool {
         self.rest.without(held).covers(wanted)
@@ -230,12 +241,18 @@ impl Book {
 
     /// Whether a task may take what is in flight.
     fn may_follow(&self, wanted: Amount, runahead: u32) -> bool {
-        let Some(side_by_side) = WHOLE.checked_div(wanted.share) else {
+        if wanted.share == 0 {
             return runahead > self.aside;
-        };
-        runahead > self.unfinished
-            && (self.unfinished / side_by_side < TASKS_AHEAD
-                || self.ahead / u64::from(side_by_side) < AHEAD)
+        }
+        if runahead <= self.unfinished {
+            return false;
+        }
+        // Asked for each device at each grant: to divide is the exception.
+        if self.unfinished < TASKS_AHEAD || self.ahead < AHEAD {
+            return true;
+        }
+        let side_by_side = WHOLE / wanted.share;
+        self.unfinished / side_by_side < TASKS_AHEAD || self.ahead / u64::from(side_by_side) < AHEAD
     }
 
     /// The same for a body that wants its share back: it was counted when it started.
@@ -274,9 +291,7 @@ impl Book {
     }
 
     fn track(&self, stream: Stream) -> Option<usize> {
-        self.tracks
-            .iter()
-            .position(|track| track.number == stream.number)
+        self.places.get(&stream.number).copied()
     }
 
     fn event(&self, track: usize, position: u64) -> Event {
@@ -475,6 +490,7 @@ impl Book {
             self.track(event.stream).is_none() && event.stream.device == self.id,
             "a stream that was made for a body is a new one of its device",
         );
+        self.places.insert(event.stream.number, self.tracks.len());
         self.tracks.push(Track {
             number: event.stream.number,
             lent: true,

@@ -132,6 +132,10 @@ pub struct Gang<T> {
     /// Of those who wait and have their data on one device: how many they are on each, and how long they
     /// take.
     homed: Box<[Homed]>,
+    /// The devices on which a task with a share may start at all, as bits. Made anew like what is held.
+    open: u64,
+    /// There was nothing to do next, and nothing has happened since that could change that.
+    idle: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -166,6 +170,8 @@ impl<T> Gang<T> {
             held: nothing(),
             held_by_sweep: nothing(),
             homed: vec![Homed::default(); devices.len()].into(),
+            open: 0,
+            idle: false,
         }
     }
 
@@ -174,14 +180,26 @@ impl<T> Gang<T> {
     /// # Errors
     /// The task itself, if no alternative can be served by the devices that are left.
     pub fn submit(&mut self, token: T, request: Request) -> Result<(), T> {
-        let task = self
+        let (task, first) = self
             .queue
             .push(&self.capacities, self.lost, token, request)?;
         if let Some(home) = task.home {
             self.homed[home].tasks += 1;
             self.homed[home].nanoseconds += task.least();
         }
+        // Nobody but the first of each shape is looked at, and others reckon with those who have a home.
+        self.idle &= !first && task.home.is_none();
         Ok(())
+    }
+
+    /// The book of a device.
+    fn book(&self, device: DeviceId) -> Option<usize> {
+        find(&self.books, device)
+    }
+
+    /// A task that waits may be wanted no more.
+    pub fn withdrawn(&mut self) {
+        self.idle = false;
     }
 
     /// Takes the first task of a shape out.
@@ -195,8 +213,17 @@ impl<T> Gang<T> {
     }
 
     /// What to do next, until there is nothing. `wanted` says whether a waiting task is to run
-    /// still; it is asked about those that would be next.
+    /// still; it is asked about those that would be next. Where that changes say [`withdrawn`](Self::withdrawn).
     pub fn next(&mut self, mut wanted: impl FnMut(&T) -> bool) -> Option<Step<T>> {
+        if self.idle {
+            return None;
+        }
+        let step = self.look(&mut wanted);
+        self.idle = step.is_none();
+        step
+    }
+
+    fn look(&mut self, wanted: &mut impl FnMut(&T) -> bool) -> Option<Step<T>> {
         if self.queue.live().is_empty() && self.returning.is_empty() {
             return None;
         }
@@ -204,6 +231,9 @@ impl<T> Gang<T> {
         if let Some(grant) = self.next_return() {
             return Some(Step::Resume(grant));
         }
+        let open = self.books.iter().enumerate();
+        let open = open.filter(|(_, book)| book.is_open(self.limits.runahead));
+        self.open = open.fold(0, |all, (index, _)| all | bit(index));
         for place in 0..self.queue.live().len() {
             let shape = self.queue.live()[place];
             let head = self.queue.shape(shape).head().expect("it is live");
@@ -214,7 +244,7 @@ impl<T> Gang<T> {
         for place in 0..self.queue.live().len() {
             let shape = self.queue.live()[place];
             if self.queue.shape(shape).takes_nothing()
-                && let Some(step) = self.start(shape, 0, Held::ByReturns)
+                && let Some(step) = self.start(shape, Budget::Nothing, Held::ByReturns)
             {
                 return Some(step);
             }
@@ -228,16 +258,16 @@ impl<T> Gang<T> {
             if self.queue.shape(shape).is_stuck() {
                 return None;
             }
-            let budget = self.queue.budget(shape, limit);
-            return self.start(shape, budget, Held::ByReturns);
+            return self.start(shape, Budget::Bound, Held::ByReturns);
         }
         self.held_by_sweep.copy_from_slice(&self.held);
         let order = {
             let (books, homed) = (&self.books, &self.homed);
-            let (held, runahead) = (&self.held, self.limits.runahead);
+            let (held, open, runahead) = (&self.held, self.open, self.limits.runahead);
             self.queue.order(limit, |shape| {
                 let rules = Rules {
                     held,
+                    open,
                     budget: u64::MAX,
                     runahead,
                     waits: true,
@@ -247,14 +277,12 @@ impl<T> Gang<T> {
             })
         };
         if let Some(shape) = self.filler(&order)
-            && let budget = self.queue.budget(shape, limit)
-            && let Some(step) = self.start(shape, budget, Held::BySweep)
+            && let Some(step) = self.start(shape, Budget::Bound, Held::BySweep)
         {
             return Some(step);
         }
         for &shape in &order.sweep {
-            let budget = self.queue.budget(shape, limit);
-            if let Some(step) = self.start(shape, budget, Held::BySweep) {
+            if let Some(step) = self.start(shape, Budget::Bound, Held::BySweep) {
                 return Some(step);
             }
             self.hold(shape);
@@ -265,8 +293,7 @@ impl<T> Gang<T> {
             } else {
                 Held::ByReturns
             };
-            let budget = self.queue.budget(shape, limit);
-            if let Some(step) = self.start(shape, budget, held) {
+            if let Some(step) = self.start(shape, Budget::Bound, held) {
                 return Some(step);
             }
         }
@@ -279,6 +306,7 @@ impl<T> Gang<T> {
         let chosen = |shape: usize| {
             let rules = Rules {
                 held: &self.held_by_sweep,
+                open: self.open,
                 budget: self.queue.budget(shape, self.limits.overtaking),
                 runahead: self.limits.runahead,
                 waits: true,
@@ -309,7 +337,14 @@ impl<T> Gang<T> {
     }
 
     /// Starts the first task of a shape, if it fits.
-    fn start(&mut self, index: usize, budget: u64, held: Held) -> Option<Step<T>> {
+    fn start(&mut self, index: usize, budget: Budget, held: Held) -> Option<Step<T>> {
+        if self.queue.shape(index).is_shut_out(self.open) {
+            return None;
+        }
+        let budget = match budget {
+            Budget::Nothing => 0,
+            Budget::Bound => self.queue.budget(index, self.limits.overtaking),
+        };
         let held = match held {
             Held::ByReturns => &self.held,
             Held::BySweep => &self.held_by_sweep,
@@ -319,6 +354,7 @@ impl<T> Gang<T> {
         let declined = shape.declined();
         let rules = Rules {
             held,
+            open: self.open,
             budget,
             runahead,
             waits: declined.is_none_or(|since| self.grants - since < self.limits.overtaking),
@@ -488,6 +524,7 @@ impl<T> Gang<T> {
     /// # Panics
     /// If it is not the id of a body that runs, or there are more or fewer events than devices.
     pub fn launched(&mut self, id: GrantId, events: &[Option<Event>]) {
+        self.idle = false;
         let running = self.runs(id);
         assert_eq!(running.parts.len(), events.len(), "one event a device");
         let running = self.running[id.0 as usize].take().expect("it runs");
@@ -513,17 +550,19 @@ impl<T> Gang<T> {
 
     /// The work up to this event is complete, or has failed.
     pub fn completed(&mut self, event: Event) {
+        self.idle = false;
         let device = event.stream.device;
-        if let Some(book) = self.books.iter_mut().find(|book| book.id == device) {
-            book.complete(event);
+        if let Some(index) = self.book(device) {
+            self.books[index].complete(event);
         }
     }
 
     /// Work on the stream failed, and with it all that is behind it there: nobody gets it any more.
     pub fn failed(&mut self, stream: Stream) {
+        self.idle = false;
         let device = stream.device;
-        if let Some(book) = self.books.iter_mut().find(|book| book.id == device) {
-            book.fail(stream);
+        if let Some(index) = self.book(device) {
+            self.books[index].fail(stream);
         }
     }
 
@@ -533,6 +572,7 @@ impl<T> Gang<T> {
     /// # Panics
     /// If it is not the id of a body that runs, or there are more or fewer events than devices.
     pub fn paused(&mut self, id: GrantId, events: &[Option<Event>]) {
+        self.idle = false;
         self.runs(id).state = State::Paused;
         let running = self.running[id.0 as usize].as_mut().expect("it runs");
         assert_eq!(running.parts.len(), events.len(), "one event a device");
@@ -562,6 +602,7 @@ impl<T> Gang<T> {
     /// # Panics
     /// If it is not the id of a body that is paused.
     pub fn resumed(&mut self, id: GrantId) {
+        self.idle = false;
         let running = self.running.get_mut(id.0 as usize).and_then(Option::as_mut);
         let running = running.expect("the id of a body");
         assert_eq!(running.state, State::Paused, "a body that is paused");
@@ -579,7 +620,8 @@ impl<T> Gang<T> {
     /// The device is lost. Gives the tasks that can be served no more. Running bodies that have it
     /// return as always; their part of it is void.
     pub fn fail_device(&mut self, device: DeviceId) -> Vec<T> {
-        let Some(index) = self.books.iter().position(|book| book.id == device) else {
+        self.idle = false;
+        let Some(index) = self.book(device) else {
             return Vec::new();
         };
         self.books[index].lose();
@@ -614,6 +656,7 @@ impl<T> Gang<T> {
 
     /// Gives a task up that waits: the first of a shape that is `chosen`, else the first.
     pub fn give_up(&mut self, chosen: impl Fn(&T) -> bool) -> Option<T> {
+        self.idle = false;
         let live = self.queue.live();
         let is_chosen = |shape: &&usize| {
             (self.queue.shape(**shape).head()).is_some_and(|head| chosen(&head.token))
@@ -653,10 +696,21 @@ enum Held {
     BySweep,
 }
 
+/// How much a task may take.
+#[derive(Clone, Copy)]
+enum Budget {
+    /// Nothing.
+    Nothing,
+    /// As many devices as the bound on overtaking allows.
+    Bound,
+}
+
 /// Within what a choice is made.
 struct Rules<'a> {
     /// What is held for others.
     held: &'a [Amount],
+    /// The devices on which a task with a share may start at all.
+    open: u64,
     /// How many devices the task may take.
     budget: u64,
     runahead: u32,
@@ -726,7 +780,7 @@ fn choose<T>(books: &[Book], homed: &[Homed], shape: &Shape<T>, rules: &Rules<'_
                 idle: idle.unwrap_or(0),
                 books: books_of_it,
                 estimate,
-                begin: costs.now + free.unwrap_or(0),
+                begin: clock(books) + free.unwrap_or(0),
                 ready: costs.now.saturating_add(costs.ready.0),
             };
             best = Some((finish, choice));
@@ -746,6 +800,22 @@ pub(super) const PATIENCE: u32 = 2;
 /// A transfer holds others up for so large a part of its time, as is reckoned.
 const CONTENTION: u64 = 4;
 
+/// The place of a device's book: mostly that of the device among its kind.
+fn find(books: &[Book], device: DeviceId) -> Option<usize> {
+    let index = usize::from(device.index());
+    match books.get(index) {
+        Some(book) if book.id == device => Some(index),
+        _ => books.iter().position(|book| book.id == device),
+    }
+}
+
+/// The time of the clock by which run times are estimated: when the last one of those tasks was due that are
+/// complete.
+fn clock(books: &[Book]) -> u64 {
+    let past = books.iter().map(|book| book.past.nanoseconds);
+    past.max().unwrap_or(0)
+}
+
 /// What counts of a task where devices are compared.
 struct Costs<'a, T> {
     books: &'a [Book],
@@ -756,8 +826,7 @@ struct Costs<'a, T> {
     /// When the predecessors that are in flight are complete, at the latest: by the estimated run times,
     /// and by how many tasks are unfinished there.
     ready: (u64, u32),
-    /// The time of the clock by which run times are estimated: when the last one of those tasks was due that
-    /// are complete.
+    /// What the [`clock`] says, if that counts.
     now: u64,
 }
 
@@ -767,11 +836,11 @@ type Rank = (u64, u64, bool, u64, u64);
 impl<'a, T> Costs<'a, T> {
     fn new(books: &'a [Book], homed: &'a [Homed], head: &'a Waiting<T>) -> Self {
         let (mut preferred, mut ready) = (0, (0, 0));
-        let past = books.iter().map(|book| book.past.nanoseconds);
-        let now = past.max().unwrap_or(0);
+        // Nobody asks for the time of others.
+        let now = if head.is_reckoned() { clock(books) } else { 0 };
         for &event in &head.prefer {
             let device = event.stream.device;
-            let Some(index) = books.iter().position(|book| book.id == device) else {
+            let Some(index) = find(books, device) else {
                 continue;
             };
             let book = &books[index];
@@ -933,7 +1002,10 @@ fn fit<T>(
         memory: plan.memory,
     };
     let (held, preferred) = (rules.held, costs.preferred);
-    let fits = |index: usize| books[index].fits(amount, held[index], rules.runahead);
+    let open = if plan.share > 0 { rules.open } else { u64::MAX };
+    let fits = |index: usize| {
+        open & bit(index) != 0 && books[index].fits(amount, held[index], rules.runahead)
+    };
     let least = if costs.has_data() && !known {
         costs.least(plan, fits)
     } else {
@@ -941,7 +1013,7 @@ fn fit<T>(
     };
     let rank = |index: usize| costs.rank(index, plan, known, least);
     if let [bits] = plan.members[..] {
-        return soonest(bits, preferred == 0, rank, fits).map(|book| smallvec![book]);
+        return soonest(bits & open, preferred == 0, rank, fits).map(|book| smallvec![book]);
     }
     let mut left = ones(plan.devices())
         .filter(|&index| fits(index))

@@ -20,8 +20,8 @@ const SWEEP: usize = 256;
 #[derive(Debug)]
 pub(super) struct Waiting<T> {
     pub(super) token: T,
-    pub(super) prefer: SmallVec<[Event; 2]>,
-    estimates: SmallVec<[Option<Duration>; 2]>,
+    pub(super) prefer: SmallVec<[Event; 1]>,
+    estimates: SmallVec<[Option<Duration>; 1]>,
     pub(super) transfers: Box<[Transfer]>,
     /// The one device that has its data soonest, if there is one, by its index.
     pub(super) home: Option<usize>,
@@ -45,6 +45,11 @@ impl<T> Waiting<T> {
     pub(super) fn least(&self) -> u64 {
         let known = self.estimates.iter().flatten().copied();
         known.map(nanoseconds).min().unwrap_or(0)
+    }
+
+    /// Whether its time is reckoned with: it has data, or run times that are known.
+    pub(super) fn is_reckoned(&self) -> bool {
+        !self.transfers.is_empty() || !self.estimates.is_empty()
     }
 
     /// How long its data take to come to one of so many devices.
@@ -170,6 +175,13 @@ impl<T> Shape<T> {
         self.plans.iter().any(|(_, plan)| plan.takes_nothing())
     }
 
+    /// Whether none of its alternatives can start on these devices and no others; those without a share can
+    /// anywhere.
+    pub(super) fn is_shut_out(&self, open: u64) -> bool {
+        let can = |plan: &Plan| plan.share == 0 || plan.members.iter().all(|bits| bits & open != 0);
+        !self.plans.iter().any(|(_, plan)| can(plan))
+    }
+
     fn top(&self) -> Option<(i32, &Lane<T>)> {
         let (&Reverse(priority), lane) = self.lanes.first_key_value()?;
         Some((priority, lane))
@@ -290,6 +302,8 @@ impl<T> Queue<T> {
         &self.live
     }
 
+    /// Lets a task wait; gives it, and whether it is the first of its shape and priority.
+    ///
     /// # Errors
     /// The token, if no alternative can be served by the devices that are not lost.
     pub(super) fn push(
@@ -298,7 +312,7 @@ impl<T> Queue<T> {
         lost: u64,
         token: T,
         request: Request,
-    ) -> Result<&Waiting<T>, T> {
+    ) -> Result<(&Waiting<T>, bool), T> {
         let key = Key {
             home: home(&request.transfers),
             alternatives: request.alternatives,
@@ -334,7 +348,8 @@ impl<T> Queue<T> {
         });
         self.tickets += 1;
         self.waiting += 1;
-        Ok(lane.tasks.back().expect("pushed above"))
+        let first = lane.tasks.len() == 1;
+        Ok((lane.tasks.back().expect("pushed above"), first))
     }
 
     fn find(&mut self, devices: &[Capacity], lost: u64, key: Key) -> usize {

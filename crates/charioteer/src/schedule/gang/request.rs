@@ -72,14 +72,14 @@ pub struct Request {
     pub alternatives: Arc<[Alternative]>,
     /// The estimated run time of each alternative, in their order. Where it is unknown or the list
     /// is shorter it counts as none, so that what was never tried is tried.
-    pub estimates: SmallVec<[Option<Duration>; 2]>,
+    pub estimates: SmallVec<[Option<Duration>; 1]>,
     /// A larger one is sooner.
     pub priority: i32,
     /// The events of predecessors that were launched. A stream that lies at one of them is lent to
     /// this task, if it is free. The ledger does not repeat them among
     /// [`Lent::waits`](super::Lent::waits): whoever ran the predecessors knows them all, and which
     /// streams must wait for which.
-    pub prefer: SmallVec<[Event; 2]>,
+    pub prefer: SmallVec<[Event; 1]>,
     /// How long it takes to bring the task's data to each device, in the order of the ledger's; empty of a
     /// task without data.
     pub transfers: Box<[Transfer]>,

@@ -429,7 +429,7 @@ impl Mapping {
     }
 
     /// The estimated run times of these sets, in order.
-    pub(crate) fn estimates(&self) -> SmallVec<[Option<Duration>; 2]> {
+    pub(crate) fn estimates(&self) -> SmallVec<[Option<Duration>; 1]> {
         if let Decision::Choice(_) = self.decision() {
             // Of one that is being tried nothing is known.
             let estimate = Some(self.estimate()).filter(|&estimate| estimate != 0);

@@ -498,7 +498,10 @@ fn the_alternative_that_finishes_first_is_taken() {
 /// A request for any device or any two, of which the run times are known, in milliseconds.
 fn one_or_two(one: u64, two: u64) -> Request {
     Request {
-        estimates: [one, two].map(|it| Some(Duration::from_millis(it))).into(),
+        estimates: [one, two]
+            .map(|it| Some(Duration::from_millis(it)))
+            .into_iter()
+            .collect(),
         ..request(&[any(1), any(2)].into())
     }
 }
@@ -545,7 +548,10 @@ fn a_task_that_waits_for_a_faster_set_waits_for_so_many_grants_alone() {
         ..one(named(&[0]))
     };
     let fast_or_slow = Request {
-        estimates: [1, 100].map(|it| Some(Duration::from_millis(it))).into(),
+        estimates: [1, 100]
+            .map(|it| Some(Duration::from_millis(it)))
+            .into_iter()
+            .collect(),
         ..request(&[named(&[0]), named(&[1])].into())
     };
     gang.submit("urgent", urgent()).unwrap();
@@ -577,7 +583,10 @@ fn a_set_whose_memory_paused_bodies_keep_is_not_waited_for() {
     let (_, body) = start(&mut gang);
     gang.paused(body.id, &[None]);
     let asked = Request {
-        estimates: [100, 1].map(|it| Some(Duration::from_millis(it))).into(),
+        estimates: [100, 1]
+            .map(|it| Some(Duration::from_millis(it)))
+            .into_iter()
+            .collect(),
         ..request(
             &[any(1), any(2)]
                 .map(|set| Alternative { memory: 5, ..set })
@@ -628,6 +637,8 @@ fn who_is_not_wanted_is_handed_out_and_holds_nothing() {
     gang.submit("wide", one(any(2))).unwrap();
     gang.submit("narrow", one(any(1))).unwrap();
     nothing(&mut gang);
+    // Nobody is asked again before something happens.
+    gang.withdrawn();
     let step = gang.next(|&token| token != "wide");
     assert!(matches!(step, Some(Step::Unwanted("wide"))));
     assert_eq!(start(&mut gang).0, "narrow");
