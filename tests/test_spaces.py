@@ -110,7 +110,40 @@ def test_shape_bounds_above() -> None:
         line[3]
 
 
-@pytest.mark.parametrize("index", ["a", 1.5, None, object(), (0, "a"), [1]])
+def test_a_list_or_a_range_names_each() -> None:
+    space = ch.TaskSpace("T")
+    assert names(space[[4, 1, 4, -2, 0]]) == ["T[4]", "T[1]", "T[4]", "T[0]"]
+    assert names(space[range(6, 0, -3)]) == ["T[6]", "T[3]"]
+    assert names(space[[]]) == []
+    assert space[[3]][0] == space[3]
+    assert names(space.view[[3, 2]]) == ["T[3]"]
+    grid = ch.TaskSpace("G")
+    assert names(grid[1, [2, 0]]) == ["G[1,2]", "G[1,0]"]
+    assert names(grid[[2, 0], 1:3]) == ["G[2,1]", "G[2,2]", "G[0,1]", "G[0,2]"]
+    assert names(grid.view[[0, 1], :]) == ["G[0,1]", "G[0,2]", "G[1,0]", "G[1,2]"]
+    bounded = ch.TaskSpace("B", shape=3, start=1)
+    assert names(bounded[[0, 3, 1]]) == ["B[3]", "B[1]"]
+    with pytest.raises(IndexError, match="4"):
+        bounded[[1, 4]]
+    with pytest.raises(IndexError, match="one list"):
+        grid[[0, 1], [0, 1]]
+    with pytest.raises(IndexError, match="dimensions"):
+        grid[[0, 1]]
+
+
+def test_a_list_of_dependencies(rt_any: ch.Runtime) -> None:
+    space = ch.TaskSpace("T")
+    for i in range(4):
+        ch.spawn(space[i])(lambda i=i: i)
+    ch.spawn(space[4], dependencies=space[[0, 2, 3]])(
+        lambda: sum(space[i].result() for i in (0, 2, 3))
+    )
+    assert space[4].result() == 5
+
+
+@pytest.mark.parametrize(
+    "index", ["a", 1.5, None, object(), (0, "a"), [1, "a"], {1}, ([1.5], 0)]
+)
 def test_other_indices_are_refused(index: Any) -> None:
     with pytest.raises((TypeError, IndexError)):
         ch.TaskSpace("T")[index]
@@ -170,6 +203,7 @@ def test_a_dense_slice_touches() -> None:
         st.one_of(
             st.integers(-3, 8),
             st.tuples(st.integers(-3, 8), st.integers(-3, 8), st.integers(1, 3)),
+            st.lists(st.integers(-3, 8), max_size=4),
         ),
         max_size=12,
     ),
@@ -186,6 +220,10 @@ def test_touching_against_a_model(accesses: list[Any], start: int) -> None:
             else:
                 assert found.name == f"T[{access}]"
                 touched.add(access)
+        elif isinstance(access, list):
+            indices = [i for i in access if i >= start]
+            assert names(space[access]) == [f"T[{i}]" for i in indices]
+            touched.update(indices)
         else:
             low, high, step = access
             indices = [i for i in range(low, high, step) if i >= start]

@@ -188,14 +188,27 @@ class TaskSpace:
         self, index: SupportsIndex | tuple[SupportsIndex, ...], /
     ) -> Task[Any]: ...
     @overload
-    def __getitem__(self, index: slice | tuple[SupportsIndex | slice, ...], /) -> TaskList[Any]: ...
+    def __getitem__(
+        self,
+        index: slice
+        | list[int]
+        | range
+        | tuple[SupportsIndex | slice | list[int] | range, ...],
+        /,
+    ) -> TaskList[Any]: ...
     def __iter__(self) -> Iterator[Task[Any]]: ...
     def __contains__(self, thing: object, /) -> bool: ...
 
 @final
 class View:
     def __getitem__(
-        self, index: SupportsIndex | slice | tuple[SupportsIndex | slice, ...], /
+        self,
+        index: SupportsIndex
+        | slice
+        | list[int]
+        | range
+        | tuple[SupportsIndex | slice | list[int] | range, ...],
+        /,
     ) -> TaskList[Any]: ...
 
 # Spawning.

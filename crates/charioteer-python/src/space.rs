@@ -17,7 +17,7 @@ use charioteer::task::Until;
 use pyo3::exceptions::{PyIndexError, PyTypeError, PyValueError};
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
-use pyo3::types::{PyInt, PyList, PySlice, PyTuple, PyType};
+use pyo3::types::{PyInt, PyList, PyRange, PySlice, PyTuple, PyType};
 
 use crate::attached::Attached;
 use crate::interp::{Core, Label, Task};
@@ -219,6 +219,8 @@ enum Selector {
     At(i64),
     /// A slice; an end that is missing is `None`.
     Slice(Option<i64>, Option<i64>, i64),
+    /// These, in this order.
+    Each(Vec<i64>),
 }
 
 impl TaskSpace {
@@ -327,6 +329,29 @@ impl TaskSpace {
         self.handle(py, numbers).map(Some)
     }
 
+    /// The handles that a list of numbers alone selects in a space without bounds; `None` of any other index.
+    fn listed(
+        &self,
+        py: Python<'_>,
+        index: &Bound<'_, PyAny>,
+    ) -> PyResult<Option<Vec<Py<PyTask>>>> {
+        let Ok(list) = index.cast_exact::<PyList>() else {
+            return Ok(None);
+        };
+        let whole = |number: &Bound<'_, PyAny>| number.is_exact_instance_of::<PyInt>();
+        if self.shape.is_some() || self.start.is_some() || !list.iter().all(|it| whole(&it)) {
+            return Ok(None);
+        }
+        let mut handles = Vec::with_capacity(list.len());
+        for number in list.iter() {
+            let number: i64 = number.extract()?;
+            if number >= 0 {
+                handles.push(self.handle(py, &[number])?);
+            }
+        }
+        Ok(Some(handles))
+    }
+
     fn selectors(&self, index: &Bound<'_, PyAny>) -> PyResult<Vec<Selector>> {
         let one = |index: &Bound<'_, PyAny>| -> PyResult<Selector> {
             if let Ok(slice) = index.cast::<PySlice>() {
@@ -343,6 +368,10 @@ impl TaskSpace {
                 }
                 return Ok(Selector::Slice(part("start")?, part("stop")?, step));
             }
+            if is_several(index) {
+                let each = index.try_iter()?.map(|one| number(&one?));
+                return Ok(Selector::Each(each.collect::<PyResult<_>>()?));
+            }
             number(index).map(Selector::At)
         };
         let selectors = if let Ok(tuple) = index.cast::<PyTuple>() {
@@ -355,6 +384,13 @@ impl TaskSpace {
         };
         if selectors.is_empty() {
             return Err(PyIndexError::new_err("an index has at least one dimension"));
+        }
+        let several = |selector: &&Selector| matches!(selector, Selector::Each(_));
+        if selectors.iter().filter(several).count() > 1 {
+            // NumPy would take the pairs, and slices all combinations.
+            return Err(PyIndexError::new_err(
+                "an index has one list at most: it is not clear which combinations of two are meant",
+            ));
         }
         let known = match (&self.shape, &self.start) {
             (Some(bounds), _) | (None, Some(bounds)) => Some(bounds.len()),
@@ -380,15 +416,25 @@ impl TaskSpace {
     fn named(&self, dimension: usize, selector: &Selector) -> PyResult<Option<Vec<i64>>> {
         let lower = self.lower(dimension);
         let upper = self.upper(dimension);
+        let inside = |at: i64| {
+            if upper.is_some_and(|upper| at >= upper) {
+                return Err(PyIndexError::new_err(format!(
+                    "{}: index {at} in dimension {dimension} lies beyond the shape",
+                    self.name()
+                )));
+            }
+            Ok(at >= lower)
+        };
         match *selector {
-            Selector::At(at) => {
-                if upper.is_some_and(|upper| at >= upper) {
-                    return Err(PyIndexError::new_err(format!(
-                        "{}: index {at} in dimension {dimension} lies beyond the shape",
-                        self.name()
-                    )));
+            Selector::At(at) => Ok(Some(if inside(at)? { vec![at] } else { Vec::new() })),
+            Selector::Each(ref each) => {
+                let mut kept = Vec::with_capacity(each.len());
+                for &at in each {
+                    if inside(at)? {
+                        kept.push(at);
+                    }
                 }
-                Ok(Some(if at < lower { Vec::new() } else { vec![at] }))
+                Ok(Some(kept))
             }
             Selector::Slice(start, stop, step) => {
                 let Some(stop) = stop.or(upper) else {
@@ -470,6 +516,7 @@ impl TaskSpace {
                         && index.iter().zip(selectors).enumerate().all(
                             |(dimension, (number, selector))| match *selector {
                                 Selector::At(at) => *number == at,
+                                Selector::Each(ref each) => each.contains(number),
                                 Selector::Slice(start, stop, step) => {
                                     let start = start.unwrap_or_else(|| self.lower(dimension));
                                     *number >= start
@@ -498,6 +545,11 @@ impl TaskSpace {
     }
 }
 
+/// Whether a part of an index names several numbers one by one.
+fn is_several(index: &Bound<'_, PyAny>) -> bool {
+    index.is_instance_of::<PyList>() || index.is_instance_of::<PyRange>()
+}
+
 fn number(index: &Bound<'_, PyAny>) -> PyResult<i64> {
     let wrong = || -> PyErr {
         let name = index.get_type().name().map_or_else(
@@ -505,7 +557,7 @@ fn number(index: &Bound<'_, PyAny>) -> PyResult<i64> {
             |name| name.to_string_lossy().into_owned(),
         );
         PyTypeError::new_err(format!(
-            "an index is made of integers and slices, not {name}"
+            "an index is made of integers, slices, lists and ranges, not {name}"
         ))
     };
     if index.is_exact_instance_of::<PyInt>() {
@@ -586,9 +638,14 @@ impl TaskSpace {
         if let Some(task) = self.ordinary(py, index)? {
             return Ok(task.into_bound(py).into_any());
         }
+        if let Some(handles) = self.listed(py, index)? {
+            return Ok(Bound::new(py, TaskList::of_objects(handles))?.into_any());
+        }
+        let is_list =
+            |part: &Bound<'_, PyAny>| part.is_instance_of::<PySlice>() || is_several(part);
         let single = match index.cast::<PyTuple>() {
-            Ok(tuple) => !tuple.iter().any(|part| part.is_instance_of::<PySlice>()),
-            Err(_) => !index.is_instance_of::<PySlice>(),
+            Ok(tuple) => !tuple.iter().any(|part| is_list(&part)),
+            Err(_) => !is_list(index),
         };
         let mut handles = self.select(py, index)?;
         if single && handles.len() == 1 {

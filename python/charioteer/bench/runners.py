@@ -63,7 +63,7 @@ def charioteer(graph: Shape, body: Body, workers: int, width: int | None = None)
         if graph.edges:
             space = ch.TaskSpace(graph.name)
             for index, before in enumerate(graph.before):
-                ch.spawn(space[index], dependencies=[space[at] for at in before])(body)
+                ch.spawn(space[index], dependencies=space[list(before)])(body)
         else:
             # As the guide says of many tasks at once.
             ch.spawn_many(lambda _: body(), graph.before)
@@ -79,7 +79,7 @@ def native(graph: Shape, seconds: float, workers: int) -> Outcome:
         if graph.edges:
             space = ch.TaskSpace(graph.name)
             for index, before in enumerate(graph.before):
-                needs = [space[at] for at in before]
+                needs = space[list(before)]
                 spin.options(space[index], dependencies=needs)(seconds)
         else:
             for _ in graph.before:
@@ -179,7 +179,7 @@ class Devices:
         start = perf_counter()
         space = ch.TaskSpace(graph.name)
         for index, (function, before) in enumerate(zip(functions, graph.before, strict=True)):
-            needs = [space[at] for at in before]
+            needs = space[list(before)]
             tasks.append(function.options(space[index], dependencies=needs)(*arguments))
         ch.wait(tasks)
         return Outcome(perf_counter() - start, gil_waited(self.runtime) - waited)
