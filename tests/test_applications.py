@@ -4,6 +4,8 @@ program in virtual time on known ones; the study of them."""
 from __future__ import annotations
 
 import json
+import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -252,6 +254,35 @@ def test_applications_are_measured(tmp_path: Path) -> None:
             ]
             assert makespan > 0
     assert cases.main(["--sizes", "huge"]) == 2
+
+
+@pytest.mark.surface
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
+def test_a_study_pays_for_the_pages_of_its_memory_once() -> None:
+    script = """if True:
+        import resource
+        import study
+
+        def faults() -> int:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            b"x" * (64 << 20)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+        study.keep_memory()
+        print(faults(), faults())
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(APPS), *sys.path])},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = map(int, done.stdout.split())
+    assert first > 1000
+    assert second < 50
 
 
 @pytest.mark.surface
