@@ -141,9 +141,7 @@ def test_a_list_of_dependencies(rt_any: ch.Runtime) -> None:
     assert space[4].result() == 5
 
 
-@pytest.mark.parametrize(
-    "index", ["a", 1.5, None, object(), (0, "a"), [1, "a"], {1}, ([1.5], 0)]
-)
+@pytest.mark.parametrize("index", ["a", 1.5, None, object(), (0, "a"), [1, "a"], {1}, ([1.5], 0)])
 def test_other_indices_are_refused(index: Any) -> None:
     with pytest.raises((TypeError, IndexError)):
         ch.TaskSpace("T")[index]

@@ -190,10 +190,7 @@ class TaskSpace:
     @overload
     def __getitem__(
         self,
-        index: slice
-        | list[int]
-        | range
-        | tuple[SupportsIndex | slice | list[int] | range, ...],
+        index: slice | list[int] | range | tuple[SupportsIndex | slice | list[int] | range, ...],
         /,
     ) -> TaskList[Any]: ...
     def __iter__(self) -> Iterator[Task[Any]]: ...
