@@ -89,7 +89,7 @@ def layer(states: Any, weights: Any) -> Any:
 
 
 @ch.task
-def stage(states: Any, weights: ch.In) -> Any:
+def stage(states: Any, weights: ch.In[Any]) -> Any:
     """A stage of the model, on its device, where its weights stay."""
     xp = ch.current().xp
     if xp is np:
