@@ -256,6 +256,7 @@ def test_applications_are_measured(tmp_path: Path) -> None:
     assert cases.main(["--sizes", "huge"]) == 2
 
 
+# What keeps the memory is an option of glibc's allocator; elsewhere there is nothing to test.
 @pytest.mark.surface
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
 def test_a_study_pays_for_the_pages_of_its_memory_once() -> None:

@@ -1133,15 +1133,14 @@ impl<D: Domain> Engine<D> {
     /// The same of one whose body ended for good, and whether all that it ran ahead of is done, and well.
     fn take_last_loan(task: &Task<D>) -> (Option<Loan>, bool) {
         let mut links = task.links.lock();
-        let Some(rare) = links.rare.as_mut() else {
+        let rare = links.rare.as_mut();
+        let known = rare.and_then(|rare| Some((rare.poison.is_none(), rare.flight.as_mut()?)));
+        let Some((well, flight)) = known else {
             return (None, false);
         };
-        let Some(flight) = rare.flight.as_mut() else {
-            return (None, false);
-        };
-        let follows = rare.poison.is_none() && !flight.is_ahead();
         let loan = flight.loan.take();
-        (loan.map(|loan| (loan, flight.holding.take())), follows)
+        let loan = loan.map(|loan| (loan, flight.holding.take()));
+        (loan, well && !flight.is_ahead())
     }
 
     /// Gives a loan back with what is held of data, if the body does not only pause, behind what was put on

@@ -192,11 +192,6 @@ impl<T> Gang<T> {
         Ok(())
     }
 
-    /// The book of a device.
-    fn book(&self, device: DeviceId) -> Option<usize> {
-        find(&self.books, device)
-    }
-
     /// A task that waits may be wanted no more.
     pub fn withdrawn(&mut self) {
         self.idle = false;
@@ -552,7 +547,7 @@ impl<T> Gang<T> {
     pub fn completed(&mut self, event: Event) {
         self.idle = false;
         let device = event.stream.device;
-        if let Some(index) = self.book(device) {
+        if let Some(index) = find(&self.books, device) {
             self.books[index].complete(event);
         }
     }
@@ -561,7 +556,7 @@ impl<T> Gang<T> {
     pub fn failed(&mut self, stream: Stream) {
         self.idle = false;
         let device = stream.device;
-        if let Some(index) = self.book(device) {
+        if let Some(index) = find(&self.books, device) {
             self.books[index].fail(stream);
         }
     }
@@ -621,7 +616,7 @@ impl<T> Gang<T> {
     /// return as always; their part of it is void.
     pub fn fail_device(&mut self, device: DeviceId) -> Vec<T> {
         self.idle = false;
-        let Some(index) = self.book(device) else {
+        let Some(index) = find(&self.books, device) else {
             return Vec::new();
         };
         self.books[index].lose();
@@ -1013,7 +1008,7 @@ fn fit<T>(
     };
     let rank = |index: usize| costs.rank(index, plan, known, least);
     if let [bits] = plan.members[..] {
-        return soonest(bits & open, preferred == 0, rank, fits).map(|book| smallvec![book]);
+        return soonest(bits, preferred == 0, rank, fits).map(|book| smallvec![book]);
     }
     let mut left = ones(plan.devices())
         .filter(|&index| fits(index))
