@@ -399,7 +399,8 @@ pub struct Engine<D: Domain> {
     /// Bodies that wait for unspawned or dirty tasks.
     pub(crate) loose_waits: AtomicUsize,
     /// Bodies that go on elsewhere, and threads of others that are about to move a task.
-    elsewhere: AtomicUsize,
+    /// Threads of workers and of devices change it for each task on devices, so that nothing lies beside it.
+    elsewhere: CachePadded<AtomicUsize>,
     /// Threads that were started and have not ended.
     alive: AtomicUsize,
     /// Whether threads that ended may go, and what they wait at for that; see [`Engine::close`].
@@ -488,7 +489,7 @@ impl<D: Domain> Engine<D> {
             open: Mutex::new(Vec::new()),
             helpers: Mutex::new(Vec::new()),
             loose_waits: AtomicUsize::new(0),
-            elsewhere: AtomicUsize::new(0),
+            elsewhere: CachePadded::new(AtomicUsize::new(0)),
             alive: AtomicUsize::new(0),
             seen_off: AtomicBool::new(false),
             parting: Condvar::new(),

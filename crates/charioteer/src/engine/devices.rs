@@ -62,6 +62,7 @@ use std::sync::Arc;
 use crossbeam_utils::CachePadded;
 use smallvec::SmallVec;
 
+use super::gathering::take_landed;
 use super::mapping::bit;
 use super::transfers::Transfers;
 use super::witness::{Owners, Witness};
@@ -344,6 +345,8 @@ impl<D: Domain> Devices<D> {
         let (ledger, owners) = (&mut book.ledger, &mut book.owners);
         let witness = self.witness.as_ref();
         let mut stuck = false;
+        // The task that asked in the last letter.
+        let mut last = None;
         for _ in 0..LETTERS {
             let letter = match self.mail.steal() {
                 Steal::Success(letter) => Some(letter),
@@ -351,12 +354,13 @@ impl<D: Domain> Devices<D> {
                 Steal::Empty => own.take(),
             };
             let Some(letter) = letter else { break };
+            if let Some((task, request)) = last.take()
+                && let Err(task) = ledger.submit(task, request)
+            {
+                outbox.stranded.push(task);
+            }
             match letter {
-                Letter::Ask(task, request) => {
-                    if let Err(task) = ledger.submit(task, request) {
-                        outbox.stranded.push(task);
-                    }
-                }
+                Letter::Ask(task, request) => last = Some((task, request)),
                 Letter::Launched(id, events, over) => {
                     if let Some(witness) = witness {
                         owners.returned(witness, id, &events);
@@ -386,8 +390,19 @@ impl<D: Domain> Devices<D> {
             // More than are read at once came before it.
             self.mail.push(letter);
         }
+        let wanted = |task: &TaskRef<D>| task.phase() == Phase::Ready;
+        let mut step = match last {
+            Some((task, request)) if wanted(&task) => {
+                ledger.submit_last(task, request).unwrap_or_else(|task| {
+                    outbox.stranded.push(task);
+                    None
+                })
+            }
+            Some((task, _)) => Some(Step::Unwanted(task)),
+            None => None,
+        };
         for _ in 0..BATCH {
-            match ledger.next(|task| task.phase() == Phase::Ready) {
+            match step.take().or_else(|| ledger.next(wanted)) {
                 Some(Step::Start(task, grant)) => {
                     if let Some(witness) = witness {
                         let options = task.options().expect("a task on devices has options");
@@ -635,10 +650,22 @@ impl<D: Domain> Engine<D> {
         }
     }
 
+    /// The work up to an event is complete.
+    fn post_landed(self: &Arc<Self>, event: Event) {
+        if !self.is_gathered() {
+            self.post(Letter::Landed(event));
+        } else if let Some(other) = Self::note_landed(event) {
+            self.devices().mail.push(Letter::Landed(other));
+        }
+    }
+
     /// After letters that were put in without a try for the turn.
     pub(super) fn read_mail(self: &Arc<Self>) {
         fence(Ordering::SeqCst);
-        self.take_turn();
+        match take_landed() {
+            Some(event) => self.post(Letter::Landed(event)),
+            None => self.take_turn(),
+        }
         self.relieve_outside();
     }
 
@@ -1248,7 +1275,7 @@ impl<D: Domain> Engine<D> {
                     if let Err(error) = &result {
                         engine.note_failure(event, error);
                     }
-                    engine.post(Letter::Landed(event));
+                    engine.post_landed(event);
                     engine.elsewhere.fetch_sub(1, Ordering::SeqCst);
                 });
             }),
@@ -1338,7 +1365,7 @@ impl<D: Domain> Engine<D> {
                     if let Some(error) = &failure {
                         engine.note_failure(event, error);
                     }
-                    engine.post(Letter::Landed(event));
+                    engine.post_landed(event);
                     engine.work_off_first(landed(&task, failure));
                 });
             }),

@@ -9,7 +9,8 @@
 //! what it has sent so far.
 //!
 //! *Completions* that a device tells of together are gathered for together, as long as the device says:
-//! what follows from all of them the ledger reads in one turn.
+//! what follows from all of them the ledger reads in one turn. Of the events of one stream it hears the last
+//! alone, which all before it are complete by.
 //!
 //! **The user's world.** What a thread sends it must not keep back while it runs code that may wait for
 //! what comes of it. Callbacks and reports are called [`apart`], and a wait [delivers](Engine::deliver)
@@ -19,7 +20,7 @@ use std::cell::Cell;
 use std::sync::Arc;
 
 use super::{Engine, Moving};
-use crate::machine::keep_until_told;
+use crate::machine::{Event, keep_until_told};
 use crate::task::Domain;
 
 crate::sync::thread_local! {
@@ -27,6 +28,8 @@ crate::sync::thread_local! {
     static GATHERING: Cell<(u32, bool)> = const { Cell::new((0, false)) };
     /// The engine for which it does so since completions are told here together.
     static TELLING: Cell<u32> = const { Cell::new(0) };
+    /// The event that this thread was told of last while it gathers, of which the ledger is still to hear.
+    static LANDED: Cell<Option<Event>> = const { Cell::new(None) };
 }
 
 /// While there is one, this thread gathers.
@@ -109,11 +112,31 @@ impl<D: Domain> Engine<D> {
         let (id, sent) = GATHERING.with(Cell::get);
         if sent {
             GATHERING.with(|gathering| gathering.set((id, false)));
-            if let Some(engine) = D::engines().get(id) {
-                engine.read_mail();
+            match D::engines().get(id) {
+                Some(engine) => engine.read_mail(),
+                // Nobody is left who would hear of it.
+                None => drop(take_landed()),
             }
         }
     }
+
+    /// Notes that an event is complete while this thread gathers. An event of another stream that was noted
+    /// before comes back.
+    pub(super) fn note_landed(event: Event) -> Option<Event> {
+        let before = take_landed();
+        let (last, other) = match before {
+            Some(before) if before.stream != event.stream => (event, Some(before)),
+            Some(before) if before.position > event.position => (before, None),
+            _ => (event, None),
+        };
+        LANDED.with(|landed| landed.set(Some(last)));
+        other
+    }
+}
+
+/// The event that this thread noted last, if the ledger has not heard of it.
+pub(super) fn take_landed() -> Option<Event> {
+    LANDED.with(Cell::take)
 }
 
 /// Calls the user's code, with nothing kept back.

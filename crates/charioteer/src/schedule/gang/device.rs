@@ -82,6 +82,7 @@ pub(super) struct Due {
 
 /// What was given back behind an event and nobody has taken over yet.
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone))]
 struct Flight {
     stream: usize,
     position: u64,
@@ -89,6 +90,7 @@ struct Flight {
 }
 
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone))]
 struct Track {
     number: u32,
     lent: bool,
@@ -119,6 +121,7 @@ pub(super) struct Taken {
 }
 
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone))]
 pub(super) struct Book {
     pub(super) id: DeviceId,
     pub(super) lost: bool,

@@ -59,6 +59,7 @@ pub enum Step<T> {
 
 /// One device of a task that was granted.
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone))]
 struct Part {
     book: usize,
     /// The stream's index, once it is known.
@@ -77,6 +78,7 @@ enum State {
 
 /// A task that was granted and whose body has not returned.
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone))]
 struct Running {
     state: State,
     alternative: usize,
@@ -110,6 +112,7 @@ impl Choice {
 
 /// The ledger of the devices and the tasks that wait for them. `T` stands for a task.
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone))]
 pub struct Gang<T> {
     limits: Limits,
     capacities: Box<[Capacity]>,
@@ -180,16 +183,61 @@ impl<T> Gang<T> {
     /// # Errors
     /// The task itself, if no alternative can be served by the devices that are left.
     pub fn submit(&mut self, token: T, request: Request) -> Result<(), T> {
-        let (task, first) = self
-            .queue
-            .push(&self.capacities, self.lost, token, request)?;
+        let (shape, priority, task) =
+            (self.queue).admit(&self.capacities, self.lost, token, request)?;
+        self.push(shape, priority, task);
+        Ok(())
+    }
+
+    fn push(&mut self, shape: usize, priority: i32, task: Waiting<T>) {
+        let (task, first) = self.queue.push(shape, priority, task);
         if let Some(home) = task.home {
             self.homed[home].tasks += 1;
             self.homed[home].nanoseconds += task.least();
         }
         // Nobody but the first of each shape is looked at, and others reckon with those who have a home.
         self.idle &= !first && task.home.is_none();
-        Ok(())
+    }
+
+    /// As [`submit`](Self::submit), and then [`next`](Self::next) for the first time. Who is alone, as
+    /// mostly on devices that keep up, need not queue.
+    ///
+    /// # Errors
+    /// The task itself, if no alternative can be served by the devices that are left.
+    pub fn submit_last(&mut self, token: T, request: Request) -> Result<Option<Step<T>>, T> {
+        let (index, priority, task) =
+            (self.queue).admit(&self.capacities, self.lost, token, request)?;
+        let is_alone = self.queue.live().is_empty() && self.returning.is_empty();
+        // Of others more counts than what is free: the memory that paused bodies keep, whose data are where,
+        // and what takes nothing.
+        if !is_alone
+            || self.keeping > 0
+            || !task.transfers.is_empty()
+            || self.queue.shape(index).takes_nothing()
+        {
+            self.push(index, priority, task);
+            return Ok(None);
+        }
+        self.held.fill(Amount::default());
+        self.open = self.open();
+        let shape = self.queue.shape(index);
+        let choice = if shape.is_shut_out(self.open) {
+            Chosen::Nothing
+        } else {
+            let rules = Rules {
+                held: &self.held,
+                open: self.open,
+                budget: u64::MAX,
+                runahead: self.limits.runahead,
+                waits: true,
+            };
+            choose(&self.books, &self.homed, shape, &task, &rules)
+        };
+        if let Chosen::Now(choice) = choice {
+            return Ok(Some(self.grant(index, &choice, task)));
+        }
+        self.push(index, priority, task);
+        Ok(None)
     }
 
     /// A task that waits may be wanted no more.
@@ -218,6 +266,13 @@ impl<T> Gang<T> {
         step
     }
 
+    /// The devices on which a task with a share may start at all, as bits.
+    fn open(&self) -> u64 {
+        let books = self.books.iter().enumerate();
+        let open = books.filter(|(_, book)| book.is_open(self.limits.runahead));
+        open.fold(0, |all, (index, _)| all | bit(index))
+    }
+
     fn look(&mut self, wanted: &mut impl FnMut(&T) -> bool) -> Option<Step<T>> {
         if self.queue.live().is_empty() && self.returning.is_empty() {
             return None;
@@ -226,9 +281,7 @@ impl<T> Gang<T> {
         if let Some(grant) = self.next_return() {
             return Some(Step::Resume(grant));
         }
-        let open = self.books.iter().enumerate();
-        let open = open.filter(|(_, book)| book.is_open(self.limits.runahead));
-        self.open = open.fold(0, |all, (index, _)| all | bit(index));
+        self.open = self.open();
         for place in 0..self.queue.live().len() {
             let shape = self.queue.live()[place];
             let head = self.queue.shape(shape).head().expect("it is live");
@@ -268,7 +321,7 @@ impl<T> Gang<T> {
                     waits: true,
                 };
                 // One that had rather wait is served too: devices are held for it.
-                !matches!(choose(books, homed, shape, &rules), Chosen::Nothing)
+                !matches!(choose_first(books, homed, shape, &rules), Chosen::Nothing)
             })
         };
         if let Some(shape) = self.filler(&order)
@@ -306,7 +359,8 @@ impl<T> Gang<T> {
                 runahead: self.limits.runahead,
                 waits: true,
             };
-            match choose(&self.books, &self.homed, self.queue.shape(shape), &rules) {
+            let shape = self.queue.shape(shape);
+            match choose_first(&self.books, &self.homed, shape, &rules) {
                 Chosen::Now(choice) => Some(choice),
                 _ => None,
             }
@@ -354,7 +408,7 @@ impl<T> Gang<T> {
             runahead,
             waits: declined.is_none_or(|since| self.grants - since < self.limits.overtaking),
         };
-        let choice = match choose(&self.books, &self.homed, shape, &rules) {
+        let choice = match choose_first(&self.books, &self.homed, shape, &rules) {
             Chosen::Now(choice) => choice,
             Chosen::Later => {
                 self.queue.decline(index, self.grants);
@@ -362,16 +416,22 @@ impl<T> Gang<T> {
             }
             Chosen::Nothing => return None,
         };
-        let (alternative, ref plan) = shape.plans[choice.plan];
-        let amount = Amount {
-            share: plan.share,
-            memory: plan.memory,
-        };
-        if !plan.takes_nothing() {
+        if !shape.plans[choice.plan].1.takes_nothing() {
             let devices = choice.books.iter().fold(0, |all, &book| all | bit(book));
             self.queue.overtake(index, devices, self.limits.overtaking);
         }
         let task = self.pop(index);
+        Some(self.grant(index, &choice, task))
+    }
+
+    /// Gives a task of a shape what was chosen for it.
+    fn grant(&mut self, shape: usize, choice: &Choice, task: Waiting<T>) -> Step<T> {
+        let (alternative, ref plan) = self.queue.shape(shape).plans[choice.plan];
+        let amount = Amount {
+            share: plan.share,
+            memory: plan.memory,
+        };
+        let runahead = self.limits.runahead;
         let load = Load {
             shares: amount.share > 0,
             nanoseconds: choice.estimate,
@@ -419,7 +479,7 @@ impl<T> Gang<T> {
             alternative,
             lent,
         };
-        Some(Step::Start(task.token, grant))
+        Step::Start(task.token, grant)
     }
 
     /// Holds devices for a sweep's task that does not fit yet: those on which it fits, then those
@@ -721,17 +781,28 @@ enum Chosen {
     Nothing,
 }
 
-/// The policy: which alternative the first task of a shape gets, and on which devices. It is the one
+/// The [choice](choose) of the first task of a shape.
+fn choose_first<T>(books: &[Book], homed: &[Homed], shape: &Shape<T>, rules: &Rules<'_>) -> Chosen {
+    match shape.head() {
+        Some(head) => choose(books, homed, shape, head, rules),
+        None => Chosen::Nothing,
+    }
+}
+
+/// The policy: which alternative a task of a shape, `head`, gets, and on which devices. It is the one
 /// that is estimated to finish first: when its devices are free, and have its data, and its run time. If that
 /// one does not fit yet, the task waits for it, unless it has waited for too many grants. Where run times are
 /// not known the first one that fits is taken. Of the devices of a kind a task without data gets those that
 /// have a stream to take over, then those that are free soonest, then the first; for one with data see
 /// [`Costs::rank`]. Members of a kind are in the order of
 /// their devices, so that a set is the same however it came about.
-fn choose<T>(books: &[Book], homed: &[Homed], shape: &Shape<T>, rules: &Rules<'_>) -> Chosen {
-    let Some(head) = shape.head() else {
-        return Chosen::Nothing;
-    };
+fn choose<T>(
+    books: &[Book],
+    homed: &[Homed],
+    shape: &Shape<T>,
+    head: &Waiting<T>,
+    rules: &Rules<'_>,
+) -> Chosen {
     let costs = Costs::new(books, homed, head);
     let mut best: Option<(u64, Choice)> = None;
     // When the best of those that do not fit yet would finish.

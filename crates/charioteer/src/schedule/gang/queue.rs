@@ -18,6 +18,7 @@ const REMEMBERED: usize = 64;
 const SWEEP: usize = 256;
 
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone))]
 pub(super) struct Waiting<T> {
     pub(super) token: T,
     pub(super) prefer: SmallVec<[Event; 1]>,
@@ -67,6 +68,7 @@ impl<T> Waiting<T> {
 
 /// The waiting tasks of one shape and one priority.
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone))]
 struct Lane<T> {
     /// Never empty, unless it is the shape's only lane.
     tasks: VecDeque<Waiting<T>>,
@@ -116,6 +118,7 @@ struct Key {
 
 /// The waiting tasks with equal alternatives, and with their data on one device if they have any.
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone))]
 pub(super) struct Shape<T> {
     key: Key,
     /// Those alternatives that can be served, with their indices, in order.
@@ -240,6 +243,7 @@ pub(super) struct Order {
 }
 
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone))]
 pub(super) struct Queue<T> {
     shapes: Vec<Shape<T>>,
     vacant: Vec<usize>,
@@ -302,54 +306,66 @@ impl<T> Queue<T> {
         &self.live
     }
 
-    /// Lets a task wait; gives it, and whether it is the first of its shape and priority.
+    /// What a request asks for as a task that may wait, and the index of its shape.
     ///
     /// # Errors
     /// The token, if no alternative can be served by the devices that are not lost.
-    pub(super) fn push(
+    pub(super) fn admit(
         &mut self,
         devices: &[Capacity],
         lost: u64,
         token: T,
         request: Request,
-    ) -> Result<(&Waiting<T>, bool), T> {
+    ) -> Result<(usize, i32, Waiting<T>), T> {
         let key = Key {
             home: home(&request.transfers),
             alternatives: request.alternatives,
         };
         let home = key.home;
         let index = self.find(devices, lost, key);
-        let shape = &mut self.shapes[index];
-        if shape.plans.is_empty() {
+        if self.shapes[index].plans.is_empty() {
             return Err(token);
         }
-        if shape.live.is_none() {
-            shape.live = Some(self.live.len());
-            self.live.push(index);
-            // It kept one lane, which may be another one's.
-            if !shape.lanes.contains_key(&Reverse(request.priority)) {
-                shape.lanes.clear();
-            }
-        }
-        if !request.estimates.is_empty() {
-            self.work = self.work.saturating_add(shape.work(&request.estimates));
-        }
-        let lane = shape
-            .lanes
-            .entry(Reverse(request.priority))
-            .or_insert_with(Lane::new);
-        lane.tasks.push_back(Waiting {
+        let task = Waiting {
             token,
             prefer: request.prefer,
             estimates: request.estimates,
             transfers: request.transfers,
             home,
             ticket: self.tickets,
-        });
+        };
+        Ok((index, request.priority, task))
+    }
+
+    /// Lets a task that was admitted just now wait; gives it, and whether it is the first of its shape and
+    /// priority.
+    pub(super) fn push(
+        &mut self,
+        index: usize,
+        priority: i32,
+        task: Waiting<T>,
+    ) -> (&Waiting<T>, bool) {
+        let shape = &mut self.shapes[index];
+        if shape.live.is_none() {
+            shape.live = Some(self.live.len());
+            self.live.push(index);
+            // It kept one lane, which may be another one's.
+            if !shape.lanes.contains_key(&Reverse(priority)) {
+                shape.lanes.clear();
+            }
+        }
+        if !task.estimates.is_empty() {
+            self.work = self.work.saturating_add(shape.work(&task.estimates));
+        }
+        let lane = shape
+            .lanes
+            .entry(Reverse(priority))
+            .or_insert_with(Lane::new);
+        lane.tasks.push_back(task);
         self.tickets += 1;
         self.waiting += 1;
         let first = lane.tasks.len() == 1;
-        Ok((lane.tasks.back().expect("pushed above"), first))
+        (lane.tasks.back().expect("pushed above"), first)
     }
 
     fn find(&mut self, devices: &[Capacity], lost: u64, key: Key) -> usize {

@@ -6,10 +6,12 @@
 //! whatever is granted later. Uses of which neither comes before the other may happen at the same
 //! moment.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 
 use proptest::prelude::*;
+use proptest::test_runner::TestRunner;
 
 use crate::machine::{DeviceId, Event, Kind, Stream};
 use crate::schedule::gang::{
@@ -25,6 +27,8 @@ enum Action {
         request: usize,
         priority: i32,
         follows: bool,
+        /// All was given that could be, and nobody else asks before somebody looks for what is next.
+        last: bool,
         /// Run times in milliseconds, where they are known.
         times: [Option<u64>; 3],
     },
@@ -70,9 +74,9 @@ fn alternative(devices: u16) -> impl Strategy<Value = Alternative> {
 fn action() -> impl Strategy<Value = Action> {
     let which = any::<usize>;
     prop_oneof![
-        8 => (which(), prop_oneof![4 => Just(0), 1 => -1..=1], any::<bool>(), times())
-            .prop_map(|(request, priority, follows, times)| {
-                Action::Submit { request, priority, follows, times }
+        8 => (which(), prop_oneof![4 => Just(0), 1 => -1..=1], any::<[bool; 2]>(), times())
+            .prop_map(|(request, priority, [follows, last], times)| {
+                Action::Submit { request, priority, follows, last, times }
             }),
         8 => Just(Action::Next),
         6 => which().prop_map(Action::Launch),
@@ -197,6 +201,8 @@ struct Checker {
     launched: Vec<(Event, bool)>,
     recent: Vec<Event>,
     grants: u32,
+    /// How many tasks started without queuing.
+    alone: u32,
 }
 
 impl Checker {
@@ -229,6 +235,7 @@ impl Checker {
             launched: Vec::new(),
             recent: Vec::new(),
             grants: 0,
+            alone: 0,
             program,
         }
     }
@@ -281,8 +288,10 @@ impl Checker {
                 request,
                 priority,
                 follows,
+                last,
                 times,
             } => {
+                while last && self.next() {}
                 let request = request % self.requests.len();
                 let prefer = self.recent.iter().rev().take(usize::from(follows) * 2);
                 let asked = Request {
@@ -311,13 +320,16 @@ impl Checker {
                 let can = check(&self.left(), &self.requests[request]).is_ok();
                 let task = self.submitted;
                 self.submitted += 1;
+                if can {
+                    self.waiting.insert(task, (request, priority, 0));
+                }
+                if last {
+                    return self.submit_last(task, asked, can);
+                }
                 assert_eq!(
                     self.gang.submit(task, asked),
                     if can { Ok(()) } else { Err(task) }
                 );
-                if can {
-                    self.waiting.insert(task, (request, priority, 0));
-                }
             }
             Action::Next => {
                 self.next();
@@ -352,6 +364,25 @@ impl Checker {
         let bodies = self.bodies.iter().filter(|(_, (_, body))| which(body));
         let ids: Vec<u32> = bodies.map(|(&id, _)| id).collect();
         (!ids.is_empty()).then(|| ids[index % ids.len()])
+    }
+
+    /// One that need not queue gets what it would get if it did.
+    fn submit_last(&mut self, task: usize, asked: Request, can: bool) {
+        let mut queued = self.gang.clone();
+        assert_eq!(queued.submit(task, asked.clone()).is_ok(), can);
+        match self.gang.submit_last(task, asked) {
+            Err(refused) => assert_eq!((refused, can), (task, false)),
+            Ok(None) => assert!(can),
+            Ok(Some(step)) => {
+                let next = queued.next(|_| true);
+                assert_eq!(format!("{next:?}"), format!("{:?}", Some(&step)));
+                let Step::Start(task, grant) = step else {
+                    panic!("who asks starts")
+                };
+                self.alone += 1;
+                self.start(task, &grant);
+            }
+        }
     }
 
     /// Whether anything is to be done.
@@ -680,18 +711,22 @@ impl Checker {
     }
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig {
+#[test]
+fn random_programs_keep_the_ledgers_promises() {
+    let alone = Cell::new(0);
+    let mut runner = TestRunner::new(ProptestConfig {
         failure_persistence: None,
         ..ProptestConfig::default()
-    })]
-
-    #[test]
-    fn random_programs_keep_the_ledgers_promises(program in program()) {
+    });
+    let run = |program: Program| {
         let mut checker = Checker::new(program.clone());
         for action in &program.actions {
             checker.act(action);
         }
         checker.end();
-    }
+        alone.set(alone.get() + checker.alone);
+        Ok(())
+    };
+    runner.run(&program(), run).unwrap();
+    assert!(alone.get() > 100, "tasks that need not queue: {alone:?}");
 }
