@@ -29,6 +29,10 @@ TORCH = 2
 
 _NAMES = {CUPY: "cupy", TORCH: "torch"}
 
+_Use = tuple[Callable[[int], object], int, object, Callable[[], object]]
+"""What gives a library's current stream, the device that it is called with, what it gives when the stream is
+that one, and what makes it so."""
+
 
 def _module(name: str) -> ModuleType | None:
     """The module, if it is there as a whole."""
@@ -89,17 +93,19 @@ def numba_stream(handle: int) -> Any:
     return cuda.external_stream(handle)
 
 
-def uses(handle: int, device: int, present: int) -> list[Callable[[], object]]:
+def uses(handle: int, device: int, present: int) -> list[_Use]:
     """What makes the stream current in those libraries, on a thread on which its device is."""
-    calls: list[Callable[[], object]] = []
+    uses: list[_Use] = []
     if present & CUPY:
-        calls.append(cupy_stream(handle).use)
+        cupy: Any = sys.modules["cupy"]
+        stream = cupy_stream(handle)
+        uses.append((cupy.cuda.get_current_stream, device, stream, stream.use))
     if present & TORCH:
-        calls.append(_torch_use(handle, device))
-    return calls
+        uses.append(_torch_use(handle, device))
+    return uses
 
 
-def _torch_use(handle: int, device: int) -> Callable[[], None]:
+def _torch_use(handle: int, device: int) -> _Use:
     import torch
 
     if not torch.cuda.is_initialized():
@@ -108,14 +114,8 @@ def _torch_use(handle: int, device: int) -> Callable[[], None]:
     change: Any = functools.partial(torch.cuda.set_stream, stream)
     current: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
     if current is None:
-        return change  # type: ignore[no-any-return]
-
-    def use() -> None:
-        # To look costs a tenth of what a change does.
-        if current(device) != handle:
-            change()
-
-    return use
+        return torch.cuda.current_stream, device, stream, change
+    return current, device, handle, change
 
 
 def reset(devices: list[int]) -> None:

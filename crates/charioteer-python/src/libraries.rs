@@ -3,7 +3,8 @@
 //! The driver's context is current on the thread, which every library follows. CuPy and PyTorch have a
 //! current stream of their own a thread and a device; for those of them that are imported it is the
 //! task's. What makes a stream theirs (`charioteer/_cuda.py`) is made once a thread and stream, and
-//! called before each body: a body may have left another one.
+//! before each body the library is asked for its current one, which costs a third of a change: a body may have
+//! left another one, and mostly has not.
 //!
 //! A runtime that checks looks at the legacy default stream of each device before and after a body: what
 //! is left there when it ends, where nothing was when it began, nobody waits for. Whose it is cannot be
@@ -16,6 +17,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -38,8 +40,30 @@ struct Frame {
     at: usize,
 }
 
-/// What makes the streams of one handle current, of the libraries that were there then.
-type Uses = (usize, SmallVec<[PyRef; 2]>);
+/// How a stream is made current in a library.
+struct Use {
+    /// Gives, called with the device, what is current.
+    current: PyRef,
+    device: PyRef,
+    /// The same of this stream.
+    own: PyRef,
+    /// Changes it.
+    change: PyRef,
+}
+
+impl Use {
+    fn apply(&self, py: Python<'_>) -> PyResult<()> {
+        let current = self.current.bind(py).call1((self.device.bind(py),))?;
+        let own = self.own.bind(py);
+        if !current.is(own) && !current.eq(own)? {
+            self.change.bind(py).call0()?;
+        }
+        Ok(())
+    }
+}
+
+/// Those of one handle, of the libraries that were there then.
+type Uses = (usize, Rc<[Use]>);
 
 thread_local! {
     /// The body on devices that runs on this thread.
@@ -95,26 +119,34 @@ fn make_current(
     };
     let known = USES.with_borrow(|uses| {
         let (of, uses) = uses.get(&handle)?;
-        let all = || uses.iter().map(|call| call.clone_ref(py)).collect();
-        (*of == present).then(all)
+        (*of == present).then(|| Rc::clone(uses))
     });
-    let calls: SmallVec<[Py<PyAny>; 2]> = match known {
-        Some(calls) => calls,
+    let uses = match known {
+        Some(uses) => uses,
         None => {
-            let made: Vec<Bound<'_, PyAny>> = support(py)
+            let made: Vec<[Bound<'_, PyAny>; 4]> = support(py)
                 .cuda
                 .bind(py)
                 .call1(("uses", handle, lent.0.index(), present))?
                 .extract()?;
-            let calls = made.iter().map(|call| call.clone().unbind()).collect();
-            let made = made.into_iter().map(PyRef::from).collect();
-            let old = USES.with_borrow_mut(|uses| uses.insert(handle, (present, made)));
+            let made = made.into_iter().map(|parts| {
+                let [current, device, own, change] = parts.map(PyRef::from);
+                Use {
+                    current,
+                    device,
+                    own,
+                    change,
+                }
+            });
+            let made: Rc<[Use]> = made.collect();
+            let news = (present, Rc::clone(&made));
+            let old = USES.with_borrow_mut(|uses| uses.insert(handle, news));
             drop(old);
-            calls
+            made
         }
     };
-    for call in calls {
-        call.bind(py).call0()?;
+    for one in &*uses {
+        one.apply(py)?;
     }
     LEFT.with_borrow_mut(|left| {
         if !left.contains(&lent.0.index()) {
