@@ -486,7 +486,7 @@ fn spawn_inline(
     if is_coroutine(function) {
         return spawn_coroutine(py, said, function);
     }
-    let recipe = Recipe::new(py, said, function, table)?;
+    let mut recipe = Recipe::new(py, said, function, table)?;
     let bodies = recipe.prepare(function, table)?;
     bodies.check_inline()?;
     let (positional, keyword) = callable::defaults(function)?;
@@ -550,7 +550,7 @@ fn spawn_coroutine(
         name: callable::intern(&name),
         modes: None,
     };
-    let recipe = Recipe::new(py, said, coroutine, None)?;
+    let mut recipe = Recipe::new(py, said, coroutine, None)?;
     let given = Given {
         positional: None,
         keyword: None,
@@ -727,7 +727,7 @@ impl TaskFunction {
     ) -> PyResult<Option<Handle<Interp>>> {
         let function = self.function.bind(py);
         let table = Some(self.table(py));
-        let recipe = Recipe::new(py, &self.said, function, table)?;
+        let mut recipe = Recipe::new(py, &self.said, function, table)?;
         let bodies = recipe.prepare(function, table)?;
         let given = Given {
             positional: Some(positional),

@@ -444,16 +444,29 @@ impl Recipe {
         Ok(Some(plan))
     }
 
-    /// The options of one call.
+    /// The options of the only call.
     pub fn options(
-        &self,
+        &mut self,
         py: Python<'_>,
         said: &Keywords,
         function: &Bound<'_, PyAny>,
         table: Option<&VariantTable>,
         arguments: &Given<'_, '_>,
     ) -> PyResult<Option<Box<Options>>> {
-        let mut options = self.options.clone();
+        let options = self.options.take();
+        self.complete(options, py, said, function, table, arguments)
+    }
+
+    /// Adds to the options what depends on a call's arguments.
+    fn complete(
+        &self,
+        mut options: Option<Box<Options>>,
+        py: Python<'_>,
+        said: &Keywords,
+        function: &Bound<'_, PyAny>,
+        table: Option<&VariantTable>,
+        arguments: &Given<'_, '_>,
+    ) -> PyResult<Option<Box<Options>>> {
         if let (Some(options), Some(plan)) = (&mut options, &self.plan)
             && let Way::Mapped(choices) = &plan.way
         {
@@ -490,7 +503,8 @@ impl Recipe {
         Ok(options)
     }
 
-    /// The options of a call with these arguments, which need no tuple if nothing depends on them.
+    /// The options of one of several calls, with these arguments, which need no tuple if nothing depends on
+    /// them.
     pub fn options_of_each(
         &self,
         py: Python<'_>,
@@ -508,7 +522,7 @@ impl Recipe {
             positional: Some(&positional),
             keyword: None,
         };
-        self.options(py, said, function, table, &given)
+        self.complete(self.options.clone(), py, said, function, table, &given)
     }
 
     /// Whether another body than the base may run.

@@ -63,7 +63,7 @@ def charioteer(graph: Shape, body: Body, workers: int, width: int | None = None)
         if graph.edges:
             space = ch.TaskSpace(graph.name)
             for index, before in enumerate(graph.before):
-                ch.spawn(space[index], dependencies=space[list(before)])(body)
+                ch.spawn(body, name=space[index], dependencies=space[list(before)])
         else:
             # As the guide says of many tasks at once.
             ch.spawn_many(lambda _: body(), graph.before)
