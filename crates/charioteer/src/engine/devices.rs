@@ -6,8 +6,8 @@
 //! Whatever concerns it (a task that is ready, a body that ended, an event that is complete) goes into
 //! a mailbox, and then its sender tries to take the *turn*: the ledger's lock, which nobody ever waits
 //! for. Who has it empties the mailbox, takes the grants that are possible now, lets go, and dispatches
-//! them with no lock held. A sender that finds the turn free keeps its letter, and reads it after those in the
-//! mailbox.
+//! them with no lock held. A sender that finds the turn free keeps its letters, and reads them after those in
+//! the mailbox.
 //!
 //! **No letter is left.** A sender puts its letter in, passes a SeqCst fence, and tries the lock. Who
 //! has the turn lets go of the lock, passes a SeqCst fence, and looks into the mailbox again. Of two
@@ -62,7 +62,7 @@ use std::sync::Arc;
 use crossbeam_utils::CachePadded;
 use smallvec::SmallVec;
 
-use super::gathering::take_landed;
+use super::gathering::{give_back, keep, take_kept, take_landed};
 use super::mapping::bit;
 use super::transfers::Transfers;
 use super::witness::{Owners, Witness};
@@ -176,6 +176,8 @@ struct Over {
 enum Letter<D: Domain> {
     /// And what it asks for.
     Ask(TaskRef<D>, Request),
+    /// A stream was made for the device of a grant at this place.
+    Made(GrantId, usize, Stream),
     /// Behind these events, of which those are over, well or not.
     Launched(GrantId, SmallVec<[Option<Event>; 2]>, Over),
     Paused(GrantId, SmallVec<[Option<Event>; 2]>, Over),
@@ -339,19 +341,32 @@ impl<D: Domain> Devices<D> {
             .unwrap_or(true)
     }
 
-    /// Reads the mail, and after it a letter of the owner's, and takes what can be granted now. True if there
+    /// Reads the mail, and after it letters of the owner's, and takes what can be granted now. True if there
     /// may be more.
-    fn rule(&self, book: &mut Book<D>, mut own: Option<Letter<D>>, outbox: &mut Outbox<D>) -> bool {
+    fn rule(
+        &self,
+        book: &mut Book<D>,
+        own: &mut impl Iterator<Item = Letter<D>>,
+        outbox: &mut Outbox<D>,
+    ) -> bool {
         let (ledger, owners) = (&mut book.ledger, &mut book.owners);
         let witness = self.witness.as_ref();
         let mut stuck = false;
         // The task that asked in the last letter.
         let mut last = None;
+        let mut is_read = false;
         for _ in 0..LETTERS {
-            let letter = match self.mail.steal() {
-                Steal::Success(letter) => Some(letter),
-                Steal::Retry => continue,
-                Steal::Empty => own.take(),
+            let letter = if is_read {
+                own.next()
+            } else {
+                match self.mail.steal() {
+                    Steal::Success(letter) => Some(letter),
+                    Steal::Retry => continue,
+                    Steal::Empty => {
+                        is_read = true;
+                        own.next()
+                    }
+                }
             };
             let Some(letter) = letter else { break };
             if let Some((task, request)) = last.take()
@@ -361,6 +376,7 @@ impl<D: Domain> Devices<D> {
             }
             match letter {
                 Letter::Ask(task, request) => last = Some((task, request)),
+                Letter::Made(id, place, stream) => ledger.made(id, place, stream),
                 Letter::Launched(id, events, over) => {
                     if let Some(witness) = witness {
                         owners.returned(witness, id, &events);
@@ -386,10 +402,8 @@ impl<D: Domain> Devices<D> {
                 Letter::Lost(device) => outbox.stranded.extend(ledger.fail_device(device)),
             }
         }
-        if let Some(letter) = own {
-            // More than are read at once came before it.
-            self.mail.push(letter);
-        }
+        // If more than are read at once came before them.
+        own.for_each(|letter| self.mail.push(letter));
         let wanted = |task: &TaskRef<D>| task.phase() == Phase::Ready;
         let mut step = match last {
             Some((task, request)) if wanted(&task) => {
@@ -638,13 +652,26 @@ impl<D: Domain> Engine<D> {
     }
 
     fn post(self: &Arc<Self>, letter: Letter<D>) {
+        if !self.is_gathered() {
+            return self.send_letters(std::iter::once(letter));
+        }
+        let letter = match letter {
+            Letter::Ask(..) | Letter::Launched(..) => match keep(letter) {
+                None => return,
+                Some(letter) => letter,
+            },
+            letter => letter,
+        };
+        self.devices().mail.push(letter);
+    }
+
+    /// Reads letters of this thread, or has them read.
+    fn send_letters(self: &Arc<Self>, letters: impl Iterator<Item = Letter<D>>) {
         let devices = self.devices();
-        if self.is_gathered() {
-            devices.mail.push(letter);
-        } else if let Some(book) = devices.book.try_lock() {
-            self.take_turns(book, Some(letter));
+        if let Some(book) = devices.book.try_lock() {
+            self.take_turns(book, letters);
         } else {
-            devices.mail.push(letter);
+            letters.for_each(|letter| devices.mail.push(letter));
             fence(Ordering::SeqCst);
             self.take_turn();
         }
@@ -659,31 +686,35 @@ impl<D: Domain> Engine<D> {
         }
     }
 
-    /// After letters that were put in without a try for the turn.
+    /// After letters of this thread that it kept, or put in without a try for the turn.
     pub(super) fn read_mail(self: &Arc<Self>) {
+        let mut kept = take_kept();
+        let landed = take_landed().map(Letter::Landed);
         fence(Ordering::SeqCst);
-        match take_landed() {
-            Some(event) => self.post(Letter::Landed(event)),
-            None => self.take_turn(),
-        }
+        self.send_letters(landed.into_iter().chain(kept.0.drain(..)));
+        give_back(kept);
         self.relieve_outside();
     }
 
     /// See the module's protocol.
     fn take_turn(self: &Arc<Self>) {
         if let Some(book) = self.devices().book.try_lock() {
-            self.take_turns(book, None);
+            self.take_turns(book, std::iter::empty());
         }
     }
 
-    /// As long as there are letters and nobody else has the turn. `own`: a letter of the owner's, which need
+    /// As long as there are letters and nobody else has the turn. `own`: letters of the owner's, which need
     /// not go through the mailbox.
-    fn take_turns(self: &Arc<Self>, book: Guard<'_, Book<D>>, mut own: Option<Letter<D>>) {
+    fn take_turns(
+        self: &Arc<Self>,
+        book: Guard<'_, Book<D>>,
+        mut own: impl Iterator<Item = Letter<D>>,
+    ) {
         let devices = self.devices();
         let mut outbox = Outbox::default();
         let mut turn = Some(book);
         while let Some(mut book) = turn {
-            let more = devices.rule(&mut book, own.take(), &mut outbox);
+            let more = devices.rule(&mut book, &mut own, &mut outbox);
             drop(book);
             self.send(&mut outbox);
             fence(Ordering::SeqCst);
@@ -1005,9 +1036,15 @@ impl<D: Domain> Engine<D> {
     /// Makes the streams that a grant lacks. On a device that is lost there are none, and the body does
     /// not run.
     fn make_streams(&self, grant: &mut Grant) {
-        for lent in &mut grant.lent {
-            if lent.stream.is_none() {
-                lent.stream = self.devices().device(lent.device).create_stream().ok();
+        let devices = self.devices();
+        for (place, lent) in grant.lent.iter_mut().enumerate() {
+            if lent.stream.is_some() {
+                continue;
+            }
+            lent.stream = devices.device(lent.device).create_stream().ok();
+            if let Some(stream) = lent.stream {
+                // Before anything is complete there. Who has the turn looks at the mail once more.
+                devices.mail.push(Letter::Made(grant.id, place, stream));
             }
         }
     }

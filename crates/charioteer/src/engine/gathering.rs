@@ -3,20 +3,27 @@
 //! A completion gives devices back and makes tasks ready. Were each of its letters read as soon as it is
 //! sent, what was given back would go to who waits already, and of the tasks that became ready the first
 //! that asks would have it, whatever its rank. So whoever works off what follows from one event *gathers*:
-//! the letters of this thread to its engine go into the mailbox, in their order, and the turn is tried when
+//! the letters of this thread to its engine are held back, in their order, and the turn is tried when
 //! all that follows is done (see [`devices`](super::devices)). The ledger then sees what is free and
-//! everybody who asks for it. Nobody waits for a thread that gathers: others take turns meanwhile, and read
-//! what it has sent so far.
+//! everybody who asks for it. Nobody waits for a thread that gathers: others take turns meanwhile.
 //!
 //! *Completions* that a device tells of together are gathered for together, as long as the device says:
 //! what follows from all of them the ledger reads in one turn. Of the events of one stream it hears the last
 //! alone, which all before it are complete by.
 //!
+//! **What is kept, and what is sent at once.** Most letters of who gathers say that a body returned, or ask for
+//! a task's devices. These stay with the thread until it takes the turn itself, or finds it taken and puts them
+//! into the mailbox: that is a queue which all threads share, and costs as much as reading the letters does.
+//! All others go there at once, in front of what is kept: a body that pauses is said to before anybody can say
+//! that it goes on, and a failed stream is out before the ledger hears of what is complete there. So the ledger
+//! may hear that an event is complete before it hears that the body returned which left it.
+//!
 //! **The user's world.** What a thread sends it must not keep back while it runs code that may wait for
 //! what comes of it. Callbacks and reports are called [`apart`], and a wait [delivers](Engine::deliver)
 //! first, whoever waits: a destructor, or an operation of a virtual device.
 
-use std::cell::Cell;
+use std::any::Any;
+use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 
 use super::{Engine, Moving};
@@ -30,6 +37,8 @@ crate::sync::thread_local! {
     static TELLING: Cell<u32> = const { Cell::new(0) };
     /// The event that this thread was told of last while it gathers, of which the ledger is still to hear.
     static LANDED: Cell<Option<Event>> = const { Cell::new(None) };
+    /// The letters that this thread keeps, [`Kept`].
+    static LETTERS: RefCell<Option<Box<dyn Any>>> = const { RefCell::new(None) };
 }
 
 /// While there is one, this thread gathers.
@@ -115,7 +124,10 @@ impl<D: Domain> Engine<D> {
             match D::engines().get(id) {
                 Some(engine) => engine.read_mail(),
                 // Nobody is left who would hear of it.
-                None => drop(take_landed()),
+                None => {
+                    take_landed();
+                    drop(LETTERS.with(RefCell::take));
+                }
             }
         }
     }
@@ -132,6 +144,37 @@ impl<D: Domain> Engine<D> {
         LANDED.with(|landed| landed.set(Some(last)));
         other
     }
+}
+
+/// Letters to the engine for which a thread gathers.
+pub(super) struct Kept<L>(pub(super) Vec<L>);
+
+/// Keeps a letter of this thread, which gathers. It comes back if the thread is about to end.
+pub(super) fn keep<L: 'static>(letter: L) -> Option<L> {
+    let mut letter = Some(letter);
+    let _ = LETTERS.try_with(|letters| {
+        let mut letters = letters.borrow_mut();
+        let known = letters.as_mut().and_then(|it| it.downcast_mut::<Kept<L>>());
+        match known {
+            Some(known) => known.0.extend(letter.take()),
+            // Those of another engine are none: it has been told of all.
+            None => *letters = Some(Box::new(Kept(Vec::from_iter(letter.take())))),
+        }
+    });
+    letter
+}
+
+/// What this thread has kept.
+pub(super) fn take_kept<L: 'static>() -> Box<Kept<L>> {
+    let kept = LETTERS.try_with(RefCell::take).ok().flatten();
+    let kept = kept.and_then(|kept| kept.downcast().ok());
+    kept.unwrap_or_else(|| Box::new(Kept(Vec::new())))
+}
+
+/// Gives back what is empty, and whose memory is of use for the next letters.
+pub(super) fn give_back<L: 'static>(kept: Box<Kept<L>>) {
+    debug_assert!(kept.0.is_empty(), "what was kept was sent");
+    let _ = LETTERS.try_with(|letters| letters.borrow_mut().get_or_insert(kept).is::<Kept<L>>());
 }
 
 /// The event that this thread noted last, if the ledger has not heard of it.
