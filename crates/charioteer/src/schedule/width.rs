@@ -16,8 +16,8 @@
 //! * `r` well below `w`: the threads wait for something. If that is the GIL, `r` threads' worth of
 //!   bodies is all that it lets through, and a width a little above `r` lets just as much through,
 //!   with fewer hand-overs and shorter queues. So the width shrinks to [`SLACK`] times `r`, and not
-//!   below a quarter at once; where it is as narrow as that and they still wait ([`FINE`]), by one. If
-//!   the rate falls by that, it was not the GIL that they waited for (they sleep, or wait for a
+//!   below a quarter at once; where it is as narrow as that and they still wait ([`FINE`], [`SPARE`]), by
+//!   one. If the rate falls by that, it was not the GIL that they waited for (they sleep, or wait for a
 //!   socket): the width goes back, the next try has to wait, and meanwhile it may grow.
 //! * `r` below one half: nobody holds the GIL for long, and the gate is opened.
 //! * `r` close to `w`: every thread makes progress, and more might as well. The width grows, and
@@ -57,7 +57,9 @@
 const SLACK: f64 = 1.45;
 /// Below this part of the width so many of the threads inside wait for something that one fewer may do
 /// as well. Where fewer wait, one fewer costs more than hand-overs do.
-const FINE: f64 = 0.75;
+const FINE: f64 = 0.8;
+/// How many threads have to wait at a time for that: what one fewer leaves undone, another has to do.
+const SPARE: f64 = 1.0;
 /// Above this part of the width, every thread inside makes progress.
 const BUSY: f64 = 0.9;
 /// How many measurements the mean is of at most.
@@ -291,7 +293,7 @@ impl Width {
         let narrower = enough.max(from / 4).max(1);
         if narrower < from {
             (narrower, KEPT * mean)
-        } else if rate < FINE * from as f64 {
+        } else if rate < FINE * from as f64 && from as f64 - rate > SPARE {
             // Fewer than should be needed: not for less.
             ((from - 1).max(1), mean)
         } else {
