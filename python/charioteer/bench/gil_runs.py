@@ -210,9 +210,9 @@ def changes(
 ) -> dict[str, float]:
     """Phases of bytecode and of work without the GIL in turn, each complete before the next.
 
-    A phase of either kind takes 40 times ``seconds`` at best. Bodies of bytecode run one at a time, so
-    the processor time that they use is the least that their phases can take in this run: how fast a
-    processor is may change by itself, and the rest is what the GIL and the runtime cost.
+    A phase of either kind takes 40 times ``seconds`` at best. Bodies of bytecode run one at a time,
+    so the processor time that they use is the least that their phases can take in this run: how
+    fast a processor is may change by itself, and the rest is what the GIL and the runtime cost.
     """
     pure = bodies.pure(rounds)
     used: list[float] = []
