@@ -364,7 +364,12 @@ CASES: list[tuple[str, dict[str, Any], set[str]]] = [
         (
             "changes",
             {"runtime": runtime, "workers": 2, "phases": 3, "seconds": 1e-5, "rounds": 10},
-            {"time", "GIL-bound phases", "GIL-free phases"},
+            {
+                "time",
+                "GIL-bound phases",
+                "GIL-free phases",
+                "GIL-bound phases, over their processor time",
+            },
         )
         for runtime in (OURS, THREAD_POOL)
     ),

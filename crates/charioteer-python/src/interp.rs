@@ -465,7 +465,7 @@ impl Interp {
         let py = unsafe { Python::assume_attached() };
         Self::follow_limits(py);
         running.engine.domain().gil.began();
-        let entered = match libraries::enter(py, running.engine) {
+        let entered = match libraries::enter(py, running) {
             Ok(entered) => entered,
             Err(error) => return Self::done(py, running, Err(error)),
         };

@@ -783,7 +783,7 @@ fn convert_held(py: Python<'_>, launch: &Launch, arguments: &Arguments) -> PyRes
 impl Launch {
     /// Enqueues it on the stream of the task that runs on this thread.
     fn start(&self, packed: &Packed, running: &Running<'_, Interp>) -> Result<(), Failure> {
-        match running.engine.lent().as_slice() {
+        match running.lent().as_slice() {
             [(device, stream)] => {
                 let gpu = &running.engine.domain().gpus[usize::from(device.index())];
                 libraries::occupy(gpu);

@@ -21,6 +21,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use charioteer::engine::Running;
 use charioteer::machine::{Device, DeviceId, Machine, Stream};
 use charioteer_cuda::{CudaGpu, pool};
 use pyo3::ffi;
@@ -29,7 +30,7 @@ use smallvec::SmallVec;
 
 use crate::devices::raise;
 use crate::gateway::PyRef;
-use crate::interp::{Core, Task, report};
+use crate::interp::{Core, Interp, Task, report};
 use crate::runtime::CURRENT_DEVICE;
 use crate::support::support;
 
@@ -188,8 +189,9 @@ fn tell_pool(machine: &Machine, frame: &Frame) {
 
 /// What was current before a body.
 pub struct Entered {
-    machine: Arc<Machine>,
-    outer: Option<Frame>,
+    /// The body below this one on the stack, and the machine. Of a body on no other one nothing is kept
+    /// that threads share: while it begins and ends, all others wait for the interpreter.
+    outer: Option<(Frame, Arc<Machine>)>,
     place: Option<(u64, usize)>,
     /// Puts a thread back that is not ours.
     restore: Option<PyRef>,
@@ -199,20 +201,20 @@ pub struct Entered {
 
 /// The body of a task is about to run here; `None` where the machine's devices have no driver.
 #[inline]
-pub fn enter(py: Python<'_>, engine: &Core) -> PyResult<Option<Entered>> {
-    if engine.domain().gpus.is_empty() {
+pub fn enter(py: Python<'_>, running: &Running<'_, Interp>) -> PyResult<Option<Entered>> {
+    if running.engine.domain().gpus.is_empty() {
         return Ok(None);
     }
-    enter_driver(py, engine).map(Some)
+    enter_driver(py, running).map(Some)
 }
 
-fn enter_driver(py: Python<'_>, engine: &Core) -> PyResult<Entered> {
+fn enter_driver(py: Python<'_>, running: &Running<'_, Interp>) -> PyResult<Entered> {
+    let engine = running.engine;
     let machine = engine.machine().expect("its devices have a driver");
-    let lent = engine.lent();
+    let lent = running.lent();
     let outer = RUNNING.take();
     let mut entered = Entered {
-        machine: Arc::clone(machine),
-        outer,
+        outer: outer.map(|frame| (frame, Arc::clone(machine))),
         place: CURRENT_DEVICE.get(),
         restore: None,
         idle: SmallVec::new(),
@@ -268,10 +270,10 @@ impl Entered {
     /// The body ended.
     pub fn leave(self, py: Python<'_>) {
         CURRENT_DEVICE.set(self.place);
-        if let Some(frame) = &self.outer {
-            report(py, apply(py, &self.machine, frame));
+        if let Some((frame, machine)) = &self.outer {
+            report(py, apply(py, machine, frame));
         }
-        RUNNING.set(self.outer);
+        RUNNING.set(self.outer.map(|(frame, _)| frame));
         if let Some(restore) = &self.restore {
             report(py, restore.bind(py).call0());
             LEFT.take();

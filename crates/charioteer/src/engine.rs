@@ -32,11 +32,12 @@ use std::sync::{Arc, PoisonError, RwLock, Weak};
 use std::time::{Duration, Instant};
 
 use crossbeam_utils::CachePadded;
+use smallvec::SmallVec;
 
 use crate::data::{Access, AccessTrouble, Group};
 use crate::graph;
 use crate::machine::cpus::{Apart, Pins};
-use crate::machine::{Machine, Time};
+use crate::machine::{DeviceId, Machine, Stream, Time};
 use crate::schedule::gang::{Limits, MOST_DEVICES};
 use crate::schedule::gate::Gate;
 use crate::schedule::map::BEGUN;
@@ -343,6 +344,16 @@ impl<'a, D: Domain> Running<'a, D> {
     /// The cores that it holds.
     pub fn grant(&self) -> Grant {
         self.worker.grant()
+    }
+
+    /// The devices that it holds, each with its stream, in the set's order.
+    #[inline]
+    pub fn lent(&self) -> SmallVec<[(DeviceId, Stream); 2]> {
+        if is_on_devices(self.task) {
+            self.engine.lent_to(self.task)
+        } else {
+            SmallVec::new()
+        }
     }
 }
 
