@@ -190,7 +190,7 @@ def _ray(tasks: int, workers: int) -> float:
 
 
 def _ray_actors(width: int, devices: int, tasks: int) -> float:
-    # On fewer cores than actors this is half as slow with workers that give way to this process.
+    # On fewer cores than actors it takes half as long if those give way to this process.
     with started_ray(devices, niceness=15) as ray:
 
         class Device:
