@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -62,6 +63,16 @@ def test_rounds_interleave_and_start_one_further_along_each_time() -> None:
     result = interleave([contestant(name, log, 1.0) for name in "abc"], runs=3, warmup=1)
     assert "".join(log) == "abc" + "bca" + "cab" + "abc"
     assert all(series.values == {"time": [1.0] * 3} for series in result.values())
+
+
+def test_a_process_of_its_own_has_no_part_in_a_round_that_is_not_counted() -> None:
+    log: list[str] = []
+    others = [contestant(name, log, 1.0) for name in "ab"]
+    own = replace(contestant("own", log, 2.0), warms=False)
+    result = interleave([*others, own], runs=2, warmup=1)
+    assert log.count("own") == 2 and log.count("a") == 3
+    assert "own" not in log[:2]
+    assert result[own.key].values["time"] == [2.0, 2.0]
 
 
 def test_warm_up_rounds_are_not_counted() -> None:

@@ -244,7 +244,7 @@ def test_what_is_not_there_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("dask", "distributed", "joblib", "ray", "parla", "parsl"):
         monkeypatch.setitem(sys.modules, module, None)
     peers = [name for name in runners.PEERS if name != "threadpool"]
-    assert len(peers) == 5
+    assert len(peers) == 7
     for name in peers:
         with pytest.raises(Missing, match="is not installed"):
             runners.PEERS[name].run(graph, int, 1)

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +18,7 @@ from charioteer import cli, gpu, graphs
 from charioteer.bench import metg_runs as metg
 from charioteer.bench import runners
 from charioteer.bench.harness import OURS, Missing
+from charioteer.graphs import Shape
 
 pytestmark = pytest.mark.surface
 
@@ -83,6 +92,96 @@ def test_a_run_on_devices() -> None:
     sample = metg.sample(OURS, "stencil", 2, 1e-3, "virtual:2")
     assert sample.values.keys() == {"METG(50%)", "METG(90%)"}
     assert sample.curve[0][0] >= 1e3 and len(sample.curve) > 1
+
+
+ON_RAY = """
+import json, os, sys, time
+from pathlib import Path
+from charioteer import graphs
+from charioteer.bench import runners
+
+def writing(path):
+    def body():
+        begin = time.monotonic_ns()
+        time.sleep(0.002)
+        line = f"{begin} {time.monotonic_ns()} {os.getpid()}\\n"
+        with open(path, "a") as file:
+            file.write(line)
+    return body
+
+def failing():
+    raise ValueError("thirteen")
+
+name, folder = sys.argv[1], Path(sys.argv[2])
+failed = None
+with runners.PEERS[name].opened(2) as run:
+    wide, narrow = graphs.make("all_to_all", 4, 3), graphs.make("all_to_all", 2, 4)
+    for number, graph in enumerate((wide, wide, narrow)):
+        assert run(graph, writing(folder / str(number))).seconds > 0
+    try:
+        run(narrow, failing)
+    except ValueError as error:
+        failed = str(error)
+    assert run(narrow, int).seconds > 0
+print(json.dumps(failed))
+"""
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", ["ray", "ray-actors", "ray-compiled"])
+def test_ray_keeps_the_order_of_graphs(name: str, tmp_path: Path) -> None:
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("ray is not installed")
+    # In a process of its own, since Ray leaves threads and sockets behind.
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", ON_RAY, name, str(tmp_path)],
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=280,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "thirteen" in json.loads(done.stdout.splitlines()[-1])
+    for number, (width, steps) in enumerate(((4, 3), (4, 3), (2, 4))):
+        lines = (tmp_path / str(number)).read_text().splitlines()
+        spans = sorted(tuple(map(int, line.split())) for line in lines)
+        # Ray's tasks are run once more before the clock starts, to warm up, ten a worker.
+        warming = 20 if name == "ray" else 0
+        assert len(spans) == warming + width * steps
+        spans = spans[warming:]
+        ends = sorted(end for _, end, _ in spans)
+        for at, (begin, _, _) in enumerate(spans):
+            before = at // width * width
+            assert sum(end <= begin for end in ends) >= before
+        if name != "ray":  # whose scheduler may leave all to one
+            assert len({process for _, _, process in spans}) == 2
+
+
+def test_a_place_has_its_part_of_every_row() -> None:
+    assert runners._places(graphs.make("stencil", 4, 2), 2) == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert runners._places(graphs.make("tree", 4, 3), 3) == [0, 0, 1, 0, 0, 1, 2]
+
+
+def test_a_peer_gets_no_more_tasks_than_it_can_do_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+
+    @contextmanager
+    def opened(workers: int) -> Iterator[runners.Run]:
+        def run(graph: Shape, body: runners.Body) -> runners.Outcome:
+            given.append(len(graph))
+            return runners.Outcome(len(graph) * 1e-9)
+
+        yield run
+
+    for most in (None, 200):
+        peer = runners.Peer("a peer", opened, "", most)
+        monkeypatch.setattr(metg, "PEERS", {"peer": peer})
+        sample = metg.sample("peer", "stencil", 1, 0.01)
+        assert sample.values["METG(50%)"] < 1
+    shortest, limited = given[: len(given) // 2], given[len(given) // 2 :]
+    assert max(shortest) > 1_000
+    assert max(limited) == 200 and limited[0] == shortest[0]
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def _outcome(
         THREAD_POOL: runners.thread_pool,
         DASK: runners.dask,
         JOBLIB: runners.joblib,
-        RAY: runners.ray,
+        RAY: runners.PEERS["ray"].run,
     }
     return peers[runtime](graph, body, workers)
 

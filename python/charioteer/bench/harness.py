@@ -84,6 +84,8 @@ class Contestant:
         run: makes one run.
         workers: on how many workers, where that is part of the comparison.
         params: what else the run was given, for the record.
+        warms: whether a round that is not counted does anything for the others; not if each run is
+            a process of its own, and brings what it needs up to speed itself.
     """
 
     runtime: str
@@ -91,6 +93,7 @@ class Contestant:
     run: Callable[[], Sample]
     workers: int | None = None
     params: Mapping[str, Any] = field(default_factory=dict)
+    warms: bool = True
 
     @property
     def key(self) -> Key:
@@ -319,7 +322,8 @@ def interleave(
         runs: rounds that count, at least 1.
         warmup: rounds before them that do not.
         step: called with the contestant before each of its runs (``False``) and after (``True``),
-            also for the runs that a contestant that dropped out does not make.
+            also for the runs that a contestant does not make, because it dropped out or because the
+            round does nothing for it.
 
     Raises:
         ValueError: two contestants have the same key, or ``runs`` is below 1.
@@ -337,8 +341,9 @@ def interleave(
             if step is not None:
                 step(contestant, False)
             series = result[contestant.key]
-            if series.problem is None:
-                _run_once(contestant, series, counted=round_number >= warmup)
+            counted = round_number >= warmup
+            if series.problem is None and (counted or contestant.warms):
+                _run_once(contestant, series, counted=counted)
             if step is not None:
                 step(contestant, True)
     return result

@@ -12,7 +12,8 @@ On devices GPUs take the place of workers in all that, and the runtime is opened
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from charioteer.bench import runners
 from charioteer.bench.bodies import spinning
@@ -97,20 +98,29 @@ def sample(
         Missing: the peer is not installed, or there are no such devices.
     """
     if devices is None:
-        return _sample(_taker(runtime, workers), pattern, workers, seconds)
+        most = PEERS[runtime].most if runtime in PEERS else None
+        with _opened(runtime, workers) as take:
+            return _sample(take, pattern, workers, seconds, most)
     with runners.Devices(devices, ON_DEVICES[runtime], workers) as on:
         return _sample(on.run, pattern, on.gpus, seconds)
 
 
 def _sample(
-    take: Callable[[Shape, float], Outcome], pattern: str, units: int, seconds: float
+    take: Callable[[Shape, float], Outcome],
+    pattern: str,
+    units: int,
+    seconds: float,
+    most: int | None = None,
 ) -> Sample:
-    """A run over so many workers, or GPUs."""
+    """A run over so many workers, or GPUs, with so many tasks of a graph at most."""
     width = WIDTH * units
     curve: list[tuple[float, float]] = []
 
     def measure(time: float) -> float:
-        steps = max(LEAST_STEPS, round(seconds / (REPEATS * time * width)))
+        steps = round(seconds / (REPEATS * time * width))
+        if most is not None:
+            steps = min(steps, most // width)
+        steps = max(LEAST_STEPS, steps)
         graph = sized(pattern, steps * width, width)
         best = total = 0.0
         for _ in range(REPEATS):
@@ -142,11 +152,15 @@ def _sample(
     return Sample(values, curve=[(1e6 * time, efficiency) for time, efficiency in curve])
 
 
-def _taker(runtime: str, workers: int) -> Callable[[Shape, float], Outcome]:
-    """Runs a graph with tasks of so many seconds."""
+@contextmanager
+def _opened(runtime: str, workers: int) -> Iterator[Callable[[Shape, float], Outcome]]:
+    """What runs a graph with tasks of so many seconds, while the block runs."""
     if runtime == NATIVE:
-        return lambda graph, time: runners.native(graph, time, workers)
-    if runtime == RUST:
-        return lambda graph, time: runners.in_rust(graph, time, workers)
-    run = runners.charioteer if runtime == OURS else PEERS[runtime].run
-    return lambda graph, time: run(graph, spinning(time, 0.0, 1), workers)
+        yield lambda graph, time: runners.native(graph, time, workers)
+    elif runtime == RUST:
+        yield lambda graph, time: runners.in_rust(graph, time, workers)
+    elif runtime == OURS:
+        yield lambda graph, time: runners.charioteer(graph, spinning(time, 0.0, 1), workers)
+    else:
+        with PEERS[runtime].opened(workers) as run:
+            yield lambda graph, time: run(graph, spinning(time, 0.0, 1))

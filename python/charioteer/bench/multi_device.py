@@ -2,9 +2,10 @@
 
 The devices are virtual GPUs, whose host path is the same as that of real ones: a set is reserved,
 streams are lent and ordered, events recorded and observed. Ray has no tasks over several devices.
-What its users do instead are its two contestants: an actor a device, of which a task calls as many
-as it needs, and tasks that reserve an amount of a custom resource. They run in a process of their
-own, since Ray starts processes that would disturb the runs beside it.
+What its users do instead are its three contestants: an actor a device, of which a task calls as
+many as it needs; the same calls as a compiled graph, which a task executes; and tasks that reserve
+an amount of a custom resource. They run in a process of their own, since Ray starts processes that
+would disturb the runs beside it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from charioteer.bench.command import (
     positive,
 )
 from charioteer.bench.harness import OURS, Bar, Contestant, Key, Measure, Sample, absolute, ratio
-from charioteer.bench.peers import RAY_ACTORS, RAY_RESOURCES
+from charioteer.bench.peers import RAY_ACTORS, RAY_COMPILED, RAY_RESOURCES
 
 if TYPE_CHECKING:
     from charioteer.devices import DeviceSet, Kind
@@ -41,8 +42,9 @@ SUMMARY = "what a task over several devices costs, beside Ray"
 DESCRIPTION = """\
 Measure what an empty task over 1, 2, 4 or 8 of 8 devices costs, beside Ray.
 
-The devices are virtual, the host's part is the real one. Ray runs as an actor a device, and as
-tasks that reserve a custom resource; without Ray installed both are shown as missing.
+The devices are virtual, the host's part is the real one. Ray runs as an actor a device, as compiled
+graphs of such actors, and as tasks that reserve a custom resource; without Ray installed all are
+shown as missing.
 """
 
 DEVICES = 8
@@ -53,8 +55,12 @@ LIMITS = {1: 2.5, 2: 4.0, 4: 6.0, 8: 10.0}
 """Microseconds that an empty task over so many devices may cost."""
 GROWTH = 1.3
 """By what factor 16 workers may cost more than one, for a task on one device."""
-PEERS = {"ray-actors": (RAY_ACTORS, 100.0), "ray-resources": (RAY_RESOURCES, 50.0)}
-"""What results call each, and how many times ours its cost is to be at least."""
+PEERS = {
+    "ray-actors": (RAY_ACTORS, 100.0),
+    "ray-compiled": (RAY_COMPILED, None),
+    "ray-resources": (RAY_RESOURCES, 50.0),
+}
+"""What results call each, and how many times ours its cost is to be at least, if there is a bar."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -141,6 +147,8 @@ def _measure(width: int, tasks: int, peers: Sequence[str]) -> Measure:
     for name, (runtime, limit) in PEERS.items():
         if name in peers:
             contestants.append(_peer(name, runtime, case, width, max(100, tasks // 100)))
+        if limit is None:
+            continue
         bars.append(
             Bar(
                 case=case,
@@ -172,4 +180,4 @@ def _peer(name: str, runtime: str, case: str, width: int, tasks: int) -> Contest
     run = functools.partial(
         probes.call, "multi_device", peer=name, width=width, devices=DEVICES, tasks=tasks
     )
-    return Contestant(runtime, case, run, None, params)
+    return Contestant(runtime, case, run, None, params, warms=False)

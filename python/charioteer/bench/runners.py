@@ -7,6 +7,9 @@ started before the clock is.
 Each runner is what a user of that runtime would write. ``ThreadPoolExecutor`` knows no
 dependencies, so a task that ends submits those that it was the last to hold up; joblib knows none
 and has no futures either, so it runs one level of the graph after the other.
+
+Ray takes seconds to start, and a compiled graph seconds to compile, so its runners are opened once
+and run many graphs. Its actors are given their tasks by place: each has its part of every row.
 """
 
 from __future__ import annotations
@@ -16,9 +19,9 @@ import os
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from time import perf_counter, sleep
 from types import TracebackType
@@ -30,7 +33,7 @@ import charioteer as ch
 from charioteer import gpu
 from charioteer.bench.bodies import CYCLES
 from charioteer.bench.harness import Missing
-from charioteer.bench.peers import THREAD_POOL, load, started_ray
+from charioteer.bench.peers import SETTLING, THREAD_POOL, load, started_ray
 from charioteer.graphs import Shape, sized
 
 __all__ = ["PEERS", "SHAPES", "Devices", "Outcome", "Peer", "gil_waited"]
@@ -359,22 +362,173 @@ def joblib(graph: Shape, body: Body, workers: int) -> Outcome:
     return Outcome(perf_counter() - start)
 
 
-def ray(graph: Shape, body: Body, workers: int) -> Outcome:
-    """Run it on Ray, whose workers are processes with a GIL each."""
+Run = Callable[[Shape, Body], Outcome]
+"""Runs a graph on a runtime that is open."""
+
+
+def _anew(
+    run: Callable[[Shape, Body, int], Outcome],
+) -> Callable[[int], AbstractContextManager[Run]]:
+    """Opens a runtime that is started for each graph."""
+
+    @contextmanager
+    def opened(workers: int) -> Iterator[Run]:
+        yield lambda graph, body: run(graph, body, workers)
+
+    return opened
+
+
+@contextmanager
+def ray_tasks(workers: int) -> Iterator[Run]:
+    """Runs graphs as tasks of Ray, whose workers are processes with a GIL each.
+
+    Raises:
+        Missing: Ray is not installed.
+    """
     with started_ray(workers) as module:
 
-        def task(*_: object) -> None:
-            body()
+        def run(graph: Shape, body: Body) -> Outcome:
+            def task(*_: object) -> None:
+                body()
 
-        remote = module.remote(task)
-        # Ray starts a worker process at the first task that needs one.
-        module.get([remote.remote() for _ in range(10 * workers)])
-        start = perf_counter()
-        tasks: list[Any] = []
-        for before in graph.before:
-            tasks.append(remote.remote(*(tasks[at] for at in before)))
-        module.get(tasks)
-        return Outcome(perf_counter() - start)
+            remote = module.remote(task)
+            # Ray starts a worker process, and sends it a function, at the first task that needs it.
+            module.get([remote.remote() for _ in range(10 * workers)])
+            start = perf_counter()
+            tasks: list[Any] = []
+            for before in graph.before:
+                tasks.append(remote.remote(*(tasks[at] for at in before)))
+            module.get(tasks)
+            return Outcome(perf_counter() - start)
+
+        yield run
+
+
+class _Actor:
+    """What an actor of Ray does: tasks with one body, which it counts."""
+
+    def __init__(self) -> None:
+        self.use()
+
+    def use(self, body: Body = int) -> None:
+        """Have this body from now on, and count anew."""
+        self._body = body
+        self._ran = 0
+
+    def run(self, *_: object) -> None:
+        """Run a task, after those whose results are given."""
+        self._body()
+        self._ran += 1
+
+    def ran(self, *_: object) -> int:
+        """How many tasks have run."""
+        return self._ran
+
+
+def _places(graph: Shape, parts: int) -> list[int]:
+    """Which part each task belongs to, if each has its part of every row."""
+    places = [0] * len(graph)
+    for row in graph.levels:
+        for at, index in enumerate(row):
+            places[index] = at * parts // len(row)
+    return places
+
+
+def _check(ran: list[int], graph: Shape) -> None:
+    if sum(ran) != len(graph):
+        raise RuntimeError(f"{sum(ran)} of {len(graph)} tasks have run")
+
+
+@contextmanager
+def ray_actors(workers: int) -> Iterator[Run]:
+    """Runs graphs on Ray with an actor for each worker.
+
+    An actor runs its calls in the order of submission, so what a call depends on is given to it
+    only where another actor has it.
+
+    Raises:
+        Missing: Ray is not installed.
+    """
+    with started_ray(workers) as module:
+        remote = module.remote(num_cpus=0)(_Actor)
+        actors = [remote.remote() for _ in range(workers)]
+
+        def run(graph: Shape, body: Body) -> Outcome:
+            places = _places(graph, workers)
+            module.get([actor.use.remote(body) for actor in actors])
+            start = perf_counter()
+            tasks: list[Any] = []
+            for place, before in zip(places, graph.before, strict=True):
+                needs = (tasks[at] for at in before if places[at] != place)
+                tasks.append(actors[place].run.remote(*needs))
+            module.get(tasks)
+            seconds = perf_counter() - start
+            _check(module.get([actor.ran.remote() for actor in actors]), graph)
+            return Outcome(seconds)
+
+        yield run
+
+
+@contextmanager
+def ray_compiled(workers: int) -> Iterator[Run]:
+    """Runs graphs as compiled graphs of Ray, over an actor for each worker.
+
+    A graph is compiled when it is first run, which is not in its time, and again once another one
+    has been. Its calls that nothing depends on are brought together by one more on each actor: the
+    driver then hears once from each, and not from every such call.
+
+    Raises:
+        Missing: Ray is not installed.
+    """
+    with started_ray(workers) as module:
+        dag = load("ray.dag")
+        remote = module.remote(num_cpus=0)(_Actor)
+        actors = [remote.remote() for _ in range(workers)]
+        compiled: tuple[Shape, Any] | None = None
+
+        def compile(graph: Shape) -> Any:
+            places = _places(graph, workers)
+            last = set(range(len(graph))).difference(*graph.before)
+            with dag.InputNode() as given:
+                calls: list[Any] = []
+                for place, before in zip(places, graph.before, strict=True):
+                    needs = [calls[at] for at in before] or [given]
+                    calls.append(actors[place].run.bind(*needs))
+                ends = []
+                for place, actor in enumerate(actors):
+                    mine = [calls[at] for at in sorted(last) if places[at] == place]
+                    if mine:
+                        ends.append(actor.ran.bind(*mine))
+            # One execution at a time, and no result that is larger: as little memory as is needed.
+            return dag.MultiOutputNode(ends).experimental_compile(
+                _max_inflight_executions=1, _buffer_size_bytes=1_000
+            )
+
+        def run(graph: Shape, body: Body) -> Outcome:
+            nonlocal compiled
+            if compiled is None or compiled[0] is not graph:
+                if compiled is not None:
+                    # An actor is part of one compiled graph at a time.
+                    compiled[1].teardown()
+                module.get([actor.use.remote() for actor in actors])
+                compiled = graph, compile(graph)
+                module.get(compiled[1].execute(b""))
+                sleep(SETTLING)
+            # The actors' own threads answer calls that are no part of the graph.
+            module.get([actor.use.remote(body) for actor in actors])
+            start = perf_counter()
+            try:
+                module.get(compiled[1].execute(b""))
+            except BaseException:
+                # What calls of the same actor have passed on is still there: it cannot run again.
+                compiled[1].teardown()
+                compiled = None
+                raise
+            seconds = perf_counter() - start
+            _check(module.get([actor.ran.remote() for actor in actors]), graph)
+            return Outcome(seconds)
+
+        yield run
 
 
 def parla(graph: Shape, body: Body, workers: int, version: str) -> Outcome:
@@ -432,43 +586,71 @@ class Peer:
 
     Attributes:
         runtime: what results call it.
-        run: runs a graph.
+        opened: gives what runs graphs on so many workers, while a block runs.
         tuning: how it is run, so that it is at its best.
+        most: the most tasks of a graph that it is given, if it cannot do with any number.
     """
 
     runtime: str
-    run: Callable[[Shape, Body, int], Outcome]
+    opened: Callable[[int], AbstractContextManager[Run]]
     tuning: str
+    most: int | None = None
+
+    def run(self, graph: Shape, body: Body, workers: int) -> Outcome:
+        """Run one graph.
+
+        Raises:
+            Missing: the runtime is not installed.
+        """
+        with self.opened(workers) as run:
+            return run(graph, body)
 
 
 PEERS: Mapping[str, Peer] = {
     "threadpool": Peer(
         THREAD_POOL,
-        thread_pool,
+        _anew(thread_pool),
         "knows no dependencies: who ends submits those that it was the last to hold up",
     ),
     "joblib": Peer(
         "joblib threads",
-        joblib,
+        _anew(joblib),
         "threads, which share the bodies; knows no dependencies: one level after the other, in one"
         " pool, its batches sized by itself",
     ),
-    "dask": Peer("Dask threads", dask, "a graph of its own making instead of delayed calls"),
+    "dask": Peer("Dask threads", _anew(dask), "a graph of its own making instead of delayed calls"),
     "distributed": Peer(
         "Dask distributed",
-        distributed,
+        _anew(distributed),
         "scheduler and threads in one process, the graph handed over at once, no work stealing, no"
         " dashboard",
     ),
     "ray": Peer(
         "Ray",
-        ray,
-        "worker processes started before, results passed as references, a small object store, no"
-        " dashboard",
+        ray_tasks,
+        "worker processes started before, and as nice as others; results passed as references, a"
+        " small object store, no dashboard",
+    ),
+    "ray-actors": Peer(
+        "Ray actors",
+        ray_actors,
+        "an actor a worker, each with its part of every row; only what another actor has is passed,"
+        " as references, since an actor keeps its order; processes as nice as others, a small"
+        " object store, no dashboard",
+    ),
+    "ray-compiled": Peer(
+        "Ray compiled graphs",
+        ray_compiled,
+        "an actor a worker, each with its part of every row; compiled and executed once before,"
+        " with buffers for one execution and of a thousand bytes; the last calls of an actor"
+        " brought together by one more, so that the driver reads one result an actor; processes as"
+        " nice as others, no dashboard",
+        # Five milliseconds and more a task go into compiling.
+        most=1_000,
     ),
     "parsl": Peer(
         "Parsl threads",
-        parsl,
+        _anew(parsl),
         "threads instead of processes, no scaling strategy, no memoization, no log",
     ),
 }

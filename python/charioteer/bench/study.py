@@ -84,8 +84,8 @@ def parts(*, quick: bool = False, apps: Path | None = None) -> list[Part]:
             bench(f"overhead-{name}", seconds, "overhead", "--only", name)
         bench("gil", 900, "gil", "--runs", "5")
         for pattern in PATTERNS:
-            bench(f"metg-{pattern}", 150, "metg", "--patterns", pattern)
-        bench("multi-device", 400, "multi-device")
+            bench(f"metg-{pattern}", 400, "metg", "--patterns", pattern)
+        bench("multi-device", 800, "multi-device")
         bench("policies", 150, "policies")
         for pattern in PATTERNS:
             bench(f"graphs-{pattern}", 20, "graphs", "--only", pattern)
