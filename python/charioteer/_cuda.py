@@ -30,8 +30,8 @@ TORCH = 2
 _NAMES = {CUPY: "cupy", TORCH: "torch"}
 
 _Use = tuple[Callable[[int], object], int, object, Callable[[], object]]
-"""What gives a library's current stream, the device that it is called with, what it gives when the stream is
-that one, and what makes it so."""
+"""What gives a library's current stream, the device that it is called with, what it gives when the
+stream is that one, and what makes it so."""
 
 
 def _module(name: str) -> ModuleType | None:
