@@ -63,7 +63,7 @@ impl Use {
     }
 }
 
-/// Those of one handle, of the libraries that were there then.
+/// Those of one stream, of the libraries that were there then.
 type Uses = (usize, Rc<[Use]>);
 
 thread_local! {
@@ -74,7 +74,8 @@ thread_local! {
     static OURS: Cell<bool> = const { Cell::new(false) };
     /// The device that was made current here last by a body that needs no library.
     static OCCUPIED: Cell<usize> = const { Cell::new(usize::MAX) };
-    static USES: RefCell<HashMap<usize, Uses>> = RefCell::default();
+    /// By the stream's handle and its device's index: the driver may give a handle again, for any device.
+    static USES: RefCell<HashMap<(usize, u16), Uses>> = RefCell::default();
 }
 
 /// How many modules there were when the libraries were looked for last, and which were there.
@@ -118,8 +119,9 @@ fn make_current(
     let Some(handle) = device.handle(lent.1) else {
         return Ok(());
     };
+    let key = (handle, lent.0.index());
     let known = USES.with_borrow(|uses| {
-        let (of, uses) = uses.get(&handle)?;
+        let (of, uses) = uses.get(&key)?;
         (*of == present).then(|| Rc::clone(uses))
     });
     let uses = match known {
@@ -141,7 +143,7 @@ fn make_current(
             });
             let made: Rc<[Use]> = made.collect();
             let news = (present, Rc::clone(&made));
-            let old = USES.with_borrow_mut(|uses| uses.insert(handle, news));
+            let old = USES.with_borrow_mut(|uses| uses.insert(key, news));
             drop(old);
             made
         }
