@@ -62,7 +62,7 @@ use std::sync::Arc;
 use crossbeam_utils::CachePadded;
 use smallvec::SmallVec;
 
-use super::gathering::{give_back, keep, take_kept, take_landed};
+use super::gathering::{give_back, keep, take_kept};
 use super::mapping::bit;
 use super::transfers::Transfers;
 use super::witness::{Owners, Witness};
@@ -176,8 +176,6 @@ struct Over {
 enum Letter<D: Domain> {
     /// And what it asks for.
     Ask(TaskRef<D>, Request),
-    /// A stream was made for the device of a grant at this place.
-    Made(GrantId, usize, Stream),
     /// Behind these events, of which those are over, well or not.
     Launched(GrantId, SmallVec<[Option<Event>; 2]>, Over),
     Paused(GrantId, SmallVec<[Option<Event>; 2]>, Over),
@@ -376,7 +374,6 @@ impl<D: Domain> Devices<D> {
             }
             match letter {
                 Letter::Ask(task, request) => last = Some((task, request)),
-                Letter::Made(id, place, stream) => ledger.made(id, place, stream),
                 Letter::Launched(id, events, over) => {
                     if let Some(witness) = witness {
                         owners.returned(witness, id, &events);
@@ -656,7 +653,7 @@ impl<D: Domain> Engine<D> {
             return self.send_letters(std::iter::once(letter));
         }
         let letter = match letter {
-            Letter::Ask(..) | Letter::Launched(..) => match keep(letter) {
+            Letter::Ask(..) => match keep(letter) {
                 None => return,
                 Some(letter) => letter,
             },
@@ -677,21 +674,11 @@ impl<D: Domain> Engine<D> {
         }
     }
 
-    /// The work up to an event is complete.
-    fn post_landed(self: &Arc<Self>, event: Event) {
-        if !self.is_gathered() {
-            self.post(Letter::Landed(event));
-        } else if let Some(other) = Self::note_landed(event) {
-            self.devices().mail.push(Letter::Landed(other));
-        }
-    }
-
     /// After letters of this thread that it kept, or put in without a try for the turn.
     pub(super) fn read_mail(self: &Arc<Self>) {
         let mut kept = take_kept();
-        let landed = take_landed().map(Letter::Landed);
         fence(Ordering::SeqCst);
-        self.send_letters(landed.into_iter().chain(kept.0.drain(..)));
+        self.send_letters(kept.0.drain(..));
         give_back(kept);
         self.relieve_outside();
     }
@@ -1036,15 +1023,9 @@ impl<D: Domain> Engine<D> {
     /// Makes the streams that a grant lacks. On a device that is lost there are none, and the body does
     /// not run.
     fn make_streams(&self, grant: &mut Grant) {
-        let devices = self.devices();
-        for (place, lent) in grant.lent.iter_mut().enumerate() {
-            if lent.stream.is_some() {
-                continue;
-            }
-            lent.stream = devices.device(lent.device).create_stream().ok();
-            if let Some(stream) = lent.stream {
-                // Before anything is complete there. Who has the turn looks at the mail once more.
-                devices.mail.push(Letter::Made(grant.id, place, stream));
+        for lent in &mut grant.lent {
+            if lent.stream.is_none() {
+                lent.stream = self.devices().device(lent.device).create_stream().ok();
             }
         }
     }
@@ -1312,7 +1293,7 @@ impl<D: Domain> Engine<D> {
                     if let Err(error) = &result {
                         engine.note_failure(event, error);
                     }
-                    engine.post_landed(event);
+                    engine.post(Letter::Landed(event));
                     engine.elsewhere.fetch_sub(1, Ordering::SeqCst);
                 });
             }),
@@ -1402,7 +1383,7 @@ impl<D: Domain> Engine<D> {
                     if let Some(error) = &failure {
                         engine.note_failure(event, error);
                     }
-                    engine.post_landed(event);
+                    engine.post(Letter::Landed(event));
                     engine.work_off_first(landed(&task, failure));
                 });
             }),

@@ -8,15 +8,14 @@
 //! everybody who asks for it. Nobody waits for a thread that gathers: others take turns meanwhile.
 //!
 //! *Completions* that a device tells of together are gathered for together, as long as the device says:
-//! what follows from all of them the ledger reads in one turn. Of the events of one stream it hears the last
-//! alone, which all before it are complete by.
+//! what follows from all of them the ledger reads in one turn.
 //!
-//! **What is kept, and what is sent at once.** Most letters of who gathers say that a body returned, or ask for
-//! a task's devices. These stay with the thread until it takes the turn itself, or finds it taken and puts them
-//! into the mailbox: that is a queue which all threads share, and costs as much as reading the letters does.
-//! All others go there at once, in front of what is kept: a body that pauses is said to before anybody can say
-//! that it goes on, and a failed stream is out before the ledger hears of what is complete there. So the ledger
-//! may hear that an event is complete before it hears that the body returned which left it.
+//! **What is kept, and what is sent at once.** What asks for a task's devices stays with the thread until it
+//! takes the turn itself, or finds it taken and puts it into the mailbox: that is a queue which all threads share,
+//! and costs as much as reading the letters does. All others go there at once, in front of what is kept. What is
+//! complete or given back has to be there before anybody can see what follows from it and ask, on whichever
+//! thread: else who asks would be given another stream, or another device. That a body pauses has to be there
+//! before anybody can say that it goes on.
 //!
 //! **The user's world.** What a thread sends it must not keep back while it runs code that may wait for
 //! what comes of it. Callbacks and reports are called [`apart`], and a wait [delivers](Engine::deliver)
@@ -27,7 +26,7 @@ use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 
 use super::{Engine, Moving};
-use crate::machine::{Event, keep_until_told};
+use crate::machine::keep_until_told;
 use crate::task::Domain;
 
 crate::sync::thread_local! {
@@ -35,8 +34,6 @@ crate::sync::thread_local! {
     static GATHERING: Cell<(u32, bool)> = const { Cell::new((0, false)) };
     /// The engine for which it does so since completions are told here together.
     static TELLING: Cell<u32> = const { Cell::new(0) };
-    /// The event that this thread was told of last while it gathers, of which the ledger is still to hear.
-    static LANDED: Cell<Option<Event>> = const { Cell::new(None) };
     /// The letters that this thread keeps, [`Kept`].
     static LETTERS: RefCell<Option<Box<dyn Any>>> = const { RefCell::new(None) };
 }
@@ -124,25 +121,9 @@ impl<D: Domain> Engine<D> {
             match D::engines().get(id) {
                 Some(engine) => engine.read_mail(),
                 // Nobody is left who would hear of it.
-                None => {
-                    take_landed();
-                    drop(LETTERS.with(RefCell::take));
-                }
+                None => drop(LETTERS.with(RefCell::take)),
             }
         }
-    }
-
-    /// Notes that an event is complete while this thread gathers. An event of another stream that was noted
-    /// before comes back.
-    pub(super) fn note_landed(event: Event) -> Option<Event> {
-        let before = take_landed();
-        let (last, other) = match before {
-            Some(before) if before.stream != event.stream => (event, Some(before)),
-            Some(before) if before.position > event.position => (before, None),
-            _ => (event, None),
-        };
-        LANDED.with(|landed| landed.set(Some(last)));
-        other
     }
 }
 
@@ -175,11 +156,6 @@ pub(super) fn take_kept<L: 'static>() -> Box<Kept<L>> {
 pub(super) fn give_back<L: 'static>(kept: Box<Kept<L>>) {
     debug_assert!(kept.0.is_empty(), "what was kept was sent");
     let _ = LETTERS.try_with(|letters| letters.borrow_mut().get_or_insert(kept).is::<Kept<L>>());
-}
-
-/// The event that this thread noted last, if the ledger has not heard of it.
-pub(super) fn take_landed() -> Option<Event> {
-    LANDED.with(Cell::take)
 }
 
 /// Calls the user's code, with nothing kept back.

@@ -482,23 +482,20 @@ impl Book {
 
     /// The stream of an event that a body left: the one that was lent to it, or a new one.
     pub(super) fn arrive(&mut self, lent: Option<usize>, event: Event) -> usize {
-        let index = lent.unwrap_or_else(|| self.meet(event.stream));
+        if let Some(index) = lent {
+            validate(
+                self.stream(index) == event.stream,
+                "a body's events lie on the streams that were lent to it",
+            );
+            return index;
+        }
         validate(
-            self.stream(index) == event.stream,
-            "a body's events lie on the streams that were lent to it",
-        );
-        index
-    }
-
-    /// A new stream, which was made for a body.
-    pub(super) fn meet(&mut self, stream: Stream) -> usize {
-        validate(
-            self.track(stream).is_none() && stream.device == self.id,
+            self.track(event.stream).is_none() && event.stream.device == self.id,
             "a stream that was made for a body is a new one of its device",
         );
-        self.places.insert(stream.number, self.tracks.len());
+        self.places.insert(event.stream.number, self.tracks.len());
         self.tracks.push(Track {
-            number: stream.number,
+            number: event.stream.number,
             lent: true,
             last: 0,
             done: 0,

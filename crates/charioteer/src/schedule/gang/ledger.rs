@@ -29,8 +29,7 @@ pub struct Lent {
     /// The device.
     pub device: DeviceId,
     /// The stream that is the task's own until its body returns. If there is none, make one: the
-    /// ledger learns of it by the event that the body leaves there, or [is told](Gang::made) before, which
-    /// it has to be if it may hear first that the event is complete.
+    /// ledger learns of it by the event that the body leaves there.
     pub stream: Option<Stream>,
     /// What the stream has to wait for before the body enqueues anything.
     pub waits: SmallVec<[Event; 2]>,
@@ -570,19 +569,6 @@ impl<T> Gang<T> {
             });
         }
         None
-    }
-
-    /// A stream was made for a body, on the device at that place in its [`Grant::lent`].
-    ///
-    /// # Panics
-    /// If it is not the id of a body.
-    pub fn made(&mut self, id: GrantId, place: usize, stream: Stream) {
-        let running = self.running.get_mut(id.0 as usize).and_then(Option::as_mut);
-        let part = &mut running.expect("the id of a body").parts[place];
-        let book = &mut self.books[part.book];
-        if !book.lost {
-            part.stream = Some(book.meet(stream));
-        }
     }
 
     /// The body returned. `events` are the positions behind everything that it enqueued, one for
