@@ -130,6 +130,7 @@ print(json.dumps(failed))
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", ["ray", "ray-actors", "ray-compiled"])
 def test_ray_keeps_the_order_of_graphs(name: str, tmp_path: Path) -> None:
+    # A peer is an extra: what is measured without it says so, which other tests assert.
     if importlib.util.find_spec("ray") is None:
         pytest.skip("ray is not installed")
     # In a process of its own, since Ray leaves threads and sockets behind.
