@@ -33,7 +33,7 @@ use charioteer::region::{Region, Span};
 use charioteer::task::Need;
 use proptest::prelude::*;
 
-use common::parts::{ELEMENTS, Gridded, SHAPE, Use, exclude_each_other, place};
+use common::parts::{ELEMENTS, Gridded, SHAPE, Use, Where, exclude_each_other, place};
 use common::{prove, take_trace, trace_path, within_on};
 
 const CORE: Member = Member::Any(Kind::Cpu);
@@ -779,6 +779,37 @@ fn check(
                 assert_eq!(stored, *value, "element {element} of array {array}");
             }
         }
+    }
+}
+
+/// Nobody who is not ordered with a set changes what a device of it reads, though its core has overwritten it
+/// on the host before the device reads.
+#[test]
+fn who_peeks_changes_nothing_that_a_set_with_a_core_reads() {
+    let access = |at, mode, ordered| Use {
+        array: 1,
+        at,
+        mode,
+        ordered,
+    };
+    let tile = || Where::Tile(0, [1, 1]);
+    for mode in [Mode::Out, Mode::InOut] {
+        let set = vec![access(tile(), Mode::In, true), access(tile(), mode, true)];
+        let peeks = vec![access(Where::Whole, Mode::In, false)];
+        run(&Plan {
+            workers: 0,
+            gpus: 1,
+            time: Time::Virtual,
+            memory: 1 << 20,
+            runahead: 64,
+            mishap: Mishap::None,
+            abroad: [None, Some(0)],
+            tasks: vec![
+                // While it waits the other one is planned.
+                (set, On_::Mixed, Twist::Waits, 0),
+                (peeks, On_::Any, Twist::None, 0),
+            ],
+        });
     }
 }
 

@@ -263,6 +263,11 @@ impl Uses {
         }
     }
 
+    /// Whether it writes any.
+    pub(crate) fn writes(&self) -> bool {
+        self.list.iter().any(|it| it.touch.writes())
+    }
+
     /// Whether any of the arrays may be elsewhere than on the host.
     pub(crate) fn is_scattered(&self) -> bool {
         self.list.iter().any(|it| it.storage.is_scattered())

@@ -484,6 +484,10 @@ impl<D: Domain> Engine<D> {
             uses.settle();
         }
         let mut events = Events::new();
+        if uses.writes() && set.members.iter().any(|kind| kind.is_core()) {
+            // What cores write is the host's before they begin.
+            held.iter_mut().for_each(|one| store.guard(one));
+        }
         for (member, kind) in set.members.iter().enumerate() {
             if !kind.is_core() {
                 continue;

@@ -430,9 +430,9 @@ impl State {
         // Whoever is about to write where it is copied from has to be behind it, or it is no copy.
         let copied = copied.and_then(|()| match self.instances.get(from) {
             Some(instance) => {
-                let writers = instance.writers.iter();
-                let mut writers = writers.filter(|it| it.stream != stream && it.writes(&regions));
-                writers.try_for_each(|it| machine.device(it.stream.device).follow(it.stream, event))
+                let keepers = instance.keepers.iter();
+                let mut keepers = keepers.filter(|it| it.stream != stream && it.keeps(&regions));
+                keepers.try_for_each(|it| machine.device(it.stream.device).follow(it.stream, event))
             }
             None => Ok(()),
         });

@@ -23,9 +23,10 @@ pub(super) struct Instance {
     pub(super) adopted: bool,
     /// How many tasks hold it, from plan to launch.
     pub(super) pins: u32,
-    /// Those that will write, once for each want: what is copied from it until they are launched, for other
-    /// members of their sets, they have to be behind.
-    pub(super) writers: SmallVec<[Writer; 1]>,
+    /// Those that will write, or have to find what is there, once for each want. What is copied from it until
+    /// they are launched, for other members of their sets, they have to be behind; nobody copies to it what
+    /// they have.
+    pub(super) keepers: SmallVec<[Keeper; 1]>,
     /// How many pieces are valid in it.
     pub(super) valid: u32,
     /// What used the memory before: nobody touches it but behind that.
@@ -40,16 +41,16 @@ pub(super) struct Instance {
     pub(super) dead: Option<Box<Region>>,
 }
 
-/// Who will write to an instance.
-pub(super) struct Writer {
+/// Whose elements in an instance nobody else may change before it is launched.
+pub(super) struct Keeper {
     pub(super) stream: Stream,
     /// Which elements, where that is not all of them: in adopted memory.
     pub(super) region: Option<Box<Region>>,
 }
 
-impl Writer {
-    /// Whether it writes any of these.
-    pub(super) fn writes(&self, regions: &[Region]) -> bool {
+impl Keeper {
+    /// Whether it has any of these.
+    pub(super) fn keeps(&self, regions: &[Region]) -> bool {
         let own = self.region.as_deref();
         own.is_none_or(|own| regions.iter().any(|region| region.overlaps(own)))
     }

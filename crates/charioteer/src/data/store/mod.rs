@@ -28,8 +28,9 @@
 //! what it adds: copies among each other and with tasks, and whoever gets memory behind whoever had it.
 //! Events of tasks are followed: whether their failure is somebody's own is decided by who
 //! orders tasks. Events of copies are waited for: a task whose copy failed fails. Whom nothing orders with
-//! those who write ([`Touch::Peek`]) gets whatever is there, and what it takes from the host's buffer, where
-//! somebody may be writing, is forgotten.
+//! those who write ([`Touch::Peek`]) gets whatever is there: nothing is brought for it to where somebody else
+//! is to write or read before, and what it takes from the host's buffer, where somebody may be writing, is
+//! forgotten.
 //!
 //! **On the host** a task runs when its predecessors are complete.
 //! [`ensure_host`](Store::ensure_host) gives the events for which it has to wait beyond that. A storage that was
@@ -80,7 +81,7 @@ use self::copies::Lanes;
 use self::directory::{Directory, Holder, Lost};
 use self::events::{Events, is_done};
 use self::graves::{Graves, Mourned};
-use self::instance::{HOME, Instance, Writer};
+use self::instance::{HOME, Instance, Keeper};
 use self::room::Room;
 use self::slab::Slab;
 use self::wants::group;
@@ -166,6 +167,15 @@ struct Hold {
     wants: SmallVec<[Pinned; 3]>,
     /// The instances, each once.
     pins: SmallVec<[u32; 4]>,
+    /// What it reads stays what it is as well, though it may not be the last version any more.
+    guarded: bool,
+}
+
+impl Hold {
+    /// Whether nobody else may change what the want has.
+    fn keeps(&self, want: &Pinned) -> bool {
+        want.touch.writes() || (self.guarded && want.touch == Touch::Read)
+    }
 }
 
 /// A want that is held, and has bytes.
@@ -515,6 +525,19 @@ impl Store {
         });
     }
 
+    /// Other members of the set write on the host, from now on, what this one reads: until it is launched it
+    /// finds what was there before.
+    pub fn guard(&self, held: &mut Held) {
+        let Held(held) = held;
+        let Some(stream) = held.stream else { return };
+        self.change(|state, _| {
+            held.guarded = true;
+            for want in held.wants.iter().filter(|it| it.touch == Touch::Read) {
+                state.keep(stream, want);
+            }
+        });
+    }
+
     /// A task's body never began.
     pub fn abandon(&self, mut held: Held) {
         self.change(|state, _| state.release(&mut held.0));
@@ -815,7 +838,7 @@ impl State {
             bytes: 0,
             adopted: true,
             pins: 0,
-            writers: SmallVec::new(),
+            keepers: SmallVec::new(),
             valid: 1,
             born: Events::new(),
             uses: Events::new(),
@@ -922,6 +945,7 @@ impl State {
             views: SmallVec::new(),
             wants: SmallVec::new(),
             pins: SmallVec::new(),
+            guarded: false,
         });
         let mut places: SmallVec<[(u32, u32, Option<u32>); 4]> = SmallVec::new();
         let mut need = memory;
@@ -1087,9 +1111,7 @@ impl State {
     ) -> Result<(), DeviceError> {
         held.stream = Some(stream);
         for want in held.wants.iter().filter(|want| want.touch.writes()) {
-            let instance = &mut self.instances[want.at];
-            let region = want.region.as_ref().filter(|_| instance.adopted).cloned();
-            instance.writers.push(Writer { stream, region });
+            self.keep(stream, want);
         }
         let (mut copies, mut users) = (Events::new(), Events::new());
         for want in &held.wants {
@@ -1099,11 +1121,14 @@ impl State {
             let Pinned { directory, at, .. } = *want;
             let frame = Some(want.frame);
             let region = self.region_of(want).clone();
-            if want.touch.reads() {
-                self.bring(machine, directory, frame, &region, at, &mut copies)?;
-            }
             if want.touch == Touch::Peek {
+                for part in self.unkept(&region, at) {
+                    let frame = frame.filter(|_| part == region);
+                    self.bring(machine, directory, frame, &part, at, &mut copies)?;
+                }
                 self.doubt(directory, frame, &region, at);
+            } else if want.touch.reads() {
+                self.bring(machine, directory, frame, &region, at, &mut copies)?;
             }
             let instance = &mut self.instances[at];
             let adopted = instance.adopted;
@@ -1133,6 +1158,28 @@ impl State {
             return Ok(());
         }
         self.put_behind(machine, stream, &copies, &users)
+    }
+
+    /// Nobody else changes what the want has before it is launched.
+    #[inline]
+    fn keep(&mut self, stream: Stream, want: &Pinned) {
+        let region = want.region.as_ref().filter(|_| want.adopted).cloned();
+        self.instances[want.at]
+            .keepers
+            .push(Keeper { stream, region });
+    }
+
+    /// The parts of a region of an instance that nobody keeps.
+    fn unkept(&self, region: &Region, at: u32) -> Vec<Region> {
+        let mut parts = vec![region.clone()];
+        for keeper in &self.instances[at].keepers {
+            let Some(kept) = &keeper.region else {
+                return Vec::new();
+            };
+            let cut = parts.iter().flat_map(|part| part.difference(kept));
+            parts = cut.collect();
+        }
+        parts
     }
 
     /// What was brought from home by somebody whom nothing orders with those who write there is good for nobody
@@ -1287,12 +1334,12 @@ impl State {
     #[inline]
     fn release(&mut self, held: &mut Hold) {
         if let Some(stream) = held.stream {
-            for want in held.wants.iter().filter(|want| want.touch.writes()) {
-                let writers = &mut self.instances[want.at].writers;
+            for want in held.wants.iter().filter(|want| held.keeps(want)) {
+                let keepers = &mut self.instances[want.at].keepers;
                 let region = want.region.as_deref().filter(|_| want.adopted);
-                let is_own = |it: &Writer| it.stream == stream && it.region.as_deref() == region;
-                let place = writers.iter().position(is_own);
-                writers.swap_remove(place.expect("it was entered"));
+                let is_own = |it: &Keeper| it.stream == stream && it.region.as_deref() == region;
+                let place = keepers.iter().position(is_own);
+                keepers.swap_remove(place.expect("it was entered"));
             }
         }
         for want in held.wants.iter().filter(|want| want.adopted) {

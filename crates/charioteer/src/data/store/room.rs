@@ -388,7 +388,7 @@ impl State {
             bytes,
             adopted: false,
             pins: 0,
-            writers: SmallVec::new(),
+            keepers: SmallVec::new(),
             valid: 0,
             born: block.behind,
             uses: Events::new(),

@@ -427,6 +427,49 @@ fn what_is_read_out_of_order_is_there_for_nobody_else() {
 }
 
 #[test]
+fn who_reads_out_of_order_overwrites_nothing() {
+    let bench = Bench::new(1, 128, true);
+    let (all, half) = (range(0, 64), range(0, 32));
+    // Somebody is about to write where nothing is yet, and has begun when the other one comes.
+    let held = bench.plan(ONE, &all, Touch::Write).unwrap();
+    let (stream, view) = (bench.stream(ONE), held.views()[0].clone());
+    operate(&bench.machine, stream, &view, 64, |bytes| bytes.fill(9));
+    let peeks = bench.plan(ONE, &all, Touch::Peek).unwrap();
+    assert_eq!(bench.told(), []);
+    bench.launch(peeks);
+    bench.launch(held);
+    // From another box of the same elements nothing is kept.
+    let other = bench.plan(ONE, &half, Touch::Peek).unwrap();
+    assert_eq!(bench.told(), [(ONE, ONE, 32)]);
+    bench.launch(other);
+    drop(bench.store.come_home());
+    finish(&bench.machine);
+    assert_eq!(bytes(&bench.array), [9; 64]);
+}
+
+#[test]
+fn what_a_guarded_task_reads_stays_what_it_was() {
+    let bench = Bench::new(1, 128, true);
+    let (all, half) = (range(0, 64), range(0, 32));
+    bench.set(ONE, &all, 7);
+    let mut held = bench.plan(ONE, &all, Touch::Read).unwrap();
+    bench.store.guard(&mut held);
+    // The host has a part of it for a member of its set; who peeks does not bring that.
+    let behind = bench.home(&half, Touch::Update).unwrap();
+    finish(&bench.machine);
+    assert_eq!(behind.len(), 1);
+    drop(bench.told());
+    let peeks = bench.plan(ONE, &all, Touch::Peek).unwrap();
+    assert_eq!(bench.told(), []);
+    bench.launch(peeks);
+    bench.launch(held);
+    // Once it is launched they come as ever.
+    let held = bench.plan(ONE, &all, Touch::Read).unwrap();
+    assert_eq!(bench.told(), [(HOST, ONE, 32)]);
+    bench.launch(held);
+}
+
+#[test]
 fn what_was_written_and_then_lost_is_nowhere() {
     let bench = Bench::new(2, 64, true);
     let parts = [range(0, 16), range(16, 32), range(32, 48)];
