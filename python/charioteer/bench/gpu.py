@@ -335,7 +335,7 @@ def _chain(length: int, params: dict[str, Any]) -> Measure:
         with ch.Runtime(workers=1):
             many().result()
             sample = Sample({PER_TASK: 1e6 * many().result() / length})
-        assert float(x[0]) == 2 * length + 1
+        assert float(x[0]) == 2 * length
         return sample
 
     kernels = f"chain of {length} native kernels"
