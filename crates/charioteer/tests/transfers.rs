@@ -459,6 +459,39 @@ fn the_host_sees_what_devices_wrote_and_they_what_it_wrote() {
 
 /// Small copies on real time are often over before anybody asks.
 #[test]
+fn who_commutes_on_the_host_finds_what_a_later_one_wrote_on_a_device() {
+    within(60, || {
+        let machine = machine(1, MEMORY, Time::Real);
+        let runtime = builder(&machine, 2).open().unwrap();
+        let array = Array::new("A", 8);
+        let part = array.datum.whole();
+        let (open, wait) = gate();
+        let before = runtime
+            .task()
+            .spawn(move || wait.lock().unwrap().recv().unwrap())
+            .unwrap();
+        // Nobody was on a device when it was spawned, and somebody is before it all the same.
+        let elements = Arc::clone(&array.elements);
+        let double = move || {
+            for element in &elements[..] {
+                element.store(2 * element.load(Ordering::Relaxed), Ordering::Relaxed);
+            }
+        };
+        let commutes = || Access::new(&part, Mode::Commute);
+        let host = runtime.task().accesses(commutes()).after(&before);
+        let host = host.spawn(double).unwrap();
+        let device = runtime.task().on(this(0)).accesses(commutes());
+        let add = on_row(&machine, 8, |row| row.iter_mut().for_each(|it| *it += 10));
+        device.spawn(add).unwrap().result().unwrap();
+        open.send(()).unwrap();
+        host.result().unwrap();
+        runtime.close().unwrap();
+        let expected: Vec<u64> = (0..8).map(|it| 2 * (it + 10)).collect();
+        assert_eq!(array.values(), expected);
+    });
+}
+
+#[test]
 fn a_copy_that_fails_fails_who_wants_it_however_soon() {
     within(60, || {
         let machine = machine(1, MEMORY, Time::Real);

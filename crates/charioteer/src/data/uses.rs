@@ -4,7 +4,8 @@
 //! A task that may run on devices keeps all of them; its store hears of them when it is spawned, and hears
 //! when nothing comes of that. A task on cores keeps them only if somebody was spawned before that may have
 //! taken the data to a device: [`Datum`](super::Datum) remembers, under the lock of its records, so that
-//! whoever is registered later knows. On a machine without devices nobody keeps any.
+//! whoever is registered later knows. One that commutes always keeps them, since somebody who is spawned later
+//! may come before it. On a machine without devices nobody keeps any.
 //!
 //! **Members.** Each member of a set wants the region of an access as a whole, or its piece along an axis
 //! ([`Spread`]). Pieces are as even as they can be, and the first ones are the larger ones.

@@ -250,7 +250,9 @@ impl<D: Domain> Engine<D> {
                 let (registered, loose) = self.link_behind(task, dependencies, &found, way.ahead);
                 let published = publish(&found, registered.done, loose)?;
                 drop(found);
-                let travels = self.devices.is_some() && session.travels(way.goes);
+                // Of those that commute one that is registered later may come first.
+                let commutes = || accesses.iter().any(|it| it.mode == Mode::Commute);
+                let travels = self.devices.is_some() && (session.travels(way.goes) || commutes());
                 let mut numbers = Numbers::new();
                 let traced = self.trace.is_some();
                 session.enter(task, |access, number| {
