@@ -42,8 +42,8 @@
 //! machine on the same host, or each other, since who finds the GIL taken sleeps, and where all do every
 //! hand-over has to wake somebody. The rate falls to a third or less then, just as it does when other
 //! work begins that holds the GIL for longer, and the width shrinks for it, to a quarter. To grow back
-//! step by step takes ten times as long as the fall did, or never ends: what nearly all make progress with
-//! is a reason for neither more nor fewer. So the width from which the rate fell is remembered, and tried
+//! step by step takes several times as long as the fall did, or never ends: what nearly all make progress
+//! with is a reason for neither more nor fewer. So the width from which the rate fell is remembered, and tried
 //! in one step as soon as those inside do not wait any more ([`FINE`]). That is a trial as any other, made
 //! once for each fall. One thread alone never waits, so it says nothing.
 //!
