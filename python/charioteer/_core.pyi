@@ -89,6 +89,7 @@ __all__ = [
     "is_worker",
     "known_models",
     "lapack_adapters",
+    "launch_loop",
     "leave_native_step",
     "limits_changed",
     "read_trace",
@@ -929,6 +930,7 @@ def finish_elsewhere(
 
 # Bodies of a known duration, for benchmarks.
 
+def launch_loop(launch: KernelLaunch, count: int, *arguments: Any) -> float: ...
 def spin_address() -> int: ...
 def spin_graph(before: Sequence[Sequence[int]], seconds: float, workers: int) -> float: ...
 def spin_threads(seconds: float, spins: int, threads: int) -> float: ...

@@ -407,3 +407,18 @@ print("told", flush=True)
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "told"
+
+
+def test_a_loop_of_launches_launches_so_often(rt: ch.Runtime, cp: Any) -> None:
+    x, y = cp.ones(N), cp.zeros(N)
+    _ready(cp)
+    launch: Any = _axpy()[4, 256].fn
+
+    @ch.task(placement=gpu(0))
+    def many(times: int) -> float:
+        return ch._core.launch_loop(launch, times, y, x, 1.0, N)
+
+    assert many(130).result() > 0
+    assert float(y[0]) == float(y[-1]) == 130
+    with pytest.raises(ch.PlacementError, match=r"for the body of a task on a GPU"):
+        ch._core.launch_loop(launch, 1, y, x, 1.0, N)

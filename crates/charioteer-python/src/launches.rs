@@ -27,11 +27,12 @@ use std::ffi::{CString, c_void};
 use std::sync::Arc;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
+use std::time::Instant;
 
 use charioteer::data::store::View;
 use charioteer::engine::{Engine, Running};
 use charioteer::gang::Member;
-use charioteer::machine::{DeviceError, DeviceId, Kind as DeviceKind, Stream};
+use charioteer::machine::{Device, DeviceError, DeviceId, Kind as DeviceKind, Stream};
 use charioteer::mapping::On;
 use charioteer::sync::assert_unlocked;
 use charioteer::task::{Need, Options, Step, Trouble};
@@ -1028,12 +1029,14 @@ impl KernelLaunch {
     pub fn launch(&self) -> &Arc<Launch> {
         &self.0
     }
-}
 
-#[pymethods]
-impl KernelLaunch {
-    #[pyo3(signature = (*arguments))]
-    fn __call__(&self, py: Python<'_>, arguments: &Bound<'_, PyTuple>) -> PyResult<()> {
+    /// Converts the arguments of a call in the body of a task on a GPU, and calls `enqueue` with them, detached.
+    fn call<R: Send>(
+        &self,
+        py: Python<'_>,
+        arguments: &Bound<'_, PyTuple>,
+        enqueue: impl FnOnce(&Launch, &Packed, &CudaGpu, Stream) -> Result<R, Failure> + Send,
+    ) -> PyResult<R> {
         let Some((device, stream)) = libraries::current() else {
             return Err(error(
                 py,
@@ -1050,8 +1053,48 @@ impl KernelLaunch {
         self.0.code.make_ready(py, engine)?;
         let packed = self.0.pack_all(py, arguments.as_slice(), None)?;
         let gpu = &engine.domain().gpus[usize::from(device.index())];
-        gateway::detach(py, Site::Native, || self.0.enqueue(&packed, gpu, stream))
+        gateway::detach(py, Site::Native, || enqueue(&self.0, &packed, gpu, stream))
             .map_err(|failure| failure.error(py))
+    }
+}
+
+/// After so many launches [`launch_loop`] asks how far the GPU is, so that events are used again.
+const ASKED: usize = 64;
+
+/// The seconds that it takes to launch a kernel `count` times from a loop in Rust, an event behind each launch:
+/// what the driver takes of tasks that are kernels, without a runtime. For the body of a task on a GPU.
+#[pyfunction]
+#[pyo3(signature = (launch, count, *arguments))]
+pub fn launch_loop(
+    py: Python<'_>,
+    launch: &Bound<'_, KernelLaunch>,
+    count: usize,
+    arguments: &Bound<'_, PyTuple>,
+) -> PyResult<f64> {
+    launch
+        .get()
+        .call(py, arguments, |launch, packed, gpu, stream| {
+            let failure = |why| Failure {
+                kernel: launch.code.name,
+                why,
+            };
+            let start = Instant::now();
+            for number in 1..=count {
+                launch.enqueue(packed, gpu, stream)?;
+                let event = gpu.record(stream).map_err(failure)?;
+                if number.is_multiple_of(ASKED) {
+                    gpu.is_complete(event).map_err(failure)?;
+                }
+            }
+            Ok(start.elapsed().as_secs_f64())
+        })
+}
+
+#[pymethods]
+impl KernelLaunch {
+    #[pyo3(signature = (*arguments))]
+    fn __call__(&self, py: Python<'_>, arguments: &Bound<'_, PyTuple>) -> PyResult<()> {
+        self.call(py, arguments, Launch::enqueue)
     }
 
     #[getter]

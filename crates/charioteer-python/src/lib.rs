@@ -80,7 +80,7 @@ mod _core {
     #[pymodule_export]
     use super::kernels::{spin_address, spin_graph, spin_threads, work};
     #[pymodule_export]
-    use super::launches::{KernelLaunch, PyKernel};
+    use super::launches::{KernelLaunch, PyKernel, launch_loop};
     #[pymodule_export]
     use super::native::NativeFunction;
     #[pymodule_export]

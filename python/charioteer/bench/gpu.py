@@ -52,16 +52,18 @@ SUMMARY = "what a task on real GPUs costs, beside plain CuPy"
 DESCRIPTION = """\
 Measure tasks on real GPUs: empty ones on one GPU and on two, with 1, 4 and 16 workers and with
 PyTorch imported; a chain of small additions, by CuPy and as native kernels, beside the same loop in
-plain CuPy; native kernels that 1 and 4 threads spawn; how soon a result is told beside a wait for
-the stream, and a short task beside a long one. And managed arrays: a chain by regions, copies,
-tiled Cholesky and matrix products beside one library call, k-means and Jacobi's iteration on one
-GPU and on two, a Fourier transform and a sort over two beside what the link allows, and a working
-set that is larger than the memory.
+plain CuPy and what the driver takes alone; native kernels that 1 and 4 threads spawn; how soon a
+result is told beside a wait for the stream, and a short task beside a long one. And managed arrays:
+a chain by regions, copies, tiled Cholesky and matrix products beside one library call, k-means and
+Jacobi's iteration on one GPU and on two, a Fourier transform and a sort over two beside what the
+link allows, and a working set that is larger than the memory.
 """
 
 WORKERS = (1, 4, 16)
 SPAWNERS = (1, 4)
 """How many threads spawn native kernels."""
+DRIVER = "the driver alone"
+"""A loop in Rust that launches as many kernels, an event behind each: no tasks."""
 DELAY = "time to the result"
 EMPTY = {1: 5.0, 2: 9.0}
 """Microseconds that an empty task over so many GPUs may cost."""
@@ -322,6 +324,20 @@ def _chain(length: int, params: dict[str, Any]) -> Measure:
             assert X.numpy()[0] == length + 1
         return chain.sample
 
+    def driver() -> Sample:
+        x, y = _vectors(_need(1))
+        launch = _add()[8, 128].fn
+
+        @ch.task(placement=gpu(0))
+        def many() -> float:
+            return ch._core.launch_loop(launch, length, x, y)
+
+        with ch.Runtime(workers=1):
+            many().result()
+            sample = Sample({PER_TASK: 1e6 * many().result() / length})
+        assert float(x[0]) == 2 * length
+        return sample
+
     kernels = f"chain of {length} native kernels"
     inferred = f"chain of {length} native kernels by regions"
 
@@ -330,6 +346,7 @@ def _chain(length: int, params: dict[str, Any]) -> Measure:
         title="A chain of cupy.add(x, y, out=x), 1,024 numbers, one a task, by names",
         contestants=[
             Contestant(PLAIN, case, plain, None, params),
+            Contestant(DRIVER, kernels, driver, None, params),
             Contestant(OURS, case, ours, 1, params),
             Contestant(OURS, kernels, native, 1, params),
             Contestant(OURS, inferred, regions, 1, params),
