@@ -36,6 +36,17 @@
 //! measurement at a width, or unless the last one says so too: after a change all begin at once, and get
 //! in each other's way until they are out of step.
 //!
+//! # What it remembers
+//!
+//! Threads may be held up for some milliseconds by what their bodies have no part in: the system, another
+//! machine on the same host, or each other, since who finds the GIL taken sleeps, and where all do every
+//! hand-over has to wake somebody. The rate falls to a third or less then, just as it does when other
+//! work begins that holds the GIL for longer, and the width shrinks for it, to a quarter. To grow back
+//! step by step takes several times as long as the fall did, or never ends: what nearly all make progress
+//! with is a reason for neither more nor fewer. So the width from which the rate fell is remembered, and tried
+//! in one step as soon as those inside do not wait any more ([`FINE`]). That is a trial as any other, made
+//! once for each fall. One thread alone never waits, so it says nothing.
+//!
 //! # Why it does not oscillate
 //!
 //! Every change is a trial against the level before it, and one that does not pay off is taken back
@@ -137,6 +148,8 @@ pub struct Width {
     grow_rest: (u32, u32),
     /// What was measured at this width.
     level: Option<Level>,
+    /// The width from which the rate fell, until it is tried again.
+    before: Option<usize>,
 }
 
 impl Width {
@@ -152,6 +165,7 @@ impl Width {
             shrink_rest: (0, 1),
             grow_rest: (0, 1),
             level: None,
+            before: None,
         }
     }
 
@@ -178,6 +192,7 @@ impl Width {
             // Also where some have still to leave: they may wait for somebody who has no room.
             self.trial = None;
             self.level = None;
+            self.before = None;
             self.width = self.most;
             return self.width;
         }
@@ -194,6 +209,8 @@ impl Width {
                     if self.width < trial.from {
                         self.width = trial.from;
                         self.level = Some(trial.level);
+                    } else {
+                        self.forget();
                     }
                     self.trial = None;
                 }
@@ -214,6 +231,12 @@ impl Width {
             None => match self.level {
                 Some(level) if level.is_far_from(rate) => {
                     (self.shrink_rest, self.grow_rest) = ((0, 1), (0, 1));
+                    if rate < level.mean {
+                        self.before = self.before.max(Some(self.width));
+                    } else {
+                        // It is over, and the width did not shrink for it.
+                        self.forget();
+                    }
                     Level::of(rate)
                 }
                 Some(level) => level.and(rate),
@@ -239,6 +262,7 @@ impl Width {
             }
             return paid;
         }
+        self.forget();
         let growth = self.width as f64 / trial.from as f64 - 1.0;
         let gain = rate / trial.level.mean - 1.0;
         let paid = gain >= WORTH * growth;
@@ -257,6 +281,11 @@ impl Width {
         paid
     }
 
+    /// The width before a fall need not be tried any more, if it is as wide as that.
+    fn forget(&mut self) {
+        self.before = self.before.filter(|&before| before > self.width);
+    }
+
     /// Begins a trial, if one may pay off. `last`: what was measured last.
     fn try_another(&mut self, level: Level, last: f64) {
         let from = self.width;
@@ -267,6 +296,11 @@ impl Width {
                 return;
             }
             self.width = narrower;
+        } else if let Some(before) = self
+            .before
+            .filter(|&before| !waiting && 1 < from && from < before)
+        {
+            self.width = before;
         } else if (waiting || from == 1 || level.mean > BUSY * from as f64) && self.grow_rest.0 == 0
         {
             // Also what waits, where narrower is worse or cannot be: if it is not the GIL that it waits
@@ -432,6 +466,101 @@ mod tests {
         // Two say that it is other work.
         assert_eq!(width.measured(4.0, (16, 16)), 16);
         assert_eq!(width.measured(4.0, (16, 16)), 6);
+    }
+
+    /// A width of 11 that was found, after a fall of the rate that made it shrink to 4.
+    fn fallen() -> Width {
+        let mut width = Width::new(16);
+        assert_eq!(settle(&mut width, 7.6), 11);
+        assert_eq!(width.measured(9.3, (11, 11)), 11);
+        assert_eq!(width.measured(9.3, (11, 11)), 11);
+        assert_eq!(width.measured(2.9, (11, 11)), 11);
+        assert_eq!(width.measured(2.1, (11, 11)), 4);
+        width
+    }
+
+    #[test]
+    fn after_a_fall_the_width_before_it_is_tried_in_one_step() {
+        let mut width = fallen();
+        assert_eq!(width.measured(2.6, (4, 4)), 4, "those inside still wait");
+        assert_eq!(width.measured(3.9, (4, 4)), 11);
+        assert_eq!(width.disturbed(), 4);
+        assert_eq!(width.measured(3.9, (4, 4)), 11, "again");
+        assert_eq!(width.measured(3.9, (4, 11)), 11, "they are coming in");
+        for _ in 0..20 {
+            assert_eq!(width.measured(9.3, (11, 11)), 11);
+        }
+    }
+
+    #[test]
+    fn a_fall_within_a_fall_leaves_the_first_width_to_be_tried() {
+        let mut width = fallen();
+        assert_eq!(width.measured(2.6, (4, 4)), 4);
+        assert_eq!(width.measured(1.2, (4, 4)), 4);
+        assert_eq!(width.measured(1.2, (4, 4)), 2);
+        assert_eq!(width.measured(1.9, (2, 2)), 11);
+    }
+
+    #[test]
+    fn what_fell_for_good_is_tried_once_at_the_width_before() {
+        let mut width = fallen();
+        assert_eq!(width.measured(3.4, (4, 4)), 11);
+        assert_eq!(width.measured(3.0, (11, 11)), 4, "it did not pay off");
+        for _ in 0..100 {
+            let now = width.width();
+            assert!(now <= 5, "{now}");
+            width.measured(if now == 4 { 3.4 } else { 3.2 }, (now, now));
+        }
+    }
+
+    #[test]
+    fn a_fall_that_is_over_at_once_leaves_nothing_to_be_tried() {
+        let mut width = Width::new(16);
+        assert_eq!(settle(&mut width, 15.0), 16);
+        assert_eq!(width.measured(4.0, (16, 16)), 16);
+        assert_eq!(width.measured(15.0, (16, 16)), 16);
+        assert_eq!(width.before, None);
+    }
+
+    #[test]
+    fn one_alone_says_nothing_of_the_width_before_a_fall() {
+        let mut width = Width::new(16);
+        assert_eq!(settle(&mut width, 15.0), 16);
+        // Bytecode begins: one at a time, whatever the width.
+        for _ in 0..1000 {
+            let now = width.width();
+            width.measured(1.0, (now, now));
+        }
+        let mut widths = Vec::new();
+        for _ in 0..1000 {
+            let now = width.width();
+            widths.push(now);
+            width.measured(1.0, (now, now));
+        }
+        assert!(widths.iter().all(|&now| now <= 2), "{widths:?}");
+    }
+
+    #[test]
+    fn what_holds_threads_up_costs_little_more_than_it_lasts() {
+        for (name, rates) in [
+            ("free", &FREE),
+            ("free, 10 slices", &FREE_SLICES_10),
+            ("5 %, 10 slices", &SHARE_5_SLICES_10),
+            ("20 %, 10 slices", &SHARE_20_SLICES_10),
+        ] {
+            let mut width = Width::new(16);
+            run(&mut width, rates, 100, 0.0);
+            let low = at(rates, width.width()) / 4.0;
+            let mut lost = 0;
+            for measurement in 0..100 {
+                let now = width.width();
+                let held_up = measurement % 50 < 3;
+                let rate = at(rates, now).min(if held_up { low } else { f64::MAX });
+                lost += u32::from(!held_up && rate < 0.9 * best(rates));
+                width.measured(rate, (now, now));
+            }
+            assert!(lost <= 2 * 3, "{name}: {lost} measurements after two falls");
+        }
     }
 
     #[test]
