@@ -813,19 +813,6 @@ impl Device for CudaGpu {
         timeline.watch(event.position, call);
     }
 
-    fn furthest(&self, event: Event) -> Event {
-        let done = self.timeline(event.stream).map_or(0, |it| it.known_done());
-        if done <= event.position {
-            return event;
-        }
-        let further = Event {
-            position: done,
-            ..event
-        };
-        self.fleet.observers.tell(Observed::Seen(further));
-        further
-    }
-
     fn allocate(&self, bytes: u64, stream: Stream) -> Result<DevicePointer, DeviceError> {
         let timeline = self.own(stream)?;
         let CudaLane {

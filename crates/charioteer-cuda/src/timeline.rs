@@ -365,12 +365,7 @@ impl<L: Lane> Timeline<L> {
     /// Whether it is done, as far as somebody looked: a load.
     #[inline]
     pub(crate) fn is_known_done(&self, position: u64) -> bool {
-        self.known_done() >= position
-    }
-
-    /// Up to where it is done, as far as somebody looked.
-    pub(crate) fn known_done(&self) -> u64 {
-        self.done.load(Ordering::Acquire)
+        self.done.load(Ordering::Acquire) >= position
     }
 
     /// Where the timeline is with respect to a position, without a question to the driver.

@@ -11,9 +11,7 @@
 //!
 //! **No letter is left.** A sender puts its letter in, passes a SeqCst fence, and tries the lock. Who
 //! has the turn lets go of the lock, passes a SeqCst fence, and looks into the mailbox again. Of two
-//! fences one is first: either the owner sees the letter, or the sender finds the lock free. A thread that
-//! [gathers](super::gathering) takes the lock for a letter of its own that gives devices back, and looks into
-//! the mailbox when it has gathered all, behind a fence too.
+//! fences one is first: either the owner sees the letter, or the sender finds the lock free.
 //!
 //! # A task's way
 //!
@@ -182,7 +180,7 @@ enum Letter<D: Domain> {
     Launched(GrantId, SmallVec<[Option<Event>; 2]>, Over),
     Paused(GrantId, SmallVec<[Option<Event>; 2]>, Over),
     Resumed(GrantId, Resumer<D>),
-    /// The event is complete, or failed, and so is all that was before it on its stream.
+    /// The event is complete, or failed.
     Landed(Event),
     /// The stream is of no use any more.
     Failed(Stream),
@@ -377,7 +375,11 @@ impl<D: Domain> Devices<D> {
             match letter {
                 Letter::Ask(task, request) => last = Some((task, request)),
                 Letter::Launched(id, events, over) => {
-                    launched(ledger, owners, witness, id, &events, over);
+                    if let Some(witness) = witness {
+                        owners.returned(witness, id, &events);
+                    }
+                    ledger.launched(id, &events);
+                    sweep(ledger, &events, over);
                 }
                 Letter::Paused(id, events, over) => {
                     if let Some(witness) = witness {
@@ -435,37 +437,13 @@ impl<D: Domain> Devices<D> {
                         // Somebody waits for what has links.
                         outbox.starved = ledger.give_up(|task| task.state.load().has(LINKED));
                     }
-                    // Nobody else changes it, and to store it costs more than to look.
-                    if self.keeping.load(Ordering::Relaxed) != ledger.keeping() {
-                        self.keeping.store(ledger.keeping(), Ordering::SeqCst);
-                    }
+                    self.keeping.store(ledger.keeping(), Ordering::SeqCst);
                     self.gauge(ledger);
                     return !self.mail.is_empty();
                 }
             }
         }
         true
-    }
-
-    /// Reads a letter of a thread that gathers, which grants nothing yet, if nobody has the turn and no other
-    /// letter is to be read before; else it comes back. Whoever left a letter since, as the turn was taken, has
-    /// it read when the thread has gathered all.
-    fn read_alone(&self, letter: Letter<D>) -> Option<Letter<D>> {
-        let Some(mut book) = self.book.try_lock() else {
-            return Some(letter);
-        };
-        if !self.mail.is_empty() {
-            return Some(letter);
-        }
-        let Book { ledger, owners, .. } = &mut *book;
-        match letter {
-            Letter::Launched(id, events, over) => {
-                launched(ledger, owners, self.witness.as_ref(), id, &events, over);
-            }
-            Letter::Landed(event) => ledger.completed(event),
-            letter => return Some(letter),
-        }
-        None
     }
 
     /// Notes what devices have before them.
@@ -480,22 +458,6 @@ impl<D: Domain> Devices<D> {
         }
         self.backlog.store(ledger.backlog(), Ordering::Relaxed);
     }
-}
-
-/// A body has returned, and its work ends with these events.
-fn launched<T>(
-    ledger: &mut Gang<T>,
-    owners: &mut Owners,
-    witness: Option<&Witness>,
-    id: GrantId,
-    events: &[Option<Event>],
-    over: Over,
-) {
-    if let Some(witness) = witness {
-        owners.returned(witness, id, events);
-    }
-    ledger.launched(id, events);
-    sweep(ledger, events, over);
 }
 
 /// Tells the ledger of those events that were over when they were recorded. Somebody else tells it of the
@@ -690,14 +652,14 @@ impl<D: Domain> Engine<D> {
         if !self.is_gathered() {
             return self.send_letters(std::iter::once(letter));
         }
-        let left = match letter {
-            Letter::Ask(..) => keep(letter),
-            Letter::Launched(..) | Letter::Landed(..) => self.devices().read_alone(letter),
-            letter => Some(letter),
+        let letter = match letter {
+            Letter::Ask(..) => match keep(letter) {
+                None => return,
+                Some(letter) => letter,
+            },
+            letter => letter,
         };
-        if let Some(letter) = left {
-            self.devices().mail.push(letter);
-        }
+        self.devices().mail.push(letter);
     }
 
     /// Reads letters of this thread, or has them read.
@@ -1331,19 +1293,11 @@ impl<D: Domain> Engine<D> {
                     if let Err(error) = &result {
                         engine.note_failure(event, error);
                     }
-                    engine.tell_of(event);
+                    engine.post(Letter::Landed(event));
                     engine.elsewhere.fetch_sub(1, Ordering::SeqCst);
                 });
             }),
         );
-    }
-
-    /// An event is over: the ledger hears how far its stream is.
-    fn tell_of(self: &Arc<Self>, event: Event) {
-        let event = self.devices().device(event.stream.device).furthest(event);
-        if self.is_news(event) {
-            self.post(Letter::Landed(event));
-        }
     }
 
     /// Lets a task that was just published run ahead of those of its predecessors, named ones and those
@@ -1429,7 +1383,7 @@ impl<D: Domain> Engine<D> {
                     if let Some(error) = &failure {
                         engine.note_failure(event, error);
                     }
-                    engine.tell_of(event);
+                    engine.post(Letter::Landed(event));
                     engine.work_off_first(landed(&task, failure));
                 });
             }),

@@ -8,13 +8,11 @@
 //! everybody who asks for it. Nobody waits for a thread that gathers: others take turns meanwhile.
 //!
 //! *Completions* that a device tells of together are gathered for together, as long as the device says:
-//! what follows from all of them the ledger reads in one turn. That a stream got somewhere is in one letter:
-//! the first of these completions says how far the device knows it to be, and the others are no news.
+//! what follows from all of them the ledger reads in one turn.
 //!
 //! **What is kept, and what is sent at once.** What asks for a task's devices stays with the thread until it
 //! takes the turn itself, or finds it taken and puts it into the mailbox: that is a queue which all threads share,
-//! and costs as much as reading the letters does. All others go there at once, in front of what is kept, or
-//! are read at once where nobody has the turn, and nothing is granted yet. What is
+//! and costs as much as reading the letters does. All others go there at once, in front of what is kept. What is
 //! complete or given back has to be there before anybody can see what follows from it and ask, on whichever
 //! thread: else who asks would be given another stream, or another device. That a body pauses has to be there
 //! before anybody can say that it goes on.
@@ -28,15 +26,14 @@ use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 
 use super::{Engine, Moving};
-use crate::machine::{Event, keep_until_told};
+use crate::machine::keep_until_told;
 use crate::task::Domain;
 
 crate::sync::thread_local! {
     /// The engine (its number, or 0) for which this thread gathers, and whether it has sent anything.
     static GATHERING: Cell<(u32, bool)> = const { Cell::new((0, false)) };
-    /// The engine for which it does so since completions are told here together, and of what the ledger was
-    /// told last meanwhile.
-    static TELLING: Cell<(u32, Option<Event>)> = const { Cell::new((0, None)) };
+    /// The engine for which it does so since completions are told here together.
+    static TELLING: Cell<u32> = const { Cell::new(0) };
     /// The letters that this thread keeps, [`Kept`].
     static LETTERS: RefCell<Option<Box<dyn Any>>> = const { RefCell::new(None) };
 }
@@ -62,14 +59,14 @@ impl<D: Domain> Telling<D> {
     fn new(engine: &Arc<Engine<D>>) -> Self {
         std::mem::forget(Moving::new(engine));
         GATHERING.with(|gathering| gathering.set((engine.id, false)));
-        TELLING.with(|telling| telling.set((engine.id, None)));
+        TELLING.with(|telling| telling.set(engine.id));
         Self(Arc::clone(engine))
     }
 }
 
 impl<D: Domain> Drop for Telling<D> {
     fn drop(&mut self) {
-        TELLING.with(|telling| telling.set((0, None)));
+        TELLING.with(|telling| telling.set(0));
         drop(Gathering(Some(&self.0)));
         drop(Moving(&self.0));
     }
@@ -79,7 +76,7 @@ impl<D: Domain> Engine<D> {
     /// Carries out what follows from a completion, on the thread that tells of it.
     #[inline]
     pub(super) fn told(self: &Arc<Self>, follow: impl FnOnce()) {
-        let tells = TELLING.with(Cell::get).0 == self.id;
+        let tells = TELLING.with(Cell::get) == self.id;
         let gathers = GATHERING.with(Cell::get).0 != 0;
         if tells || (!gathers && keep_until_told(|| Box::new(Telling::new(self)))) {
             return follow();
@@ -88,20 +85,6 @@ impl<D: Domain> Engine<D> {
         // What is free now goes to whom it makes ready as well.
         let _gathering = self.gather();
         follow();
-    }
-
-    /// Whether the ledger has not heard from this thread, since completions are told here together, that a
-    /// stream is as far as this event.
-    pub(super) fn is_news(&self, event: Event) -> bool {
-        TELLING.with(|telling| {
-            let (id, last) = telling.get();
-            let known = last
-                .is_some_and(|last| last.stream == event.stream && last.position >= event.position);
-            if id == self.id && !known {
-                telling.set((id, Some(event)));
-            }
-            id != self.id || !known
-        })
     }
 
     /// Gathers, unless this thread does already.

@@ -253,12 +253,6 @@ pub trait Device: Send + Sync {
     /// a thread of the device's.
     fn when_complete(&self, event: Event, call: Completion);
 
-    /// The last event of the same stream that is known to be over once this one is, as a load: this one, if
-    /// nothing is known.
-    fn furthest(&self, event: Event) -> Event {
-        event
-    }
-
     /// Memory that what is enqueued on the stream from now on may use.
     ///
     /// # Errors

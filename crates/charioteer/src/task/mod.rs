@@ -85,7 +85,6 @@ pub(crate) use link::List;
 pub use state::Phase;
 
 use crate::data::{Attached, Group, Part};
-use crate::fetch::fetch;
 use crate::machine::DeviceError;
 use crate::schedule::gang::Alternative;
 use crate::schedule::map::Mapping;
@@ -505,21 +504,6 @@ impl<D: Domain> Task<D> {
         unsafe {
             task.write(Self::new(label, phase, content, options, handles));
             place.assume_init()
-        }
-    }
-
-    /// Has the processor fetch the first dependent, which this thread is about to let go: it was spawned long
-    /// ago by another thread, and its memory is nowhere near.
-    #[inline]
-    pub(crate) fn fetch_next(&self) {
-        let links = self.links.lock();
-        let next = links.list.iter().find_map(|link| match link {
-            Link::Dependent(next) | Link::After(next) => Some(next),
-            _ => None,
-        });
-        if let Some(next) = next {
-            let lines = (0..size_of::<Self>()).step_by(64);
-            lines.for_each(|line| fetch(Arc::as_ptr(next).wrapping_byte_add(line)));
         }
     }
 

@@ -391,8 +391,6 @@ impl<D: Domain> Worker<D> {
                 if !self.engine.take_off(task) {
                     return;
                 }
-                // While the body is with the device's driver.
-                task.fetch_next();
             }
             self.run(task);
         } else if is_on_devices(task) {
