@@ -326,7 +326,7 @@ def _chain(length: int, params: dict[str, Any]) -> Measure:
 
     def driver() -> Sample:
         x, y = _vectors(_need(1))
-        launch = _add()[8, 128].fn
+        launch: Any = _add()[8, 128].fn
 
         @ch.task(placement=gpu(0))
         def many() -> float:
