@@ -44,7 +44,7 @@ pub(super) struct Instance {
 /// Whose elements in an instance nobody else may change before it is launched.
 pub(super) struct Keeper {
     pub(super) stream: Stream,
-    /// Which elements, where that is not all of them: in adopted memory.
+    /// Which elements, where that is not all of them.
     pub(super) region: Option<Box<Region>>,
 }
 

@@ -1122,7 +1122,7 @@ impl State {
             let frame = Some(want.frame);
             let region = self.region_of(want).clone();
             if want.touch == Touch::Peek {
-                for part in self.unkept(&region, at) {
+                for part in self.unkept(&region, at, stream) {
                     let frame = frame.filter(|_| part == region);
                     self.bring(machine, directory, frame, &part, at, &mut copies)?;
                 }
@@ -1163,16 +1163,18 @@ impl State {
     /// Nobody else changes what the want has before it is launched.
     #[inline]
     fn keep(&mut self, stream: Stream, want: &Pinned) {
-        let region = want.region.as_ref().filter(|_| want.adopted).cloned();
+        let region = want.region.clone();
         self.instances[want.at]
             .keepers
             .push(Keeper { stream, region });
     }
 
-    /// The parts of a region of an instance that nobody keeps.
-    fn unkept(&self, region: &Region, at: u32) -> Vec<Region> {
+    /// The parts of a region of an instance that nobody keeps but who has this stream, and is behind all that
+    /// is brought for it.
+    fn unkept(&self, region: &Region, at: u32, stream: Stream) -> Vec<Region> {
         let mut parts = vec![region.clone()];
-        for keeper in &self.instances[at].keepers {
+        let keepers = self.instances[at].keepers.iter();
+        for keeper in keepers.filter(|it| it.stream != stream) {
             let Some(kept) = &keeper.region else {
                 return Vec::new();
             };
@@ -1336,7 +1338,7 @@ impl State {
         if let Some(stream) = held.stream {
             for want in held.wants.iter().filter(|want| held.keeps(want)) {
                 let keepers = &mut self.instances[want.at].keepers;
-                let region = want.region.as_deref().filter(|_| want.adopted);
+                let region = want.region.as_deref();
                 let is_own = |it: &Keeper| it.stream == stream && it.region.as_deref() == region;
                 let place = keepers.iter().position(is_own);
                 keepers.swap_remove(place.expect("it was entered"));

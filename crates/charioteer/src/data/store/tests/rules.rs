@@ -42,6 +42,13 @@ impl Bench {
         self.store.ensure(0, self.stream(device), &wants, 0)
     }
 
+    /// A task on another stream than others, and in no order with them.
+    fn peek(&self, device: DeviceId, region: &Region) -> Held {
+        let stream = self.machine.device(device).create_stream().unwrap();
+        let wants = [want(&self.array, region, Touch::Peek)];
+        self.store.ensure(0, stream, &wants, 0).unwrap()
+    }
+
     fn launch(&self, held: Held) -> Event {
         let stream = self.stream(held.device());
         let event = self.machine.device(stream.device).record(stream).unwrap();
@@ -434,17 +441,44 @@ fn who_reads_out_of_order_overwrites_nothing() {
     let held = bench.plan(ONE, &all, Touch::Write).unwrap();
     let (stream, view) = (bench.stream(ONE), held.views()[0].clone());
     operate(&bench.machine, stream, &view, 64, |bytes| bytes.fill(9));
-    let peeks = bench.plan(ONE, &all, Touch::Peek).unwrap();
+    let peeks = bench.peek(ONE, &all);
     assert_eq!(bench.told(), []);
     bench.launch(peeks);
     bench.launch(held);
     // From another box of the same elements nothing is kept.
-    let other = bench.plan(ONE, &half, Touch::Peek).unwrap();
+    let other = bench.peek(ONE, &half);
     assert_eq!(bench.told(), [(ONE, ONE, 32)]);
     bench.launch(other);
     drop(bench.store.come_home());
     finish(&bench.machine);
     assert_eq!(bytes(&bench.array), [9; 64]);
+}
+
+#[test]
+fn who_reads_all_out_of_order_and_writes_a_part_has_the_rest() {
+    let bench = Bench::new(2, 128, true);
+    let all = range(0, 64);
+    let relaxes = |part: &Region, stream| {
+        // Their boxes overlap: one instance has both.
+        let wants = [
+            want(&bench.array, &all, Touch::Peek),
+            want(&bench.array, part, Touch::Write),
+        ];
+        bench.store.ensure(0, stream, &wants, 0).unwrap()
+    };
+    bench.set(ONE, &all, 7);
+    drop(bench.told());
+    let first = relaxes(&range(0, 16), bench.stream(ONE));
+    assert_eq!(bench.told(), []);
+    let event = bench.set(TWO, &range(32, 48), 5);
+    // Of what the other one is not to write, the last version is brought.
+    let stream = bench.machine.device(ONE).create_stream().unwrap();
+    let second = relaxes(&range(16, 32), stream);
+    assert_eq!(bench.told(), [(TWO, ONE, 16)]);
+    for held in [first, second] {
+        bench.store.launched([(held, Some(event))]);
+    }
+    finish(&bench.machine);
 }
 
 #[test]
@@ -459,7 +493,7 @@ fn what_a_guarded_task_reads_stays_what_it_was() {
     finish(&bench.machine);
     assert_eq!(behind.len(), 1);
     drop(bench.told());
-    let peeks = bench.plan(ONE, &all, Touch::Peek).unwrap();
+    let peeks = bench.peek(ONE, &all);
     assert_eq!(bench.told(), []);
     bench.launch(peeks);
     bench.launch(held);
