@@ -133,6 +133,20 @@ def test_what_is_read_is_read_only() -> None:
         assert not A.numpy().any()
 
 
+def test_who_reads_all_out_of_order_and_writes_a_part_finds_the_rest() -> None:
+    with opened():
+        A = ch.array(np.arange(12.0))
+
+        @ch.task(placement=gpu(0))
+        def relax(x: ch.In[Array], own: ch.Out[Array]) -> Any:
+            own[...] = x[8:12] * 10
+
+        # Both are in one instance, which is there for the first time.
+        relax(ch.unordered(A), A[0:4]).result()
+        relax(ch.unordered(A), A[4:8]).result()
+        np.testing.assert_array_equal(A.numpy(), [80, 90, 100, 110, 80, 90, 100, 110, 8, 9, 10, 11])
+
+
 def test_a_chain_makes_one_array() -> None:
     found: list[Array] = []
     with opened(check=False):
