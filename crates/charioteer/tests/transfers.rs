@@ -457,7 +457,6 @@ fn the_host_sees_what_devices_wrote_and_they_what_it_wrote() {
     });
 }
 
-/// Small copies on real time are often over before anybody asks.
 #[test]
 fn who_commutes_on_the_host_finds_what_a_later_one_wrote_on_a_device() {
     within(60, || {
@@ -491,6 +490,7 @@ fn who_commutes_on_the_host_finds_what_a_later_one_wrote_on_a_device() {
     });
 }
 
+/// Small copies on real time are often over before anybody asks.
 #[test]
 fn a_copy_that_fails_fails_who_wants_it_however_soon() {
     within(60, || {

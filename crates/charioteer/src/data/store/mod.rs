@@ -35,6 +35,8 @@
 //! **On the host** a task runs when its predecessors are complete.
 //! [`ensure_host`](Store::ensure_host) gives the events for which it has to wait beyond that. A storage that was
 //! never on a device costs a load.
+//! What a core of a set writes is the host's from then on, so what the set's devices read is
+//! [guarded](Store::guard) before.
 //!
 //! **Failures.** A copy that failed leaves no holder behind; the source is still there. What was on a
 //! lost device alone is lost, and whoever reads it hears so by name. What a task leaves that failed is
