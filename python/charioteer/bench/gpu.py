@@ -54,9 +54,10 @@ Measure tasks on real GPUs: empty ones on one GPU and on two, with 1, 4 and 16 w
 PyTorch imported; a chain of small additions, by CuPy and as native kernels, beside the same loop in
 plain CuPy and what the driver takes alone; native kernels that 1 and 4 threads spawn; how soon a
 result is told beside a wait for the stream, and a short task beside a long one. And managed arrays:
-a chain by regions, copies, tiled Cholesky and matrix products beside one library call, k-means and
-Jacobi's iteration on one GPU and on two, a Fourier transform and a sort over two beside what the
-link allows, and a working set that is larger than the memory.
+a chain by regions, copies, kernels that copies hide behind beside streams by hand, tiled Cholesky
+and matrix products beside one library call, k-means and Jacobi's iteration on one GPU and on two, a
+Fourier transform and a sort over two beside what the link allows, and a working set that is larger
+than the memory.
 """
 
 WORKERS = (1, 4, 16)

@@ -1,6 +1,6 @@
 """The measures of ``charioteer bench gpu`` that have managed arrays: chains by regions, copies,
-factorizations, products, transforms and sorts over one and two GPUs, working sets larger than the
-memory.
+kernels that copies hide behind, factorizations, products, transforms and sorts over one and two
+GPUs, working sets larger than the memory.
 
 Everything is on the GPUs when a clock starts, and stays there when it ends, unless copies are what
 is measured. What the results are compared with is computed by one library call on the first GPU,
@@ -43,7 +43,7 @@ from charioteer.bench.harness import (
 __all__ = ["NAMES", "PER_TASK", "PLAIN", "WAITS", "Chain", "Sizes", "measures", "plain_chain"]
 
 NAMES = (
-    *("regions", "copies", "cholesky", "product", "bf16", "fft", "sort"),
+    *("regions", "copies", "overlap", "cholesky", "product", "bf16", "fft", "sort"),
     *("kmeans", "jacobi", "spill"),
 )
 
@@ -58,6 +58,8 @@ MiB = 1 << 20
 
 CHAIN = 1.7
 COPY = 0.95
+OVERLAP = 0.9
+"""Part of the overlap of streams by hand."""
 ONE, TWO = 0.9, 1.85
 """Parts of cuSOLVER's rate that one GPU has to reach, and times of one that two have to."""
 PRODUCT = 1.9
@@ -101,6 +103,7 @@ def measures(sizes: Sizes, params: dict[str, Any], need: Callable[[int], Any]) -
     return [
         _regions(sizes, params, need),
         _copies(sizes, params, need),
+        _overlap(params, need),
         _cholesky(sizes, params, need),
         _product(sizes, params, need),
         _bf16(sizes, params, need),
@@ -329,6 +332,116 @@ def _copies(sizes: Sizes, params: dict[str, Any], need: Need) -> Measure:
             for case in cases.values()
         ],
         note="Ours from the first call until the host knows that all are there.",
+    )
+
+
+JOBS, STREAMS, PIECE, STEPS = 96, 4, 16 * MiB, 3_000
+"""Jobs, streams that share them, bytes that a job has either way, and operations on each number: as
+long as a copy of it, to a factor of two."""
+
+
+def _overlap(params: dict[str, Any], need: Need) -> Measure:
+    case = f"{JOBS} kernels, {PIECE // MiB} MiB in and out each"
+    count = PIECE // 4
+
+    def kernel(cupy: Any) -> Any:
+        return cupy.ElementwiseKernel(
+            "float32 x",
+            "float32 y",
+            f"y = x; for (int i = 0; i < {STEPS}; i++) y = fmaf(y, 0.5f, 1.0f);",
+            "halve",
+        )
+
+    def check(found: Any) -> None:
+        """Halving and adding one ends at two, whatever it begins with."""
+        assert (found == 2).all()
+
+    def plain(streams: int) -> Sample:
+        cupy = need(1)
+        runtime = cupy.cuda.runtime
+        work = kernel(cupy)
+        memory = [cupy.cuda.alloc_pinned_memory(JOBS * PIECE) for _ in range(2)]
+        given, found = (np.frombuffer(one, np.float32, JOBS * count) for one in memory)
+        given[:], found[:] = 1, 0
+        with cupy.cuda.Device(0):
+            lanes = [
+                (
+                    cupy.cuda.Stream(non_blocking=True),
+                    cupy.empty(count, np.float32),
+                    cupy.empty(count, np.float32),
+                )
+                for _ in range(streams)
+            ]
+            time = 0.0
+            for _ in range(2):  # the first one warms up
+                runtime.deviceSynchronize()
+                start = perf_counter()
+                for job in range(JOBS):
+                    stream, x, y = lanes[job % streams]
+                    at = job * PIECE
+                    with stream:
+                        runtime.memcpyAsync(
+                            x.data.ptr, memory[0].ptr + at, PIECE,
+                            runtime.memcpyHostToDevice, stream.ptr,
+                        )  # fmt: skip
+                        work(x, y)
+                        runtime.memcpyAsync(
+                            memory[1].ptr + at, y.data.ptr, PIECE,
+                            runtime.memcpyDeviceToHost, stream.ptr,
+                        )  # fmt: skip
+                for stream, _, _ in lanes:
+                    stream.synchronize()
+                time = perf_counter() - start
+        check(found)
+        return Sample({TIME: 1e3 * time})
+
+    def ours() -> Sample:
+        work = kernel(need(1))
+
+        @ch.task(placement=gpu(0), share=1 / STREAMS)
+        def job(x: ch.In[Any], y: ch.Out[Any]) -> None:
+            work(x, y)
+
+        given, found = ch.full((JOBS, count), 1, np.float32), ch.zeros((JOBS, count), np.float32)
+        with ch.Runtime(workers=1):
+            time = 0.0
+            for _ in range(2):  # the first one warms up
+                with given.host("rw"), found.host("rw") as old:
+                    old[...] = 0  # both are the host's alone
+                start = perf_counter()
+                home = []
+                for x, y in zip(given, found, strict=True):
+                    job(x, y)
+                    home.append(y.prefetch(ch.cpu))
+                ch.wait(home)
+                time = perf_counter() - start
+            check(found.numpy())
+        return Sample({TIME: 1e3 * time})
+
+    one, several = f"{PLAIN}, one stream", f"{PLAIN}, {STREAMS} streams"
+
+    return Measure(
+        name="overlap",
+        title=f"Independent kernels with copies both ways, on {STREAMS} streams",
+        contestants=[
+            Contestant(one, case, functools.partial(plain, 1), None, params),
+            Contestant(several, case, functools.partial(plain, STREAMS), None, params),
+            Contestant(OURS, case, ours, 1, params),
+        ],
+        units={TIME: "ms"},
+        bars=[
+            Bar(
+                case=case,
+                metric="overlap / that of streams by hand",
+                unit="x",
+                # What one stream takes, which both hide a part of, cancels out.
+                values=ratio(Key(several, case), Key(OURS, case, 1), TIME),
+                limit=OVERLAP,
+                at_least=True,
+                lacking=several,
+            )
+        ],
+        note="From the first call until all results are at home.",
     )
 
 
