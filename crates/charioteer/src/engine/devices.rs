@@ -1065,6 +1065,18 @@ impl<D: Domain> Engine<D> {
             let Some(loan) = &mut flight.loan else {
                 return Ok(());
             };
+            if let [lent] = &mut loan.lent[..]
+                && let Some(stream) = lent.stream
+            {
+                let events = flight.behind.iter().chain(&flight.after);
+                if (events.chain(&lent.waits)).all(|event| event.stream == stream) {
+                    // The order is there by itself, as in a chain.
+                    flight.behind.clear();
+                    flight.after.clear();
+                    lent.waits.clear();
+                    return Ok(());
+                }
+            }
             let waits = |lent: &gang::Lent| lent.stream.is_none() || !lent.waits.is_empty();
             if flight.behind.is_empty() && flight.after.is_empty() && !loan.lent.iter().any(waits) {
                 return Ok(());

@@ -1,6 +1,6 @@
 //! What one task wants on one device, by the instances that serve it.
 
-use std::borrow::Cow;
+use std::ops::Deref;
 use std::sync::Arc;
 
 use smallvec::SmallVec;
@@ -9,11 +9,29 @@ use super::Want;
 use super::storage::Storage;
 use crate::region::Region;
 
+/// A box: mostly a want's own region. Small, since groups are handed about for each task.
+pub(super) enum Hull<'a> {
+    Whole(&'a Region),
+    Made(Box<Region>),
+}
+
+impl Deref for Hull<'_> {
+    type Target = Region;
+
+    #[inline]
+    fn deref(&self) -> &Region {
+        match self {
+            Self::Whole(region) => region,
+            Self::Made(region) => region,
+        }
+    }
+}
+
 /// Wants that are served by one instance.
 pub(super) struct Group<'a> {
     pub(super) storage: &'a Arc<Storage>,
     /// The box of the instance.
-    pub(super) hull: Cow<'a, Region>,
+    pub(super) hull: Hull<'a>,
 }
 
 impl Group<'_> {
@@ -29,11 +47,11 @@ pub(super) struct Groups<'a> {
 }
 
 /// The box around a region.
-fn hull(region: &Region) -> Cow<'_, Region> {
+fn hull(region: &Region) -> Hull<'_> {
     if region.spans().iter().all(|span| span.step() == 1) {
-        Cow::Borrowed(region)
+        Hull::Whole(region)
     } else {
-        Cow::Owned(region.hull(region))
+        Hull::Made(Box::new(region.hull(region)))
     }
 }
 
@@ -56,8 +74,8 @@ pub(super) fn group<'a>(wants: &[Want<'a>]) -> Groups<'a> {
         while let Some(other) = groups.iter().position(|group| {
             Arc::ptr_eq(group.storage, own.storage) && group.hull.overlaps(&own.hull)
         }) {
-            if groups[other].hull != own.hull {
-                own.hull = Cow::Owned(groups[other].hull.hull(&own.hull));
+            if *groups[other].hull != *own.hull {
+                own.hull = Hull::Made(Box::new(groups[other].hull.hull(&own.hull)));
             }
             let last = groups.len() - 1;
             groups.swap_remove(other);
