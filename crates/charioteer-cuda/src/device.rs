@@ -31,6 +31,7 @@ use charioteer::machine::{
 };
 use cudarc::driver::sys::CUresult;
 
+use crate::batch::{self, Batches, Launch};
 use crate::driver::{
     self, Answer, CUstream, Context, Fault, Found, Handle, Purpose, Recorded, Side, is_pinned,
 };
@@ -114,6 +115,8 @@ pub struct Counters {
     pub stream_waits: u64,
     /// Calls of `synchronize` that had to block.
     pub host_synchronisations: u64,
+    /// Graphs that were launched instead of kernels one by one.
+    pub graphs: u64,
     /// How often a thread slept until an event was complete, to tell of it.
     pub notifications: u64,
     /// Bytes of its pool that libraries have now, see [`pool`].
@@ -154,6 +157,7 @@ struct Gpu {
 pub(crate) struct CudaLane {
     pub(crate) context: &'static Context,
     pub(crate) stream: Handle<CUstream>,
+    batches: Mutex<Batches>,
     fleet: Weak<Fleet>,
     index: usize,
     number: u32,
@@ -166,6 +170,8 @@ impl Lane for CudaLane {
     type Event = Recorded;
     type Fault = Fault;
     type Call = Completion;
+    type Launch = Launch;
+    const MOST: usize = batch::MOST;
 
     #[inline]
     fn is_idle(&self) -> Answer<bool> {
@@ -174,12 +180,19 @@ impl Lane for CudaLane {
 
     #[inline]
     fn record(&self, sleeps: bool) -> Answer<Recorded> {
-        let purpose = if sleeps {
-            Purpose::Sleep
-        } else {
-            Purpose::Order
-        };
-        self.context.record(self.stream, purpose)
+        self.context.record(self.stream, Purpose::of(sleeps))
+    }
+
+    #[inline]
+    fn event(&self, sleeps: bool) -> Answer<Recorded> {
+        let _entered = self.context.enter()?;
+        self.context.event(Purpose::of(sleeps))
+    }
+
+    fn submit(&self, launches: &[batch::Entry]) -> Answer<()> {
+        let mut batches = lock(&self.batches);
+        // SAFETY: the duty of whoever put them off.
+        unsafe { batches.submit(self.context, self.stream, launches) }
     }
 
     #[inline]
@@ -379,9 +392,20 @@ impl CudaGpu {
         })
     }
 
-    /// The timeline of a stream of this device, which is there.
+    /// The timeline of a stream of this device, which is there, to enqueue something: with nothing put off.
     #[inline]
     pub(crate) fn own(&self, stream: Stream) -> Result<&Arc<Timeline<CudaLane>>, DeviceError> {
+        let timeline = self.own_behind(stream)?;
+        self.answer(timeline.submit())?;
+        Ok(timeline)
+    }
+
+    /// The same behind what is put off.
+    #[inline]
+    pub(crate) fn own_behind(
+        &self,
+        stream: Stream,
+    ) -> Result<&Arc<Timeline<CudaLane>>, DeviceError> {
         if stream.device != self.id() {
             return Err(DeviceError::NoAccess(self.id(), stream.device));
         }
@@ -397,7 +421,7 @@ impl CudaGpu {
     }
 
     fn put_wait(&self, stream: Stream, event: Event, inherits: bool) -> Result<(), DeviceError> {
-        let timeline = self.own(stream)?;
+        let timeline = self.own_behind(stream)?;
         if event.stream == stream {
             return Ok(());
         }
@@ -407,7 +431,12 @@ impl CudaGpu {
             Err(error) => return Err(error),
         };
         let observers = &self.fleet.observers;
-        let from = match other.look(event.position) {
+        let reached = other.look(event.position).unwrap_or_else(|fault| {
+            // What the event is behind could not be enqueued: the other device's end.
+            let _ = self.sibling(event.stream.device).answer::<()>(Err(fault));
+            Reached::Lost
+        });
+        let from = match reached {
             Reached::Done => {
                 // The stream is told nothing: it is the host that saw it.
                 observers.tell(Observed::Seen(event));
@@ -415,6 +444,7 @@ impl CudaGpu {
             }
             Reached::Pending(recorded) => {
                 let lane = &timeline.lane;
+                self.answer(timeline.submit())?;
                 self.answer(lane.context.wait(lane.stream, &recorded))?;
                 timeline.awaits(&recorded);
                 self.gpu().stream_waits.fetch_add(1, Ordering::Relaxed);
@@ -584,6 +614,9 @@ impl CudaGpu {
             traffic: traffic.collect(),
             stream_waits: gpu.stream_waits.load(Ordering::Relaxed),
             host_synchronisations: gpu.host_synchronisations.load(Ordering::Relaxed),
+            graphs: (gpu.timelines.iter())
+                .map(|(_, it)| lock(&it.lane.batches).graphs())
+                .sum(),
             notifications: (gpu.timelines.iter())
                 .map(|(_, it)| it.notifications())
                 .sum(),
@@ -699,6 +732,7 @@ impl Device for CudaGpu {
             Timeline::new(CudaLane {
                 context,
                 stream,
+                batches: Mutex::default(),
                 fleet: Arc::downgrade(&self.fleet),
                 index: self.index,
                 number: numbered(number),
@@ -715,7 +749,7 @@ impl Device for CudaGpu {
 
     #[inline]
     fn record(&self, stream: Stream) -> Result<Event, DeviceError> {
-        let timeline = self.own(stream)?;
+        let timeline = self.own_behind(stream)?;
         let event = self.recorded(timeline, stream)?;
         self.fleet.observers.tell(Observed::Recorded(event));
         Ok(event)
@@ -789,7 +823,7 @@ impl Device for CudaGpu {
     fn synchronize(&self, event: Event) -> Result<(), DeviceError> {
         let timeline = self.timeline(event.stream)?;
         let lost = || Err(self.sibling(event.stream.device).lost_event());
-        let observed = match timeline.look(event.position) {
+        let observed = match self.answer(timeline.look(event.position))? {
             Reached::Done => Observed::Seen(event),
             Reached::Lost => return lost(),
             Reached::Pending(recorded) => {

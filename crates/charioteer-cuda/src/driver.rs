@@ -44,7 +44,7 @@ impl fmt::Display for Fault {
 }
 
 #[inline]
-fn check(result: CUresult) -> Answer<()> {
+pub(crate) fn check(result: CUresult) -> Answer<()> {
     match result {
         CUresult::CUDA_SUCCESS => Ok(()),
         fault => Err(Fault(fault)),
@@ -63,8 +63,9 @@ fn poll(result: CUresult) -> Answer<bool> {
 
 /// Whether what a question found to be done is waited for as well (`CHARIOTEER_CONFIRM=1`). That changes
 /// nothing but for a tool that takes the host for ordered behind what it waited for alone, and reports
-/// what it asked for as a race.
-fn confirms() -> bool {
+/// what it asked for as a race. The same tool does not take the kernels of a graph for ordered behind what was
+/// on its stream before, so that they are launched one by one then.
+pub(crate) fn confirms() -> bool {
     static CONFIRMS: LazyLock<bool> =
         LazyLock::new(|| std::env::var_os("CHARIOTEER_CONFIRM").is_some_and(|value| value == "1"));
     *CONFIRMS
@@ -191,6 +192,13 @@ pub(crate) enum Purpose {
     Sleep,
     /// It has a time.
     Time,
+}
+
+impl Purpose {
+    /// Of an event for which a thread may sleep, or need not.
+    pub(crate) fn of(sleeps: bool) -> Self {
+        if sleeps { Self::Sleep } else { Self::Order }
+    }
 }
 
 /// A handle of the driver's, which any thread may use.
@@ -343,8 +351,16 @@ impl Context {
         stream: Handle<CUstream>,
         purpose: Purpose,
     ) -> Answer<Recorded> {
-        use sys::CUevent_flags_enum as Flags;
         let _entered = self.enter()?;
+        let event = self.event(purpose)?;
+        event.record(stream)?;
+        Ok(event)
+    }
+
+    /// An event that is to be recorded, in this context, which is current.
+    #[inline]
+    pub(crate) fn event(&'static self, purpose: Purpose) -> Answer<Recorded> {
+        use sys::CUevent_flags_enum as Flags;
         let known = lock(&self.events[purpose as usize]).pop();
         let event = match known {
             Some(event) => event,
@@ -363,14 +379,11 @@ impl Context {
                 Handle(event)
             }
         };
-        let recorded = Recorded {
+        Ok(Recorded {
             context: self,
             event,
             purpose,
-        };
-        // SAFETY: the event is nobody else's; streams are never destroyed.
-        check(unsafe { sys::cuEventRecord(event.0, stream.0) })?;
-        Ok(recorded)
+        })
     }
 
     /// What is enqueued on the stream from now on starts after the event, of any device.
@@ -617,7 +630,7 @@ fn location(ordinal: c_int) -> sys::CUmemLocation {
     }
 }
 
-/// An event that was recorded; dropped, it is recorded again for somebody else.
+/// An event that was recorded, or is to be; dropped, it is recorded again for somebody else.
 pub(crate) struct Recorded {
     context: &'static Context,
     event: Handle<CUevent>,
@@ -625,6 +638,18 @@ pub(crate) struct Recorded {
 }
 
 impl Recorded {
+    /// For the driver, as long as this lives.
+    pub(crate) fn handle(&self) -> CUevent {
+        self.event.0
+    }
+
+    /// Puts it behind all that is enqueued on a stream of its context, which is current.
+    #[inline]
+    pub(crate) fn record(&self, stream: Handle<CUstream>) -> Answer<()> {
+        // SAFETY: the event is nobody else's; streams are never destroyed.
+        check(unsafe { sys::cuEventRecord(self.event.0, stream.0) })
+    }
+
     #[inline]
     pub(crate) fn is_done(&self) -> Answer<bool> {
         let _entered = self.context.enter()?;

@@ -8,18 +8,22 @@
 //! Errors of a launch that concern nothing but the launch leave the device as it is; all others are what
 //! work before it did, and the device's end.
 
-use std::ffi::{CStr, c_void};
+use std::ffi::CStr;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use charioteer::machine::{DeviceError, Stream};
+use charioteer::machine::{DeviceError, Stream, defer, may_defer};
 use cudarc::driver::sys::CUresult;
 
+use crate::batch::{Launch, pointers};
 use crate::device::CudaGpu;
 use crate::driver::{self, Answer, CUfunction, CUkernel, Fault, Handle, Library};
 
 /// Shared memory that a launch may ask for unless the function's limit is raised.
 const PLAIN_SHARED: u32 = 48 << 10;
+
+/// How many shapes of launches are known of a function.
+const SHAPES: usize = 16;
 
 /// The shape of a launch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,10 +40,7 @@ pub struct Dimensions {
 #[derive(Clone)]
 enum Code {
     /// Of no context; its image stays loaded as long as this.
-    Kernel(
-        Handle<CUkernel>,
-        #[expect(dead_code, reason = "keeps the code loaded")] Option<Arc<Library>>,
-    ),
+    Kernel(Handle<CUkernel>, Option<Arc<Library>>),
     /// Of the device's context.
     Function(Handle<CUfunction>),
 }
@@ -49,6 +50,8 @@ struct Function {
     handle: Handle<CUfunction>,
     /// Dynamic shared memory that a launch may ask for.
     shared: AtomicU32,
+    /// Shapes with which it was launched, so that the driver takes them; the first few.
+    shapes: boxcar::Vec<Dimensions>,
 }
 
 /// A function that devices run. See the module.
@@ -135,6 +138,7 @@ impl Kernel {
         Ok(place.get_or_init(|| Function {
             handle,
             shared: AtomicU32::new(PLAIN_SHARED),
+            shapes: boxcar::Vec::new(),
         }))
     }
 }
@@ -146,6 +150,17 @@ impl Default for Kernel {
 }
 
 impl Function {
+    fn has_taken(&self, dimensions: &Dimensions) -> bool {
+        self.shapes.iter().any(|(_, it)| it == dimensions)
+    }
+
+    /// The driver took a launch of this shape.
+    fn took(&self, dimensions: &Dimensions) {
+        if self.shapes.count() < SHAPES && !self.has_taken(dimensions) {
+            self.shapes.push(*dimensions);
+        }
+    }
+
     /// Raises the limit of dynamic shared memory where a launch needs more.
     fn allow(&self, shared: u32) -> Answer<()> {
         if shared > self.shared.load(Ordering::Relaxed) {
@@ -180,8 +195,8 @@ fn concerns_launch(fault: Fault) -> bool {
 }
 
 impl CudaGpu {
-    /// Enqueues a kernel, whose code on this device is known. `arguments` are pointers to the values of
-    /// the parameters, which the driver copies before this returns.
+    /// Enqueues a kernel, whose code on this device is known. The values of its parameters are in `words`,
+    /// where each begins in `starts`, and are copied before this returns.
     ///
     /// # Safety
     /// The arguments are those that the kernel takes, and what they point to stays valid until the work
@@ -193,15 +208,17 @@ impl CudaGpu {
         &self,
         kernel: &Kernel,
         dimensions: &Dimensions,
-        arguments: &mut [*mut c_void],
+        words: &[u64],
+        starts: &[u16],
         stream: Stream,
     ) -> Result<(), DeviceError> {
         let timeline = self.own(stream)?;
         let lane = &timeline.lane;
-        let mut launch = || {
+        let launch = || {
             let _entered = lane.context.enter()?;
             let function = kernel.function(self.ordinal())?;
             function.allow(dimensions.shared)?;
+            let mut arguments = pointers(words, starts);
             // SAFETY: as the caller says.
             unsafe {
                 driver::launch(
@@ -210,9 +227,11 @@ impl CudaGpu {
                     dimensions.block,
                     dimensions.shared,
                     lane.stream,
-                    arguments,
+                    &mut arguments,
                 )
-            }
+            }?;
+            function.took(dimensions);
+            Ok(())
         };
         let answer = launch();
         if answer.is_ok() {
@@ -224,5 +243,44 @@ impl CudaGpu {
             }
             answer => self.answer(answer),
         }
+    }
+
+    /// The same for whoever enqueues nothing else, and records an event next: if this thread may
+    /// [defer](charioteer::machine::defer), the launch is put off, unless it could be refused (one of this
+    /// shape was made before) or the code is another library's.
+    ///
+    /// # Safety
+    /// As of [`launch`](Self::launch).
+    ///
+    /// # Errors
+    /// As of [`launch`](Self::launch).
+    pub unsafe fn launch_deferred(
+        &self,
+        kernel: &Kernel,
+        dimensions: &Dimensions,
+        words: &[u64],
+        starts: &[u16],
+        stream: Stream,
+    ) -> Result<(), DeviceError> {
+        if may_defer()
+            && let Some(function) = kernel.functions[self.ordinal()].get()
+            && let Some(Code::Kernel(_, Some(code))) = kernel.code[self.ordinal()].get()
+            && function.has_taken(dimensions)
+        {
+            let timeline = self.own_behind(stream)?;
+            let launch = Launch {
+                function: function.handle,
+                code: Arc::clone(code),
+                dimensions: *dimensions,
+                words: words.into(),
+                starts: starts.into(),
+            };
+            if timeline.defer(launch).is_ok() {
+                defer(timeline);
+                return Ok(());
+            }
+        }
+        // SAFETY: as the caller says.
+        unsafe { self.launch(kernel, dimensions, words, starts, stream) }
     }
 }

@@ -14,6 +14,7 @@
 //! | `kernel` | [`Kernel`], code of devices, and its launch |
 //! | `foreign` | work and memory of other libraries |
 
+mod batch;
 mod device;
 mod driver;
 mod foreign;

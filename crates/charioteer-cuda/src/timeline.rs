@@ -33,6 +33,17 @@
 //! ours; but they hold their stream up, run one after the other, and wake somebody as late as an
 //! event does (54 µs against 52 for a kernel of 10 µs, launch included; see the design's decisions).
 //!
+//! # Launches that are put off
+//!
+//! Who may [defer](charioteer::machine::defer) leaves a launch here ([`Timeline::defer`]) instead of enqueueing
+//! it, and a record behind it has a position and an event as any other, but the event is *open*: it is
+//! recorded when all that is put off is enqueued together. That is so when it is as much as goes together, when
+//! whoever put it off submits, and before anything else is enqueued on the stream, by whomever. Of an open
+//! event the driver would say that it is done. So none leaves this module: who asks how far the stream
+//! got is told that it is not there, and who wants the event to wait for has all enqueued first. The thread
+//! that tells waits for open events as if nothing were watched, and is woken when they are recorded. If they
+//! cannot be, they are lost, and the device too.
+//!
 //! # Who reads ahead
 //!
 //! What copies memory of the host before its turn on the stream, by the thread that enqueues it, has to know
@@ -61,20 +72,29 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use charioteer::machine::Deferred;
 use smallvec::SmallVec;
 
 /// What a timeline needs of a stream. A question about an event that is complete may cost more than
 /// one about an event that is not.
-pub(crate) trait Lane: Send + Sync + 'static {
+pub(crate) trait Lane: Send + Sync + Sized + 'static {
     type Event: Send + Sync + 'static;
     type Fault;
     /// What is called once of who waits for a position.
     type Call: Send + 'static;
+    /// What may be put off.
+    type Launch: Send + 'static;
+    /// How many go together.
+    const MOST: usize;
 
     /// Whether all that is enqueued is done.
     fn is_idle(&self) -> Result<bool, Self::Fault>;
     /// An event behind all that is enqueued; one for which a thread may sleep is dearer.
     fn record(&self, sleeps: bool) -> Result<Self::Event, Self::Fault>;
+    /// Such an event that is not recorded yet.
+    fn event(&self, sleeps: bool) -> Result<Self::Event, Self::Fault>;
+    /// Enqueues what was put off, in order, each with its event behind it.
+    fn submit(&self, launches: &[PutOff<Self>]) -> Result<(), Self::Fault>;
     fn may_sleep(&self, event: &Self::Event) -> bool;
     fn is_done(&self, event: &Self::Event) -> Result<bool, Self::Fault>;
     /// Sleeps until an event is done for which one may.
@@ -84,6 +104,9 @@ pub(crate) trait Lane: Send + Sync + 'static {
     /// A thread that tells of completions met an error: everybody is to hear of it.
     fn failed(&self, fault: Self::Fault);
 }
+
+/// What was put off, and the event behind it.
+pub(crate) type PutOff<L> = (<L as Lane>::Launch, Option<Arc<<L as Lane>::Event>>);
 
 /// Who waited for a position, and whether it is done: else it is lost.
 pub(crate) struct Told<C> {
@@ -177,6 +200,8 @@ pub(crate) struct Timeline<L: Lane> {
     fresh: AtomicU64,
     /// Something was enqueued that is not done yet, as its enqueuer knows.
     busy: AtomicBool,
+    /// Whether launches are put off.
+    puts_off: AtomicBool,
     /// How many calls wait in the queue.
     watched: AtomicU64,
     /// How many were told since a thread had to sleep for one.
@@ -194,6 +219,9 @@ struct Queue<L: Lane> {
     /// Those whose events were not done when somebody looked last, and those that somebody watches
     /// and was not told of.
     entries: VecDeque<Entry<L>>,
+    /// What is to be enqueued, and the position before it.
+    put_off: Vec<PutOff<L>>,
+    enqueued: u64,
     /// How many records in a row have not found the stream idle.
     busy: u32,
     /// Whether the thread that tells has been started, and whether it is to be woken.
@@ -210,7 +238,24 @@ struct Entry<L: Lane> {
     calls: SmallVec<[L::Call; 1]>,
 }
 
+impl<L: Lane> Queue<L> {
+    /// Whether the event of a position is to be recorded still.
+    fn is_open(&self, position: u64) -> bool {
+        !self.put_off.is_empty() && position > self.enqueued
+    }
+
+    /// The first position that somebody watches, if its event is recorded.
+    fn first_watched(&self) -> Option<(u64, Arc<L::Event>)> {
+        let first = self.entries.iter().find(|it| it.is_watched())?;
+        (!self.is_open(first.position)).then(|| (first.position, Arc::clone(&first.event)))
+    }
+}
+
 impl<L: Lane> Entry<L> {
+    fn is_watched(&self) -> bool {
+        !self.calls.is_empty()
+    }
+
     fn told(self, done: bool) -> impl Iterator<Item = Told<L::Call>> {
         let position = self.position;
         self.calls.into_iter().map(move |call| Told {
@@ -237,12 +282,15 @@ impl<L: Lane> Timeline<L> {
             done: AtomicU64::new(0),
             fresh: AtomicU64::new(0),
             busy: AtomicBool::new(false),
+            puts_off: AtomicBool::new(false),
             watched: AtomicU64::new(0),
             quick: AtomicU32::new(0),
             heeds: AtomicBool::new(false),
             awaited: Mutex::default(),
             queue: Mutex::new(Queue {
                 entries: VecDeque::new(),
+                put_off: Vec::new(),
+                enqueued: 0,
                 busy: 0,
                 told: false,
                 asleep: false,
@@ -286,10 +334,67 @@ impl<L: Lane> Timeline<L> {
         self.busy.store(true, Ordering::Relaxed);
     }
 
-    /// The position behind all that is enqueued, and whether it is done.
+    /// Puts a launch off; it comes back if that cannot be. What follows is a record.
+    pub(crate) fn defer(&self, launch: L::Launch) -> Result<(), L::Launch> {
+        let mut queue = self.lock();
+        if queue.lost || queue.put_off.len() >= L::MOST {
+            return Err(launch);
+        }
+        if queue.put_off.is_empty() {
+            queue.enqueued = self.tail.load(Ordering::Relaxed);
+            self.puts_off.store(true, Ordering::Release);
+        }
+        queue.put_off.push((launch, None));
+        Ok(())
+    }
+
+    /// Enqueues what is put off. For whoever enqueues something else, too.
+    #[inline]
+    pub(crate) fn submit(&self) -> Result<(), L::Fault> {
+        if self.puts_off.load(Ordering::Acquire) {
+            self.submit_locked(&mut self.lock())
+        } else {
+            Ok(())
+        }
+    }
+
+    fn submit_locked(&self, queue: &mut Queue<L>) -> Result<(), L::Fault> {
+        if queue.put_off.is_empty() {
+            return Ok(());
+        }
+        if !queue.lost {
+            if let Err(fault) = self.lane.submit(&queue.put_off) {
+                queue.lost = true;
+                return Err(fault);
+            }
+            if queue.asleep && queue.entries.iter().any(Entry::is_watched) {
+                queue.asleep = false;
+                self.changed.notify_one();
+            }
+        }
+        queue.put_off.clear();
+        self.puts_off.store(false, Ordering::Release);
+        Ok(())
+    }
+
+    /// The position behind all that is enqueued or put off, and whether it is done.
     pub(crate) fn record(&self) -> Result<(u64, bool), L::Fault> {
         let mut queue = self.lock();
         let tail = self.tail.load(Ordering::Relaxed);
+        let sleeps = queue.entries.len() < FEW && self.quick.load(Ordering::Relaxed) < QUICK;
+        let count = queue.put_off.len();
+        if let Some((_, behind)) = queue.put_off.last_mut() {
+            if behind.is_some() {
+                return Ok((tail, false));
+            }
+            let event = Arc::new(self.lane.event(sleeps)?);
+            *behind = Some(Arc::clone(&event));
+            let position = self.give(&mut queue, event);
+            if count >= L::MOST {
+                self.submit_locked(&mut queue)?;
+            }
+            return Ok((position, false));
+        }
         let is_busy = self.busy.swap(false, Ordering::Relaxed)
             || (queue.busy >= BUSY && !queue.busy.is_multiple_of(AGAIN));
         if !is_busy && self.lane.is_idle()? {
@@ -298,9 +403,13 @@ impl<L: Lane> Timeline<L> {
             return Ok((tail, true));
         }
         queue.busy = queue.busy.wrapping_add(1);
-        let sleeps = queue.entries.len() < FEW && self.quick.load(Ordering::Relaxed) < QUICK;
         let event = Arc::new(self.lane.record(sleeps)?);
-        let position = tail + 1;
+        Ok((self.give(&mut queue, event), false))
+    }
+
+    /// The next position, for an event.
+    fn give(&self, queue: &mut Queue<L>, event: Arc<L::Event>) -> u64 {
+        let position = self.tail.load(Ordering::Relaxed) + 1;
         self.tail.store(position, Ordering::Relaxed);
         self.fresh.store(position, Ordering::Relaxed);
         queue.entries.push_back(Entry {
@@ -308,12 +417,13 @@ impl<L: Lane> Timeline<L> {
             event,
             calls: SmallVec::new(),
         });
-        Ok((position, false))
+        position
     }
 
     /// A position of its own for something that was enqueued and that no event is behind.
     pub(crate) fn skip(&self) -> u64 {
-        let _queue = self.lock();
+        let queue = self.lock();
+        debug_assert!(queue.put_off.is_empty(), "whoever enqueues submits before");
         let position = self.tail.load(Ordering::Relaxed) + 1;
         self.tail.store(position, Ordering::Relaxed);
         position
@@ -368,12 +478,17 @@ impl<L: Lane> Timeline<L> {
         self.done.load(Ordering::Acquire) >= position
     }
 
-    /// Where the timeline is with respect to a position, without a question to the driver.
-    pub(crate) fn look(&self, position: u64) -> Reached<L::Event> {
+    /// Where the timeline is with respect to a position, without a question to the driver. What the position is
+    /// behind is enqueued then.
+    pub(crate) fn look(&self, position: u64) -> Result<Reached<L::Event>, L::Fault> {
         if self.is_known_done(position) {
-            return Reached::Done;
+            return Ok(Reached::Done);
         }
-        self.find(&self.lock(), position)
+        let mut queue = self.lock();
+        if queue.is_open(position) {
+            self.submit_locked(&mut queue)?;
+        }
+        Ok(self.find(&queue, position))
     }
 
     fn find(&self, queue: &Queue<L>, position: u64) -> Reached<L::Event> {
@@ -395,10 +510,14 @@ impl<L: Lane> Timeline<L> {
             fresh.store(0, Ordering::Relaxed);
             return Ok(Some(false));
         }
-        let event = match self.look(position) {
-            Reached::Done => return Ok(Some(true)),
-            Reached::Lost => return Ok(None),
-            Reached::Pending(event) => event,
+        let event = {
+            let queue = self.lock();
+            match self.find(&queue, position) {
+                Reached::Done => return Ok(Some(true)),
+                Reached::Lost => return Ok(None),
+                Reached::Pending(_) if queue.is_open(position) => return Ok(Some(false)),
+                Reached::Pending(event) => event,
+            }
         };
         if !self.lane.is_done(&event)? {
             return Ok(Some(false));
@@ -458,7 +577,7 @@ impl<L: Lane> Timeline<L> {
                             .name("charioteer-cuda".into())
                             .spawn(move || timeline.tell())
                             .expect("the system refuses a thread to wait for a device");
-                    } else if queue.asleep {
+                    } else if queue.asleep && !queue.is_open(position) {
                         queue.asleep = false;
                         drop(queue);
                         self.changed.notify_one();
@@ -483,10 +602,7 @@ impl<L: Lane> Timeline<L> {
         // The last position that was given when this thread looked last.
         let mut tail = self.tail();
         loop {
-            let watched = queue.entries.iter().find(|entry| !entry.calls.is_empty());
-            let Some((position, event)) =
-                watched.map(|entry| (entry.position, Arc::clone(&entry.event)))
-            else {
+            let Some((position, event)) = queue.first_watched() else {
                 if pace.is_fast() && !passed && !queue.closed {
                     passed = true;
                     drop(queue);
@@ -561,9 +677,11 @@ impl<L: Lane> Timeline<L> {
             return None;
         }
         drop(queue);
-        look(|| self.watched.load(Ordering::Relaxed) != 0);
+        look(|| {
+            self.watched.load(Ordering::Relaxed) != 0 && !self.puts_off.load(Ordering::Relaxed)
+        });
         queue = self.lock();
-        if queue.entries.iter().any(|entry| !entry.calls.is_empty()) || queue.closed {
+        if queue.first_watched().is_some() || queue.closed {
             return Some(queue);
         }
         queue.asleep = true;
@@ -581,7 +699,10 @@ impl<L: Lane> Timeline<L> {
                 let queue = self.lock();
                 let position = |it: &Entry<L>| it.position;
                 let from = queue.entries.partition_point(|it| position(it) <= done);
-                let to = queue.entries.partition_point(|it| position(it) < pending);
+                let is_before = |it: &Entry<L>| position(it) < pending;
+                let to = queue
+                    .entries
+                    .partition_point(|it| is_before(it) && !queue.is_open(position(it)));
                 let at = if pending == u64::MAX {
                     to.checked_sub(1).filter(|at| *at >= from)
                 } else {
@@ -625,6 +746,8 @@ impl<L: Lane> Timeline<L> {
         let entries = {
             let mut queue = self.lock();
             queue.lost = true;
+            queue.put_off.clear();
+            self.puts_off.store(false, Ordering::Release);
             self.watched.store(0, Ordering::Relaxed);
             std::mem::take(&mut queue.entries)
         };
@@ -638,6 +761,7 @@ impl<L: Lane> Timeline<L> {
     /// Whether all that was enqueued is done, as the driver says.
     pub(crate) fn rests(&self) -> Result<bool, L::Fault> {
         let mut queue = self.lock();
+        self.submit_locked(&mut queue)?;
         let tail = self.tail.load(Ordering::Relaxed);
         let rests = self.lane.is_idle()?;
         if rests {
@@ -653,8 +777,17 @@ impl<L: Lane> Timeline<L> {
     }
 }
 
+impl<L: Lane> Deferred for Timeline<L> {
+    fn submit(&self) {
+        if let Err(fault) = Timeline::submit(self) {
+            self.lane.failed(fault);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::sync::OnceLock;
     use std::sync::atomic::AtomicUsize;
     use std::sync::mpsc;
     use std::time::Duration;
@@ -672,10 +805,20 @@ mod tests {
         questions: AtomicUsize,
         blocks: AtomicUsize,
         faults: Mutex<Option<mpsc::Sender<()>>>,
+        submitted: Mutex<Vec<Vec<u64>>>,
     }
 
     #[derive(Debug, PartialEq)]
     struct Broken;
+
+    /// Behind how much it is, once it is recorded, and whether a thread may sleep for it.
+    struct Behind(OnceLock<u64>, bool);
+
+    impl Behind {
+        fn until(&self) -> u64 {
+            *self.0.get().expect("nobody gets an event that is open")
+        }
+    }
 
     impl Bench {
         fn ask(&self, until: u64) -> Result<bool, Broken> {
@@ -704,9 +847,11 @@ mod tests {
     type Call = Box<dyn FnOnce(bool) + Send>;
 
     impl Lane for Arc<Bench> {
-        type Event = (u64, bool);
+        type Event = Behind;
         type Fault = Broken;
         type Call = Call;
+        type Launch = u64;
+        const MOST: usize = 4;
 
         fn tell(&self, told: Vec<Told<Call>>) {
             told.into_iter().for_each(|told| (told.call)(told.done));
@@ -718,25 +863,45 @@ mod tests {
             self.ask(enqueued)
         }
 
-        fn record(&self, sleeps: bool) -> Result<(u64, bool), Broken> {
+        fn record(&self, sleeps: bool) -> Result<Behind, Broken> {
             self.records.fetch_add(1, Ordering::Relaxed);
-            Ok((self.state.lock().unwrap().0, sleeps))
+            Ok(Behind(self.state.lock().unwrap().0.into(), sleeps))
         }
 
-        fn may_sleep(&self, event: &(u64, bool)) -> bool {
+        fn event(&self, sleeps: bool) -> Result<Behind, Broken> {
+            Ok(Behind(OnceLock::new(), sleeps))
+        }
+
+        fn submit(&self, launches: &[PutOff<Self>]) -> Result<(), Broken> {
+            let mut submitted = self.submitted.lock().unwrap();
+            submitted.push(launches.iter().map(|it| it.0).collect());
+            for (_, event) in launches {
+                let mut state = self.state.lock().unwrap();
+                if state.2 {
+                    return Err(Broken);
+                }
+                state.0 += 1;
+                if let Some(event) = event {
+                    event.0.set(state.0).expect("it is recorded once");
+                }
+            }
+            Ok(())
+        }
+
+        fn may_sleep(&self, event: &Behind) -> bool {
             event.1
         }
 
-        fn is_done(&self, event: &(u64, bool)) -> Result<bool, Broken> {
+        fn is_done(&self, event: &Behind) -> Result<bool, Broken> {
             self.questions.fetch_add(1, Ordering::Relaxed);
-            self.ask(event.0)
+            self.ask(event.until())
         }
 
-        fn block(&self, event: &(u64, bool)) -> Result<(), Broken> {
+        fn block(&self, event: &Behind) -> Result<(), Broken> {
             assert!(event.1, "one that a thread may sleep for");
             self.blocks.fetch_add(1, Ordering::Relaxed);
             let mut state = self.state.lock().unwrap();
-            while state.1 < event.0 {
+            while state.1 < event.until() {
                 if state.2 {
                     return Err(Broken);
                 }
@@ -795,7 +960,7 @@ mod tests {
         let one = || {
             bench.enqueue();
             let (position, _) = timeline.record().unwrap();
-            let Reached::Pending(event) = timeline.look(position) else {
+            let Ok(Reached::Pending(event)) = timeline.look(position) else {
                 panic!("it is not done");
             };
             (position, event)
@@ -918,7 +1083,7 @@ mod tests {
                 bench.enqueue();
                 timeline.record().unwrap();
             }
-            let Reached::Pending(event) = timeline.look(waited) else {
+            let Ok(Reached::Pending(event)) = timeline.look(waited) else {
                 panic!("it is not done");
             };
             let waits = std::thread::spawn(move || timeline.block(waited, &event));
@@ -926,6 +1091,115 @@ mod tests {
             bench.finish(waited - done);
             assert_eq!(waits.join().unwrap(), Ok(true));
         }
+        timeline.close();
+    }
+
+    #[test]
+    fn what_is_put_off_goes_together_and_before_all_else() {
+        let (bench, timeline) = bench();
+        let submitted = || std::mem::take(&mut *bench.submitted.lock().unwrap());
+        let one = |number| {
+            timeline.defer(number).unwrap();
+            timeline.record().unwrap()
+        };
+        assert_eq!([one(1), one(2)], [(1, false), (2, false)]);
+        // Nothing was enqueued since.
+        assert_eq!(timeline.record(), Ok((2, false)));
+        // Nobody asks for events that are open, nor is more enqueued for it.
+        assert_eq!(timeline.is_done(1), Ok(Some(false)));
+        assert_eq!(timeline.look_furthest(0), 0);
+        assert!(submitted().is_empty());
+        timeline.submit().unwrap();
+        assert_eq!(submitted(), [[1, 2]]);
+        timeline.submit().unwrap();
+        assert!(submitted().is_empty());
+        bench.finish(1);
+        assert_eq!(timeline.is_done(1), Ok(Some(true)));
+        assert_eq!(timeline.is_done(2), Ok(Some(false)));
+        // As many as go together go by themselves.
+        for number in 3..=7 {
+            one(number);
+        }
+        assert_eq!(submitted(), [[3, 4, 5, 6]]);
+        // Who wants to wait for one has it enqueued; who wants an earlier one has not.
+        assert!(matches!(timeline.look(6), Ok(Reached::Pending(_))));
+        assert!(submitted().is_empty());
+        assert!(matches!(timeline.look(7), Ok(Reached::Pending(_))));
+        assert_eq!(submitted(), [[7]]);
+        one(8);
+        bench.finish(6);
+        assert_eq!(timeline.rests(), Ok(false), "it enqueues before it asks");
+        assert_eq!(submitted(), [[8]]);
+        bench.finish(1);
+        assert_eq!(timeline.rests(), Ok(true));
+        assert!(timeline.is_known_done(8));
+        // One that no record is behind yet.
+        timeline.defer(9).unwrap();
+        timeline.submit().unwrap();
+        assert_eq!(timeline.record(), Ok((9, false)));
+        assert_eq!(timeline.is_done(9), Ok(Some(false)));
+        bench.finish(1);
+        assert_eq!(timeline.is_done(9), Ok(Some(true)));
+        // More than go together, without a record, are not put off.
+        (10..14).for_each(|number| timeline.defer(number).unwrap());
+        assert_eq!(timeline.defer(14), Err(14));
+    }
+
+    #[test]
+    fn who_watches_what_is_put_off_is_told_when_it_is_done() {
+        let (bench, timeline) = bench();
+        let (told, hears) = mpsc::channel();
+        for round in 0..50 {
+            for number in 1..=3 {
+                timeline.defer(number).unwrap();
+                let (position, _) = timeline.record().unwrap();
+                let told = told.clone();
+                timeline.watch(position, Box::new(move |done| told.send(done).unwrap()));
+            }
+            if round % 2 == 0 {
+                // The thread that tells has looked in vain, and sleeps.
+                std::thread::sleep(2 * LOOK);
+            }
+            assert!(hears.try_recv().is_err());
+            timeline.submit().unwrap();
+            bench.finish(3);
+            for _ in 0..3 {
+                assert_eq!(hears.recv_timeout(SOON), Ok(true));
+            }
+        }
+        timeline.close();
+    }
+
+    #[test]
+    fn what_is_put_off_and_cannot_be_enqueued_is_lost() {
+        let (bench, timeline) = bench();
+        let one = |told: &mpsc::Sender<bool>| {
+            timeline.defer(0).unwrap();
+            let (position, _) = timeline.record().unwrap();
+            let told = told.clone();
+            timeline.watch(position, Box::new(move |done| told.send(done).unwrap()));
+            position
+        };
+        let (told, hears) = mpsc::channel();
+        let position = one(&told);
+        assert_eq!(timeline.is_done(position), Ok(Some(false)));
+        bench.break_down();
+        assert_eq!(timeline.submit(), Err(Broken));
+        assert_eq!(timeline.is_done(position), Ok(None));
+        assert_eq!(timeline.defer(1), Err(1));
+        timeline.fail();
+        assert_eq!(hears.recv_timeout(SOON), Ok(false));
+        timeline.close();
+        // The device fails first.
+        let (_, timeline) = self::bench();
+        timeline.defer(0).unwrap();
+        let (position, _) = timeline.record().unwrap();
+        let told = told.clone();
+        timeline.watch(position, Box::new(move |done| told.send(done).unwrap()));
+        timeline.fail();
+        assert_eq!(hears.recv_timeout(SOON), Ok(false));
+        assert_eq!(timeline.submit(), Ok(()));
+        assert!(matches!(timeline.look(position), Ok(Reached::Lost)));
         timeline.close();
     }
 

@@ -495,6 +495,7 @@ fn cuda_counters<'py>(py: Python<'py>, gpu: &CudaGpu) -> PyResult<Bound<'py, PyD
     dict.set_item("traffic", traffic)?;
     dict.set_item("stream_waits", counters.stream_waits)?;
     dict.set_item("host_synchronisations", counters.host_synchronisations)?;
+    dict.set_item("graphs", counters.graphs)?;
     dict.set_item("notifications", counters.notifications)?;
     dict.set_item("library_memory", counters.library_memory)?;
     Ok(dict)

@@ -899,6 +899,11 @@ impl Domain for Interp {
     }
 
     #[inline]
+    fn only_enqueues(&self, body: &Body) -> bool {
+        matches!(body, Body::Kernel(_))
+    }
+
+    #[inline]
     fn needs_session(&self, body: &Body) -> bool {
         body.needs_session()
     }

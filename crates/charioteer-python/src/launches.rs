@@ -23,7 +23,7 @@
 //!
 //! Errors of a launch are [`Failure`]s: exceptions are made of them where somebody receives them.
 
-use std::ffi::{CString, c_void};
+use std::ffi::CString;
 use std::sync::Arc;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
@@ -351,33 +351,34 @@ impl Launch {
         Ok(packed)
     }
 
-    /// Enqueues it. Touches no Python API, and may be called by any thread.
+    /// Enqueues it now. Touches no Python API, and may be called by any thread.
     fn enqueue(&self, packed: &Packed, gpu: &CudaGpu, stream: Stream) -> Result<(), Failure> {
-        self.enqueue_words(packed, &packed.words, gpu, stream)
+        let (kernel, shape) = (&self.code.kernel, &self.dimensions);
+        // SAFETY: the arguments are what was said of the kernel, which is the maker's promise; arrays are
+        // kept with the words, and the body that has both outlives its work.
+        unsafe { gpu.launch(kernel, shape, &packed.words, &packed.starts, stream) }
+            .map_err(|why| self.failure(why))
     }
 
-    fn enqueue_words(
+    /// Enqueues it as all that a task does, with these words for those of the arguments.
+    fn enqueue_alone(
         &self,
         packed: &Packed,
         words: &[u64],
         gpu: &CudaGpu,
         stream: Stream,
     ) -> Result<(), Failure> {
-        let base = words.as_ptr();
-        let mut pointers: SmallVec<[*mut c_void; 16]> = packed
-            .starts
-            .iter()
-            // Within bounds: that is where the parameter's words are. The driver reads them only.
-            .map(|at| base.wrapping_add(usize::from(*at)).cast_mut().cast())
-            .collect();
-        // SAFETY: the arguments are what was said of the kernel, which is the maker's promise; arrays are
-        // kept with the words, and the body that has both outlives its work.
-        unsafe { gpu.launch(&self.code.kernel, &self.dimensions, &mut pointers, stream) }.map_err(
-            |why| Failure {
-                kernel: self.code.name,
-                why,
-            },
-        )
+        let (kernel, shape) = (&self.code.kernel, &self.dimensions);
+        // SAFETY: as above.
+        unsafe { gpu.launch_deferred(kernel, shape, words, &packed.starts, stream) }
+            .map_err(|why| self.failure(why))
+    }
+
+    fn failure(&self, why: DeviceError) -> Failure {
+        Failure {
+            kernel: self.code.name,
+            why,
+        }
     }
 }
 
@@ -789,7 +790,7 @@ impl Launch {
                 let gpu = &running.engine.domain().gpus[usize::from(device.index())];
                 libraries::occupy(gpu);
                 if packed.late.is_empty() {
-                    return self.enqueue(packed, gpu, *stream);
+                    return self.enqueue_alone(packed, &packed.words, gpu, *stream);
                 }
                 let views = running.engine.views_of(running.task);
                 let views = views.as_ref().and_then(|views| views.first());
@@ -805,7 +806,7 @@ impl Launch {
                         });
                     }
                 }
-                self.enqueue_words(packed, &words, gpu, *stream)
+                self.enqueue_alone(packed, &words, gpu, *stream)
             }
             _ => Err(Failure {
                 kernel: self.code.name,
@@ -1074,10 +1075,7 @@ pub fn launch_loop(
     launch
         .get()
         .call(py, arguments, |launch, packed, gpu, stream| {
-            let failure = |why| Failure {
-                kernel: launch.code.name,
-                why,
-            };
+            let failure = |why| launch.failure(why);
             let start = Instant::now();
             for number in 1..=count {
                 launch.enqueue(packed, gpu, stream)?;

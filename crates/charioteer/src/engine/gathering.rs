@@ -26,7 +26,7 @@ use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 
 use super::{Engine, Moving};
-use crate::machine::keep_until_told;
+use crate::machine::{keep_until_told, submit};
 use crate::task::Domain;
 
 crate::sync::thread_local! {
@@ -112,9 +112,10 @@ impl<D: Domain> Engine<D> {
         })
     }
 
-    /// Lets the letters that this thread has gathered so far be read.
+    /// Lets the letters that this thread has gathered so far be read, and has enqueued what it has deferred.
     #[inline]
     pub(super) fn deliver() {
+        submit();
         let (id, sent) = GATHERING.with(Cell::get);
         if sent {
             GATHERING.with(|gathering| gathering.set((id, false)));

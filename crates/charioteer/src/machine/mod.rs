@@ -34,12 +34,14 @@
 //! | `description` | a machine as plain data, and what a transfer takes on it |
 //! | `machine` | [`Machine`]: a description and its devices |
 //! | `strided` | boxes of elements that are copied |
+//! | `deferred` | what a thread has put off handing to its devices |
 //! | `observer` | who is told what devices are asked for and what becomes of it |
 //! | [`virtual_gpu`] | a device in host memory, in real and in virtual time |
 //!
 //! This folder knows nobody.
 
 pub mod cpus;
+mod deferred;
 mod description;
 mod device;
 #[allow(clippy::module_inception, reason = "named for what it holds")]
@@ -49,6 +51,7 @@ mod strided;
 mod together;
 pub mod virtual_gpu;
 
+pub use deferred::{Deferred, defer, deferring, may_defer, submit};
 pub use description::{Description, DescriptionError, Gpu, Host, Link, Links, MAX_GPUS, Time};
 pub use device::{
     Completion, Device, DeviceError, DeviceId, DeviceInfo, DevicePointer, Event, Foreign, HOST,

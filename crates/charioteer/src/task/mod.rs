@@ -114,6 +114,12 @@ pub trait Domain: Send + Sync + Sized + 'static {
         true
     }
 
+    /// Whether a body only enqueues something on its stream, so that what is [deferred](crate::machine)
+    /// may stay so while it runs.
+    fn only_enqueues(&self, _body: &Self::Body) -> bool {
+        false
+    }
+
     /// Runs or resumes a body on the current thread.
     ///
     /// # Errors

@@ -16,6 +16,9 @@
 //! they only read, and who has looked in vain parks or blocks by the protocol of [`Places`] or of the
 //! latch, as if it had not looked. So no wake-up can be lost by that.
 //!
+//! What the tasks that need no session put off handing to devices, so that a driver gets it together, goes
+//! there when there are no more of them (see `machine::deferred`).
+//!
 //! Workers that are not pinned keep [`Apart`] while they compute: each looks where it is before a task,
 //! except in sessions that exclude each other.
 //!
@@ -47,6 +50,7 @@ use std::time::{Duration, Instant};
 
 use crate::engine::{Answer, Engine, Running, WaitError, is_on_devices};
 use crate::machine::cpus::NOWHERE;
+use crate::machine::{deferring, submit};
 use crate::schedule::map::DISTURBED;
 use crate::schedule::places::{Assignment, Grant};
 use crate::schedule::queues::{Lane, Own};
@@ -287,16 +291,18 @@ impl<D: Domain> Worker<D> {
     /// Runs some of the tasks that need no session. True if the place is to be given up.
     fn take_outside(&self, searching: &mut bool) -> bool {
         let queues = &self.engine.queues;
-        for _ in 0..TURN {
-            let Some(task) = queues.pop(&self.own, Lane::Outside) else {
-                return false;
-            };
-            self.sit_down();
-            if self.take(task, searching) {
-                return true;
+        deferring(|| {
+            for _ in 0..TURN {
+                let Some(task) = queues.pop(&self.own, Lane::Outside) else {
+                    return false;
+                };
+                self.sit_down();
+                if self.take(task, searching) {
+                    return true;
+                }
             }
-        }
-        false
+            false
+        })
     }
 
     /// Runs the tasks that need a session in one, if there is room. True if the place is to be given
@@ -420,7 +426,12 @@ impl<D: Domain> Worker<D> {
                     // SAFETY: this thread owns the running task, and others look at the content
                     // only after `Done`.
                     match unsafe { &mut *content } {
-                        Content::Body(body) => engine.domain.run(&running, body),
+                        Content::Body(body) => {
+                            if !engine.domain.only_enqueues(body) {
+                                submit();
+                            }
+                            engine.domain.run(&running, body)
+                        }
                         Content::Nothing | Content::Outcome(_) => {
                             unreachable!("a running task has its body")
                         }
