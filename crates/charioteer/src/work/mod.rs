@@ -12,7 +12,8 @@
 //! has run, may have been put on the same core.
 //!
 //! A thread that runs no tasks and waits for one looks in the same way before it blocks, as long as
-//! blocking would take, if that task is about to run or runs. Both look without any right or duty:
+//! blocking would take, if that task is about to run or runs. If it is one on devices, whose end takes more
+//! wake-ups than that, the thread looks for as long as it waited the last time, if that was short. Both look without any right or duty:
 //! they only read, and who has looked in vain parks or blocks by the protocol of [`Places`] or of the
 //! latch, as if it had not looked. So no wake-up can be lost by that.
 //!
@@ -72,6 +73,10 @@ const LOOKS: u32 = if cfg!(loom) { 1 } else { 20 };
 /// blocks: what blocking and being woken takes.
 const LOOK_FOR: Duration = Duration::from_micros(if cfg!(loom) { 0 } else { 30 });
 
+/// For how long a wait for a task on devices it looks the next time, and how much longer than that wait was.
+const SHORT: Duration = Duration::from_micros(if cfg!(loom) { 0 } else { 250 });
+const LONGER: Duration = Duration::from_micros(50);
+
 /// How long it lets the worker that ended the task leave its session.
 const LEAVE: Duration = Duration::from_micros(if cfg!(loom) { 0 } else { 5 });
 
@@ -99,6 +104,8 @@ fn pause() {
 crate::sync::thread_local! {
     /// The engine (its number) and the worker of this thread.
     static CURRENT: Cell<(u32, *const ())> = const { Cell::new((0, std::ptr::null())) };
+    /// How long this thread, which ran no task, waited for one on devices the last time.
+    static WAITED: Cell<Duration> = const { Cell::new(Duration::MAX) };
 }
 
 /// A body on the stack of a thread, and the one on top of it that it waits for.
@@ -789,13 +796,19 @@ pub(crate) fn block_outside<D: Domain>(
         if engine.workers == 0 {
             block_alone(engine, &latch, deadline, || Worker::drain(engine));
         } else {
+            let start = Instant::now();
             block_patiently(
                 engine,
                 &latch,
                 deadline,
-                || look_for(engine, &latch, tasks, deadline),
+                || look_for(engine, &latch, tasks, start, deadline),
                 || false,
             );
+            if let [task] = tasks
+                && is_on_devices(task)
+            {
+                WAITED.with(|waited| waited.set(start.elapsed()));
+            }
         }
     }
     let opened = !latch.give_up();
@@ -816,10 +829,16 @@ fn look_for<D: Domain>(
     engine: &Engine<D>,
     latch: &Latch<D>,
     tasks: &[TaskRef<D>],
+    start: Instant,
     deadline: Option<Instant>,
 ) {
     let [task] = tasks else { return };
-    let end = Instant::now() + LOOK_FOR;
+    let waited = WAITED.with(Cell::get);
+    let end = if is_on_devices(task) && waited <= SHORT {
+        start + LOOK_FOR.max(waited + LONGER)
+    } else {
+        start + LOOK_FOR
+    };
     let end = deadline.map_or(end, |deadline| deadline.min(end));
     while !latch.is_open() {
         // Done: whoever ended it is about to open the latch.
