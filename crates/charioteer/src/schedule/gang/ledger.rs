@@ -803,6 +803,9 @@ fn choose<T>(
     head: &Waiting<T>,
     rules: &Rules<'_>,
 ) -> Chosen {
+    if let Some(chosen) = only(books, shape, head, rules) {
+        return chosen;
+    }
     let costs = Costs::new(books, homed, head);
     let mut best: Option<(u64, Choice)> = None;
     // When the best of those that do not fit yet would finish.
@@ -857,6 +860,46 @@ fn choose<T>(
         Some((_, choice)) => Chosen::Now(choice),
         None => Chosen::Nothing,
     }
+}
+
+/// The choice of a task that names one device, and of which neither times nor data are known, as of most: there
+/// is nothing to compare.
+#[inline]
+fn only<T>(
+    books: &[Book],
+    shape: &Shape<T>,
+    head: &Waiting<T>,
+    rules: &Rules<'_>,
+) -> Option<Chosen> {
+    let [(_, plan)] = &shape.plans[..] else {
+        return None;
+    };
+    let [bits] = plan.members[..] else {
+        return None;
+    };
+    if !bits.is_power_of_two() || head.is_reckoned() {
+        return None;
+    }
+    let index = bits.trailing_zeros() as usize;
+    let amount = Amount {
+        share: plan.share,
+        memory: plan.memory,
+    };
+    let may = (plan.takes_nothing() || rules.budget > 0)
+        && (plan.share == 0 || rules.open & bits != 0)
+        && books[index].fits(amount, rules.held[index], rules.runahead);
+    Some(if may {
+        Chosen::Now(Choice {
+            plan: 0,
+            books: smallvec![index],
+            estimate: 0,
+            begin: clock(books) + books[index].ahead,
+            idle: 0,
+            ready: 0,
+        })
+    } else {
+        Chosen::Nothing
+    })
 }
 
 /// How many tasks more than another device one may have before it, and still be taken since a task's data
