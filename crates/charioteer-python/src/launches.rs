@@ -796,7 +796,7 @@ impl Launch {
                 let views = views.as_ref().and_then(|views| views.first());
                 let mut words = packed.words.clone();
                 for late in &packed.late {
-                    let view = views.and_then(|views| views.get(late.access)?.as_ref());
+                    let view = views.and_then(|views| views.get(late.access)?.as_deref());
                     if !late.fill(view, &mut words) {
                         let why = "a region is not C-contiguous where it is: strided=True passes its \
                                    extents and strides too";

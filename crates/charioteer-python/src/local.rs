@@ -251,7 +251,7 @@ impl Placed {
         };
         let machine = running.engine.machine().expect("it has devices");
         let views = self.views.as_ref().map(|views| &views[at]);
-        let view = views.and_then(|views| views.get(access)?.as_ref());
+        let view = views.and_then(|views| views.get(access)?.as_deref());
         let wanted = Wanted {
             engine: charioteer::engine::Engine::<Interp>::id(running.engine),
             machine,

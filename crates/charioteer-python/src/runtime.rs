@@ -494,7 +494,7 @@ impl Context {
         };
         let views = engine.views_of(&self.task);
         let views = views.as_ref().and_then(|views| views.get(self.at()));
-        let view = views.and_then(|views| views.get(access)?.as_ref());
+        let view = views.and_then(|views| views.get(access)?.as_deref());
         let wanted = Wanted {
             engine: charioteer::engine::Engine::<Interp>::id(engine),
             machine,

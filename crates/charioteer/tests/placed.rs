@@ -373,7 +373,7 @@ fn enqueue(
     task: usize,
     (device, stream): (DeviceId, Stream),
     accesses: Vec<Touched>,
-    views: Vec<Option<View>>,
+    views: Vec<Option<Arc<View>>>,
     faults: bool,
 ) {
     let gpu = Arc::clone(machine.as_virtual().unwrap().gpu(device));

@@ -396,7 +396,7 @@ fn what_sets_write_is_divided_or_equal() {
             .spawn(move || {
                 let views = |access: usize| -> Vec<u64> {
                     let here = current().unwrap();
-                    let origin = |it: &[Option<View>]| it[access].as_ref().unwrap().origin[0];
+                    let origin = |it: &[Option<Arc<View>>]| it[access].as_ref().unwrap().origin[0];
                     here.views().iter().map(|it| origin(it)).collect()
                 };
                 assert_eq!(views(0), [0, 3, 6]);

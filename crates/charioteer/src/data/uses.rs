@@ -128,7 +128,7 @@ pub(crate) struct Uses {
 }
 
 /// Where each access of a task is, member by member.
-pub type Views = Arc<[Box<[Option<View>]>]>;
+pub type Views = Arc<[Box<[Option<Arc<View>>]>]>;
 
 /// What a task has of managed data from its plan until its loan goes back.
 pub(crate) struct Holding {

@@ -451,7 +451,7 @@ impl<D: Domain> Engine<D> {
         let mut views = Vec::with_capacity(members);
         let mut devices = grant.lent.iter();
         for (member, kind) in set.members.iter().enumerate() {
-            let mut own: Box<[Option<View>]> = vec![None; uses.accesses()].into();
+            let mut own: Box<[Option<Arc<View>>]> = vec![None; uses.accesses()].into();
             if kind.is_core() {
                 views.push(own);
                 continue;
@@ -464,9 +464,9 @@ impl<D: Domain> Engine<D> {
                 None => Err(super::devices::no_stream(lent.device)),
             };
             match got {
-                Ok(one) => {
-                    for (place, view) in uses.places().zip(one.views()) {
-                        own[place] = Some(view.clone());
+                Ok(mut one) => {
+                    for (place, view) in uses.places().zip(one.take_views()) {
+                        own[place] = Some(view);
                     }
                     views.push(own);
                     held.push(one);

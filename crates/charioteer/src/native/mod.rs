@@ -1063,7 +1063,7 @@ impl Current {
     /// What is there is the work's that the body puts on its streams: it comes after all that the runtime
     /// copied there, and others see what it writes behind it.
     #[must_use]
-    pub fn views(&self) -> &[Box<[Option<View>]>] {
+    pub fn views(&self) -> &[Box<[Option<Arc<View>>]>] {
         self.views.as_deref().unwrap_or_default()
     }
 
@@ -1071,7 +1071,7 @@ impl Current {
     #[must_use]
     pub fn view(&self, access: usize) -> Option<&View> {
         match self.views() {
-            [only] => only.get(access)?.as_ref(),
+            [only] => only.get(access)?.as_deref(),
             _ => None,
         }
     }

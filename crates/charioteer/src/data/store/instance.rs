@@ -1,5 +1,7 @@
 //! An instance: memory of a device for a box of an array.
 
+use std::sync::Arc;
+
 use smallvec::SmallVec;
 
 use super::View;
@@ -16,7 +18,8 @@ pub(super) struct Instance {
     /// The number of its array's directory, and of its box there.
     pub(super) directory: u32,
     pub(super) frame: u32,
-    pub(super) view: View,
+    /// Shared with those who hold it.
+    pub(super) view: Arc<View>,
     /// What it takes of the device; nothing if the memory is adopted.
     pub(super) bytes: u64,
     /// The memory is somebody else's: it stays as long as the array.

@@ -134,7 +134,7 @@ pub struct Want<'a> {
 
 /// Where the elements of a want are: the one at the index `i` is `sum((i - origin) * strides)` bytes
 /// behind the pointer.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct View {
     /// Where the element at `origin` is. An empty want has the address 0.
     pub pointer: DevicePointer,
@@ -142,17 +142,6 @@ pub struct View {
     pub strides: SmallVec<[u64; 4]>,
     /// An index of the array, no larger than those of the want along any axis.
     pub origin: SmallVec<[u64; 4]>,
-}
-
-impl Clone for View {
-    #[inline]
-    fn clone(&self) -> Self {
-        Self {
-            pointer: self.pointer,
-            strides: SmallVec::from_slice(&self.strides),
-            origin: SmallVec::from_slice(&self.origin),
-        }
-    }
 }
 
 /// Instances on one device that stay where they are for a task, from its plan to its launch. It is given
@@ -165,7 +154,7 @@ struct Hold {
     /// On which the task will run.
     stream: Option<Stream>,
     memory: u64,
-    views: SmallVec<[View; 3]>,
+    views: SmallVec<[Arc<View>; 3]>,
     wants: SmallVec<[Pinned; 3]>,
     /// The instances, each once.
     pins: SmallVec<[u32; 4]>,
@@ -203,8 +192,13 @@ impl Held {
 
     /// Where each want is, in the order in which they were given.
     #[must_use]
-    pub fn views(&self) -> &[View] {
+    pub fn views(&self) -> &[Arc<View>] {
         &self.0.views
+    }
+
+    /// The same, for good.
+    pub(crate) fn take_views(&mut self) -> SmallVec<[Arc<View>; 3]> {
+        std::mem::take(&mut self.0.views)
     }
 }
 
@@ -818,11 +812,11 @@ impl State {
         };
         let whole = known.whole.clone();
         let frame = known.frame(&whole);
-        let view = View {
+        let view = Arc::new(View {
             pointer: adopted.pointer,
             strides: known.strides.clone(),
             origin: SmallVec::from_elem(0, whole.spans().len()),
-        };
+        });
         known.pieces[piece].holders.clear();
         let behind = match self.await_owner(machine, adopted) {
             Ok(event) => event,
@@ -984,11 +978,11 @@ impl State {
         for (want, group) in wants.iter().zip(of) {
             let Some(group) = group else {
                 let axes = want.region.spans().len();
-                held.views.push(View {
+                held.views.push(Arc::new(View {
                     pointer: DevicePointer { device, address: 0 },
                     strides: want.storage.strides.clone(),
                     origin: SmallVec::from_elem(0, axes),
-                });
+                }));
                 continue;
             };
             let (directory, frame, at) = places[group as usize];
@@ -998,7 +992,7 @@ impl State {
             if adopted {
                 self.directories[directory].frames[frame].pins += 1;
             }
-            held.views.push(instance.view.clone());
+            held.views.push(Arc::clone(&instance.view));
             held.wants.push(Pinned {
                 storage: Arc::clone(want.storage),
                 region: (adopted || *groups[group as usize].hull != *want.region)

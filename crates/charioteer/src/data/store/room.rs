@@ -16,6 +16,8 @@
 use std::collections::BinaryHeap;
 use std::time::Instant;
 
+use std::sync::Arc;
+
 use smallvec::SmallVec;
 
 use super::directory::Numbers;
@@ -375,11 +377,11 @@ impl State {
             Some(at) => spare.swap_remove(at),
             None => self.allocate(machine, device, bytes)?,
         };
-        let view = View {
+        let view = Arc::new(View {
             pointer: block.pointer,
             strides: strides(&region, item),
             origin: region.spans().iter().map(Span::start).collect(),
-        };
+        });
         let at = self.instances.insert(Instance {
             device,
             directory,
