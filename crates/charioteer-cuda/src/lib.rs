@@ -8,6 +8,7 @@
 //! |---|---|
 //! | `driver` | the functions of the driver that are used, and their errors |
 //! | `timeline` | positions on a stream, on the driver's events, and who is told when they are done |
+//! | `batch` | launches that the driver is given together, as graphs |
 //! | `staging` | pinned buffers for copies from and to pageable memory |
 //! | `device` | [`CudaGpu`], the device |
 //! | `pool` | a device's pool, for libraries that allocate by themselves |
