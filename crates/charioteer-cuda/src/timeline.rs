@@ -42,7 +42,9 @@
 //! event the driver would say that it is done. So none leaves this module: who asks how far the stream
 //! got is told that it is not there, and who wants the event to wait for has all enqueued first. The thread
 //! that tells waits for open events as if nothing were watched, and is woken when they are recorded. If they
-//! cannot be, they are lost, and the device too.
+//! cannot be, they are lost, and the device too. Where launches that are put off go alone time and again, since
+//! somebody waits for each, on another stream, say, most are not put off: it would take the lock for as long
+//! as a launch takes, and others wait for that.
 //!
 //! # Who reads ahead
 //!
@@ -133,6 +135,8 @@ const QUICK: u32 = 32;
 /// After so many records that found the stream busy it is asked at each so manieth alone.
 const BUSY: u32 = 4;
 const AGAIN: u32 = 16;
+/// After so many launches that were put off and went alone nevertheless the next few are not put off.
+const ALONE: u32 = 4;
 /// A thread that may not sleep for its event sleeps this part of what it has waited before it looks again,
 /// and so long at most.
 const PART: u32 = 32;
@@ -222,6 +226,8 @@ struct Queue<L: Lane> {
     /// What is to be enqueued, and the position before it.
     put_off: Vec<PutOff<L>>,
     enqueued: u64,
+    /// How often in a row a launch was put off and went alone, and then how many were not put off.
+    alone: u32,
     /// How many records in a row have not found the stream idle.
     busy: u32,
     /// Whether the thread that tells has been started, and whether it is to be woken.
@@ -291,6 +297,7 @@ impl<L: Lane> Timeline<L> {
                 entries: VecDeque::new(),
                 put_off: Vec::new(),
                 enqueued: 0,
+                alone: 0,
                 busy: 0,
                 told: false,
                 asleep: false,
@@ -341,6 +348,14 @@ impl<L: Lane> Timeline<L> {
             return Err(launch);
         }
         if queue.put_off.is_empty() {
+            if queue.alone >= ALONE {
+                queue.alone += 1;
+                if queue.alone < ALONE + AGAIN {
+                    return Err(launch);
+                }
+                // Twice: this one may be the last of some.
+                queue.alone = ALONE - 2;
+            }
             queue.enqueued = self.tail.load(Ordering::Relaxed);
             self.puts_off.store(true, Ordering::Release);
         }
@@ -362,6 +377,11 @@ impl<L: Lane> Timeline<L> {
         if queue.put_off.is_empty() {
             return Ok(());
         }
+        queue.alone = if queue.put_off.len() == 1 {
+            queue.alone + 1
+        } else {
+            0
+        };
         if !queue.lost {
             if let Err(fault) = self.lane.submit(&queue.put_off) {
                 queue.lost = true;
@@ -1143,6 +1163,31 @@ mod tests {
         // More than go together, without a record, are not put off.
         (10..14).for_each(|number| timeline.defer(number).unwrap());
         assert_eq!(timeline.defer(14), Err(14));
+    }
+
+    #[test]
+    fn what_goes_alone_time_and_again_is_not_put_off() {
+        let (bench, timeline) = bench();
+        // Each is wanted at once; those that come back are launched by whoever had them put off.
+        let round = |count: u64| {
+            let put_off = (0..count).filter(|&number| timeline.defer(number).is_ok());
+            let put_off = put_off.count();
+            if put_off == 0 {
+                bench.enqueue();
+            }
+            let (position, _) = timeline.record().unwrap();
+            assert!(matches!(timeline.look(position), Ok(Reached::Pending(_))));
+            put_off
+        };
+        let put_off: usize = (0..100).map(|_| round(1)).sum();
+        assert!((ALONE as usize..20).contains(&put_off), "{put_off}");
+        // Until some go together.
+        let tries = (0..100).position(|_| round(2) == 2);
+        assert!(
+            tries.is_some_and(|tries| tries <= AGAIN as usize),
+            "{tries:?}"
+        );
+        assert_eq!(round(1), 1);
     }
 
     #[test]
