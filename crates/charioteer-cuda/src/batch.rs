@@ -76,7 +76,7 @@ impl Batches {
     /// Enqueues launches, each with its event behind it.
     ///
     /// # Safety
-    /// As of [`launch`](driver::launch), for each.
+    /// As of [`launch`], for each.
     pub(crate) unsafe fn submit(
         &mut self,
         context: &Context,
@@ -141,6 +141,8 @@ struct Chain {
     nodes: SmallVec<[(sys::CUgraphNode, sys::CUgraphNode); MOST]>,
     /// Of the kernels that it is about.
     code: SmallVec<[Arc<Library>; MOST]>,
+    /// Of those that it was made of, which the graph itself refers to.
+    _made_of: SmallVec<[Arc<Library>; MOST]>,
 }
 
 // SAFETY: the driver's handles belong to no thread; of a graph one thread at a time has the only reference.
@@ -172,11 +174,13 @@ fn parameters(launch: &Launch, pointers: &mut [*mut c_void]) -> sys::CUDA_KERNEL
 impl Chain {
     /// Of these launches; all have an event.
     fn new(entries: &[Entry]) -> Answer<Self> {
+        let code = || entries.iter().map(|it| Arc::clone(&it.0.code)).collect();
         let mut chain = Self {
             graph: ptr::null_mut(),
             executable: ptr::null_mut(),
             nodes: SmallVec::new(),
-            code: entries.iter().map(|it| Arc::clone(&it.0.code)).collect(),
+            code: code(),
+            _made_of: code(),
         };
         // SAFETY: a place for the handle.
         check(unsafe { sys::cuGraphCreate(&raw mut chain.graph, 0) })?;

@@ -244,6 +244,12 @@ impl Lane for CudaLane {
             fleet.gpus[self.index].lose(&fault.to_string().into());
         }
     }
+
+    fn refused(&self, fault: Fault) {
+        if let Some(fleet) = self.fleet.upgrade() {
+            lose_apart(&fleet, self.index, &fault.to_string().into());
+        }
+    }
 }
 
 impl Gpu {
@@ -257,6 +263,15 @@ impl Gpu {
         if !mourners.is_empty() {
             mourn(move || mourners.into_iter().for_each(|call| call()));
         }
+    }
+}
+
+/// The same by another thread, if the device is not lost yet: the caller may hold locks, and must not be called
+/// back.
+fn lose_apart(fleet: &Arc<Fleet>, index: usize, why: &Arc<str>) {
+    if fleet.gpus[index].lost.set(Arc::clone(why)).is_ok() {
+        let (fleet, why) = (Arc::clone(fleet), Arc::clone(why));
+        mourn(move || fleet.gpus[index].lose(&why));
     }
 }
 
@@ -344,15 +359,9 @@ impl CudaGpu {
             if is_harmless(fault) {
                 return DeviceError::Operation(self.id(), fault.to_string().into());
             }
-            let gpu = self.gpu();
             let why: Arc<str> = fault.to_string().into();
-            if gpu.lost.set(Arc::clone(&why)).is_ok() {
-                // The caller may hold locks, and must not be called back.
-                let (fleet, index) = (Arc::clone(&self.fleet), self.index);
-                let why = Arc::clone(&why);
-                mourn(move || fleet.gpus[index].lose(&why));
-            }
-            self.lost(gpu.lost.get().unwrap_or(&why))
+            lose_apart(&self.fleet, self.index, &why);
+            self.lost(self.gpu().lost.get().unwrap_or(&why))
         })
     }
 
@@ -823,7 +832,8 @@ impl Device for CudaGpu {
     fn synchronize(&self, event: Event) -> Result<(), DeviceError> {
         let timeline = self.timeline(event.stream)?;
         let lost = || Err(self.sibling(event.stream.device).lost_event());
-        let observed = match self.answer(timeline.look(event.position))? {
+        let own = self.sibling(event.stream.device);
+        let observed = match own.answer(timeline.look(event.position))? {
             Reached::Done => Observed::Seen(event),
             Reached::Lost => return lost(),
             Reached::Pending(recorded) => {

@@ -42,7 +42,8 @@
 //! event the driver would say that it is done. So none leaves this module: who asks how far the stream
 //! got is told that it is not there, and who wants the event to wait for has all enqueued first. The thread
 //! that tells waits for open events as if nothing were watched, and is woken when they are recorded. If they
-//! cannot be, they are lost, and the device too. Where launches that are put off go alone time and again, since
+//! cannot be, they are lost, and the device too. In a graph an event is recorded beside the next kernel, and may be
+//! so after later ones: so none of them is given to somebody else before all of the graph is done. Where launches that are put off go alone time and again, since
 //! somebody waits for each, on another stream, say, most are not put off: it would take the lock for as long
 //! as a launch takes, and others wait for that.
 //!
@@ -105,6 +106,8 @@ pub(crate) trait Lane: Send + Sync + Sized + 'static {
     fn tell(&self, told: Vec<Told<Self::Call>>);
     /// A thread that tells of completions met an error: everybody is to hear of it.
     fn failed(&self, fault: Self::Fault);
+    /// The same of another thread, which nobody may call back.
+    fn refused(&self, fault: Self::Fault);
 }
 
 /// What was put off, and the event behind it.
@@ -228,6 +231,8 @@ struct Queue<L: Lane> {
     enqueued: u64,
     /// How often in a row a launch was put off and went alone, and then how many were not put off.
     alone: u32,
+    /// Events of positions that are done, and the position with which all is done that went with each.
+    retired: VecDeque<(u64, Arc<L::Event>)>,
     /// How many records in a row have not found the stream idle.
     busy: u32,
     /// Whether the thread that tells has been started, and whether it is to be woken.
@@ -241,6 +246,8 @@ struct Queue<L: Lane> {
 struct Entry<L: Lane> {
     position: u64,
     event: Arc<L::Event>,
+    /// The position with which all is done that went together with it, if it was put off.
+    together: Option<u64>,
     calls: SmallVec<[L::Call; 1]>,
 }
 
@@ -248,6 +255,20 @@ impl<L: Lane> Queue<L> {
     /// Whether the event of a position is to be recorded still.
     fn is_open(&self, position: u64) -> bool {
         !self.put_off.is_empty() && position > self.enqueued
+    }
+
+    /// An entry is done and goes.
+    fn retire(&mut self, entry: &Entry<L>) {
+        if let Some(together) = entry.together {
+            self.retired.push_back((together, Arc::clone(&entry.event)));
+        }
+    }
+
+    /// All up to the position is done.
+    fn release(&mut self, position: u64) {
+        while self.retired.front().is_some_and(|it| it.0 <= position) {
+            self.retired.pop_front();
+        }
     }
 
     /// The first position that somebody watches, if its event is recorded.
@@ -298,6 +319,7 @@ impl<L: Lane> Timeline<L> {
                 put_off: Vec::new(),
                 enqueued: 0,
                 alone: 0,
+                retired: VecDeque::new(),
                 busy: 0,
                 told: false,
                 asleep: false,
@@ -332,8 +354,10 @@ impl<L: Lane> Timeline<L> {
             && first.position <= position
             && first.calls.is_empty()
         {
-            queue.entries.pop_front();
+            let first = queue.entries.pop_front().expect("it was just there");
+            queue.retire(&first);
         }
+        queue.release(self.done.load(Ordering::Relaxed));
     }
 
     /// Something was enqueued just now, so that the next record need not ask whether the stream is idle.
@@ -387,6 +411,12 @@ impl<L: Lane> Timeline<L> {
                 queue.lost = true;
                 return Err(fault);
             }
+            // What comes next on the stream begins when all of these are done.
+            let next = self.tail.load(Ordering::Relaxed) + 1;
+            let (enqueued, entries) = (queue.enqueued, queue.entries.iter_mut().rev());
+            for entry in entries.take_while(|entry| entry.position > enqueued) {
+                entry.together = Some(next);
+            }
             if queue.asleep && queue.entries.iter().any(Entry::is_watched) {
                 queue.asleep = false;
                 self.changed.notify_one();
@@ -420,6 +450,7 @@ impl<L: Lane> Timeline<L> {
         if !is_busy && self.lane.is_idle()? {
             queue.busy = 0;
             self.reach(&mut queue, tail);
+            queue.retired.clear();
             return Ok((tail, true));
         }
         queue.busy = queue.busy.wrapping_add(1);
@@ -435,6 +466,7 @@ impl<L: Lane> Timeline<L> {
         queue.entries.push_back(Entry {
             position,
             event,
+            together: None,
             calls: SmallVec::new(),
         });
         position
@@ -755,13 +787,13 @@ impl<L: Lane> Timeline<L> {
             && first.position <= position
         {
             let first = queue.entries.pop_front().expect("it was just there");
+            queue.retire(&first);
             told.extend(first.told(true));
         }
         told
     }
 
-    /// What is not done is lost from now on, and whoever watches it is told. Gives the events on which
-    /// somebody may sleep still.
+    /// What is not done is lost from now on, and whoever watches it is told.
     pub(crate) fn fail(&self) {
         let entries = {
             let mut queue = self.lock();
@@ -786,6 +818,7 @@ impl<L: Lane> Timeline<L> {
         let rests = self.lane.is_idle()?;
         if rests {
             self.reach(&mut queue, tail);
+            queue.retired.clear();
         }
         Ok(rests)
     }
@@ -800,16 +833,16 @@ impl<L: Lane> Timeline<L> {
 impl<L: Lane> Deferred for Timeline<L> {
     fn submit(&self) {
         if let Err(fault) = Timeline::submit(self) {
-            self.lane.failed(fault);
+            self.lane.refused(fault);
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::OnceLock;
     use std::sync::atomic::AtomicUsize;
     use std::sync::mpsc;
+    use std::sync::{OnceLock, Weak};
     use std::time::Duration;
 
     use super::*;
@@ -928,6 +961,10 @@ mod tests {
                 state = self.changed.wait(state).unwrap();
             }
             if state.2 { Err(Broken) } else { Ok(()) }
+        }
+
+        fn refused(&self, fault: Broken) {
+            self.failed(fault);
         }
 
         fn failed(&self, _: Broken) {
@@ -1163,6 +1200,38 @@ mod tests {
         // More than go together, without a record, are not put off.
         (10..14).for_each(|number| timeline.defer(number).unwrap());
         assert_eq!(timeline.defer(14), Err(14));
+    }
+
+    #[test]
+    fn events_that_were_recorded_together_are_kept_until_all_of_it_is_done() {
+        let (bench, timeline) = bench();
+        let events = || -> Vec<_> {
+            let positions = [1, 2].map(|number| {
+                timeline.defer(number).unwrap();
+                timeline.record().unwrap().0
+            });
+            let event = |position: &u64| match timeline.look(*position) {
+                Ok(Reached::Pending(event)) => Arc::downgrade(&event),
+                _ => panic!("it is not done"),
+            };
+            positions.iter().map(event).collect()
+        };
+        let kept =
+            |events: &[Weak<Behind>]| events.iter().filter(|it| it.strong_count() > 0).count();
+        let first = events();
+        assert_eq!(timeline.is_done(2), Ok(Some(false)));
+        bench.finish(2);
+        assert_eq!(timeline.is_done(2), Ok(Some(true)));
+        assert_eq!(kept(&first), 2);
+        // What came next is done.
+        let second = events();
+        bench.finish(1);
+        assert_eq!(timeline.is_done(3), Ok(Some(true)));
+        assert_eq!((kept(&first), kept(&second)), (0, 2));
+        // The stream is idle.
+        bench.finish(1);
+        assert_eq!(timeline.rests(), Ok(true));
+        assert_eq!(kept(&second), 0);
     }
 
     #[test]

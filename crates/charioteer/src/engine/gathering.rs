@@ -26,7 +26,7 @@ use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 
 use super::{Engine, Moving};
-use crate::machine::{keep_until_told, submit};
+use crate::machine::{at_once, keep_until_told, submit};
 use crate::task::Domain;
 
 crate::sync::thread_local! {
@@ -170,5 +170,5 @@ pub(super) fn apart<D: Domain>(call: impl FnOnce()) {
     Engine::<D>::deliver();
     let (id, _) = GATHERING.with(|gathering| gathering.replace((0, false)));
     let _restore = Restore(id);
-    call();
+    at_once(call);
 }

@@ -5,9 +5,10 @@
 //! to enqueue, in order, and enqueues it when the thread *submits*, or sooner, if what is kept is as much as
 //! it likes to enqueue at once or somebody needs to know what is behind it.
 //!
-//! **Nothing stays behind.** A thread defers only within [`deferring`], which submits at its end. It
-//! submits before it does anything there that takes a while or waits: before it runs a body that does more
-//! than to enqueue, and before it calls what is the user's.
+//! **Nothing stays behind.** A thread defers only within [`deferring`], which submits at its end. What may
+//! wait for anything, or is not the runtime's, runs there [`at_once`]: a body that does more than to enqueue, and
+//! what is the user's. Then nothing is put off any more, and nothing will be, in whichever runtime. What the
+//! runtime does itself for the tasks in between, a copy that it makes ready, say, what is put off waits for.
 
 use std::cell::{Cell, RefCell};
 use std::ptr;
@@ -39,6 +40,23 @@ pub fn deferring<R>(run: impl FnOnce() -> R) -> R {
     run()
 }
 
+/// Calls `run` with nothing put off by this thread, which may not defer meanwhile.
+#[inline]
+pub fn at_once<R>(run: impl FnOnce() -> R) -> R {
+    struct Restore;
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            STATE.with(|state| state.set((true, state.get().1)));
+        }
+    }
+    submit();
+    let _restore = may_defer().then(|| {
+        STATE.with(|state| state.set((false, state.get().1)));
+        Restore
+    });
+    run()
+}
+
 /// Whether this thread may defer.
 #[must_use]
 pub fn may_defer() -> bool {
@@ -63,24 +81,17 @@ pub fn defer<T: Deferred + 'static>(keeper: &Arc<T>) {
 /// Has all enqueued that this thread has deferred.
 #[inline]
 pub fn submit() {
-    let (may, has) = STATE.with(Cell::get);
-    if has {
-        STATE.with(|state| state.set((may, false)));
+    if STATE.with(Cell::get).1 {
         submit_all();
     }
 }
 
 #[cold]
 fn submit_all() {
-    // What hears of a device that is lost may come here again.
-    let mut keepers = KEEPERS.with(RefCell::take);
-    keepers.drain(..).for_each(|keeper| keeper.submit());
-    KEEPERS.with(|own| {
-        let mut own = own.borrow_mut();
-        if own.is_empty() {
-            *own = keepers;
-        }
-    });
+    while let Some(keeper) = KEEPERS.with(|keepers| keepers.borrow_mut().pop()) {
+        keeper.submit();
+    }
+    STATE.with(|state| state.set((state.get().0, false)));
 }
 
 #[cfg(test)]
@@ -136,8 +147,15 @@ mod tests {
             assert_eq!(keepers.each_ref().map(|it| it.counts()), [(0, 5), (0, 4)]);
             keepers[1].ask();
             assert_eq!(keepers[1].counts(), (1, 4), "the thread may still");
+            at_once(|| {
+                assert_eq!(keepers[1].counts(), (0, 5));
+                keepers[1].ask();
+                assert_eq!(keepers[1].counts(), (0, 6), "it may not here");
+            });
+            keepers[1].ask();
+            assert_eq!(keepers[1].counts(), (1, 6));
         });
-        assert_eq!(keepers[1].counts(), (0, 5));
+        assert_eq!(keepers[1].counts(), (0, 7));
         assert!(!may_defer());
     }
 

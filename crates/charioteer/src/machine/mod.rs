@@ -51,7 +51,7 @@ mod strided;
 mod together;
 pub mod virtual_gpu;
 
-pub use deferred::{Deferred, defer, deferring, may_defer, submit};
+pub use deferred::{Deferred, at_once, defer, deferring, may_defer, submit};
 pub use description::{Description, DescriptionError, Gpu, Host, Link, Links, MAX_GPUS, Time};
 pub use device::{
     Completion, Device, DeviceError, DeviceId, DeviceInfo, DevicePointer, Event, Foreign, HOST,

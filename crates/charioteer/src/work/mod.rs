@@ -51,7 +51,7 @@ use std::time::{Duration, Instant};
 
 use crate::engine::{Answer, Engine, Running, WaitError, is_on_devices};
 use crate::machine::cpus::NOWHERE;
-use crate::machine::{deferring, submit};
+use crate::machine::{at_once, deferring};
 use crate::schedule::map::DISTURBED;
 use crate::schedule::places::{Assignment, Grant};
 use crate::schedule::queues::{Lane, Own};
@@ -434,10 +434,11 @@ impl<D: Domain> Worker<D> {
                     // only after `Done`.
                     match unsafe { &mut *content } {
                         Content::Body(body) => {
-                            if !engine.domain.only_enqueues(body) {
-                                submit();
+                            if engine.domain.only_enqueues(body) {
+                                engine.domain.run(&running, body)
+                            } else {
+                                at_once(|| engine.domain.run(&running, body))
                             }
-                            engine.domain.run(&running, body)
                         }
                         Content::Nothing | Content::Outcome(_) => {
                             unreachable!("a running task has its body")
