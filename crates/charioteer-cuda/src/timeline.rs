@@ -42,10 +42,12 @@
 //! event the driver would say that it is done. So none leaves this module: who asks how far the stream
 //! got is told that it is not there, and who wants the event to wait for has all enqueued first. The thread
 //! that tells waits for open events as if nothing were watched, and is woken when they are recorded. If they
-//! cannot be, they are lost, and the device too. In a graph an event is recorded beside the next kernel, and may be
-//! so after later ones: so none of them is given to somebody else before all of the graph is done. Where launches that are put off go alone time and again, since
-//! somebody waits for each, on another stream, say, most are not put off: it would take the lock for as long
-//! as a launch takes, and others wait for that.
+//! cannot be, they are lost, and the device too. In a graph an event is recorded beside the next kernel, and
+//! may be so after later ones: so none of them is given to somebody else before all of the graph is done.
+//!
+//! Where launches that are put off go alone time and again, since somebody waits for each, on another
+//! stream, say, most are not put off: it would take the lock for as long as a launch takes, and others wait
+//! for that.
 //!
 //! # Who reads ahead
 //!

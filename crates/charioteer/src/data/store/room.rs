@@ -14,9 +14,8 @@
 //! behind the same. Nobody waits on the host.
 
 use std::collections::BinaryHeap;
-use std::time::Instant;
-
 use std::sync::Arc;
+use std::time::Instant;
 
 use smallvec::SmallVec;
 
