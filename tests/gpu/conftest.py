@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -83,6 +85,20 @@ def _library(name: str) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what libraries have to say while they are imported
         return pytest.importorskip(name)
+
+
+@pytest.fixture(scope="session")
+def tells() -> Callable[[str], None]:
+    """Runs a program that says ``told`` in a process of its own: it loses a GPU for all of that."""
+
+    def run(code: str) -> None:
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=80, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == "told"
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -202,7 +200,7 @@ def test_a_launch_that_is_refused_is_its_task_s(rt: ch.Runtime) -> None:
         after.result()
 
 
-def test_a_fault_among_those_that_are_launched_together() -> None:
+def test_a_fault_among_those_that_are_launched_together(tells: Callable[[str], None]) -> None:
     code = r"""
 import threading
 import charioteer as ch
@@ -244,11 +242,7 @@ with ch.Runtime(workers=1) as rt:
     assert ch.spawn()(lambda: 7).result() == 7
 print("told", flush=True)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=80, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "told"
+    tells(code)
 
 
 def test_code_that_is_dropped_is_launched_together_with_other_code(
