@@ -297,9 +297,8 @@ impl<T> Gang<T> {
                 return Some(step);
             }
         }
-        let (keeping, books) = (self.keeping > 0, &self.books);
-        self.queue
-            .set_stuck(|plan| keeping && !plan.fits_in(|index| books[index].has_room(plan.memory)));
+        let (keeping, books) = (self.keeping, &self.books);
+        self.queue.set_stuck(|plan| is_stuck(keeping, books, plan));
         let limit = self.limits.overtaking;
         if let &[shape] = self.queue.live() {
             // It has nobody to be ordered with, and nothing to be held from.
@@ -483,20 +482,25 @@ impl<T> Gang<T> {
     }
 
     /// Holds devices for a sweep's task that does not fit yet: those on which it fits, then those
-    /// that are free soonest.
+    /// that are free soonest. What it cannot get before a paused body goes on, or may not since somebody
+    /// would be overtaken by too much, is held from those who can for nothing.
     fn hold(&mut self, shape: usize) {
+        let budget = self.queue.budget(shape, self.limits.overtaking);
         let shape = self.queue.shape(shape);
         let head = shape.head().expect("it waits");
         // Where nothing is known, the narrowest.
         let costs = Costs::new(&self.books, &self.homed, head);
-        let plan = shape.plans.iter().min_by_key(|(alternative, plan)| {
+        let can = |(_, plan): &&(usize, Plan)| {
+            plan.width() <= budget && !is_stuck(self.keeping, &self.books, plan)
+        };
+        let plan = (shape.plans.iter().filter(can)).min_by_key(|(alternative, plan)| {
             let finish = head.known(*alternative).map(|estimate| {
                 let free = free_at(&self.books, plan, &costs);
                 free.map_or(u64::MAX, |free| free.saturating_add(estimate))
             });
             (finish, plan.width())
         });
-        let (alternative, plan) = plan.expect("it has a plan");
+        let (alternative, plan) = plan.expect("the sweep comprises who can be served");
         let amount = Amount {
             share: plan.share,
             memory: plan.memory,
@@ -511,7 +515,8 @@ impl<T> Gang<T> {
                     let fits = book.fits(amount, self.held_by_sweep[index], self.limits.runahead);
                     // It may wait for the one that has its data.
                     let fits = fits || (costs.has_data() && book.could_fit(amount));
-                    (!fits, costs.rank(index, plan, known, least))
+                    let kept = !book.has_room(amount.memory);
+                    (!fits, kept, costs.rank(index, plan, known, least))
                 })
                 .expect("a plan has devices enough");
             used |= bit(book);
@@ -742,6 +747,11 @@ impl<T> Gang<T> {
     pub fn waiting(&self) -> usize {
         self.queue.waiting()
     }
+}
+
+/// Whether a plan needs memory that paused bodies keep, so many of them.
+fn is_stuck(keeping: usize, books: &[Book], plan: &Plan) -> bool {
+    keeping > 0 && !plan.fits_in(|index| books[index].has_room(plan.memory))
 }
 
 /// Whose holds a task respects.

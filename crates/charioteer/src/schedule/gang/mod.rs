@@ -42,8 +42,8 @@
 //! *Pauses.* A paused body gives its share back like one that returned and keeps streams and
 //! memory. When its wait is over it comes before all waiting tasks: what it needs is held for it.
 //! What it waits for may be any task, so one that cannot be served while paused bodies keep their
-//! memory is *stuck*: nothing is held for it and nobody overtakes it. If everybody is stuck,
-//! somebody has to fail; the ledger's owner says who.
+//! memory is *stuck*: nothing is held for it and nobody overtakes it. Of one that has another alternative
+//! that alone counts. If everybody is stuck, somebody has to fail; the ledger's owner says who.
 //!
 //! # Order
 //!

@@ -125,7 +125,7 @@ pub(super) struct Shape<T> {
     pub(super) plans: SmallVec<[(usize, Plan); 2]>,
     /// The devices that it may use.
     footprint: u64,
-    /// The least number of devices of any alternative.
+    /// The least number of devices of any alternative that can be served before a paused body goes on.
     width: u64,
     /// The least part of the machine that it takes. Sweeps go up and down by this.
     pub(super) size: u64,
@@ -149,6 +149,7 @@ impl<T> Shape<T> {
             stuck: false,
         };
         shape.plan(devices, lost);
+        shape.set_stuck(|_| false);
         shape
     }
 
@@ -165,12 +166,18 @@ impl<T> Shape<T> {
             .collect();
         let plans = self.plans.iter().map(|(_, plan)| plan);
         self.footprint = plans.clone().fold(0, |all, plan| all | plan.devices());
-        self.width = plans.clone().map(Plan::width).min().unwrap_or(0);
         self.size = plans.map(Plan::size).min().unwrap_or(0);
     }
 
     pub(super) fn is_stuck(&self) -> bool {
         self.stuck
+    }
+
+    fn set_stuck(&mut self, is_stuck: impl Fn(&Plan) -> bool) {
+        let plans = self.plans.iter().map(|(_, plan)| plan);
+        let width = plans.filter(|plan| !is_stuck(plan)).map(Plan::width).min();
+        self.stuck = width.is_none();
+        self.width = width.unwrap_or(0);
     }
 
     /// Whether it may take nothing, so that it delays nobody.
@@ -527,13 +534,12 @@ impl<T> Queue<T> {
         }
     }
 
-    /// Says which shapes cannot be served before a paused body goes on, that is none of whose plans
-    /// can. What such a body waits for may be a task behind them, so they do not compete: nothing
-    /// is held for them, and who starts meanwhile does not overtake them.
+    /// Says which plans cannot be served before a paused body goes on. What such a body waits for may be a
+    /// task behind a shape that has no other plan, so that shape does not compete: nothing is held for it,
+    /// and who starts meanwhile does not overtake it.
     pub(super) fn set_stuck(&mut self, is_stuck: impl Fn(&Plan) -> bool) {
         for &index in &self.live {
-            let shape = &mut self.shapes[index];
-            shape.stuck = shape.plans.iter().all(|(_, plan)| is_stuck(plan));
+            self.shapes[index].set_stuck(&is_stuck);
         }
     }
 

@@ -71,8 +71,10 @@ fn alternative(devices: u16) -> impl Strategy<Value = Alternative> {
     })
 }
 
-fn action() -> impl Strategy<Value = Action> {
+/// Where bodies `wait` much more of the memory is kept.
+fn action(wait: bool) -> impl Strategy<Value = Action> {
     let which = any::<usize>;
+    let (pauses, resumes) = if wait { (8, 1) } else { (2, 2) };
     prop_oneof![
         8 => (which(), prop_oneof![4 => Just(0), 1 => -1..=1], any::<[bool; 2]>(), times())
             .prop_map(|(request, priority, [follows, last], times)| {
@@ -80,8 +82,8 @@ fn action() -> impl Strategy<Value = Action> {
             }),
         8 => Just(Action::Next),
         6 => which().prop_map(Action::Launch),
-        2 => which().prop_map(Action::Pause),
-        2 => which().prop_map(Action::Resume),
+        pauses => which().prop_map(Action::Pause),
+        resumes => which().prop_map(Action::Resume),
         5 => which().prop_map(Action::Complete),
         1 => which().prop_map(Action::Cancel),
     ]
@@ -94,15 +96,17 @@ fn times() -> impl Strategy<Value = [Option<u64>; 3]> {
 }
 
 fn program() -> impl Strategy<Value = Program> {
-    (1..=16_u16).prop_flat_map(|devices| {
-        let limits = (0..40_u64, 0..5_u32).prop_map(|(overtaking, runahead)| Limits {
+    let devices = prop_oneof![1..=3_u16, 1..=16_u16];
+    (devices, any::<bool>()).prop_flat_map(|(devices, wait)| {
+        let overtaking = prop_oneof![0..4_u64, 0..40_u64];
+        let limits = (overtaking, 0..5_u32).prop_map(|(overtaking, runahead)| Limits {
             overtaking,
             runahead,
         });
         let request = prop::collection::vec(alternative(devices), 1..3);
         let actions = prop::collection::vec(
             prop_oneof![
-                120 => action(),
+                120 => action(wait),
                 1 => (0..devices).prop_map(Action::Lose),
             ],
             1..300,

@@ -597,6 +597,29 @@ fn a_set_whose_memory_paused_bodies_keep_is_not_waited_for() {
     assert_eq!(devices(&start(&mut gang).1), [1]);
 }
 
+/// A sweep up comes to "either" first, for its narrow set, whose memory is kept; for its wide one it may not
+/// overtake "oldest".
+#[test]
+fn a_set_whose_memory_paused_bodies_keep_has_nothing_held_for_it() {
+    let limits = Limits {
+        overtaking: 1,
+        ..LIMITS
+    };
+    let mut gang = Gang::new(&gpus(3, 10), limits);
+    let narrow = Alternative {
+        share: WHOLE / 2,
+        memory: 8,
+        ..named(&[0])
+    };
+    gang.submit("keeps", one(narrow.clone())).unwrap();
+    let (_, body) = start(&mut gang);
+    gang.paused(body.id, &[None]);
+    gang.submit("oldest", one(named(&[0]))).unwrap();
+    gang.submit("either", request(&[narrow, named(&[0, 1])].into()))
+        .unwrap();
+    assert_eq!(start(&mut gang).0, "oldest");
+}
+
 #[test]
 fn a_paused_body_keeps_its_memory_and_its_stream_and_returns_first() {
     let mut gang = Gang::new(&gpus(1, 10), LIMITS);
