@@ -5,6 +5,7 @@
 pub mod parts;
 
 use std::collections::HashMap;
+use std::io::Write;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
@@ -31,8 +32,13 @@ pub fn within_on<R>(input: impl std::fmt::Debug, seconds: u64, test: impl FnOnce
         .spawn(move || {
             let limit = Duration::from_secs(seconds);
             if expired.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout) {
-                eprintln!("{name}: not done after {seconds} s, on {input}; the threads are");
-                list_threads();
+                // Not by a macro: what those print in a test is kept until it ends.
+                let mut out = std::io::stderr().lock();
+                let _ = writeln!(
+                    out,
+                    "{name}: not done after {seconds} s, on {input}; the threads are"
+                );
+                list_threads(&mut out);
                 std::process::abort();
             }
         })
@@ -44,7 +50,7 @@ pub fn within_on<R>(input: impl std::fmt::Debug, seconds: u64, test: impl FnOnce
 }
 
 /// Name, state and kernel function of each thread, where the system tells.
-fn list_threads() {
+fn list_threads(out: &mut impl Write) {
     let Ok(threads) = std::fs::read_dir("/proc/self/task") else {
         return;
     };
@@ -54,7 +60,8 @@ fn list_threads() {
         };
         let stat = read("stat");
         let state = stat.rsplit(") ").next().and_then(|rest| rest.get(..1));
-        eprintln!(
+        let _ = writeln!(
+            out,
             "  {:>8} {:<16} {} in {}",
             thread.file_name().to_string_lossy(),
             read("comm").trim(),
