@@ -302,6 +302,8 @@ mod oracle {
     struct Use {
         amounts: [u64; 2],
         behind: Reach,
+        /// Its stream, and the first position there that is behind all that.
+        first: Position,
         end: Option<Position>,
         ended: usize,
         begun: usize,
@@ -314,6 +316,14 @@ mod oracle {
                 end.position == 0 || other.behind.get(&end.stream) >= Some(&end.position)
             };
             self.ended < other.begun && self.end.is_some_and(covers)
+        }
+
+        /// Whether it ends before it begins: then it is at no moment.
+        fn is_none(&self) -> bool {
+            let is_before = |end: Position| {
+                end.stream == self.first.stream && end.position < self.first.position
+            };
+            self.end.is_some_and(is_before)
         }
     }
 
@@ -403,6 +413,14 @@ mod oracle {
                         }
                         let position = u64::MAX;
                         let behind = reach(Position { stream, position }, index, index);
+                        let firsts = (0..index).filter_map(|index| match observed(index) {
+                            Some(Observed::Waits {
+                                stream: of, from, ..
+                            }) => (of == stream).then_some(from),
+                            _ => None,
+                        });
+                        let position = firsts.max().unwrap_or(0);
+                        let first = Position { stream, position };
                         let (_, share, memory) = *known
                             .iter()
                             .find(|((owner, _), had)| *owner == task && had.0 == device)
@@ -416,6 +434,7 @@ mod oracle {
                                 all.push(Use {
                                     amounts,
                                     behind: behind.clone(),
+                                    first,
                                     end: None,
                                     ended: usize::MAX,
                                     begun: index,
@@ -501,7 +520,7 @@ mod oracle {
             }
         }
         let exceeded = uses.iter().filter(|(_, uses)| {
-            let uses: Vec<&Use> = uses.iter().collect();
+            let uses: Vec<&Use> = uses.iter().filter(|one| !one.is_none()).collect();
             most(&uses, 0) > u64::from(WHOLE) || most(&uses, 1) > MEMORY
         });
         (unordered, exceeded.map(|(&device, _)| device).collect())

@@ -247,6 +247,12 @@ impl Evidence {
         Some(*clock)
     }
 
+    /// From which position on work is behind all that.
+    pub(super) fn first(&self, track: Track) -> u64 {
+        let last = self.lines[track as usize].waits.last();
+        last.map_or(0, |&(from, _)| from)
+    }
+
     /// Whether a clock has the position.
     pub(super) fn has(&self, clock: Option<Clock>, (track, position): Position) -> bool {
         let Some(clock) = clock else { return false };

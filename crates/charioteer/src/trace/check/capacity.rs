@@ -16,7 +16,10 @@
 //! exchanges is looked for, which makes the answer exact. A trace in which many uses find nothing is wrong
 //! whatever an exact answer to the rest were, and paths are no longer looked for.
 //!
-//! A use whose body never began, or whose work did not run since its device was lost, is none.
+//! A use whose body never began, or whose work did not run since its device was lost, is none. Neither is one
+//! that ends before it begins: a wait for what is complete takes no position, so that the end of a body that
+//! enqueued nothing behind it is not behind what the body waited for. To let such a use hand on what it took
+//! would put those on both sides of it in an order that nothing made.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -63,6 +66,8 @@ pub(super) struct Use {
     /// Its stream, and what that was behind when the body began.
     pub(super) track: Option<Track>,
     pub(super) clock: Option<Clock>,
+    /// The first position there that is behind that.
+    pub(super) first: u64,
     /// Whether anything that its body enqueued ran.
     pub(super) worked: bool,
     /// The event behind which it was given back.
@@ -78,13 +83,16 @@ impl Use {
             seen: None,
             track: None,
             clock: None,
+            first: 0,
             worked: false,
             end: None,
         }
     }
 
     fn is_none(&self, evidence: &Evidence) -> bool {
-        !self.worked && self.track.is_none_or(|track| evidence.is_lost(track))
+        let is_behind = |end: Position| Some(end.0) != self.track || end.1 >= self.first;
+        let is_lost = |track| evidence.is_lost(track);
+        !self.end.is_none_or(is_behind) || (!self.worked && self.track.is_none_or(is_lost))
     }
 }
 

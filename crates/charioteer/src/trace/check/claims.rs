@@ -471,6 +471,7 @@ impl<'a> Claims<'a> {
         for at in 0..devices {
             let member = &self.grants[index].list[at];
             let clock = member.track.and_then(|track| self.evidence.now(track));
+            let first = member.track.map_or(0, |track| self.evidence.first(track));
             let (device, track) = (member.device, member.track);
             for index_of in member.compute.into_iter().chain(Some(member.store)) {
                 let using = &mut self.uses[index_of];
@@ -478,6 +479,7 @@ impl<'a> Claims<'a> {
                     using.begun = Some(self.records);
                     using.track = track;
                     using.clock = clock;
+                    using.first = first;
                     if let Some(book) = self.books.get_mut(&device) {
                         book.take(index_of);
                     }
