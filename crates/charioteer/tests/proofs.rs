@@ -641,3 +641,40 @@ fn evidence_that_is_taken_away_is_missed_exactly_if_it_mattered() {
         "{matter} that mattered, {do_not} that did not"
     );
 }
+
+/// The third task runs ahead of the second and waits for a child, while the work of the second fails: then all
+/// tasks have ended, and what the third left on its devices is pending still.
+#[test]
+fn a_traced_runtime_closes_though_nobody_waits_for_what_is_pending() {
+    let plan = |on, after: &[usize], work, twist| Plan {
+        on,
+        cores: 0,
+        share: 0,
+        memory: 0,
+        after: after.to_vec(),
+        work,
+        twist,
+    };
+    let program = Program {
+        gpus: 2,
+        workers: 0,
+        runahead: 64,
+        time: Time::Virtual,
+        plans: vec![
+            plan(Ok(2), &[], (2, 31), Twist::None),
+            Plan {
+                cores: 1,
+                share: WHOLE,
+                memory: MEMORY / 4,
+                ..plan(Err(1), &[1], (2, 58), Twist::WorkFails)
+            },
+            plan(Ok(2), &[1], (1, 75), Twist::Awaits),
+            Plan {
+                share: WHOLE,
+                memory: MEMORY / 4,
+                ..plan(Ok(1), &[2], (0, 69), Twist::None)
+            },
+        ],
+    };
+    common::within(20, || prove(&run(&program)));
+}

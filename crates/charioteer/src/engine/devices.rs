@@ -1442,12 +1442,16 @@ impl<D: Domain> Engine<D> {
     }
 
     /// Logs nothing any more of what devices see, once all that happened so far is logged.
-    pub(super) fn dismiss_witness(&self) {
+    pub(super) fn dismiss_witness(self: &Arc<Self>) {
         let Some(devices) = &self.devices else { return };
         if let Some(witness) = &devices.witness {
-            // Who told of the last completion may have the turn still.
+            // Who told of the last completion may have the turn still. And nobody waits for what a body left
+            // when it began to wait, if its task failed meanwhile: in virtual time that happens when somebody
+            // lets it.
             while self.elsewhere.load(Ordering::SeqCst) != 0 && self.unfinished() == 0 {
-                yield_now();
+                if !self.advance_time() {
+                    self.domain.blocking(&mut yield_now);
+                }
             }
             witness.leave();
         }
