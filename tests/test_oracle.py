@@ -105,6 +105,8 @@ def programs(draw: st.DrawFn) -> Program:
         gated, hosting = True, False
     steps: list[Step] = []
     outcomes: list[Outcome] = []
+    # Steps that end after a body that waits on its stack: their own, or that of one that they need.
+    blocking: set[int] = set()
 
     def some(rank: int, most: int) -> tuple[int, ...]:
         if rank == 0:
@@ -115,10 +117,14 @@ def programs(draw: st.DrawFn) -> Program:
         hosts = [p for p in range(rank) if outcomes[p].kind == "value"]
         parent = draw(st.sampled_from([None, None, *hosts])) if hosting else None
         troubled = draw(st.integers(0, 3)) == 0
+        waits = some(rank, 2) if waiting else ()
+        if workers == 0:
+            # What runs on top of a body that waits must not wait for that one.
+            waits = tuple(wait for wait in waits if wait not in blocking)
         step = Step(
             arguments=some(rank, 2),
             named=some(rank, 3),
-            waits=some(rank, 2) if waiting else (),
+            waits=waits,
             failures=draw(st.integers(0, 3)) if troubled else 0,
             retries=draw(st.integers(0, 2)),
             cancelled=gated and parent is None and draw(st.integers(0, 5)) == 0,
@@ -128,6 +134,8 @@ def programs(draw: st.DrawFn) -> Program:
             children=draw(st.sampled_from([0, 0, 0, 1, 3])),
             parent=parent,
         )
+        if (waits and not step.is_async) or blocking & {*step.needs, *waits}:
+            blocking.add(rank)
         steps.append(step)
         outcomes.append(predict(step, rank, outcomes))
     roots = [rank for rank in range(count) if steps[rank].parent is None]
