@@ -513,10 +513,10 @@ impl<T> Gang<T> {
                 .min_by_key(|&index| {
                     let book = &self.books[index];
                     let fits = book.fits(amount, self.held_by_sweep[index], self.limits.runahead);
+                    let could = book.could_fit(amount);
                     // It may wait for the one that has its data.
-                    let fits = fits || (costs.has_data() && book.could_fit(amount));
-                    let kept = !book.has_room(amount.memory);
-                    (!fits, kept, costs.rank(index, plan, known, least))
+                    let fits = fits || (costs.has_data() && could);
+                    (!fits, !could, costs.rank(index, plan, known, least))
                 })
                 .expect("a plan has devices enough");
             used |= bit(book);

@@ -90,9 +90,9 @@ impl Use {
     }
 
     fn is_none(&self, evidence: &Evidence) -> bool {
-        let is_behind = |end: Position| Some(end.0) != self.track || end.1 >= self.first;
+        let is_before = |end: Position| Some(end.0) == self.track && end.1 < self.first;
         let is_lost = |track| evidence.is_lost(track);
-        !self.end.is_none_or(is_behind) || (!self.worked && self.track.is_none_or(is_lost))
+        self.end.is_some_and(is_before) || (!self.worked && self.track.is_none_or(is_lost))
     }
 }
 
